@@ -1,0 +1,10 @@
+"""Rows to train and test on: benchmarks by name, and the user's own JSONL. Nothing here imports torch."""
+
+from __future__ import annotations
+
+from scalabl.tasks.example import LETTERS, Example
+from scalabl.tasks.jsonl import holdout, load_rows
+from scalabl.tasks.load import load_task
+from scalabl.tasks.task import Task
+
+__all__ = ["LETTERS", "Example", "Task", "holdout", "load_rows", "load_task"]

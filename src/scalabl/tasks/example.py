@@ -1,0 +1,71 @@
+"""One multiple-choice question: the row every task is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from scalabl.errors import UserError
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A question, its choices and which of them is right.
+
+    Attributes:
+        id: name of the row, unique within a split.
+        question: what is asked, without the choices.
+        choices: 2 to 26 distinct texts, none of them blank.
+        answer: index into ``choices``; ``None`` for an unlabelled row (prediction only).
+    """
+
+    id: str
+    question: str
+    choices: tuple[str, ...]
+    answer: int | None
+
+
+def check(example: Example, where: str) -> Example:
+    """Return ``example`` unchanged if it is sound.
+
+    Args:
+        example: the row to look at.
+        where: how the message names the row, for instance ``"train.jsonl:17"``.
+
+    Raises:
+        UserError: blank question, too few, too many, blank or duplicate choices, answer out of range.
+    """
+    if not example.question.strip():
+        raise UserError(f"{where}: the question is blank; write what is asked.")
+    count = len(example.choices)
+    if count < 2:
+        raise UserError(f"{where}: {_count_of(count)}; a question needs at least two choices.")
+    if count > len(LETTERS):
+        raise UserError(f"{where}: {count} choices; a question can have at most {len(LETTERS)}.")
+    if any(not choice.strip() for choice in example.choices):
+        raise UserError(f"{where}: a choice is blank; give every choice a text.")
+    twice = first_duplicate(example.choices)
+    if twice is not None:
+        raise UserError(f"{where}: the choice {twice!r} is there twice; make the choices distinct.")
+    if example.answer is not None and not 0 <= example.answer < count:
+        raise UserError(
+            f"{where}: the answer {example.answer} is outside the {count} choices; "
+            f"use an index from 0 to {count - 1}."
+        )
+    return example
+
+
+def first_duplicate(words: Iterable[str]) -> str | None:
+    """The first word that repeats an earlier one (surrounding blanks aside), or None."""
+    seen: set[str] = set()
+    for word in words:
+        if word.strip() in seen:
+            return word
+        seen.add(word.strip())
+    return None
+
+
+def _count_of(count: int) -> str:
+    return "only one choice" if count == 1 else "no choices"

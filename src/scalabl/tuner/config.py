@@ -1,0 +1,107 @@
+"""ScalaBLConfig: LoraConfig with a posterior."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from peft import LoraConfig
+
+from scalabl.errors import UserError
+from scalabl.posterior import POSTERIORS, Prior
+
+
+class ScalaBLType(str):
+    """PEFT's `peft_type` of this tuner: a string with the `value` and `name` that enum members have."""
+
+    __slots__ = ()
+
+    @property
+    def value(self) -> str:
+        return str(self)
+
+    @property
+    def name(self) -> str:
+        return str(self)
+
+
+SCALABL = ScalaBLType("SCALABL")
+
+# LoraConfig's options whose meaning is unchanged here, each covered by a test; every other one is refused.
+SUPPORTED_LORA_OPTIONS = {
+    "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+    "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out", "bias", "use_rslora",
+    "modules_to_save", "init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern",
+    "megatron_core", "runtime_config", "qalora_group_size",
+}  # fmt: skip
+
+
+@dataclass
+class ScalaBLConfig(LoraConfig):
+    """The configuration of a ScalaBL adapter: LoRA's own options and the posterior over s.
+
+    Args:
+        covariance: "diagonal" (2 r numbers a layer, the paper's default) or "full" (r (r + 3) / 2).
+        prior_mean: mean of the Gaussian prior on each s_j.
+        prior_std: its standard deviation, positive [ScalaBL: N(0, 1)].
+        init_sigma: sigma starts as U(init_sigma / sqrt(2), init_sigma) [ScalaBL: 0.05].
+        unit_rows: keep the rows of A at unit length in the forward pass. Without it (the paper's form) A and s
+            share a free scale: the KL can be lowered by moving scale from s into A at no cost in likelihood.
+        base_fingerprint: written when the adapter is made, checked when it is loaded onto a base model.
+
+    Raises:
+        UserError: a value out of range, or an option of LoRA that this tuner does not support.
+    """
+
+    covariance: Literal["diagonal", "full"] = field(
+        default="diagonal", metadata={"help": "Covariance of the posterior over s: diagonal or full."}
+    )
+    prior_mean: float = field(default=0.0, metadata={"help": "Mean of the prior on each s."})
+    prior_std: float = field(default=1.0, metadata={"help": "Standard deviation of the prior on each s."})
+    init_sigma: float = field(default=0.05, metadata={"help": "Upper end of the uniform initial sigma."})
+    unit_rows: bool = field(default=True, metadata={"help": "Keep the rows of A at unit length."})
+    base_fingerprint: str | None = field(
+        default=None, metadata={"help": "Identity of the base model that the adapter was trained on."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = SCALABL  # type: ignore[assignment]
+        if self.covariance not in POSTERIORS:
+            raise UserError(f"covariance is {self.covariance!r}; it must be one of {', '.join(POSTERIORS)}.")
+        if not self.init_sigma > 0:
+            raise UserError(f"init_sigma is {self.init_sigma}; it must be positive, 0.05 is the paper's.")
+        _ = self.prior
+        _refuse_unsupported(self)
+
+    @property
+    def prior(self) -> Prior:
+        """The prior p(s), checked."""
+        return Prior(self.prior_mean, self.prior_std)
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write `adapter_config.json`, and `mean/`, a plain LoRA of the weights just saved beside it."""
+        super().save_pretrained(save_directory, **kwargs)
+        from scalabl.tuner.mean_adapter import write_mean_adapter
+
+        write_mean_adapter(save_directory, self)
+
+
+def lora_defaults() -> dict[str, Any]:
+    """LoraConfig's fields at their defaults."""
+    plain = LoraConfig()
+    return {f.name: getattr(plain, f.name) for f in fields(plain)}
+
+
+def _refuse_unsupported(config: ScalaBLConfig) -> None:
+    if config.init_lora_weights not in (True, False, "gaussian"):
+        raise UserError(
+            f"init_lora_weights={config.init_lora_weights!r} changes the base weights or sets A and B itself, which "
+            "the SVD initialisation of ScalaBL replaces; leave it at True."
+        )
+    for name, default in lora_defaults().items():
+        if name in SUPPORTED_LORA_OPTIONS:
+            continue
+        value = getattr(config, name)
+        if value != default and value:
+            raise UserError(f"ScalaBL does not support LoRA's option {name}; remove it from the configuration.")

@@ -1,0 +1,73 @@
+"""`mean/`: the plain LoRA with the posterior mean folded in, A_mean = diag(s_mu) A, that any other tool loads.
+
+It is made from the adapter's own file, so that it holds for gathered, sharded or hand-made checkpoints alike.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch.nn.functional as F
+from peft import LoraConfig
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from scalabl.tuner.config import ScalaBLConfig
+
+MEAN_DIRECTORY = "mean"
+
+
+def plain_lora_config(config: ScalaBLConfig) -> LoraConfig:
+    """The LoraConfig with the same targets, ranks and scaling."""
+    shared = {f.name: getattr(config, f.name) for f in fields(LoraConfig) if f.init and f.name != "peft_type"}
+    return LoraConfig(**shared)
+
+
+def fold(tensors: dict[str, Tensor], config: ScalaBLConfig, s_of: Callable[[str, Tensor], Tensor]) -> dict[str, Tensor]:
+    """Adapter tensors by name -> a plain LoRA's, with A_k = diag(s) A for the s that `s_of(prefix, mean)` gives.
+
+    Args:
+        tensors: the contents of `adapter_model.safetensors`.
+        config: the adapter's configuration.
+        s_of: (prefix of the leaf's names, its mean (r,)) -> s (r,).
+    """
+    plain: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if name.endswith(".direction"):
+            prefix = name.removesuffix("direction")
+            rows = F.normalize(tensor.float(), dim=1) if config.unit_rows else tensor.float()
+            s = s_of(prefix, tensors[f"{prefix}posterior.log_mean"].float().exp())
+            plain[f"{prefix}weight"] = (s[:, None] * rows).to(tensor.dtype).contiguous()
+        elif ".posterior." not in name:
+            plain[name] = tensor
+    return plain
+
+
+def write_plain_adapter(directory: Path, tensors: dict[str, Tensor], config: ScalaBLConfig) -> None:
+    """Write a plain LoRA directory (safetensors and JSON); each file appears whole or not at all."""
+    directory.mkdir(parents=True, exist_ok=True)
+    target = directory / SAFETENSORS_WEIGHTS_NAME
+    unfinished = directory / f".{SAFETENSORS_WEIGHTS_NAME}.{os.getpid()}"
+    try:
+        save_file(tensors, unfinished, metadata={"format": "pt"})
+        os.replace(unfinished, target)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    lora = plain_lora_config(config)
+    lora.inference_mode = True
+    lora.save_pretrained(str(directory))
+
+
+def write_mean_adapter(save_directory: str | Path, config: ScalaBLConfig) -> None:
+    """Write `mean/` beside the adapter's weights; does nothing where there are none (a configuration alone)."""
+    weights = Path(save_directory) / SAFETENSORS_WEIGHTS_NAME
+    if not weights.exists():
+        return
+    plain = fold(load_file(weights), config, lambda _prefix, mean: mean)
+    write_plain_adapter(Path(save_directory) / MEAN_DIRECTORY, plain, config)

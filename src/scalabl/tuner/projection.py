@@ -1,0 +1,112 @@
+"""The stochastic leaf: what stands in the place of LoRA's A and the only place where noise meets a forward pass.
+
+    y = W0 x + (alpha / r) B diag(s) A x,    s ~ q(s) = N(s_mu, scale scale^T)        [ScalaBL, eq. of the layer]
+
+The leaf computes diag(s) A x. Its rows carry independent draws of s, one a sequence: row i of a batch has its own
+s in every position of the sequence.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from scalabl.errors import UserError
+from scalabl.posterior import POSTERIORS, Gaussian
+
+
+@dataclass(frozen=True)
+class Particles:
+    """Fixed noise of N particles: rows i B .. (i + 1) B - 1 of a batch of N B rows carry particle i."""
+
+    noise: Tensor  # (N, r)
+
+
+State = Literal["auto", "mean", "sample"] | Particles
+
+
+class StochasticProjection(nn.Module):
+    """diag(s) A, with A (r, d_in) deterministic and s Gaussian.
+
+    Args:
+        weight: (r, d_in) LoRA's own draw of A; replaced by its right singular vectors, its singular values
+            become the means of s [ScalaBL, initialisation].
+        covariance: "diagonal" or "full".
+        init_sigma: sigma starts as U(init_sigma / sqrt(2), init_sigma), for each number.
+        unit_rows: keep the rows of A at unit length in the forward pass, so that s alone carries their scale.
+
+    State "auto" draws while training and is the mean otherwise.
+    """
+
+    def __init__(
+        self, weight: Tensor, *, covariance: str = "diagonal", init_sigma: float = 0.05, unit_rows: bool = True
+    ) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.unit_rows = unit_rows
+        self.state: State = "auto"
+        rows, singular_values, sigma = _initial(weight, init_sigma)
+        self.direction = nn.Parameter(rows.to(weight.dtype))
+        self.posterior: Gaussian = POSTERIORS[covariance](singular_values, sigma)
+
+    def rows(self) -> Tensor:
+        """(r, d_in) the projection A as the forward pass uses it."""
+        if self.unit_rows:
+            return F.normalize(self.direction, dim=1)
+        return self.direction
+
+    @property
+    def weight(self) -> Tensor:
+        """(r, d_in) diag(s_mu) A, the mean: what merging, exporting and PEFT's dtype checks read."""
+        return (self.posterior.mean[:, None] * self.rows()).to(self.direction.dtype)
+
+    def draw(self, rows: int, device: torch.device) -> Tensor:
+        """s for every row of a batch: (rows, r), or (r,) when all rows carry the mean."""
+        state = self.state
+        if isinstance(state, Particles):
+            number = state.noise.shape[0]
+            if rows % number:
+                raise UserError(
+                    f"A batch of {rows} rows cannot carry {number} particles: repeat the inputs {number} times "
+                    f"(rows i*B..(i+1)*B-1 carry particle i)."
+                )
+            s = self.posterior.sample(state.noise.to(device))
+            return s.repeat_interleave(rows // number, dim=0)
+        if state == "sample" or (state == "auto" and self.training):
+            return self.posterior.sample(torch.randn(rows, self.out_features, device=device))
+        return self.posterior.mean
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (rows, ..., d_in) -> (rows, ..., r); the first dimension counts sequences."""
+        if x.dim() < 3 and not _is_mean(self):
+            raise UserError(
+                "A stochastic layer got its tokens flattened, without a batch dimension, so a draw cannot belong to "
+                "a sequence; remove expert layers and padding-free batches from target_modules."
+            )
+        s = self.draw(x.shape[0], x.device)
+        if s.dim() == 2:
+            s = s.view(s.shape[0], *([1] * (x.dim() - 2)), s.shape[1])
+        projected = F.linear(x, self.rows())
+        return projected * s.to(projected.dtype)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, unit_rows={self.unit_rows}"
+
+
+def _is_mean(leaf: StochasticProjection) -> bool:
+    return leaf.state == "mean" or (leaf.state == "auto" and not leaf.training)
+
+
+def _initial(weight: Tensor, init_sigma: float) -> tuple[Tensor, Tensor, Tensor]:
+    """A = U diag(sv) V^T -> rows V^T (r, d_in), means sv (r,), sigmas (r,); U is dropped."""
+    r, d_in = weight.shape
+    if weight.is_meta:
+        blank = torch.empty(r, device="meta")
+        return torch.empty(r, d_in, device="meta"), blank, blank
+    _, singular_values, rows = torch.linalg.svd(weight.detach().float(), full_matrices=False)
+    low = init_sigma / 2**0.5
+    sigma = low + (init_sigma - low) * torch.rand(r, device=weight.device)
+    # a zero matrix (no LoRA draw yet, about to be loaded) must not make log(0)
+    return rows, singular_values.clamp_min(1e-6), sigma

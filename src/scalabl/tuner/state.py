@@ -1,0 +1,60 @@
+"""The states of a model: its mean, fresh draws, or N fixed particles, each as a context."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from torch import nn
+
+from scalabl.errors import UserError
+from scalabl.posterior import standard_normal
+from scalabl.tuner.layers import stochastic_layers
+from scalabl.tuner.projection import Particles, State, StochasticProjection
+
+
+@contextmanager
+def _state(model: nn.Module, state_of: Callable[[str, StochasticProjection], State]) -> Iterator[None]:
+    layers = stochastic_layers(model)
+    before = {name: leaf.state for name, leaf in layers.items()}
+    try:
+        for name, leaf in layers.items():
+            leaf.state = state_of(name, leaf)
+        yield
+    finally:
+        for name, leaf in layers.items():
+            leaf.state = before[name]
+
+
+def mean(model: nn.Module):  # type: ignore[no-untyped-def]
+    """Context in which every row carries the posterior mean, while training too."""
+    return _state(model, lambda _name, _leaf: "mean")
+
+
+def sample(model: nn.Module):  # type: ignore[no-untyped-def]
+    """Context in which every row of every pass carries a fresh draw, while predicting too."""
+    return _state(model, lambda _name, _leaf: "sample")
+
+
+def particles(model: nn.Module, number: int, *, seed: int = 0, first: int = 0, indices: Sequence[int] | None = None):  # type: ignore[no-untyped-def]
+    """Context in which a batch of N B rows carries N fixed draws: row j has particle j // B, in every layer.
+
+    The same (seed, particle, layer) gives the same noise on every machine and in every run.
+
+    Args:
+        model: a PEFT model with a ScalaBL adapter.
+        number: N, at least 1.
+        seed: the seed of the draws.
+        first: the number of the first particle (for chunks of a larger N).
+        indices: particle numbers instead of first .. first + number - 1.
+
+    Raises:
+        UserError: N is below 1, or the model has no stochastic layer. In the forward pass: a batch whose rows are
+            not a multiple of N.
+    """
+    chosen = list(indices) if indices is not None else list(range(first, first + number))
+    if number < 1 or len(chosen) != number or min(chosen) < 0:
+        raise UserError(f"Particles are counted from 1, numbers from 0: got number={number}, indices={chosen}.")
+    return _state(
+        model, lambda name, leaf: Particles(standard_normal(chosen, leaf.out_features, seed=seed, stream=name))
+    )
