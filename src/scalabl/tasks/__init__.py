@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from scalabl.tasks.example import LETTERS, Example
-from scalabl.tasks.jsonl import holdout, load_rows
+from scalabl.tasks.get import get
+from scalabl.tasks.holdout import holdout
+from scalabl.tasks.jsonl import load_rows
 from scalabl.tasks.load import load_task
+from scalabl.tasks.registry import BENCHMARKS, find
 from scalabl.tasks.task import Task
 
-__all__ = ["LETTERS", "Example", "Task", "holdout", "load_rows", "load_task"]
+__all__ = ["BENCHMARKS", "LETTERS", "Example", "Task", "find", "get", "holdout", "load_rows", "load_task"]

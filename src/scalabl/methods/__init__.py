@@ -1,0 +1,1 @@
+"""What is compared: each method and each rival, one file each."""

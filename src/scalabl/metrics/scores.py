@@ -1,0 +1,101 @@
+"""The metrics, each as a function of how often every row was drawn: counts (k, n) -> values (k,).
+
+With counts of one a metric is the ordinary figure; with resampled counts, the figure of each resample.
+"""
+
+import torch
+from torch import Tensor
+
+
+class Rows:
+    """What the metrics need of n rows, computed once: probs (n, C) float64 and labels (n,) int64."""
+
+    def __init__(self, probs: Tensor, labels: Tensor, num_bins: int) -> None:
+        self.confidence, answer = probs.max(dim=1)
+        self.correct = (answer == labels).double()
+        # Held above 0, or one impossible answer would make the whole figure infinite: 708 nats at most a row.
+        label_prob = probs.gather(1, labels[:, None]).squeeze(1)
+        self.nll = -label_prob.clamp(min=torch.finfo(torch.float64).tiny).log()
+        # sum_c (p_c - y_c)^2 = sum_c p_c^2 - 2 p_label + 1: a choice that is missing (p = 0) adds nothing.
+        self.brier = probs.square().sum(dim=1) - 2 * label_prob + 1
+        self.bin = bin_of(self.confidence, num_bins)
+        self.gap = torch.zeros(len(labels), num_bins, dtype=torch.float64)
+        self.gap[torch.arange(len(labels)), self.bin] = self.correct - self.confidence
+        self.by_confidence = Ranking(self.confidence)
+
+
+class Ranking:
+    """Rows by falling score, equal scores in one group: sums of any counts by group, sorted once."""
+
+    def __init__(self, score: Tensor) -> None:
+        ordered, self.order = score.sort(descending=True, stable=True)
+        last = torch.ones_like(ordered, dtype=torch.bool)
+        last[:-1] = ordered[1:] != ordered[:-1]
+        self.ends = last.nonzero().squeeze(1)
+
+    def through(self, counts: Tensor) -> Tensor:
+        """counts (k, n) -> (k, groups): how many rows lie in this group or above it."""
+        return counts[:, self.order].cumsum(dim=1)[:, self.ends]
+
+
+def bin_of(confidence: Tensor, num_bins: int) -> Tensor:
+    """The equal-width bin [b / num_bins, (b + 1) / num_bins) of each confidence; the last one holds 1 too."""
+    edges = torch.linspace(0, 1, num_bins + 1, dtype=torch.float64)
+    return (torch.bucketize(confidence, edges, right=True) - 1).clamp(0, num_bins - 1)
+
+
+def accuracy(rows: Rows, counts: Tensor) -> Tensor:
+    """Share of rows whose most probable choice is right; of equal choices the first is the answer."""
+    return counts @ rows.correct / counts.sum(dim=1)
+
+
+def nll(rows: Rows, counts: Tensor) -> Tensor:
+    """Mean of -log p(label), in nats."""
+    return counts @ rows.nll / counts.sum(dim=1)
+
+
+def brier(rows: Rows, counts: Tensor) -> Tensor:
+    """Mean of sum_c (p_c - [c = label])^2 over all choices, 0 to 2 (Brier 1950, eq. 2)."""
+    return counts @ rows.brier / counts.sum(dim=1)
+
+
+def ece(rows: Rows, counts: Tensor) -> Tensor:
+    """sum_b n_b / n |accuracy_b - confidence_b| over bins of top-label confidence (Guo et al. 2017)."""
+    return (counts @ rows.gap).abs().sum(dim=1) / counts.sum(dim=1)
+
+
+def auroc(rows: Rows, counts: Tensor) -> Tensor:
+    """P(a right answer is surer than a wrong one) + P(equal) / 2; NaN if all are right or all wrong."""
+    return separation(rows.by_confidence, counts * rows.correct, counts * (1 - rows.correct))
+
+
+def separation(ranking: Ranking, positives: Tensor, negatives: Tensor) -> Tensor:
+    """Area under the ROC curve: P(positive scores above negative) + P(equal) / 2; counts (k, n) each."""
+    above, below = ranking.through(positives), ranking.through(negatives)
+    num_positive, num_negative = above[:, -1], below[:, -1]
+    negatives_here = below.diff(dim=1, prepend=torch.zeros_like(below[:, :1]))
+    positives_here = above.diff(dim=1, prepend=torch.zeros_like(above[:, :1]))
+    # For every group of negatives: the positives above it, and half of those beside it.
+    wins = (negatives_here * (above - positives_here / 2)).sum(dim=1)
+    return wins / (num_positive * num_negative)
+
+
+def aurc(rows: Rows, counts: Tensor) -> Tensor:
+    """Area under the risk-coverage curve, 1/n sum_k risk(k surest rows), 0 (best) to 1 (Geifman et al. 2019).
+
+    Equally sure rows may be answered in any order; the area is the expectation over all of these orders. In
+    a group of m rows with e errors that follows M surer rows with E errors, the j-th place has the expected
+    risk (E + e j / m) / (M + j); summed over j with harmonic numbers H:
+    E (H(M + m) - H(M)) + e / m (m - M (H(M + m) - H(M))).
+    """
+    n = int(counts[0].sum())
+    steps = torch.arange(n + 1, dtype=torch.float64).clamp(min=1).reciprocal()
+    harmonic = steps.cumsum(0) - 1  # H(0) = 0, H(1) = 1, ...
+    through = rows.by_confidence.through(counts)
+    errors_through = rows.by_confidence.through(counts * (1 - rows.correct))
+    size = through.diff(dim=1, prepend=torch.zeros_like(through[:, :1]))
+    errors = errors_through.diff(dim=1, prepend=torch.zeros_like(errors_through[:, :1]))
+    before, errors_before = through - size, errors_through - errors
+    span = harmonic[through.long()] - harmonic[before.long()]
+    area = errors_before * span + errors / size.clamp(min=1) * (size - before * span)
+    return area.sum(dim=1) / n

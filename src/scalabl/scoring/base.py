@@ -1,0 +1,153 @@
+"""What a scoring is, and the batch that it makes: one row a question, padded on the left."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from scalabl.errors import UserError
+from scalabl.tasks import Example
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One row as tokens, unpadded. `segments` is 0 for the prompt and k for choice k = 1, 2, ..."""
+
+    input_ids: list[int]
+    position_ids: list[int]
+    segments: list[int]
+    num_choices: int
+    answer: int | None
+    trunk: Tensor | None = None  # (T, d) the frozen trunk's output, where it is cached
+
+
+@dataclass
+class Batch:
+    """Rows padded on the left to a common length.
+
+    Shapes: input_ids, position_ids, segments (B, T), with segment -1 where padded; num_choices, answers (B,),
+    answers -100 where unknown; trunk (B, T, d) or None. `keep` is how many last positions need logits.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    segments: Tensor
+    num_choices: Tensor
+    answers: Tensor
+    keep: int
+    trunk: Tensor | None = None
+
+    def __len__(self) -> int:
+        return self.input_ids.shape[0]
+
+    def _map(self, f: Any) -> Batch:
+        tensors = {x.name: getattr(self, x.name) for x in fields(self) if isinstance(getattr(self, x.name), Tensor)}
+        return replace(self, **{name: f(tensor) for name, tensor in tensors.items()})
+
+    def to(self, device: torch.device | str) -> Batch:
+        return self._map(lambda t: t.to(device))
+
+    def repeat(self, number: int) -> Batch:
+        """N copies behind each other: rows i B .. (i + 1) B - 1 are for particle i."""
+        return self._map(lambda t: t.repeat(number, *([1] * (t.dim() - 1))))
+
+
+class Scoring(ABC):
+    """How a model's logits become one number a choice.
+
+    Args:
+        tokenizer: the base model's.
+        chat: put the question through the tokenizer's chat template.
+        max_length: longest row in tokens; longer prompts lose their beginning.
+    """
+
+    name: str
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, chat: bool = False, max_length: int = 512) -> None:
+        if chat and not getattr(tokenizer, "chat_template", None):
+            raise UserError("The task asks for a chat template, but the tokenizer has none; leave out --chat.")
+        self.tokenizer = tokenizer
+        self.chat = chat
+        self.max_length = max_length
+
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """What `make_scoring` needs to build it again, JSON-able."""
+
+    @abstractmethod
+    def encode(self, example: Example) -> Encoded:
+        """Tokens of one row."""
+
+    @abstractmethod
+    def class_logits(self, logits: Tensor, batch: Batch) -> Tensor:
+        """logits (B, keep, V) of the last `batch.keep` positions -> class logits (B, C), -inf where a row has no
+        such choice; softmax over C gives p(choice | question)."""
+
+    def collate(self, rows: Sequence[Encoded]) -> Batch:
+        """Pad rows on the left into a batch."""
+        length = max(len(row.input_ids) for row in rows)
+        pad_id = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
+
+        def padded(values: Sequence[Sequence[int]], pad: int) -> Tensor:
+            return torch.tensor([[pad] * (length - len(v)) + list(v) for v in values])
+
+        trunk = None
+        if rows[0].trunk is not None:
+            trunk = torch.zeros(len(rows), length, rows[0].trunk.shape[-1], dtype=rows[0].trunk.dtype)
+            for i, row in enumerate(rows):
+                trunk[i, length - len(row.input_ids) :] = row.trunk
+        return Batch(
+            input_ids=padded([row.input_ids for row in rows], pad_id),
+            position_ids=padded([row.position_ids for row in rows], 0),
+            segments=padded([row.segments for row in rows], -1),
+            num_choices=torch.tensor([row.num_choices for row in rows]),
+            answers=torch.tensor([-100 if row.answer is None else row.answer for row in rows]),
+            keep=max(1 + sum(segment > 0 for segment in row.segments) for row in rows),
+            trunk=trunk,
+        )
+
+    def prompt_ids(self, question: str) -> list[int]:
+        """The prompt's tokens, through the chat template if asked for."""
+        if self.chat:
+            message = [{"role": "user", "content": question}]
+            text = self.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+            return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return list(self.tokenizer(question)["input_ids"])
+
+    def continuation_ids(self, text: str) -> list[int]:
+        """The tokens of an answer that follows a prompt: after a space, or after the chat template's own turn."""
+        lead = "" if self.chat else " "
+        return list(self.tokenizer(lead + text.strip(), add_special_tokens=False)["input_ids"])
+
+    def clip(self, prompt: list[int], tail: int) -> list[int]:
+        """Drop the prompt's beginning where the row would be longer than `max_length`, keeping a leading BOS."""
+        room = self.max_length - tail
+        if room < 1:
+            raise UserError(f"The choices of a row take {tail} tokens, over the limit of {self.max_length}; raise --max-length.")
+        if len(prompt) <= room:
+            return prompt
+        if prompt[0] == self.tokenizer.bos_token_id and room > 1:
+            return [prompt[0], *prompt[-(room - 1) :]]
+        return prompt[-room:]
+
+
+def attention_mask(segments: Tensor, dtype: torch.dtype) -> Tensor:
+    """(B, 1, T, T) additive mask: a token sees the prompt and its own choice, up to itself.
+
+    So the choices of a question stand in one row, share its prompt and its draw of s, and never see each other.
+    """
+    length = segments.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=segments.device).tril()
+    key, query = segments[:, None, :], segments[:, :, None]
+    allowed = causal & (key >= 0) & ((key == 0) | (key == query))
+    # a padded position sees itself, so that no row of the softmax is empty
+    allowed = allowed | torch.eye(length, dtype=torch.bool, device=segments.device)
+    return torch.zeros(allowed.shape, dtype=dtype, device=segments.device).masked_fill(
+        ~allowed, torch.finfo(dtype).min
+    )[:, None]

@@ -1,0 +1,108 @@
+"""Continuation: a softmax over the log-likelihoods of the choice texts, as sums or per token.
+
+What small models are measured with. All choices of a question stand in one row behind their common prompt (the
+mask keeps them apart), so that the prompt is encoded once and the choices share one draw of s.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from scalabl.errors import UserError
+from scalabl.scoring.base import Batch, Encoded, Scoring
+from scalabl.tasks import Example
+
+
+class Continuation(Scoring):
+    """p(choice | question) = softmax over choices of log p(choice text | prompt).
+
+    Args:
+        normalization: "sum" of the tokens' log-likelihoods, or their mean per "token".
+        task_labels: the choices are class words of a text rather than answers to a question.
+    """
+
+    name = "continuation"
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        normalization: Literal["sum", "token"] = "token",
+        task_labels: bool = False,
+        chat: bool = False,
+        max_length: int = 512,
+    ) -> None:
+        super().__init__(tokenizer, chat=chat, max_length=max_length)
+        if normalization not in ("sum", "token"):
+            raise UserError(f"normalization is {normalization!r}; it must be sum or token.")
+        self.normalization = normalization
+        self.task_labels = task_labels
+
+    def settings(self) -> dict[str, Any]:
+        return {
+            "scoring": self.name,
+            "normalization": self.normalization,
+            "task_labels": self.task_labels,
+            "chat": self.chat,
+            "max_length": self.max_length,
+        }
+
+    def prompt(self, example: Example) -> str:
+        """The text in front of the answer."""
+        if self.task_labels:
+            return f"{example.question}\nLabel:"
+        return f"Question: {example.question}" if self.chat else f"Question: {example.question}\nAnswer:"
+
+    def encode(self, example: Example) -> Encoded:
+        choices = [self.continuation_ids(choice) for choice in example.choices]
+        if any(not ids for ids in choices):
+            raise UserError(f"Row {example.id} has an empty choice; give every choice a text.")
+        prompt = self.clip(self.prompt_ids(self.prompt(example)), sum(len(ids) for ids in choices))
+        start = len(prompt)
+        input_ids, position_ids, segments = list(prompt), list(range(start)), [0] * start
+        for number, ids in enumerate(choices, start=1):
+            input_ids += ids
+            position_ids += range(start, start + len(ids))
+            segments += [number] * len(ids)
+        return Encoded(input_ids, position_ids, segments, len(choices), example.answer)
+
+    def class_logits(self, logits: Tensor, batch: Batch) -> Tensor:
+        sums, counts = choice_log_likelihoods(logits, batch)
+        scores = sums / counts.clamp_min(1) if self.normalization == "token" else sums
+        return scores.masked_fill(counts == 0, -torch.inf)
+
+
+def choice_log_likelihoods(logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Summed log-likelihood and number of tokens of every choice.
+
+    Args:
+        logits: (B, keep, V) of the last `batch.keep` positions.
+        batch: the rows.
+
+    Returns:
+        sums (B, C) in nats, 0 where a row has no such choice; counts (B, C).
+    """
+    keep = logits.shape[1]
+    tokens, segments = batch.input_ids[:, -keep:], batch.segments[:, -keep:]
+    is_choice = segments > 0
+    # what predicts a choice's first token is the prompt's last position, otherwise the token before
+    position = torch.arange(keep, device=logits.device).expand_as(segments)
+    last_of_prompt = torch.where(segments == 0, position, -1).amax(dim=1, keepdim=True)
+    previous = torch.cat([segments[:, :1], segments[:, :-1]], dim=1)
+    source = torch.where(previous == segments, position - 1, last_of_prompt).clamp_min(0)
+
+    rows, columns = torch.nonzero(is_choice, as_tuple=True)
+    # only the needed positions are normalised: a vocabulary is large
+    picked = logits[rows, source[rows, columns]].float()
+    log_likelihood = picked.gather(1, tokens[rows, columns][:, None]).squeeze(1) - picked.logsumexp(dim=1)
+
+    num_classes = int(batch.num_choices.max())
+    choice = segments[rows, columns] - 1
+    sums = torch.zeros(len(batch), num_classes, device=logits.device)
+    sums = sums.index_put((rows, choice), log_likelihood, accumulate=True)
+    counts = torch.zeros_like(sums).index_put((rows, choice), torch.ones_like(log_likelihood), accumulate=True)
+    return sums, counts

@@ -1,0 +1,94 @@
+"""Letters: the next-token distribution over label words (" A", " B", ... or the labels themselves).
+
+The paper's way to score, for models that know their letters. It reads the last position's logits at the label
+tokens and leaves `lm_head` in place.
+"""
+
+from __future__ import annotations
+
+import string
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from scalabl.errors import UserError
+from scalabl.scoring.base import Batch, Encoded, Scoring
+from scalabl.tasks import Example
+
+
+class Letters(Scoring):
+    """p(label | prompt) over C label words, each one token.
+
+    Args:
+        labels: the label words; None for letters A, B, ... over the lettered choices of each question.
+        num_letters: how many letters, when `labels` is None.
+
+    Raises:
+        UserError: a label is not one token, or two labels are the same token.
+    """
+
+    name = "letters"
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        labels: tuple[str, ...] | list[str] | None = None,
+        num_letters: int = 5,
+        raw_prompt: bool = False,
+        chat: bool = False,
+        max_length: int = 512,
+    ) -> None:
+        super().__init__(tokenizer, chat=chat, max_length=max_length)
+        self.labels = tuple(labels) if labels is not None else None
+        self.num_letters = num_letters
+        self.raw_prompt = raw_prompt
+        words = self.labels or tuple(string.ascii_uppercase[:num_letters])
+        self.label_ids = torch.tensor([self._single_token(word) for word in words])
+        if len(set(self.label_ids.tolist())) != len(words):
+            raise UserError(f"Two of the labels {', '.join(words)} begin with the same token; use labels that differ.")
+
+    def _single_token(self, word: str) -> int:
+        ids = self.continuation_ids(word)
+        if len(ids) != 1:
+            pieces = ", ".join(repr(self.tokenizer.decode([i])) for i in ids)
+            raise UserError(
+                f"The label {word!r} is {len(ids)} tokens for this tokenizer ({pieces}), letters need one token a "
+                "label; use a shorter word or --scoring continuation."
+            )
+        return ids[0]
+
+    def settings(self) -> dict[str, Any]:
+        return {
+            "scoring": self.name,
+            "labels": list(self.labels) if self.labels is not None else None,
+            "num_letters": self.num_letters,
+            "raw_prompt": self.raw_prompt,
+            "chat": self.chat,
+            "max_length": self.max_length,
+        }
+
+    def prompt(self, example: Example) -> str:
+        """The text in front of the answer."""
+        if self.raw_prompt:
+            return example.question
+        if self.labels is not None:
+            return f"{example.question}\nLabel:"
+        lines = [f"{string.ascii_uppercase[i]}. {choice}" for i, choice in enumerate(example.choices)]
+        return "\n".join([f"Question: {example.question}", *lines, "Answer:"])
+
+    def encode(self, example: Example) -> Encoded:
+        if len(example.choices) > len(self.label_ids):
+            raise UserError(
+                f"Row {example.id} has {len(example.choices)} choices, but this scoring was made for "
+                f"{len(self.label_ids)}; score rows with as many choices as in training."
+            )
+        ids = self.clip(self.prompt_ids(self.prompt(example)), 0)
+        return Encoded(ids, list(range(len(ids))), [0] * len(ids), len(example.choices), example.answer)
+
+    def class_logits(self, logits: Tensor, batch: Batch) -> Tensor:
+        scores = logits[:, -1, self.label_ids.to(logits.device)].float()
+        absent = torch.arange(scores.shape[1], device=scores.device) >= batch.num_choices[:, None]
+        return scores.masked_fill(absent, -torch.inf)

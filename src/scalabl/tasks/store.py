@@ -1,0 +1,106 @@
+"""Normalised rows on disk: ``<folder>/<split>.jsonl`` (or ``.jsonl.xz``) and ``meta.json``, written all or nothing."""
+
+from __future__ import annotations
+
+import json
+import lzma
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.resources.abc import Traversable
+from pathlib import Path
+
+from scalabl.errors import UserError
+from scalabl.tasks.example import Example, check
+from scalabl.tasks.task import Task
+
+FORMAT = 1  # raised when the rows or rules change: an older cache is then read as absent
+
+
+def default_cache_dir() -> Path:
+    """``$SCALABL_CACHE``, or ``~/.cache/scalabl``."""
+    return Path(os.environ.get("SCALABL_CACHE") or Path.home() / ".cache" / "scalabl").expanduser()
+
+
+def task_folder(cache_dir: Path, name: str) -> Path:
+    """Where the rows of a benchmark lie in the cache."""
+    return cache_dir / "tasks" / name
+
+
+def write_task(task: Task, folder: Path, compress: bool = False) -> None:
+    """Write ``folder`` in one step: an interrupted writer leaves what was there before.
+
+    Raises:
+        UserError: the disk is full or read-only.
+    """
+    with writing_below(folder.parent), tempfile.TemporaryDirectory(prefix=".partial-", dir=folder.parent) as scratch:
+        fresh, old = Path(scratch) / "fresh", Path(scratch) / "old"
+        fresh.mkdir()
+        for split, rows in task.splits.items():
+            text = "".join(_line(row) for row in rows).encode()
+            if compress:
+                (fresh / f"{split}.jsonl.xz").write_bytes(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME))
+            else:
+                (fresh / f"{split}.jsonl").write_bytes(text)
+        counts = {split: len(rows) for split, rows in task.splits.items()}
+        meta = {
+            "format": FORMAT, "name": task.name, "rows": counts, "labels": task.labels,
+            "source": task.source, "licence": task.licence,
+        }
+        (fresh / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(fresh, folder)
+
+
+def read_task(folder: Path | Traversable) -> Task | None:
+    """The task that :func:`write_task` wrote; ``None`` if there is none of this format.
+
+    Raises:
+        UserError: the folder was altered: a split is missing, broken, or has another number of rows.
+    """
+    try:
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        if meta.get("format") != FORMAT:
+            return None
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{folder}/meta.json is broken ({error}); delete its folder and fetch again.") from None
+    try:
+        splits = {split: tuple(_rows(folder, split)) for split in meta["rows"]}
+        counts = {split: len(rows) for split, rows in splits.items()}
+        if counts != meta["rows"]:
+            raise ValueError(f"{counts} rows where {meta['rows']} were written")
+        labels = None if meta["labels"] is None else tuple(meta["labels"])
+        return Task(meta["name"], splits, labels, meta["source"], meta["licence"])
+    except (OSError, EOFError, ValueError, KeyError, TypeError, lzma.LZMAError) as error:
+        raise UserError(f"{folder} is broken ({error}); delete that folder and fetch the rows again.") from None
+
+
+@contextmanager
+def writing_below(folder: Path) -> Iterator[None]:
+    """Make ``folder``; an operating system's refusal while writing in it becomes a UserError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{folder} cannot be written ({error.strerror or error}); free some space or set SCALABL_CACHE to "
+            "a directory that can be."
+        ) from None
+
+
+def _line(row: Example) -> str:
+    fields = {"id": row.id, "question": row.question, "choices": row.choices, "answer": row.answer}
+    return json.dumps(fields, ensure_ascii=False) + "\n"
+
+
+def _rows(folder: Path | Traversable, split: str) -> Iterator[Example]:
+    packed = folder / f"{split}.jsonl.xz"
+    data = lzma.decompress(packed.read_bytes()) if packed.is_file() else (folder / f"{split}.jsonl").read_bytes()
+    for number, line in enumerate(data.decode().split("\n")[:-1], start=1):
+        row = json.loads(line)
+        example = Example(row["id"], row["question"], tuple(row["choices"]), row["answer"])
+        yield check(example, f"{folder}/{split}.jsonl:{number}")
