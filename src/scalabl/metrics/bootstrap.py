@@ -2,12 +2,13 @@
 
 A resample is kept as counts, how often each row was drawn. Every metric here is a function of such counts, so
 a thousand resamples are a few matrix products and no sort. The counts depend on rows, resamples and seed
-alone: two methods judged on the same rows with the same seed are judged on the same resamples (a paired bootstrap).
+alone: two methods judged on the same rows with one seed share their resamples (a paired bootstrap).
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -27,8 +28,18 @@ class Metric:
     reason: str | None = None
 
 
-def resamples(rows: int, bootstrap: int, seed: int) -> Iterator[Tensor]:
+def resamples(rows: int, bootstrap: int, seed: int) -> Iterable[Tensor]:
     """Counts (k, rows) float64 of `bootstrap` resamples, in chunks of k; each resample sums to `rows`."""
+    # A table asks for the same resamples again and again: what fits in one chunk is kept.
+    return _kept(rows, bootstrap, seed) if rows * bootstrap <= _CHUNK else _draw(rows, bootstrap, seed)
+
+
+@lru_cache(maxsize=2)
+def _kept(rows: int, bootstrap: int, seed: int) -> tuple[Tensor, ...]:
+    return tuple(_draw(rows, bootstrap, seed))
+
+
+def _draw(rows: int, bootstrap: int, seed: int) -> Iterator[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     step = max(1, _CHUNK // rows)
     for start in range(0, bootstrap, step):

@@ -26,6 +26,6 @@ def is_collapsed(accuracy: Metric, labels: Tensor, num_choices: int | Tensor) ->
         return None
     guess = "random guessing" if chance >= majority else "always giving the commonest answer"
     return (
-        f"At chance: its accuracy of {accuracy.value:.1%} (interval from {low:.1%}) is not reliably above {guess} "
-        f"({max(chance, majority):.1%}), so its other figures, however good, say nothing."
+        f"At chance: its accuracy of {accuracy.value:.1%} (interval from {low:.1%}) is not reliably above "
+        f"{guess} ({max(chance, majority):.1%}), so its other figures, however good, say nothing."
     )

@@ -1,5 +1,7 @@
 """q(s) = N(s_mu, diag(s_sigma^2)): the paper's posterior, 2 r numbers a layer."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -28,8 +30,7 @@ class DiagonalGaussian(Gaussian):
         """sum_j log(p_std / sigma_j) + (sigma_j^2 + (mu_j - p_mean)^2) / (2 p_std^2) - 1/2."""
         log_std = self.log_std.float()
         second_moment = (2 * log_std).exp() + (self.mean - prior.mean).square()
-        log_prior_std = torch.log(torch.tensor(prior.std))
-        return (log_prior_std - log_std + second_moment / (2 * prior.std**2) - 0.5).sum()
+        return (math.log(prior.std) - log_std + second_moment / (2 * prior.std**2) - 0.5).sum()
 
     @torch.no_grad()
     def kl_gradient(self, prior: Prior) -> dict[str, Tensor]:

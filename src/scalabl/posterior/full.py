@@ -4,6 +4,8 @@ The paper's full covariance is parametrised by eigenvalues and eigenvectors; the
 of covariances, is positive definite by construction, and needs no orthogonality to be kept up.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -45,7 +47,7 @@ class FullGaussian(Gaussian):
         log_diagonal = self.log_std.float()
         trace = (2 * log_diagonal).exp().sum() + self.lower.float().square().sum()
         shift = (self.mean - prior.mean).square().sum()
-        log_ratio = self.r * torch.log(torch.tensor(prior.std)) - log_diagonal.sum()
+        log_ratio = self.r * math.log(prior.std) - log_diagonal.sum()
         return (trace + shift) / (2 * prior.std**2) - self.r / 2 + log_ratio
 
     @torch.no_grad()

@@ -42,7 +42,7 @@ class Report:
         facts: model, data, seeds, steps, versions, device, command ...: name -> text.
         methods: the rows of the table; the first one is what the others are compared with.
         questions: (question, choices) of the n rows, or empty: then no questions are shown.
-        training: name of a run -> its logged records (step; loss or nll, kl, sigma_mean, s_mean, as far as logged).
+        training: name of a run -> its logged records (step; nll or loss, kl, sigma_mean, s_mean).
     """
 
     title: str
@@ -70,6 +70,12 @@ class Report:
                 f"there are {len(self.questions)} questions but {len(first.labels)} predictions; pass one "
                 "question for each row, or none."
             )
+        width = min(method.log_probs.shape[2] for method in self.methods)
+        for row, (_, choices) in enumerate(self.questions):
+            if len(choices) > width:
+                raise UserError(
+                    f"row {row} has {len(choices)} choices but predictions for {width}; pass the same rows."
+                )
 
 
 def count_choices(log_probs: Tensor) -> Tensor:

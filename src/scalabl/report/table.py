@@ -15,14 +15,14 @@ def table(report: Report, *, bootstrap: int = 1000, seed: int = 0) -> list[dict[
 
     Keys of a row:
         method, n, particles, notes
-        accuracy, nll, ece, brier, auroc, aurc: {value, low, high, reason}; value None where undefined (`reason`)
+        accuracy, nll, ece, brier, auroc, aurc: {value, low, high, reason}; value None where undefined
         entropy: {total, aleatoric, epistemic}: means over the rows, in nats
         collapsed: a sentence, or None
-        best: names of the metrics in which this method is best, or not told apart from the best by the paired
-            interval; a collapsed method is never best, and with one method there is no best
-        versus_first: metric -> {value, low, high, reason} of this method minus the first; None in the first row
-        ood: name -> {n, auroc_total, auroc_epistemic: {value, low, high, reason}} and, with labels, the metrics,
-            best and collapsed as above
+        best: names of the metrics in which this method is best, or not told apart from the best by the
+            paired interval; a collapsed method is never best, and with one method there is no best
+        versus_first: metric -> {value, low, high, reason} of this method minus the first; None in row one
+        ood: name -> {n, auroc_total, auroc_epistemic: {value, low, high, reason}} and, with labels, the
+            metrics, best and collapsed as above
 
     Raises:
         UserError: for a report without methods, methods on different rows, or predictions that are none.
@@ -38,7 +38,9 @@ def table(report: Report, *, bootstrap: int = 1000, seed: int = 0) -> list[dict[
             for metric in METRICS
         }
     for name in ood_names(report):
-        chosen = [i for i, method in enumerate(report.methods) if name in method.ood and name in method.ood_labels]
+        chosen = [
+            i for i, method in enumerate(report.methods) if name in method.ood and name in method.ood_labels
+        ]
         if chosen:
             shifted = [average(report.methods[i].ood[name]) for i in chosen]
             ood_labels = report.methods[chosen[0]].ood_labels[name]

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from scalabl.cache import cache_directory
 from scalabl.errors import UserError
 from scalabl.tasks.load import from_wheel, read_packaged
 from scalabl.tasks.registry import find
-from scalabl.tasks.store import default_cache_dir, read_task, task_folder, write_task
+from scalabl.tasks.store import read_task, task_folder, write_task
 from scalabl.tasks.task import Task
 from scalabl.tasks.wheel import Progress, fetch_wheel, silent
 
@@ -30,7 +31,7 @@ def get(names: Sequence[str], cache_dir: Path | None = None, progress: Progress 
     if not names:
         raise UserError("no benchmark was named; say which, for instance `scalabl data get openbookqa`.")
     benchmarks = [find(name) for name in names]
-    cache_dir = cache_dir or default_cache_dir()
+    cache_dir = cache_dir or cache_directory()
     tasks = []
     for benchmark in benchmarks:
         task = read_packaged(benchmark.name) or read_task(task_folder(cache_dir, benchmark.name))

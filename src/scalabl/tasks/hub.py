@@ -6,11 +6,12 @@ import os
 import threading
 import urllib.error
 import urllib.request
-from pathlib import Path
+from collections.abc import Iterable
 
 from scalabl.errors import UserError
 from scalabl.tasks.assemble import part_examples
 from scalabl.tasks.example import Example
+from scalabl.tasks.normalise import RawRow
 from scalabl.tasks.registry import Benchmark
 
 REACH_SECONDS = 4.0  # how long the Hub may take to say that it is there
@@ -46,12 +47,8 @@ def reachable(seconds: float = REACH_SECONDS) -> bool:
     return bool(answers and answers[0])
 
 
-def official_splits(benchmark: Benchmark, root: Path | None = None) -> dict[str, list[Example]]:
+def official_splits(benchmark: Benchmark) -> dict[str, list[Example]]:
     """All rows of the official splits that ``benchmark`` is made of.
-
-    Args:
-        benchmark: the table row.
-        root: a local mirror, ``root/<hub id>/<config>/<split>.parquet`` (or ``.jsonl``), read in place of the Hub.
 
     Raises:
         UserError: the data set cannot be loaded, or its rows have another layout.
@@ -60,7 +57,7 @@ def official_splits(benchmark: Benchmark, root: Path | None = None) -> dict[str,
     for split in benchmark.splits.values():
         official[split] = []
         for part in benchmark.parts:
-            rows = _load(part.hub_id, part.hub_config, split, root)
+            rows = _load(part.hub_id, part.hub_config, split)
             try:
                 official[split] += part_examples(benchmark, part, split, rows)
             except (KeyError, TypeError, ValueError) as error:
@@ -73,17 +70,11 @@ def official_splits(benchmark: Benchmark, root: Path | None = None) -> dict[str,
     return official
 
 
-def _load(hub_id: str, config: str, split: str, root: Path | None):  # type: ignore[no-untyped-def]
+def _load(hub_id: str, config: str, split: str) -> Iterable[RawRow]:
     import datasets  # half a second: late
 
     try:
-        if root is None:
-            return datasets.load_dataset(hub_id, config, split=split)
-        files = sorted((root / hub_id / config).glob(f"{split}.*"))
-        if not files:
-            raise FileNotFoundError(f"no {split} file under {root / hub_id / config}")
-        kind = "parquet" if files[0].suffix == ".parquet" else "json"
-        return datasets.load_dataset(kind, data_files={split: [str(file) for file in files]}, split=split)
+        return datasets.load_dataset(hub_id, config, split=split)
     except Exception as error:  # datasets raises errors of five libraries; each means: no rows
         first_line = str(error).strip().partition("\n")[0]
         raise UserError(

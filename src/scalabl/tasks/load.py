@@ -6,13 +6,14 @@ import contextlib
 from importlib.resources import files
 from pathlib import Path
 
+from scalabl.cache import cache_directory
 from scalabl.errors import UserError
 from scalabl.tasks import hub, wheel_rows
 from scalabl.tasks.assemble import assemble
 from scalabl.tasks.example import Example
 from scalabl.tasks.jsonl import load_jsonl_task
 from scalabl.tasks.registry import BENCHMARKS, Benchmark, find
-from scalabl.tasks.store import default_cache_dir, read_task, task_folder, write_task
+from scalabl.tasks.store import read_task, task_folder, write_task
 from scalabl.tasks.task import Task
 from scalabl.tasks.wheel import BYTES, REQUIREMENT, verify, wheel_path
 
@@ -22,7 +23,8 @@ SOURCES = ("auto", "package", "cache", "wheel", "hub")
 def load_task(name_or_path: str, *, cache_dir: Path | None = None, source: str = "auto") -> Task:
     """A benchmark by name, or the user's own rows by path.
 
-    A path is a ``.jsonl`` file or a directory of ``train.jsonl``, ``validation.jsonl``, ``test.jsonl``. A benchmark's name wins over a file of that name: write ``./boolq`` for the latter.
+    A path is a ``.jsonl`` file or a directory of ``train.jsonl``, ``validation.jsonl``, ``test.jsonl``. A benchmark's
+    name wins over a file of that name: write ``./boolq`` for the latter.
 
     Args:
         name_or_path: a name of :data:`scalabl.tasks.registry.BENCHMARKS`, or a path.
@@ -41,12 +43,17 @@ def load_task(name_or_path: str, *, cache_dir: Path | None = None, source: str =
         raise UserError(f"no source is called {source!r}; use one of {', '.join(SOURCES)}.")
     if name_or_path not in BENCHMARKS and _is_path(name_or_path):
         return load_jsonl_task(Path(name_or_path).expanduser())
-    return _load_benchmark(find(name_or_path), cache_dir or default_cache_dir(), source)
+    return _load_benchmark(find(name_or_path), cache_dir or cache_directory(), source)
 
 
 def _is_path(text: str) -> bool:
     path = Path(text).expanduser()
-    return path.exists() or path.suffix in {".jsonl", ".json"} or "/" in text or "\\" in text
+    if path.suffix in {".jsonl", ".json"} or "/" in text or "\\" in text:
+        return True
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # too long for a file name, or with a null character
+        return False
 
 
 def _load_benchmark(benchmark: Benchmark, cache_dir: Path, source: str) -> Task:

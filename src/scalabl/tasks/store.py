@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import lzma
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.resources.abc import Traversable
 from pathlib import Path
 
@@ -16,11 +16,6 @@ from scalabl.tasks.example import Example, check
 from scalabl.tasks.task import Task
 
 FORMAT = 1  # raised when the rows or rules change: an older cache is then read as absent
-
-
-def default_cache_dir() -> Path:
-    """``$SCALABL_CACHE``, or ``~/.cache/scalabl``."""
-    return Path(os.environ.get("SCALABL_CACHE") or Path.home() / ".cache" / "scalabl").expanduser()
 
 
 def task_folder(cache_dir: Path, name: str) -> Path:
@@ -49,9 +44,13 @@ def write_task(task: Task, folder: Path, compress: bool = False) -> None:
             "source": task.source, "licence": task.licence,
         }
         (fresh / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
-        if folder.exists():
+        with contextlib.suppress(FileNotFoundError):
             os.replace(folder, old)
-        os.replace(fresh, folder)
+        try:
+            os.replace(fresh, folder)
+        except OSError:
+            if not (folder / "meta.json").exists():  # else another process has just written the same rows
+                raise
 
 
 def read_task(folder: Path | Traversable) -> Task | None:
@@ -64,7 +63,7 @@ def read_task(folder: Path | Traversable) -> Task | None:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         if meta.get("format") != FORMAT:
             return None
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{folder}/meta.json is broken ({error}); delete its folder and fetch again.") from None
@@ -79,7 +78,7 @@ def read_task(folder: Path | Traversable) -> Task | None:
         raise UserError(f"{folder} is broken ({error}); delete that folder and fetch the rows again.") from None
 
 
-@contextmanager
+@contextlib.contextmanager
 def writing_below(folder: Path) -> Iterator[None]:
     """Make ``folder``; an operating system's refusal while writing in it becomes a UserError."""
     try:

@@ -32,7 +32,6 @@ SUPPORTED_LORA_OPTIONS = {
     "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
     "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out", "bias", "use_rslora",
     "modules_to_save", "init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern",
-    "megatron_core", "runtime_config", "qalora_group_size",
 }  # fmt: skip
 
 
@@ -80,10 +79,15 @@ class ScalaBLConfig(LoraConfig):
         return Prior(self.prior_mean, self.prior_std)
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write `adapter_config.json`, and `mean/`, a plain LoRA of the weights just saved beside it."""
-        super().save_pretrained(save_directory, **kwargs)
-        from scalabl.tuner.mean_adapter import write_mean_adapter
+        """Write `adapter_config.json`, and `mean/`, a plain LoRA of the weights just saved beside it.
 
+        Raises:
+            UserError: the weights beside it were pickled (`safe_serialization=False`).
+        """
+        from scalabl.tuner.mean_adapter import refuse_pickled_weights, write_mean_adapter
+
+        refuse_pickled_weights(save_directory)
+        super().save_pretrained(save_directory, **kwargs)
         write_mean_adapter(save_directory, self)
 
 

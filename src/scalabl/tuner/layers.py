@@ -10,6 +10,19 @@ from scalabl.posterior import Prior
 from scalabl.tuner.projection import StochasticProjection
 
 
+# what torch.compile, FSDP and checkpointing wrappers put into the names of the modules inside them
+_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The PEFT model inside DistributedDataParallel and torch.compile, in any order."""
+    while True:
+        inner = getattr(model, "_orig_mod", getattr(model, "module", None))
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
 def active_adapters(model: nn.Module) -> list[str]:
     """The names of the adapters in use."""
     active = getattr(model, "active_adapters", None)
@@ -23,6 +36,8 @@ def active_adapters(model: nn.Module) -> list[str]:
 def stochastic_layers(model: nn.Module, adapter: str | None = None) -> dict[str, StochasticProjection]:
     """The stochastic leaves of an adapter by the name of the layer they adapt ("model.layers.3.self_attn.q_proj").
 
+    Where several adapters are active, the adapter's name follows ("model.layers.3.self_attn.q_proj.first").
+
     Args:
         model: a PEFT model, wrapped (DDP, compiled) or not.
         adapter: its name; the active ones if None.
@@ -30,35 +45,14 @@ def stochastic_layers(model: nn.Module, adapter: str | None = None) -> dict[str,
     Raises:
         UserError: there is none, so the model would silently be a plain LoRA.
     """
-    while hasattr(model, "module") and isinstance(model.module, nn.Module):  # DDP
-        model = model.module
-    model = getattr(model, "_orig_mod", model)  # torch.compile
-    wanted = [adapter] if adapter is not None else active_adapters(model)
-    found = {}
-    for name, module in model.named_modules():
-        if isinstance(module, StochasticProjection):
-            layer, _, adapter_name = name.partition(".lora_A.")
-            if adapter_name in wanted:
-                found[_bare(layer)] = module
-    if not found:
-        raise UserError(
-            f"No stochastic layer in adapter {', '.join(wanted)}: make the adapter with scalabl.ScalaBLConfig, "
-            "a plain LoraConfig has no posterior."
-        )
-    return found
-
-
-def _bare(name: str) -> str:
-    """The name in the base model, without what wrappers put in front or between."""
-    name = name.replace("_fsdp_wrapped_module.", "").replace("_checkpoint_wrapped_module.", "")
-    return name.removeprefix("base_model.").removeprefix("model.") if name.startswith("base_model.") else name
+    leaves = _leaves(model, adapter)
+    several = len({name for _, name, _ in leaves}) > 1
+    return {f"{layer}.{name}" if several else layer: leaf for layer, name, leaf in leaves}
 
 
 def prior_of(model: nn.Module, adapter: str | None = None) -> Prior:
     """The prior that the adapter was configured with; the first active one's if `adapter` is None."""
-    while hasattr(model, "module") and isinstance(model.module, nn.Module):
-        model = model.module
-    model = getattr(model, "_orig_mod", model)
+    model = unwrap(model)
     name = adapter if adapter is not None else active_adapters(model)[0]
     prior = model.peft_config[name].prior  # type: ignore[index, union-attr]
     assert isinstance(prior, Prior)
@@ -68,9 +62,35 @@ def prior_of(model: nn.Module, adapter: str | None = None) -> Prior:
 def kl_divergence(model: nn.Module, adapter: str | None = None) -> Tensor:
     """KL(q || p) in nats, summed over all stochastic layers of the (active) adapter: a differentiable scalar.
 
+    Where several adapters are active, each is held against its own prior.
+
     Raises:
         UserError: the model has no stochastic layer.
     """
-    prior = prior_of(model, adapter) if adapter or stochastic_layers(model, adapter) else Prior()
-    terms = [leaf.posterior.kl(prior) for leaf in stochastic_layers(model, adapter).values()]
+    terms = [leaf.posterior.kl(prior_of(model, name)) for _, name, leaf in _leaves(model, adapter)]
     return torch.stack([term.to(terms[0].device) for term in terms]).sum()
+
+
+def _leaves(model: nn.Module, adapter: str | None) -> list[tuple[str, str, StochasticProjection]]:
+    """(name of the adapted layer in the base model, name of the adapter, leaf) of an adapter or of the active ones."""
+    model = unwrap(model)
+    wanted = [adapter] if adapter is not None else active_adapters(model)
+    leaves = []
+    for name, module in model.named_modules():
+        if isinstance(module, StochasticProjection):
+            layer, _, adapter_name = _bare(name).partition(".lora_A.")
+            if adapter_name in wanted:
+                leaves.append((layer, adapter_name, module))
+    if not leaves:
+        raise UserError(
+            f"No stochastic layer in adapter {', '.join(wanted)}: make the adapter with scalabl.ScalaBLConfig, "
+            "a plain LoraConfig has no posterior."
+        )
+    return leaves
+
+
+def _bare(name: str) -> str:
+    """The name in the base model, without what wrappers put in front or between."""
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name.removeprefix("base_model.model.")

@@ -13,14 +13,21 @@ from typing import TYPE_CHECKING
 
 import torch.nn.functional as F
 from peft import LoraConfig
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from scalabl.errors import UserError
 
 if TYPE_CHECKING:
     from scalabl.tuner.config import ScalaBLConfig
 
 MEAN_DIRECTORY = "mean"
+
+
+def projection_rows(direction: Tensor, unit_rows: bool) -> Tensor:
+    """(r, d_in) the projection A as the forward pass uses it, in float32."""
+    return F.normalize(direction.float(), dim=1) if unit_rows else direction.float()
 
 
 def plain_lora_config(config: ScalaBLConfig) -> LoraConfig:
@@ -41,7 +48,7 @@ def fold(tensors: dict[str, Tensor], config: ScalaBLConfig, s_of: Callable[[str,
     for name, tensor in tensors.items():
         if name.endswith(".direction"):
             prefix = name.removesuffix("direction")
-            rows = F.normalize(tensor.float(), dim=1) if config.unit_rows else tensor.float()
+            rows = projection_rows(tensor, config.unit_rows)
             s = s_of(prefix, tensors[f"{prefix}posterior.log_mean"].float().exp())
             plain[f"{prefix}weight"] = (s[:, None] * rows).to(tensor.dtype).contiguous()
         elif ".posterior." not in name:
@@ -62,6 +69,20 @@ def write_plain_adapter(directory: Path, tensors: dict[str, Tensor], config: Sca
     lora = plain_lora_config(config)
     lora.inference_mode = True
     lora.save_pretrained(str(directory))
+
+
+def refuse_pickled_weights(save_directory: str | Path) -> None:
+    """Refuse a directory whose newest weights are a pickle, which runs code when it is loaded.
+
+    Raises:
+        UserError: `adapter_model.bin` is there, and no newer `adapter_model.safetensors`.
+    """
+    pickled, safe = Path(save_directory) / WEIGHTS_NAME, Path(save_directory) / SAFETENSORS_WEIGHTS_NAME
+    if pickled.exists() and not (safe.exists() and safe.stat().st_mtime_ns >= pickled.stat().st_mtime_ns):
+        raise UserError(
+            f"ScalaBL adapters are saved as safetensors alone: delete {pickled} and call save_pretrained without "
+            "safe_serialization=False."
+        )
 
 
 def write_mean_adapter(save_directory: str | Path, config: ScalaBLConfig) -> None:

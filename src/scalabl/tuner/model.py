@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
+from contextlib import AbstractContextManager
 from typing import Any
 
 from peft.tuners.lora import LoraLayer, LoraModel
+from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from scalabl.errors import UserError
 from scalabl.tuner.config import ScalaBLConfig
 from scalabl.tuner.fingerprint import fingerprint
-from scalabl.tuner.projection import StochasticProjection
+from scalabl.tuner.projection import Particles, StochasticProjection
 
 
 class ScalaBLModel(LoraModel):
@@ -35,7 +39,13 @@ class ScalaBLModel(LoraModel):
                 f"{config.base_fingerprint}, this model's is {found}); load the base model named in "
                 f"adapter_config.json ({config.base_model_name_or_path})."
             )
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except NoMatchingPeftModuleError as error:
+            raise UserError(
+                f"target_modules={_as_text(config.target_modules)} adapts no layer of this model; name layers by the "
+                f"end of their path, of which it has {_linear_names(model)}."
+            ) from error
 
     def _create_and_replace(
         self,
@@ -47,19 +57,24 @@ class ScalaBLModel(LoraModel):
         current_key: str,
         **kwargs: Any,
     ) -> None:
+        if kwargs.get("parameter_name") is not None:
+            raise UserError(
+                f"ScalaBL adapts linear layers, but {current_key} is a parameter (of expert layers, for instance); "
+                "remove it from the targets."
+            )
         base = target.get_base_layer() if isinstance(target, LoraLayer) else target
         if isinstance(base, nn.Embedding | nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.MultiheadAttention):
             raise UserError(
                 f"ScalaBL adapts linear layers, but {current_key} is a {type(base).__name__}; remove it from "
                 "target_modules."
             )
-        super()._create_and_replace(
-            lora_config, adapter_name, target, target_name, parent, current_key, **kwargs
-        )
+        super()._create_and_replace(lora_config, adapter_name, target, target_name, parent, current_key, **kwargs)
         layer = getattr(parent, target_name)
         plain = layer.lora_A[adapter_name]
         if not isinstance(plain, nn.Linear):
-            raise UserError(f"ScalaBL cannot adapt {current_key}, a {type(base).__name__}; remove it from target_modules.")
+            raise UserError(
+                f"ScalaBL cannot adapt {current_key}, a {type(base).__name__}; remove it from target_modules."
+            )
         r, smallest = plain.out_features, min(layer.in_features, layer.out_features)
         if r > smallest:
             raise UserError(
@@ -88,4 +103,38 @@ class ScalaBLModel(LoraModel):
     def subtract_mutated_init(self, *args: Any, **kwargs: Any) -> Any:
         raise UserError("ScalaBL does not change the base weights, so there is no initial adapter to subtract.")
 
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
+        """PEFT's batches of mixed adapters regroup the rows, so that row j would no longer carry particle j // B."""
+        if kwargs.get("adapter_names") is not None and any(
+            isinstance(module, StochasticProjection) and isinstance(module.state, Particles)
+            for module in self.modules()
+        ):
+            raise UserError("adapter_names cannot be given under particles; predict with one adapter after the other.")
+        context: AbstractContextManager[None] = super()._enable_peft_forward_hooks(*args, **kwargs)
+        return context
 
+    def _check_merge_allowed(self) -> None:
+        """Before a merge: an adapted output layer that shares the input embedding's weights gets a copy of its own.
+
+        PEFT adds the adapter to the shared tensor in place, which would change the input embeddings too.
+        """
+        embedding = self.model.get_input_embeddings() if hasattr(self.model, "get_input_embeddings") else None
+        for layer in self.model.modules():
+            if isinstance(layer, LoraLayer) and embedding is not None and layer.get_base_layer() is not embedding:
+                base = layer.get_base_layer()
+                if base.weight is getattr(embedding, "weight", None):
+                    base.weight = nn.Parameter(base.weight.detach().clone(), requires_grad=base.weight.requires_grad)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*tie_word_embeddings=True", category=UserWarning)
+            super()._check_merge_allowed()
+
+
+def _as_text(targets: Any) -> str:
+    return repr(targets) if isinstance(targets, str) or targets is None else repr(sorted(targets))
+
+
+def _linear_names(model: nn.Module) -> str:
+    """The distinct last parts of the names of the model's linear layers."""
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+    names = {name.rpartition(".")[2] for name in linear}
+    return ", ".join(sorted(names)) or "none"

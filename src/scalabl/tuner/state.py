@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 from torch import nn
 
@@ -26,17 +26,19 @@ def _state(model: nn.Module, state_of: Callable[[str, StochasticProjection], Sta
             leaf.state = before[name]
 
 
-def mean(model: nn.Module):  # type: ignore[no-untyped-def]
+def mean(model: nn.Module) -> AbstractContextManager[None]:
     """Context in which every row carries the posterior mean, while training too."""
     return _state(model, lambda _name, _leaf: "mean")
 
 
-def sample(model: nn.Module):  # type: ignore[no-untyped-def]
+def sample(model: nn.Module) -> AbstractContextManager[None]:
     """Context in which every row of every pass carries a fresh draw, while predicting too."""
     return _state(model, lambda _name, _leaf: "sample")
 
 
-def particles(model: nn.Module, number: int, *, seed: int = 0, first: int = 0, indices: Sequence[int] | None = None):  # type: ignore[no-untyped-def]
+def particles(
+    model: nn.Module, number: int, *, seed: int = 0, first: int = 0, indices: Sequence[int] | None = None
+) -> AbstractContextManager[None]:
     """Context in which a batch of N B rows carries N fixed draws: row j has particle j // B, in every layer.
 
     The same (seed, particle, layer) gives the same noise on every machine and in every run.

@@ -1,0 +1,44 @@
+"""The demo's recipe and its checks; imports nothing heavy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from scalabl.errors import UserError
+from scalabl.training.recipe import Recipe
+
+TASK = "arc-easy"
+TRAIN_ROWS = 600
+VALIDATION_ROWS = 200
+SHIFTED_ROWS = 200
+LAYERS = "last:8"
+
+
+def demo_recipe(method: str, *, seed: int, steps: int) -> Recipe:
+    """The same budget for both methods: rows, steps, batch, learning rate, targets, rank."""
+    return Recipe(
+        data=TASK,
+        method=method,
+        steps=steps,
+        seed=seed,
+        train_rows=TRAIN_ROWS,
+        validation_rows=VALIDATION_ROWS,
+        layers=LAYERS,
+        scoring="continuation",
+        max_length=256,
+    )
+
+
+def check_demo(output: Path, report: Path, *, steps: int, test_rows: int, samples: int) -> None:
+    """Refuse what cannot work before anything is loaded.
+
+    Raises:
+        UserError: a number below 1, or a place that cannot be written.
+    """
+    for name, value in (("--steps", steps), ("--test-rows", test_rows), ("--samples", samples)):
+        if value < 1:
+            raise UserError(f"{name} is {value}; it must be at least 1.")
+    if report.is_dir() or not report.resolve().parent.is_dir():
+        raise UserError(f"{report} cannot be written; give a file in a directory that exists.")
+    if output.is_file():
+        raise UserError(f"{output} is a file; choose another --output.")

@@ -1,0 +1,169 @@
+"""The pictures of a report, each as the text of one inline <svg>."""
+
+import math
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+from numpy.typing import NDArray
+from torch import Tensor
+
+from scalabl.metrics import reliability, risk_coverage
+from scalabl.report.drawing import INK, MUTED, Drawing, dashes, series
+
+NUM_BINS = 15
+FIRST_ROWS = 20  # a risk among fewer rows moves by 5 points a row and more: the curve starts here
+_MAX_POINTS = 400
+
+TRAINING = {
+    "nll": "negative log-likelihood (nats)",
+    "kl": "KL(q ‖ p) (nats)",
+    "sigma_mean": "mean standard deviation of s",
+    "s_mean": "mean of s",
+}
+
+
+def reliability_diagram(name: str, method: str, probs: Tensor, labels: Tensor) -> str:
+    """Accuracy against confidence in 15 bins, with Wilson intervals, above a histogram of confidence."""
+    drawing = Drawing(3.4, 3.9, (3, 1), share_x=True)
+    above, below = drawing.axes
+    bins = [b for b in reliability(probs, labels, NUM_BINS) if b.count]
+    confidence = np.array([b.confidence for b in bins])
+    accuracy = np.array([b.accuracy for b in bins])
+    ends = np.array([(b.accuracy_low, b.accuracy_high) for b in bins])
+    error = np.stack([accuracy - ends[:, 0], ends[:, 1] - accuracy]).clip(min=0)
+    above.plot([0, 1], [0, 1], color=MUTED, linewidth=0.9, linestyle=(0, (3, 2)))
+    above.vlines(confidence, confidence, accuracy, color=series(1), linewidth=4, alpha=0.35)
+    above.errorbar(
+        confidence,
+        accuracy,
+        error,
+        color=series(0),
+        fmt="o-",
+        markersize=3.5,
+        linewidth=1.3,
+        elinewidth=0.8,
+    )
+    above.set(ylim=(-0.02, 1.02), ylabel="accuracy", yticks=[0, 0.25, 0.5, 0.75, 1])
+    shares = np.array([b.count for b in bins]) / len(labels)
+    below.bar([b.low for b in bins], shares, 1 / NUM_BINS, align="edge", color=series(0), alpha=0.55)
+    mean_confidence = probs.max(dim=1).values.mean().item()
+    mean_accuracy = (probs.argmax(dim=1) == labels.cpu()).double().mean().item()
+    below.axvline(mean_confidence, color=INK, linewidth=1.1, linestyle=(0, (3, 2)))
+    below.axvline(mean_accuracy, color=INK, linewidth=1.1)
+    below.set(xlim=(-0.02, 1.02), xlabel="confidence", ylabel="share", xticks=[0, 0.25, 0.5, 0.75, 1])
+    for axis in (above.yaxis, below.xaxis, below.yaxis):
+        axis.set_major_formatter(PercentFormatter(1, decimals=0))
+    below.yaxis.set_major_locator(MaxNLocator(2))
+    return drawing.svg(
+        name,
+        f"Reliability of {method}: mean confidence {mean_confidence:.0%}, accuracy {mean_accuracy:.0%}.",
+    )
+
+
+def risk_coverage_curves(name: str, methods: list[tuple[str, Tensor, Tensor]]) -> str:
+    """The share of errors among the surest rows, a line for each (name, probs (n, C), labels (n,))."""
+    drawing = Drawing(5.2, 3.3)
+    axes = drawing.axes[0]
+    ends = []
+    for i, (method, probs, labels) in enumerate(methods):
+        coverage, risk = risk_coverage(probs, labels)
+        start = min(FIRST_ROWS, len(coverage)) - 1
+        chosen = np.unique(np.linspace(start, len(coverage) - 1, _MAX_POINTS).round().astype(int))
+        marker = "o" if len(chosen) == 1 else None
+        axes.plot(
+            coverage[chosen], risk[chosen], color=series(i), linestyle=dashes(i), linewidth=1.7, marker=marker
+        )
+        ends.append(f"{method} {risk[-1].item():.0%}")
+    axes.set(
+        xlim=(0, 1.01), xlabel="coverage: share of rows answered, the surest first", ylabel="share of errors"
+    )
+    axes.set_ylim(bottom=0)
+    _percent(axes)
+    return drawing.svg(name, f"Risk-coverage curves; errors when every row is answered: {', '.join(ends)}.")
+
+
+def entropy_histograms(name: str, method: str, label: str, sets: list[tuple[str, Tensor]]) -> str:
+    """An uncertainty (rows,) in nats in distribution (first, filled) and on each shifted set (a line)."""
+    drawing = Drawing(3.4, 2.4)
+    axes = drawing.axes[0]
+    top = max(1e-9, max(values.max().item() for _, values in sets))
+    edges = np.linspace(0, top, 26).tolist()
+    for i, (_, values) in enumerate(sets):
+        weights = np.full(len(values), 1 / len(values))
+        if i == 0:
+            axes.hist(values, edges, weights=weights, histtype="stepfilled", color=series(0), alpha=0.35)
+        axes.hist(
+            values,
+            edges,
+            weights=weights,
+            histtype="step",
+            color=series(i),
+            linestyle=dashes(i),
+            linewidth=1.5,
+        )
+    axes.set(xlim=(0, top), xlabel=f"{label} (nats)", ylabel="share of rows")
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.yaxis.set_major_locator(MaxNLocator(4))
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    means = ", ".join(f"{set_name} {values.mean().item():.3g}" for set_name, values in sets)
+    return drawing.svg(name, f"{label} of {method}; means in nats: {means}.")
+
+
+def training_curves(name: str, training: dict[str, list[dict[str, float]]]) -> list[str]:
+    """One picture for each quantity that was logged (TRAINING names them), a line for each run."""
+    pictures = []
+    for quantity in TRAINING:
+        logged = [_logged(records, quantity) for records in training.values()]
+        if not any(steps for steps, _ in logged):
+            continue
+        drawing = Drawing(3.4, 2.4)
+        axes = drawing.axes[0]
+        for i, (steps, values) in enumerate(logged):
+            if not steps:
+                continue
+            smooth = _running_mean(np.array(values))
+            if len(values) > 30:
+                axes.plot(steps, values, color=series(i), linewidth=0.7, alpha=0.3)
+            axes.plot(
+                steps,
+                smooth,
+                color=series(i),
+                linestyle=dashes(i),
+                linewidth=1.6,
+                marker="o" if len(steps) == 1 else None,
+            )
+        axes.set(xlabel="step", ylabel=TRAINING[quantity])
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+        pictures.append(drawing.svg(f"{name}-{quantity}", f"{TRAINING[quantity]} over the training steps."))
+    return pictures
+
+
+def _logged(records: list[dict[str, float]], quantity: str) -> tuple[list[float], list[float]]:
+    """Steps and finite values of the records that hold the quantity, thinned to what a picture shows.
+
+    Where a run logged no NLL, its loss is the NLL: a KL never enters the loss.
+    """
+    if quantity == "nll" and not any("nll" in record for record in records):
+        quantity = "loss"
+    held = [
+        record for record in records if "step" in record and math.isfinite(record.get(quantity, math.nan))
+    ]
+    held = held[:: max(1, math.ceil(len(held) / _MAX_POINTS))]
+    return [record["step"] for record in held], [record[quantity] for record in held]
+
+
+def _running_mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The centred mean over a fifteenth of the run, shorter at its ends; short runs are left as they are."""
+    half = len(values) // 30
+    total = np.concatenate([[0.0], values.cumsum()])
+    place = np.arange(len(values))
+    low, high = np.maximum(place - half, 0), np.minimum(place + half + 1, len(values))
+    mean: NDArray[np.float64] = (total[high] - total[low]) / (high - low)
+    return mean
+
+
+def _percent(axes: Axes) -> None:
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(PercentFormatter(1, decimals=0))

@@ -1,0 +1,110 @@
+"""A run's directory: `scalabl.json` says what it is, whether it is finished, and what its adapter must hash to.
+
+    DIR/scalabl.json                 recipe, task, scoring, versions, status, sha256 of the adapter
+    DIR/adapter_model.safetensors    the adapter, with adapter_config.json
+    DIR/mean/                        a plain LoRA of the posterior mean (method scalabl)
+    DIR/training_log.json            what the trainer logged
+    DIR/checkpoints/                 while it runs
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from scalabl.errors import UserError
+
+RECORD = "scalabl.json"
+ADAPTER = "adapter_model.safetensors"
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON whole or not at all."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        unfinished.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def read_record(directory: Path) -> dict[str, Any]:
+    """The record of a run.
+
+    Raises:
+        UserError: the directory is not a run of this program, or its record cannot be read.
+    """
+    path = directory / RECORD
+    if not directory.is_dir():
+        raise UserError(f"There is no run directory {directory}; make one with scalabl train --output {directory}.")
+    if not path.is_file():
+        raise UserError(f"{directory} holds no {RECORD}, so it is no run; make one with scalabl train.")
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not readable JSON; train the run again or restore the file.") from error
+    if not isinstance(record, dict) or "recipe" not in record:
+        raise UserError(f"{path} is not a run's record; train the run again or restore the file.")
+    return record
+
+
+def finished_record(directory: Path) -> dict[str, Any]:
+    """The record of a finished run whose adapter is what was written.
+
+    Raises:
+        UserError: not a run, not finished, or the adapter was truncated or altered.
+    """
+    record = read_record(directory)
+    if record.get("status") != "finished":
+        raise UserError(f"The run in {directory} is not finished; run the same scalabl train again to resume it.")
+    adapter = directory / ADAPTER
+    if not adapter.is_file():
+        raise UserError(f"{directory} has lost its {ADAPTER}; restore the file or train the run again.")
+    if sha256(adapter) != record.get("adapter_sha256"):
+        raise UserError(
+            f"{adapter} was truncated or altered (its sha256 is not the one in {RECORD}); restore the file or train "
+            "the run again."
+        )
+    return record
+
+
+def claim(directory: Path, recipe: dict[str, Any]) -> bool:
+    """Make a directory ready for a run; True if it already holds this very run, finished.
+
+    Raises:
+        UserError: it holds another run or other files, or cannot be written.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise UserError(f"{directory} is a file; choose another --output.")
+    if (directory / RECORD).exists():
+        record = read_record(directory)
+        different = [name for name, value in recipe.items() if record["recipe"].get(name) != value]
+        if different:
+            name = different[0]
+            raise UserError(
+                f"{directory} holds another run ({name} was {record['recipe'].get(name)}, now {recipe[name]}); "
+                "choose another --output or delete it."
+            )
+        return record.get("status") == "finished"
+    if directory.exists() and any(directory.iterdir()):
+        raise UserError(f"{directory} is not empty and holds no run; choose another --output.")
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        probe = directory / ".probe"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"{directory} cannot be written ({error.strerror}); choose another --output.") from error
+    return False

@@ -1,0 +1,242 @@
+"""ELBOCallback: turns any Trainer's likelihood training into stochastic variational inference.
+
+The trainer minimises mean_i -log p(y_i | x_i, s) with s drawn in the forward pass (the reparameterised gradient of
+the expected log-likelihood); this callback adds the gradient of KL(q || p) / N, which a Gaussian has in closed form.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import operator
+from typing import Any
+
+import torch
+from accelerate.optimizer import AcceleratedOptimizer
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from scalabl.errors import UserError
+from scalabl.posterior import Gaussian, Prior
+from scalabl.training.log_values import LogContributor
+from scalabl.training.parameter_group import VariationalGroup, innermost
+from scalabl.training.refusals import refuse_flattened_batches, refuse_hidden_gradients, refuse_untrained
+from scalabl.training.schedule import SCHEDULES, Schedule, kl_weight
+from scalabl.tuner import prior_of, stochastic_layers
+
+# a prime far apart from the small seeds that people give: the streams of two ranks and two runs never meet
+_SEEDS_BETWEEN_RANKS = 1_000_003
+
+
+class ELBOCallback(LogContributor):
+    """The KL of the ELBO for `transformers.Trainer` and every trainer built on it.
+
+    Once an optimiser step, after gradient clipping and after the ranks' gradients are averaged, the closed-form
+    gradient of weight * KL(q || p) is added to the variational parameters' gradients. It is thus neither clipped nor
+    multiplied by gradient accumulation, batch size, ranks or fp16's loss scale. Every training log gains "kl" (nats,
+    after the step), "nll" (the trainer's loss), "kl_weight" (of the last step), "sigma_mean" and "s_mean" (means over
+    all numbers of all layers of the posterior std and of |mean|).
+
+    With several data-parallel ranks each rank gets its own stream of noise at the start of training (Trainer seeds
+    all ranks alike, which would draw the same s for different sequences).
+
+    Args:
+        num_examples: N, the number of terms that the trainer's loss is a mean of over one epoch. For a loss that is
+            a mean over rows it is the number of training rows; for a mean over tokens (Trainer's and SFTTrainer's
+            default for causal language models) the number of trained tokens of the training set.
+        beta: multiplier of the KL, at least 0; 1 is the ELBO.
+        schedule: "elbo" (KL / N at every step), "warmup" (linear from 0 to KL / N) or "minibatch" (the paper's
+            pi_i, KL / N on average); see `scalabl.training.schedule`.
+        warmup_fraction: fraction of all optimiser steps over which "warmup" rises.
+        cycle: optimiser steps of one cycle of "minibatch"; an epoch if None.
+        learning_rate: learning rate of the variational parameters at a schedule factor of 1 (the trainer's own LR
+            schedule multiplies it); None leaves them at the trainer's. They never get weight decay.
+        adapter: the adapter's name; the active ones if None.
+
+    Raises:
+        UserError: a value out of range. At the start of training: no stochastic layer, frozen or unknown to the
+            optimiser; an engine that hides gradients (DeepSpeed, FSDP 1, optimisers that update during backward);
+            packed or padding-free batches; "minibatch" over a data set without length and no `cycle`.
+    """
+
+    def __init__(
+        self,
+        num_examples: int,
+        *,
+        beta: float = 1.0,
+        schedule: Schedule = "elbo",
+        warmup_fraction: float = 0.1,
+        cycle: int | None = None,
+        learning_rate: float | None = 2e-2,
+        adapter: str | None = None,
+    ) -> None:
+        self.num_examples = _positive_integer(
+            num_examples, "num_examples", "the number of training rows (or of trained tokens)"
+        )
+        if not (math.isfinite(beta) and beta >= 0):
+            raise UserError(f"beta is {beta}, but the KL's multiplier cannot be negative; 1.0 is the ELBO.")
+        if schedule not in SCHEDULES:
+            raise UserError(f"The KL schedule {schedule!r} does not exist; choose one of {', '.join(SCHEDULES)}.")
+        if not 0 <= warmup_fraction <= 1:
+            raise UserError(f"warmup_fraction is {warmup_fraction}, but it is a fraction of the run: 0 to 1.")
+        if learning_rate is not None and not (math.isfinite(learning_rate) and learning_rate > 0):
+            raise UserError(
+                f"learning_rate is {learning_rate}, but the variational parameters need a positive one; 2e-2 is the "
+                "usual choice, None keeps the trainer's."
+            )
+        super().__init__()
+        self.beta = float(beta)
+        self.schedule: Schedule = schedule
+        self.warmup_fraction = warmup_fraction
+        self.cycle = None if cycle is None else _positive_integer(cycle, "cycle", "a number of optimiser steps")
+        self.learning_rate = learning_rate
+        self.adapter = adapter
+        self._posteriors: dict[str, Gaussian] = {}
+        self._prior = Prior()
+        self._group: VariationalGroup | None = None
+        self._cycle = 1
+        self._last_weight = 0.0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        model, optimizer, dataloader = kwargs["model"], kwargs["optimizer"], kwargs.get("train_dataloader")
+        self._remove_group()
+        self._posteriors = {name: leaf.posterior for name, leaf in stochastic_layers(model, self.adapter).items()}
+        self._prior = prior_of(model, self.adapter)
+        refuse_hidden_gradients(args, model, optimizer)
+        refuse_flattened_batches(args, dataloader)
+        trainable = self._trainable()
+        refuse_untrained(optimizer, trainable)
+        self._cycle = self._cycle_steps(args, dataloader)
+        self._group = VariationalGroup(
+            optimizer,
+            [parameter for _, parameter in trainable],
+            learning_rate=self.learning_rate,
+            base_learning_rate=args.learning_rate,
+        )
+        _separate_noise_of_ranks(args)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        weight = kl_weight(
+            self.schedule,
+            state.global_step,
+            num_examples=self.num_examples,
+            total_steps=state.max_steps,
+            cycle=self._cycle,
+            warmup_fraction=self.warmup_fraction,
+            beta=self.beta,
+        )
+        self._last_weight = weight
+        if weight == 0:
+            return
+        _unscale(kwargs["optimizer"])
+        for posterior in self._posteriors.values():
+            add_kl_gradient(posterior, self._prior, weight)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._remove_group()
+
+    @torch.no_grad()
+    def log_values(self, logs: dict[str, Any]) -> dict[str, float]:
+        whole = [_whole(posterior) for posterior in self._posteriors.values()]
+        if not whole:
+            return {}
+        device = whole[0].log_mean.device
+        kl = torch.stack([posterior.kl(self._prior).to(device) for posterior in whole]).sum()
+        sigma = torch.cat([posterior.marginal_std().to(device) for posterior in whole]).mean()
+        s = torch.cat([posterior.mean.to(device) for posterior in whole]).abs().mean()
+        kl_value, sigma_value, s_value = torch.stack([kl, sigma, s]).tolist()  # one transfer
+        return {
+            "kl": kl_value,
+            "nll": float(logs["loss"]),
+            "kl_weight": self._last_weight,
+            "sigma_mean": sigma_value,
+            "s_mean": s_value,
+        }
+
+    def _trainable(self) -> list[tuple[str, nn.Parameter]]:
+        return [
+            (name, parameter)
+            for name, posterior in self._posteriors.items()
+            for parameter in posterior.parameters()
+            if parameter.requires_grad
+        ]
+
+    def _cycle_steps(self, args: TrainingArguments, dataloader: Any) -> int:
+        if self.schedule != "minibatch":
+            return 1
+        if self.cycle is not None:
+            return self.cycle
+        try:
+            return max(1, math.ceil(len(dataloader) / args.gradient_accumulation_steps))
+        except TypeError:
+            raise UserError(
+                'The schedule "minibatch" cycles over an epoch, but the training data has no length; give '
+                "ELBOCallback a cycle in optimiser steps."
+            ) from None
+
+    def _remove_group(self) -> None:
+        if self._group is not None:
+            self._group.remove()
+            self._group = None
+
+
+def add_kl_gradient(posterior: Gaussian, prior: Prior, weight: float) -> None:
+    """Add the gradient of weight * KL(q || p) to the `.grad` of a posterior's trainable parameters, elementwise."""
+    for name, gradient in posterior.kl_gradient(prior).items():
+        parameter = getattr(posterior, name)
+        if not parameter.requires_grad:
+            continue
+        scaled = weight * gradient.to(parameter.dtype)
+        if parameter.grad is None:
+            parameter.grad = scaled
+        else:
+            parameter.grad.add_(scaled)
+
+
+def _unscale(optimizer: Optimizer) -> None:
+    """Divide the gradients by fp16's loss scale now, unless clipping has: what comes later would be divided too."""
+    scaler = optimizer.scaler if isinstance(optimizer, AcceleratedOptimizer) else None
+    if scaler is None or not scaler.is_enabled():
+        return
+    try:
+        scaler.unscale_(innermost(optimizer))
+    except RuntimeError as error:
+        if "already been called" not in str(error):
+            raise
+
+
+def _whole(posterior: Gaussian) -> Gaussian:
+    """The posterior with whole tensors where its parameters are shards (FSDP 2); itself otherwise."""
+    if not any(hasattr(parameter, "full_tensor") for parameter in posterior.parameters()):
+        return posterior
+    gathered: dict[str, Tensor | None] = {
+        name: parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter  # type: ignore[operator]
+        for name, parameter in posterior.named_parameters()
+    }
+    whole = copy.copy(posterior)
+    whole._parameters = gathered  # type: ignore[assignment]
+    return whole
+
+
+def _separate_noise_of_ranks(args: TrainingArguments) -> None:
+    """A noise stream of its own for every data-parallel rank; ranks that share a sequence keep sharing its draw."""
+    ranks_of_a_replica = getattr(args.parallelism_config, "non_data_parallel_size", 1)
+    if args.world_size // ranks_of_a_replica > 1:
+        torch.manual_seed(args.seed + _SEEDS_BETWEEN_RANKS * (args.process_index // ranks_of_a_replica))
+
+
+def _positive_integer(value: Any, name: str, what: str) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = 0
+    if number < 1:
+        raise UserError(f"{name} is {value!r}, but it must be {what}, at least 1.")
+    return number

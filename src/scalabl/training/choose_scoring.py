@@ -1,0 +1,62 @@
+"""Which scoring a run uses: the one whose untrained NLL on validation rows is lowest, chosen before training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from scalabl.errors import UserError
+from scalabl.methods.temperature import negative_log_likelihood
+from scalabl.predictive import MeanPredictive, predict
+from scalabl.scoring import Continuation, Letters, Scorer, Scoring
+from scalabl.tasks import Example
+from scalabl.training.recipe import Recipe
+
+
+def candidates(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Example], labels: tuple[str, ...] | None
+) -> list[Scoring]:
+    """The scorings that a recipe allows for these rows.
+
+    Raises:
+        UserError: letters were asked for, but a label is not one token.
+    """
+    common: dict[str, Any] = {"chat": recipe.chat, "max_length": recipe.max_length}
+    found: list[Scoring] = []
+    if recipe.scoring in ("auto", "letters"):
+        try:
+            found.append(Letters(tokenizer, labels=labels, num_letters=max(len(r.choices) for r in rows), **common))
+        except UserError:
+            if recipe.scoring == "letters":
+                raise
+    if recipe.scoring in ("auto", "continuation"):
+        kinds = ("sum", "token") if recipe.normalization == "auto" else (recipe.normalization,)
+        for kind in kinds:
+            found.append(Continuation(tokenizer, normalization=kind, task_labels=labels is not None, **common))  # type: ignore[arg-type]
+    return found
+
+
+def choose_scoring(
+    options: Sequence[Scoring], model: PreTrainedModel, validation: Sequence[Example], *, limit: int = 100
+) -> tuple[Scoring, dict[str, float]]:
+    """The option with the lowest validation NLL under the untrained model, and every option's NLL by its name."""
+    if len(options) == 1 or not validation:
+        return options[-1], {}
+    labels = torch.tensor([row.answer for row in validation[:limit]])
+    nll: dict[str, float] = {}
+    for option in options:
+        rows = [option.encode(row) for row in validation[:limit]]
+        log_probs = predict(Scorer(model, option), rows, MeanPredictive())
+        nll[describe(option)] = float(negative_log_likelihood(log_probs, labels))
+    best = min(options, key=lambda option: nll[describe(option)])
+    return best, nll
+
+
+def describe(scoring: Scoring) -> str:
+    """A scoring in words: "letters", "continuation (per token)"."""
+    if isinstance(scoring, Continuation):
+        return f"continuation ({'per token' if scoring.normalization == 'token' else 'sums'})"
+    return scoring.name

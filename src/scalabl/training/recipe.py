@@ -1,0 +1,179 @@
+"""A training recipe: everything that decides a run, checked before any long work. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from scalabl.errors import UserError
+
+METHODS = ("scalabl", "mle")
+SCORINGS = ("auto", "letters", "continuation")
+SCHEDULES = ("elbo", "warmup", "minibatch")
+COVARIANCES = ("diagonal", "full")
+NORMALIZATIONS = ("auto", "sum", "token")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides the outcome of a training run.
+
+    Raises:
+        UserError: a value is out of its range; the sentence names it.
+    """
+
+    model: str = "smollm2-135m-instruct"
+    data: str = "arc-easy"
+    method: str = "scalabl"
+    # optimisation
+    steps: int = 200
+    batch_size: int = 8
+    gradient_accumulation: int = 1
+    learning_rate: float = 1e-3
+    warmup: float = 0.06
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    gradient_checkpointing: bool = False
+    optimizer: str = "adamw_torch"
+    # the posterior
+    variational_learning_rate: float = 2e-2
+    beta: float = 1.0
+    schedule: str = "elbo"
+    covariance: str = "diagonal"
+    prior_std: float = 1.0
+    init_sigma: float = 0.05
+    unit_rows: bool = True
+    # the adapter
+    r: int = 8
+    lora_alpha: float = 16
+    lora_dropout: float = 0.0
+    target_modules: str = "q_proj,v_proj"
+    layers: str = "all"
+    # the rows
+    scoring: str = "auto"
+    normalization: str = "auto"
+    chat: bool = False
+    max_length: int = 300
+    train_rows: int | None = None
+    validation_rows: int = 300
+    # the machine
+    seed: int = 0
+    dtype: str = "auto"
+    bits: int | None = None
+    save_steps: int = 50
+
+    def __post_init__(self) -> None:
+        for name, choices in (
+            ("method", METHODS),
+            ("scoring", SCORINGS),
+            ("schedule", SCHEDULES),
+            ("covariance", COVARIANCES),
+            ("normalization", NORMALIZATIONS),
+            ("dtype", DTYPES),
+        ):
+            if getattr(self, name) not in choices:
+                raise UserError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(choices)}.")
+        for name in ("steps", "batch_size", "gradient_accumulation", "r", "save_steps", "max_length"):
+            _require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
+        for name in ("learning_rate", "variational_learning_rate", "prior_std", "init_sigma", "lora_alpha"):
+            value = getattr(self, name)
+            _require(name, value, math.isfinite(value) and value > 0, "a positive number")
+        for name in ("beta", "weight_decay", "max_grad_norm"):
+            value = getattr(self, name)
+            _require(name, value, math.isfinite(value) and value >= 0, "zero or more")
+        _require("warmup", self.warmup, 0 <= self.warmup < 1, "between 0 and 1")
+        _require("lora_dropout", self.lora_dropout, 0 <= self.lora_dropout < 1, "between 0 and 1")
+        _require("validation_rows", self.validation_rows, self.validation_rows >= 0, "zero or more")
+        _require("train_rows", self.train_rows, self.train_rows is None or self.train_rows >= 1, "at least 1")
+        _require("bits", self.bits, self.bits in (None, 4, 8), "4, 8 or left out")
+        layer_fraction(self.layers)
+        if not self.targets:
+            raise UserError("target_modules is empty; name the modules to adapt, for example q_proj,v_proj.")
+
+    @property
+    def targets(self) -> list[str]:
+        """The names in `target_modules`."""
+        return [name.strip() for name in self.target_modules.split(",") if name.strip()]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The recipe as plain values."""
+        return asdict(self)
+
+
+def layer_fraction(layers: str) -> int | None:
+    """The K of "last:K"; None for "all".
+
+    Raises:
+        UserError: it is neither.
+    """
+    if layers == "all":
+        return None
+    head, _, number = layers.partition(":")
+    if head == "last" and number.isdigit() and int(number) >= 1:
+        return int(number)
+    raise UserError(f"layers is {layers!r}; it must be all or last:K, for example last:8.")
+
+
+def make_recipe(values: dict[str, Any], config: Path | None = None) -> Recipe:
+    """A recipe from a YAML file, overridden by the values that are not None.
+
+    Raises:
+        UserError: the file cannot be read, or names something that is no setting.
+    """
+    merged: dict[str, Any] = {}
+    if config is not None:
+        merged |= _read_yaml(config)
+    merged |= {name: value for name, value in values.items() if value is not None}
+    known = {f.name: f for f in fields(Recipe)}
+    for name, value in merged.items():
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {close[0]}?" if close else "."
+            raise UserError(f"{config or 'The recipe'} names {name!r}, which is no setting{hint}")
+        merged[name] = _typed(name, value, str(known[name].type))
+    return Recipe(**merged)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    import yaml
+
+    if not path.is_file():
+        raise UserError(f"There is no recipe {path}.")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not YAML: {str(error).splitlines()[0]}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} must hold settings as name: value lines.")
+    return content
+
+
+def _typed(name: str, value: Any, kind: str) -> Any:
+    """YAML reads 1e-4 as text and 16 as a whole number: bring values to the setting's own type."""
+    if name == "target_modules" and isinstance(value, list):
+        return ",".join(map(str, value))
+    if value is None and "None" in kind:
+        return None
+    word = kind.split(" ")[0]
+    wanted: Any = {"int": int, "float": float, "str": str, "bool": bool}[word]
+    if wanted is bool:
+        if not isinstance(value, bool):
+            raise UserError(f"{name} is {value!r}; it must be true or false.")
+        return value
+    try:
+        converted = wanted(value)
+        whole = wanted is not int or converted == float(value)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{name} is {value!r}; it must be a {word}.") from error
+    if isinstance(value, bool) or not whole:
+        raise UserError(f"{name} is {value!r}; it must be a {word}.")
+    return converted
+
+
+def _require(name: str, value: Any, holds: bool, what: str) -> None:
+    if not holds:
+        raise UserError(f"{name} is {value}; it must be {what}.")

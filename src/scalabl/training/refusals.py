@@ -1,0 +1,84 @@
+"""Trainings in which the KL's gradient would be lost or wrong without a word: refused by name before the first step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from accelerate.utils.deepspeed import DeepSpeedOptimizerWrapper
+from torch import nn
+from torch.optim import Optimizer
+from transformers import DataCollatorWithFlattening, TrainingArguments
+
+from scalabl.errors import UserError
+from scalabl.training.parameter_group import innermost
+
+
+def refuse_hidden_gradients(args: TrainingArguments, model: nn.Module, optimizer: Optimizer) -> None:
+    """Refuse engines that do not leave whole gradients in `.grad` until `optimizer.step()`.
+
+    Raises:
+        UserError: DeepSpeed, the first FSDP, or an optimiser that updates during the backward pass.
+    """
+    if args.deepspeed or getattr(args, "deepspeed_plugin", None) or isinstance(optimizer, DeepSpeedOptimizerWrapper):
+        raise UserError(
+            "DeepSpeed keeps gradients to itself, so the KL's gradient cannot be added to them; train with DDP or with "
+            "FSDP 2 (fsdp_config: version 2) instead."
+        )
+    if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
+        raise UserError(
+            "The first version of FSDP flattens the variational parameters into others, so the KL's gradient cannot be "
+            "added to them; set version 2 in fsdp_config."
+        )
+    in_backward = str(getattr(args.optim, "value", args.optim))
+    names = {type(optimizer).__name__, type(innermost(optimizer)).__name__}
+    if in_backward.endswith("_layerwise") or names & {"LayerWiseDummyOptimizer", "Lomo", "AdaLomo"}:
+        raise UserError(
+            f"The optimiser {in_backward} updates during the backward pass, before the KL's gradient could be added; "
+            "choose another one in TrainingArguments.optim, for instance adamw_torch."
+        )
+
+
+def refuse_flattened_batches(args: TrainingArguments, train_dataloader: Any) -> None:
+    """Refuse batches in which sequences are laid end to end: a draw of s belongs to a row.
+
+    Raises:
+        UserError: TRL's packing or padding_free, or a flattening collator.
+    """
+    for option in ("packing", "padding_free"):
+        if getattr(args, option, False) is True:
+            raise UserError(
+                f"{option}=True lays several sequences into one row, but every sequence needs its own draw of s; set "
+                f"{option}=False."
+            )
+    collator = getattr(train_dataloader, "collate_fn", None)
+    collator = getattr(collator, "data_collator", collator)  # Trainer wraps it to drop unused columns
+    if isinstance(collator, DataCollatorWithFlattening) or getattr(collator, "padding_free", False) is True:
+        raise UserError(
+            f"{type(collator).__name__} lays several sequences into one row, but every sequence needs its own draw of "
+            "s; use a collator that pads."
+        )
+
+
+def refuse_untrained(optimizer: Optimizer, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
+    """Refuse variational parameters that no optimiser would move.
+
+    Args:
+        optimizer: the trainer's optimiser.
+        parameters: the trainable variational parameters with the names of their layers.
+
+    Raises:
+        UserError: there is none (all frozen), or one of them is not in the optimiser.
+    """
+    named = list(parameters)
+    if not named:
+        raise UserError(
+            "All variational parameters are frozen: load the adapter with is_trainable=True, or leave out ELBOCallback."
+        )
+    known = {id(parameter) for group in innermost(optimizer).param_groups for parameter in group["params"]}
+    for name, parameter in named:
+        if id(parameter) not in known:
+            raise UserError(
+                f"The posterior of {name} is not among the optimiser's parameters, so it would never be trained; build "
+                "the optimiser from model.parameters() after the adapter was made."
+            )

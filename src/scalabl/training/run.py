@@ -1,0 +1,234 @@
+"""A training run from a recipe to a finished directory, resumable at every checkpoint."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model
+from transformers import PrinterCallback, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from scalabl import __version__
+from scalabl.errors import UserError
+from scalabl.methods import load_method
+from scalabl.models import load_base
+from scalabl.run_directory import ADAPTER, RECORD, claim, sha256, write_json
+from scalabl.scoring import Encoded, Scorer, Scoring
+from scalabl.scoring.scorer import batches
+from scalabl.tasks import Example, Task, holdout, load_task
+from scalabl.training.choose_scoring import candidates, choose_scoring, describe
+from scalabl.training.guard import NonFiniteGuard
+from scalabl.training.progress import ProgressBar, StopOnInterrupt, progress_bar
+from scalabl.training.recipe import Recipe
+from scalabl.training.trainer import ChoiceTrainer
+from scalabl.trunk import Trunk
+
+LOG = "training_log.json"
+_TRUNK_LIMIT = 4 * 2**30  # bytes of cached trunk, over which every layer is run every time
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a run: trained on, and held out for every choice that is made before the test."""
+
+    train: tuple[Example, ...]
+    validation: tuple[Example, ...]
+
+
+class Interrupted(Exception):
+    """The run was stopped by Ctrl-C; its checkpoint is kept."""
+
+
+def train(recipe: Recipe, output: Path) -> dict[str, Any]:
+    """Train, and write a finished run directory; resumes what an earlier call left unfinished.
+
+    Args:
+        recipe: what to train.
+        output: the run's directory.
+
+    Returns:
+        the run's record, as in its `scalabl.json`.
+
+    Raises:
+        UserError: bad data, model or settings; another run in `output`.
+        Interrupted: Ctrl-C; the same call goes on from the checkpoint.
+    """
+    task = load_task(recipe.data)
+    rows = select_rows(task, recipe)
+    if claim(output, recipe.as_dict()):
+        from scalabl.run_directory import finished_record
+
+        return finished_record(output)
+    fresh = not (output / RECORD).exists()
+    try:
+        return _train(recipe, output, task, rows)
+    except UserError:
+        # what failed before its first checkpoint leaves no trace
+        if fresh and not (output / "checkpoints").exists():
+            shutil.rmtree(output, ignore_errors=True)
+        raise
+
+
+def _train(recipe: Recipe, output: Path, task: Task, rows: Rows) -> dict[str, Any]:
+    model, tokenizer = load_base(recipe.model, dtype=recipe.dtype, bits=recipe.bits)
+    options = candidates(recipe, tokenizer, (*rows.train, *rows.validation), task.labels)
+    encoded_first = options[-1].encode(rows.train[0])
+    Scorer(model, options[-1]).check_packing(encoded_first)
+    scoring, nll = choose_scoring(options, model, rows.validation)
+    encoded = [scoring.encode(row) for row in rows.train]
+
+    method = load_method(recipe.method)
+    set_seed(recipe.seed)
+    adapted = get_peft_model(model, method.adapter_config(recipe, model))
+    record: dict[str, Any] = {
+        "scalabl": __version__,
+        "status": "running",
+        "recipe": recipe.as_dict(),
+        "task": {"name": task.name, "source": task.source, "licence": task.licence, "labels": task.labels},
+        "rows": {"train": len(rows.train), "validation": len(rows.validation)},
+        "scoring": scoring.settings(),
+        "scoring_nll": nll,
+        "parameters": _count(adapted),
+        "versions": {name: version(name) for name in ("torch", "transformers", "peft", "accelerate")},
+        "device": str(next(adapted.parameters()).device),
+    }
+    write_json(output / RECORD, record)
+    trunk = None
+    if not recipe.gradient_checkpointing:
+        trunk, encoded = cache_trunk(adapted, scoring, encoded)
+    log = _fit(recipe, output, adapted, scoring, trunk, encoded)
+
+    _publish(adapted, output)
+    write_json(output / LOG, log)
+    record |= {"status": "finished", "adapter_sha256": sha256(output / ADAPTER), "scoring_name": describe(scoring)}
+    write_json(output / RECORD, record)
+    shutil.rmtree(output / "checkpoints", ignore_errors=True)
+    return record
+
+
+def select_rows(task: Task, recipe: Recipe) -> Rows:
+    """Training and validation rows: the task's own, or a tenth of training rows held out.
+
+    Which rows are taken depends on the recipe's sizes, never on its seed: seeds share their data.
+    """
+    train_rows = task.split("train")
+    if "validation" in task.splits:
+        validation = task.split("validation")
+    else:
+        train_rows, validation = holdout(train_rows, fraction=0.1, seed=0)
+    return Rows(_subset(train_rows, recipe.train_rows), _subset(validation, recipe.validation_rows))
+
+
+def _subset(rows: Sequence[Example], number: int | None) -> tuple[Example, ...]:
+    if number is None or number >= len(rows):
+        return tuple(rows)
+    return tuple(random.Random(0).sample(list(rows), number))
+
+
+def cache_trunk(
+    model: PeftModel, scoring: Scoring, rows: Sequence[Encoded], *, description: str = "frozen layers"
+) -> tuple[Trunk | None, list[Encoded]]:
+    """Run the layers below the lowest adapted one once for all rows, where there are any and memory allows."""
+    trunk = Trunk(model)
+    tokens = sum(len(row.input_ids) for row in rows)
+    hidden = model.config.get_text_config().hidden_size
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    if trunk.depth == 0 or tokens * hidden * dtype.itemsize > _TRUNK_LIMIT:
+        return None, list(rows)
+    was_training = model.training
+    model.eval()
+    scorer = Scorer(model, scoring, trunk)
+    device = scorer.device
+    trunk.check(model, scoring.collate(rows[:2]).to(device))
+    cached = list(rows)
+    with progress_bar() as progress:
+        bar = progress.add_task(f"{description} (once)", total=len(rows), detail="")
+        for indices, chunk in batches(rows, 8):
+            output = trunk.encode(model, scoring.collate(chunk).to(device)).cpu()
+            for index, row, values in zip(indices, chunk, output, strict=True):
+                # padding stands on the left
+                cached[index] = replace(row, trunk=values[-len(row.input_ids) :].clone())
+            progress.advance(bar, len(indices))
+    model.train(was_training)
+    return trunk, cached
+
+
+def _fit(
+    recipe: Recipe, output: Path, model: PeftModel, scoring: Scoring, trunk: Trunk | None, rows: list[Encoded]
+) -> list[dict[str, float]]:
+    arguments = TrainingArguments(
+        output_dir=str(output / "checkpoints"),
+        max_steps=recipe.steps,
+        per_device_train_batch_size=recipe.batch_size,
+        gradient_accumulation_steps=recipe.gradient_accumulation,
+        learning_rate=recipe.learning_rate,
+        warmup_steps=int(recipe.warmup * recipe.steps),
+        lr_scheduler_type="linear",
+        weight_decay=recipe.weight_decay,
+        max_grad_norm=recipe.max_grad_norm,
+        adam_epsilon=1e-6,
+        optim=recipe.optimizer,
+        gradient_checkpointing=recipe.gradient_checkpointing,
+        seed=recipe.seed,
+        data_seed=recipe.seed,
+        save_steps=recipe.save_steps,
+        save_total_limit=2,
+        logging_steps=max(1, min(10, recipe.steps // 10)),
+        logging_nan_inf_filter=False,
+        dataloader_drop_last=len(rows) >= recipe.batch_size,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        report_to=[],
+        bf16=recipe.dtype == "bfloat16" and torch.cuda.is_available(),
+        use_cpu=next(model.parameters()).device.type == "cpu",
+    )
+    bar, interrupt = ProgressBar(f"training {recipe.method}"), StopOnInterrupt()
+    trainer = ChoiceTrainer(
+        model,
+        arguments,
+        train_dataset=rows,  # type: ignore[arg-type]
+        callbacks=[*load_method(recipe.method).callbacks(recipe, len(rows)), NonFiniteGuard(), bar, interrupt],
+        scoring=scoring,
+        trunk=trunk,
+    )
+    trainer.remove_callback(PrinterCallback)
+    checkpoints = output / "checkpoints"
+    last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+    try:
+        trainer.train(resume_from_checkpoint=last)
+    finally:
+        bar.close()
+        interrupt.restore()
+    if interrupt.interrupted and trainer.state.global_step < recipe.steps:
+        raise Interrupted(f"stopped at step {trainer.state.global_step} of {recipe.steps}")
+    return [{k: v for k, v in entry.items() if isinstance(v, int | float)} for entry in trainer.state.log_history]
+
+
+def _publish(model: PeftModel, output: Path) -> None:
+    """Save beside, then move into place: a reader never meets half an adapter."""
+    unfinished = output / ".unfinished"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    model.save_pretrained(str(unfinished))
+    for item in unfinished.iterdir():
+        target = output / item.name
+        if target.is_dir():
+            shutil.rmtree(target)
+        os.replace(item, target)
+    unfinished.rmdir()
+
+
+def _count(model: PeftModel) -> dict[str, int]:
+    """Parameters: base, LoRA (A and B), variational (means and standard deviations of s)."""
+    variational = sum(p.numel() for n, p in model.named_parameters() if ".posterior." in n)
+    adapter = sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
+    total = sum(p.numel() for p in model.parameters())
+    return {"base": total - adapter, "lora": adapter - variational, "variational": variational}

@@ -1,0 +1,49 @@
+"""The Hugging Face Trainer with one method changed: the loss is that of the class, not of every token."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import Trainer
+
+from scalabl.scoring import Batch, Encoded, Scoring
+from scalabl.scoring.scorer import token_logits
+from scalabl.trunk import Trunk
+
+
+class ChoiceTrainer(Trainer):
+    """Mean of -log p(answer | question) over the questions of a batch, each with its own draw of s.
+
+    Args:
+        scoring: how logits become class logits.
+        trunk: the frozen lower layers, where their output is cached in the rows.
+    """
+
+    def __init__(self, *args: Any, scoring: Scoring, trunk: Trunk | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, data_collator=lambda rows: collate(scoring, rows), **kwargs)
+        self.scoring = scoring
+        self.trunk = trunk
+        # our loss is a mean over the questions of a batch: the Trainer has to divide by the accumulation steps
+        self.model_accepts_loss_kwargs = False
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        batch = Batch(**inputs)
+        class_logits = self.scoring.class_logits(token_logits(model, batch, self.trunk), batch)
+        loss = F.cross_entropy(class_logits, batch.answers)
+        return (loss, {"logits": class_logits}) if return_outputs else loss
+
+
+def collate(scoring: Scoring, rows: Sequence[Encoded]) -> dict[str, Any]:
+    """The fields of a batch, as the mapping that the Trainer moves between devices."""
+    batch = scoring.collate(rows)
+    return {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}

@@ -1,0 +1,50 @@
+"""Two processes give what one gives."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_run import arguments, largest_difference, tiny_model, trainer, weights
+
+import scalabl
+from scalabl.training.callback import ELBOCallback
+from scalabl.tuner import kl_divergence, stochastic_layers
+
+HERE = Path(__file__).parent
+
+
+def run_two_ranks(output: Path, *arguments: str) -> list[dict[str, dict[str, torch.Tensor]]]:
+    source = str(Path(scalabl.__file__).parents[1])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([source, str(HERE)])}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    finished = subprocess.run(
+        [*command, str(HERE / "two_ranks.py"), *arguments], env=environment, capture_output=True, text=True
+    )
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    return [torch.load(output / f"rank{rank}.pt") for rank in range(2)]
+
+
+def test_two_ddp_ranks_equal_one_process(tmp_path: Path) -> None:
+    ranks = run_two_ranks(tmp_path, "ddp", str(tmp_path), "4")
+    model = tiny_model()
+    with scalabl.mean(model):
+        trainer(model, arguments(tmp_path, max_grad_norm=0.1), [ELBOCallback(8, learning_rate=0.05)]).train()
+    assert largest_difference(ranks[0]["weights"], ranks[1]["weights"]) == 0
+    assert largest_difference(ranks[0]["weights"], weights(model)) < 1e-5
+    assert largest_difference(weights(model), weights(tiny_model())) > 0.01
+    # different sequences on different ranks get different draws of s
+    assert not torch.equal(ranks[0]["noise"], ranks[1]["noise"])
+
+
+def test_shards_get_the_gradient_and_the_log_the_values_of_the_whole(tmp_path: Path) -> None:
+    ranks = run_two_ranks(tmp_path, "fsdp", str(tmp_path))
+    model = tiny_model()
+    (kl_divergence(model) / 8).backward()
+    for rank in ranks:
+        for name, leaf in stochastic_layers(model).items():
+            for parameter_name, parameter in leaf.posterior.named_parameters():
+                torch.testing.assert_close(rank["gradients"][f"{name}.{parameter_name}"], parameter.grad)
+        assert rank["values"]["kl"] == pytest.approx(kl_divergence(model).item(), rel=1e-6)

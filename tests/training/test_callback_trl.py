@@ -1,0 +1,80 @@
+"""ELBOCallback in TRL's SFTTrainer."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from tiny_run import Recorder, posterior_ids, tiny_model, tiny_tokenizer
+from trl import SFTConfig, SFTTrainer
+
+import scalabl
+from scalabl.errors import UserError
+from scalabl.training.callback import ELBOCallback
+
+
+def prompts() -> Dataset:
+    return Dataset.from_list(
+        [{"prompt": f"w{i} w{i + 1} ", "completion": f"w{(3 * i) % 29 + 1}"} for i in range(1, 17)]
+    )
+
+
+def config(directory: Path, **options: Any) -> SFTConfig:
+    settings: dict[str, Any] = {
+        "output_dir": str(directory),
+        "per_device_train_batch_size": 4,
+        "max_steps": 6,
+        "learning_rate": 1e-2,
+        "logging_steps": 3,
+        "save_strategy": "no",
+        "report_to": [],
+        "use_cpu": True,
+        "bf16": False,
+        "disable_tqdm": True,
+        "gradient_checkpointing": False,
+        "seed": 3,
+    }
+    return SFTConfig(**{**settings, **options})
+
+
+def test_sft_adds_the_kl_and_logs_it(tmp_path: Path) -> None:
+    model, recorder = tiny_model(), Recorder()
+    trainer = SFTTrainer(
+        model,
+        config(tmp_path, gradient_accumulation_steps=2, max_grad_norm=1e-7),
+        train_dataset=prompts(),
+        processing_class=tiny_tokenizer(),
+        callbacks=[ELBOCallback(32), recorder],
+    )
+    trainer.train()
+    history = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(history) == 2
+    assert history[1]["kl"] < history[0]["kl"]
+    assert {"nll", "kl_weight", "sigma_mean", "s_mean", "mean_token_accuracy"} <= history[0].keys()
+    # the likelihood's gradient is clipped away: what is left is the closed form, once, over 32
+    with torch.no_grad():
+        for name, value in recorder.before[0].items():
+            model.get_parameter(name).copy_(value)
+    model.zero_grad()
+    scalabl.kl_divergence(model).backward()
+    checked = 0
+    for name, gradient in recorder.gradients[0].items():
+        parameter = model.get_parameter(name)
+        if id(parameter) in posterior_ids(model):
+            torch.testing.assert_close(gradient, parameter.grad / 32, rtol=1e-4, atol=1e-6)
+            checked += 1
+    assert checked == 8
+
+
+@pytest.mark.parametrize(("option", "max_length"), [("packing", 32), ("padding_free", None)])
+def test_sft_with_packed_rows_is_refused(tmp_path: Path, option: str, max_length: int | None) -> None:
+    trainer = SFTTrainer(
+        tiny_model(),
+        config(tmp_path, **{option: True}, max_length=max_length),
+        train_dataset=prompts(),
+        processing_class=tiny_tokenizer(),
+        callbacks=[ELBOCallback(32)],
+    )
+    with pytest.raises(UserError, match=f"{option}=False"):
+        trainer.train()

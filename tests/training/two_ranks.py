@@ -1,0 +1,67 @@
+"""What one rank of a distributed test does; started by test_callback_distributed.py, with or without torchrun.
+
+two_ranks.py ddp OUTPUT BATCH: train with Trainer on BATCH rows a rank, in the mean state, and write the weights.
+two_ranks.py fsdp OUTPUT: shard with FSDP 2, step once by the KL alone, and write gradients and log values.
+"""
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from tiny_run import arguments, tiny_model, trainer, weights
+
+import scalabl
+from scalabl.training.callback import ELBOCallback, add_kl_gradient
+from scalabl.tuner import prior_of, stochastic_layers
+
+
+class Noise(ELBOCallback):
+    """Also keeps the noise that the rank would draw first."""
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        super().on_train_begin(*args, **kwargs)
+        state = torch.get_rng_state()
+        self.first_noise = torch.randn(4)
+        torch.set_rng_state(state)
+
+
+def ddp(output: Path, batch: int) -> None:
+    rank = int(os.environ.get("RANK", "0"))
+    model, callback = tiny_model(), Noise(8, learning_rate=0.05)
+    args = arguments(output / "run", per_device_train_batch_size=batch, ddp_backend="gloo", max_grad_norm=0.1)
+    with scalabl.mean(model):
+        trainer(model, args, [callback]).train()
+    torch.save({"weights": weights(model), "noise": callback.first_noise}, output / f"rank{rank}.pt")
+
+
+def fsdp(output: Path) -> None:
+    from torch.distributed import destroy_process_group, init_process_group
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    init_process_group("gloo")
+    rank = int(os.environ["RANK"])
+    model = tiny_model()
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    callback = ELBOCallback(8)
+    leaves = stochastic_layers(model)
+    callback._posteriors = {name: leaf.posterior for name, leaf in leaves.items()}
+    callback._prior = prior_of(model)
+    gradients = {}
+    for name, leaf in leaves.items():
+        add_kl_gradient(leaf.posterior, prior_of(model), 1 / 8)
+        for parameter_name, parameter in leaf.posterior.named_parameters():
+            assert parameter.grad.to_local().numel() < 4  # it is a shard
+            gradients[f"{name}.{parameter_name}"] = parameter.grad.full_tensor()
+    values = callback.log_values({"loss": 1.0})
+    torch.save({"gradients": gradients, "values": values}, output / f"rank{rank}.pt")
+    destroy_process_group()
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "ddp":
+        ddp(Path(sys.argv[2]), int(sys.argv[3]))
+    else:
+        fsdp(Path(sys.argv[2]))
