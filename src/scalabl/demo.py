@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import platform
-from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from scalabl.demo_settings import SHIFTED_ROWS, TASK, demo_recipe
 from scalabl.evaluation import answers, describe_method, log_probabilities, method_result, tempered
@@ -14,10 +14,10 @@ from scalabl.methods.temperature import fit_temperature
 from scalabl.predictive import make_predictive
 from scalabl.report import MethodResult, Report
 from scalabl.rows import rows_of
-from scalabl.tasks import load_rows, load_task
+from scalabl.tasks import load_task
 from scalabl.training.run import LOG, select_rows, train
 
-SHIFTED = "MMLU chemistry and physics"
+SHIFTED = "mmlu-chemistry"
 
 
 def run_demo(output: Path, *, seed: int = 0, steps: int = 200, test_rows: int = 400, samples: int = 10) -> Report:
@@ -31,10 +31,10 @@ def run_demo(output: Path, *, seed: int = 0, steps: int = 200, test_rows: int = 
         samples: N of the Monte Carlo predictive.
     """
     test = rows_of(TASK, split="test", limit=test_rows)
-    shifted = {SHIFTED: shifted_rows()}
+    shifted = {SHIFTED: rows_of(SHIFTED, split="test", limit=SHIFTED_ROWS)}
     methods: list[MethodResult] = []
     training = {}
-    record = {}
+    record: dict[str, Any] = {}
     for method in ("mle", "scalabl"):
         recipe = demo_recipe(method, seed=seed, steps=steps)
         directory = output / f"{method}-seed{seed}-steps{steps}"
@@ -59,14 +59,7 @@ def run_demo(output: Path, *, seed: int = 0, steps: int = 200, test_rows: int = 
     )
 
 
-def shifted_rows() -> list:  # type: ignore[type-arg]
-    """MMLU rows of subjects that ARC-Easy does not have at this level, shipped with the package."""
-    with files("scalabl").joinpath("demo_data/mmlu_shift.jsonl").open() as _:
-        path = Path(str(files("scalabl").joinpath("demo_data/mmlu_shift.jsonl")))
-    return list(load_rows(path))[:SHIFTED_ROWS]
-
-
-def _facts(record: dict, test_rows: int, shifted: int, seed: int, steps: int) -> dict[str, str]:  # type: ignore[type-arg]
+def _facts(record: dict[str, Any], test_rows: int, shifted: int, seed: int, steps: int) -> dict[str, str]:
     recipe = record["recipe"]
     nll = ", ".join(f"{name} {value:.3f}" for name, value in record["scoring_nll"].items())
     return {

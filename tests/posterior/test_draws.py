@@ -43,8 +43,14 @@ def test_golden_values() -> None:
     ]
     # the normal quantile's last bit may differ between machines
     assert standard_normal([0, 1], 3, seed=42, stream=layer).flatten().tolist() == pytest.approx(
-        [1.583389401435852, -0.914834201335907, 0.3679698705673218, 1.419873833656311, 0.7716493010520935,
-         -0.6312624216079712],
+        [
+            1.583389401435852,
+            -0.914834201335907,
+            0.3679698705673218,
+            1.419873833656311,
+            0.7716493010520935,
+            -0.6312624216079712,
+        ],
         abs=1e-6,
     )
 

@@ -29,7 +29,7 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 import scalabl
-from scalabl.tuner import StochasticProjection, stochastic_layers
+from scalabl.tuner import stochastic_layers
 
 disable_progress_bar()
 
@@ -188,8 +188,9 @@ def close(a: Tensor, b: Tensor, tolerance: float) -> bool:
     return bool((a.float() - b.float()).abs().max() <= tolerance * b.float().abs().max())
 
 
-def set_by_hand(model: nn.Module, s_of: Callable[[str, StochasticProjection], Tensor]) -> None:
-    """Overwrite the posterior means with the given s (positive), so that the mean model is the model of that s."""
-    with torch.no_grad():
-        for name, leaf in stochastic_layers(model).items():
-            leaf.posterior.log_mean.copy_(s_of(name, leaf).log())
+def replace_by_plain_lora(model: nn.Module, s: dict[str, Tensor]) -> None:
+    """Put an nn.Linear with the weight diag(s) A in the place of every stochastic leaf."""
+    for name, leaf in stochastic_layers(model).items():
+        linear = nn.Linear(leaf.in_features, leaf.out_features, bias=False)
+        linear.weight.data = (s[name][:, None] * leaf.rows()).detach()
+        model.get_submodule(f"base_model.model.{name}").lora_A["default"] = linear

@@ -8,10 +8,12 @@ from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import Sampler
 from transformers import Trainer
 
 from scalabl.scoring import Batch, Encoded, Scoring
 from scalabl.scoring.scorer import token_logits
+from scalabl.training.sampler import LengthGroupedOrder
 from scalabl.trunk import Trunk
 
 
@@ -29,6 +31,11 @@ class ChoiceTrainer(Trainer):
         self.trunk = trunk
         # our loss is a mean over the questions of a batch: the Trainer has to divide by the accumulation steps
         self.model_accepts_loss_kwargs = False
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        rows = train_dataset if train_dataset is not None else self.train_dataset
+        together = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return LengthGroupedOrder([len(row.input_ids) for row in rows], together, seed=self.args.data_seed or 0)
 
     def compute_loss(
         self,

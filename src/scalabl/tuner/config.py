@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
@@ -68,7 +69,10 @@ class ScalaBLConfig(LoraConfig):
         self.peft_type = SCALABL  # type: ignore[assignment]
         if self.covariance not in POSTERIORS:
             raise UserError(f"covariance is {self.covariance!r}; it must be one of {', '.join(POSTERIORS)}.")
-        if not self.init_sigma > 0:
+        for r in (self.r, *(self.rank_pattern or {}).values()):
+            if r < 1:
+                raise UserError(f"r is {r}; it must be a positive integer, 8 is the usual choice.")
+        if not (math.isfinite(self.init_sigma) and self.init_sigma > 0):
             raise UserError(f"init_sigma is {self.init_sigma}; it must be positive, 0.05 is the paper's.")
         _ = self.prior
         _refuse_unsupported(self)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from scalabl.errors import UserError
 from scalabl.posterior import Prior
 from scalabl.tuner.projection import StochasticProjection
-
 
 # what torch.compile, FSDP and checkpointing wrappers put into the names of the modules inside them
 _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
@@ -25,7 +26,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 def active_adapters(model: nn.Module) -> list[str]:
     """The names of the adapters in use."""
-    active = getattr(model, "active_adapters", None)
+    active: Any = getattr(model, "active_adapters", None)
     if callable(active):  # transformers' own integration has a method of this name
         active = active()
     if active is None:

@@ -6,6 +6,7 @@ It is made from the adapter's own file, so that it holds for gathered, sharded o
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -16,6 +17,7 @@ from peft import LoraConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from scalabl.errors import UserError
 
@@ -86,7 +88,12 @@ def refuse_pickled_weights(save_directory: str | Path) -> None:
 
 
 def write_mean_adapter(save_directory: str | Path, config: ScalaBLConfig) -> None:
-    """Write `mean/` beside the adapter's weights; does nothing where there are none (a configuration alone)."""
+    """Write `mean/` beside the adapter's weights; does nothing where there are none (a configuration alone).
+
+    Nor in a trainer's checkpoint: on resuming, Trainer takes every sub-folder with weights for a further adapter.
+    """
+    if re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", Path(save_directory).name):
+        return
     weights = Path(save_directory) / SAFETENSORS_WEIGHTS_NAME
     if not weights.exists():
         return

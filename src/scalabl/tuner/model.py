@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
-from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, cast
 
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.utils.error import NoMatchingPeftModuleError
@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from scalabl.errors import UserError
 from scalabl.tuner.config import ScalaBLConfig
-from scalabl.tuner.fingerprint import fingerprint
+from scalabl.tuner.fingerprint import fingerprint, same_base
 from scalabl.tuner.projection import Particles, StochasticProjection
 
 
@@ -29,11 +29,13 @@ class ScalaBLModel(LoraModel):
     """
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        config = self.peft_config[adapter_name]
+        # a copy, so that one configuration object can serve several base models
+        config = cast(ScalaBLConfig, copy.copy(self.peft_config[adapter_name]))
+        self.peft_config[adapter_name] = config
         found = fingerprint(model)
         if config.base_fingerprint is None:
             config.base_fingerprint = found
-        elif found is not None and config.base_fingerprint != found:
+        elif found is not None and not same_base(config.base_fingerprint, found):
             raise UserError(
                 "This adapter was trained on another base model (its fingerprint is "
                 f"{config.base_fingerprint}, this model's is {found}); load the base model named in "
@@ -47,7 +49,7 @@ class ScalaBLModel(LoraModel):
                 f"end of their path, of which it has {_linear_names(model)}."
             ) from error
 
-    def _create_and_replace(
+    def _create_and_replace(  # type: ignore[override]
         self,
         lora_config: ScalaBLConfig,
         adapter_name: str,
@@ -103,15 +105,14 @@ class ScalaBLModel(LoraModel):
     def subtract_mutated_init(self, *args: Any, **kwargs: Any) -> Any:
         raise UserError("ScalaBL does not change the base weights, so there is no initial adapter to subtract.")
 
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Any:
         """PEFT's batches of mixed adapters regroup the rows, so that row j would no longer carry particle j // B."""
         if kwargs.get("adapter_names") is not None and any(
             isinstance(module, StochasticProjection) and isinstance(module.state, Particles)
             for module in self.modules()
         ):
             raise UserError("adapter_names cannot be given under particles; predict with one adapter after the other.")
-        context: AbstractContextManager[None] = super()._enable_peft_forward_hooks(*args, **kwargs)
-        return context
+        return super()._enable_peft_forward_hooks(*args, **kwargs)
 
     def _check_merge_allowed(self) -> None:
         """Before a merge: an adapted output layer that shares the input embedding's weights gets a copy of its own.

@@ -1,0 +1,99 @@
+"""Gradient checkpointing and torch.compile."""
+
+import pytest
+import torch
+from matrix import adapt, close, load_base, logits, tokens
+from peft import PeftModel
+from torch import Tensor
+
+import scalabl
+
+IDS = tokens(3)
+
+
+def gradients(model: PeftModel, seed: int = 0) -> dict[str, Tensor]:
+    """Gradients of one training step whose draws come from `seed`."""
+    torch.manual_seed(seed)
+    model.train().zero_grad()
+    model(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_recomputation_sees_the_same_draw(use_reentrant: bool, name: str) -> None:
+    targets = ["c_attn"] if name == "gpt2" else ["q_proj", "v_proj"]
+    model = adapt(load_base(name), target_modules=targets, covariance="full")
+    plain = gradients(model)
+    assert not close(gradients(model, seed=1)["base_model.model." + _first(model)], plain[_full(model)], 1e-3)
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    model.enable_input_require_grads()
+    assert any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    checkpointed = gradients(model)
+    assert checkpointed.keys() == plain.keys()
+    assert all(close(checkpointed[key], plain[key], 1e-5) for key in plain)
+
+
+def _first(model: PeftModel) -> str:
+    return _full(model).removeprefix("base_model.model.")
+
+
+def _full(model: PeftModel) -> str:
+    return next(name for name, _ in model.named_parameters() if name.endswith("posterior.log_std"))
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_particles_hold_in_recomputation(use_reentrant: bool) -> None:
+    """The context may end before the backward pass of another batch, but not before its own."""
+    model = adapt(load_base())
+    with scalabl.particles(model, 3, seed=0):
+        plain = gradients(model)
+        model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        model.enable_input_require_grads()
+        checkpointed = gradients(model, seed=99)
+    assert all(close(checkpointed[key], plain[key], 1e-5) for key in plain)
+
+
+@pytest.fixture
+def fresh_compiler() -> None:
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("covariance", ["diagonal", "full"])
+def test_compiled_models_answer_as_eager_ones(covariance: str) -> None:
+    model = adapt(load_base(), covariance=covariance).eval()
+    compiled = torch.compile(model, backend="aot_eager")
+    assert close(logits(compiled, IDS), logits(model, IDS), 1e-5)
+    with scalabl.particles(model, 3, seed=0):
+        eager = logits(model, IDS)
+        assert close(logits(compiled, IDS), eager, 1e-5)
+    with scalabl.particles(compiled, 3, seed=1):
+        assert close(logits(compiled, IDS), logits(model, IDS), 1e-5)
+        assert not close(logits(compiled, IDS), eager, 1e-3)
+    assert close(logits(compiled, IDS), logits(model, IDS), 1e-5)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_a_compiled_model_trains_with_a_fresh_draw_a_row_and_a_pass() -> None:
+    model = adapt(load_base())
+    compiled = torch.compile(model, backend="aot_eager")
+    rows = IDS[:1].expand(2, -1)
+    model.train()
+    first, second = logits(compiled, rows), logits(compiled, rows)
+    assert not close(first[0], first[1], 1e-3) and not close(first, second, 1e-3)
+    compiled(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_the_leaf_compiles_without_a_graph_break() -> None:
+    from scalabl.tuner import stochastic_layers
+
+    leaf = next(iter(stochastic_layers(adapt(load_base())).values()))
+    x = torch.randn(2, 3, leaf.in_features)
+    for training in (True, False):
+        leaf.train(training)
+        out = torch.compile(leaf, backend="aot_eager", fullgraph=True)(x)
+        assert out.shape == (2, 3, 4)
+    assert close(out, leaf(x), 1e-6)

@@ -1,0 +1,107 @@
+"""PEFT's and transformers' own ways of loading an adapter, after a mere `import scalabl`."""
+
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from matrix import adapt, close, load_base, logits, saved_base, tokens
+from peft import AutoPeftModelForCausalLM, PeftConfig
+from torch import Tensor
+
+import scalabl
+from scalabl.errors import UserError
+from scalabl.tuner import stochastic_layers
+
+IDS = tokens(2)
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> tuple[Path, Tensor, Tensor]:
+    """The adapter's directory, the mean's logits and those of two particles."""
+    model = adapt(load_base(), task_type="CAUSAL_LM").eval()
+    model.save_pretrained(str(tmp_path))
+    with scalabl.particles(model, 2, seed=0):
+        return tmp_path, _mean(model), logits(model, IDS)
+
+
+def _mean(model: torch.nn.Module) -> Tensor:
+    with scalabl.mean(model):
+        return logits(model, IDS)
+
+
+def test_pefts_auto_classes(saved: tuple[Path, Tensor, Tensor]) -> None:
+    path, mean, drawn = saved
+    config = PeftConfig.from_pretrained(str(path))
+    assert isinstance(config, scalabl.ScalaBLConfig) and config.peft_type == "SCALABL"
+    assert config.base_model_name_or_path == str(saved_base("llama"))
+    model = AutoPeftModelForCausalLM.from_pretrained(str(path)).eval()
+    assert torch.equal(logits(model, IDS), mean)
+    with scalabl.particles(model, 2, seed=0):
+        assert torch.equal(logits(model, IDS), drawn)
+
+
+def test_transformers_own_adapter_methods(saved: tuple[Path, Tensor, Tensor]) -> None:
+    path, mean, drawn = saved
+    model = load_base()
+    base_answer = logits(model, IDS)
+    model.load_adapter(str(path))
+    model.eval()
+    assert close(logits(model, IDS), mean, 1e-5)
+    assert list(stochastic_layers(model)) == [f"model.layers.{i}.self_attn.{p}_proj" for i in (0, 1) for p in "qv"]
+    with scalabl.particles(model, 2, seed=0):
+        assert close(logits(model, IDS), drawn, 1e-5)
+    assert scalabl.kl_divergence(model) > 0
+    model.disable_adapters()
+    assert torch.equal(logits(model, IDS), base_answer)
+    model.enable_adapters()
+    model.load_adapter(str(path), adapter_name="second")
+    model.set_adapter("second")
+    assert close(logits(model, IDS), mean, 1e-5)
+    model.delete_adapter("second")
+    model.set_adapter("default")
+    assert close(logits(model, IDS), mean, 1e-5)
+
+
+def test_transformers_own_saving(saved: tuple[Path, Tensor, Tensor], tmp_path_factory: pytest.TempPathFactory) -> None:
+    path, mean, _ = saved
+    model = load_base()
+    model.load_adapter(str(path))
+    target = tmp_path_factory.mktemp("again")
+    model.save_pretrained(target)
+    assert (target / "mean" / "adapter_model.safetensors").exists()
+    again = load_base()
+    again.load_adapter(str(target))
+    assert close(logits(again.eval(), IDS), mean, 1e-5)
+
+
+def test_transformers_refuses_another_base_too(saved: tuple[Path, Tensor, Tensor]) -> None:
+    with pytest.raises(UserError, match="trained on another base model"):
+        load_base(seed=1).load_adapter(str(saved[0]))
+
+
+IMPORT_ORDERS = {
+    "scalabl first": "import scalabl, peft",
+    "peft first": "import peft, scalabl",
+    "transformers first": "import transformers, scalabl, peft",
+    "the tuner alone": "import scalabl.tuner, peft",
+    "a public name alone": "from scalabl import ScalaBLConfig; import peft",
+}
+
+
+@pytest.mark.parametrize("imports", IMPORT_ORDERS.values(), ids=IMPORT_ORDERS)
+def test_any_order_of_imports_registers_the_tuner(imports: str, saved: tuple[Path, Tensor, Tensor]) -> None:
+    program = f"""
+        {imports}
+        config = peft.PeftConfig.from_pretrained({str(saved[0])!r})
+        assert type(config).__name__ == "ScalaBLConfig", config
+        assert config.peft_type in peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING
+    """
+    subprocess.run([sys.executable, "-W", "ignore", "-c", textwrap.dedent(program)], check=True)
+
+
+def test_importing_scalabl_alone_imports_no_torch() -> None:
+    program = "import scalabl, sys; assert not {'torch', 'peft', 'transformers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True)
