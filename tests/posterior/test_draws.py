@@ -72,6 +72,10 @@ def test_seeds_streams_and_particles_are_independent() -> None:
     assert (samples.square().corrcoef() - torch.eye(len(samples))).abs().max() < 5 / n**0.5
 
 
+def test_particles_share_no_numbers_however_large_the_rank() -> None:
+    assert len(torch.unique(uniform(range(50), 256, seed=0, stream="a"))) == 50 * 256
+
+
 @pytest.mark.parametrize("stream", ["model.layers.0.self_attn.q_proj", "lm_head"])
 def test_draws_are_standard_normal(stream: str) -> None:
     sample = draw(range(20_000), size=2, stream=stream).flatten().double().numpy()

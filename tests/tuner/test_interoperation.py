@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from matrix import adapt, close, load_base, logits, saved_base, tokens
-from peft import AutoPeftModelForCausalLM, PeftConfig
+from matrix import adapt, close, load_base, logits, perturb, saved_base, tokens
+from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel
 from torch import Tensor
 
 import scalabl
 from scalabl.errors import UserError
 from scalabl.tuner import stochastic_layers
+from scalabl.tuner.mean_adapter import write_mean_adapter
 
 IDS = tokens(2)
 
@@ -36,7 +37,7 @@ def test_pefts_auto_classes(saved: tuple[Path, Tensor, Tensor]) -> None:
     path, mean, drawn = saved
     config = PeftConfig.from_pretrained(str(path))
     assert isinstance(config, scalabl.ScalaBLConfig) and config.peft_type == "SCALABL"
-    assert config.base_model_name_or_path == str(saved_base("llama"))
+    assert config.base_model_name_or_path == str(saved_base("llama", 0))
     model = AutoPeftModelForCausalLM.from_pretrained(str(path)).eval()
     assert torch.equal(logits(model, IDS), mean)
     with scalabl.particles(model, 2, seed=0):
@@ -65,16 +66,23 @@ def test_transformers_own_adapter_methods(saved: tuple[Path, Tensor, Tensor]) ->
     assert close(logits(model, IDS), mean, 1e-5)
 
 
-def test_transformers_own_saving(saved: tuple[Path, Tensor, Tensor], tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_transformers_own_saving_leaves_no_mean_of_older_weights(saved: tuple[Path, Tensor, Tensor]) -> None:
+    """It writes the configuration before the weights."""
     path, mean, _ = saved
     model = load_base()
     model.load_adapter(str(path))
-    target = tmp_path_factory.mktemp("again")
-    model.save_pretrained(target)
-    assert (target / "mean" / "adapter_model.safetensors").exists()
+    perturb(model, seed=8)
+    answer = logits(model.eval(), IDS)
+    assert not close(answer, mean, 1e-3)
+    assert (path / "mean" / "adapter_model.safetensors").exists()
+    model.save_pretrained(path)
+    assert not (path / "mean").exists()
     again = load_base()
-    again.load_adapter(str(target))
-    assert close(logits(again.eval(), IDS), mean, 1e-5)
+    again.load_adapter(str(path))
+    assert close(logits(again.eval(), IDS), answer, 1e-5)
+    write_mean_adapter(path, again.peft_config["default"])
+    plain = PeftModel.from_pretrained(load_base(), str(path / "mean")).eval()
+    assert close(logits(plain, IDS), answer, 1e-5)
 
 
 def test_transformers_refuses_another_base_too(saved: tuple[Path, Tensor, Tensor]) -> None:

@@ -21,9 +21,11 @@ def leaf(**options: object) -> StochasticProjection:
     return StochasticProjection(lora_draw(), **options)  # type: ignore[arg-type]
 
 
-def test_the_initial_values_are_the_singular_value_decomposition_of_loras_draw() -> None:
+@pytest.mark.parametrize("unit_rows", [True, False])
+def test_the_initial_values_are_the_singular_value_decomposition_of_loras_draw(unit_rows: bool) -> None:
     """A = U diag(sv) V^T: rows V^T, means sv; U, a rotation of the r numbers, is dropped."""
-    made = leaf()
+    made = leaf(unit_rows=unit_rows)
+    assert torch.allclose(made.direction, made.rows(), atol=1e-6)
     rows, mean = made.rows(), made.posterior.mean
     assert torch.allclose(rows @ rows.T, torch.eye(R), atol=1e-5)
     assert (mean > 0).all() and (mean[:-1] >= mean[1:]).all()

@@ -88,6 +88,25 @@ def test_convolutions_are_refused(kind: type[nn.Module]) -> None:
         get_peft_model(nn.Sequential(kind(4, 4, 1)), scalabl.ScalaBLConfig(r=2, target_modules=["0"]))
 
 
+def test_attention_modules_with_fused_projections_are_refused() -> None:
+    with pytest.raises(UserError, match="0 is a MultiheadAttention; remove it from target_modules"):
+        get_peft_model(nn.Sequential(nn.MultiheadAttention(4, 2)), scalabl.ScalaBLConfig(r=2, target_modules=["0"]))
+
+
+def test_a_refusal_in_the_middle_of_the_layers_leaves_the_model_as_it_was() -> None:
+    base, ids = load_base(), tokens(2)
+    names, answer = list(base.state_dict()), logits(base, ids)
+    for options in ({"r": 33}, {"target_modules": ["q_proj", "embed_tokens"]}):
+        with pytest.raises(UserError):
+            adapt(base, **options)
+        assert list(base.state_dict()) == names and torch.equal(logits(base, ids), answer)
+    model = adapt(base).eval()
+    names, answer = list(model.state_dict()), logits(model, ids)
+    with pytest.raises(UserError, match="r is 33"):
+        model.add_adapter("other", scalabl.ScalaBLConfig(r=33, target_modules=["q_proj", "v_proj"]))
+    assert list(model.state_dict()) == names and torch.equal(logits(model, ids), answer)
+
+
 class Experts(nn.Module):
     """An expert layer as mixtures of experts have it: it sees tokens without their sequences."""
 

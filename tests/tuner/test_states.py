@@ -39,7 +39,8 @@ def test_particle_noise_differs_between_layers_and_is_the_same_for_another_adapt
     other = get_peft_model(other, scalabl.ScalaBLConfig(r=4, target_modules=["q_proj", "v_proj"]), adapter_name="named")
     with scalabl.particles(model, 2, seed=3), scalabl.particles(other, 2, seed=3):
         noise = [leaf.state.noise for leaf in stochastic_layers(model).values()]
-        assert all(torch.equal(a, leaf.state.noise) for a, leaf in zip(noise, stochastic_layers(other).values()))
+        others = [leaf.state.noise for leaf in stochastic_layers(other).values()]
+        assert all(torch.equal(a, b) for a, b in zip(noise, others, strict=True))
     stacked = torch.stack(noise).flatten(1)
     assert len(torch.unique(stacked, dim=0)) == len(noise)
     assert logits(model, ids).shape[0] == 1
@@ -89,9 +90,8 @@ def test_rows_that_do_not_fit_and_mixed_adapters_are_refused_under_particles() -
 @pytest.mark.parametrize("use", [scalabl.mean, scalabl.sample, scalabl.kl_divergence, stochastic_layers])
 def test_a_plain_lora_is_refused(use: object) -> None:
     model = get_peft_model(load_base(), LoraConfig(target_modules=["q_proj"]))
-    with pytest.raises(UserError, match="No stochastic layer in adapter default"):
-        with use(model):  # type: ignore[operator]
-            pass
+    with pytest.raises(UserError, match="No stochastic layer in adapter default"), use(model):  # type: ignore[operator]
+        pass
 
 
 def test_the_kl_of_a_model_is_the_sum_over_its_layers() -> None:

@@ -85,14 +85,21 @@ class ScalaBLConfig(LoraConfig):
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write `adapter_config.json`, and `mean/`, a plain LoRA of the weights just saved beside it.
 
+        PEFT's `model.save_pretrained` writes the weights first. Transformers' own saving of an injected adapter (and
+        a configuration saved alone) does not, so that a `mean/` of older weights is removed instead; write one
+        afterwards with `write_mean_adapter`.
+
         Raises:
             UserError: the weights beside it were pickled (`safe_serialization=False`).
         """
-        from scalabl.tuner.mean_adapter import refuse_pickled_weights, write_mean_adapter
+        from scalabl.tuner.mean_adapter import refuse_pickled_weights, remove_mean_adapter, write_mean_adapter
 
         refuse_pickled_weights(save_directory)
         super().save_pretrained(save_directory, **kwargs)
-        write_mean_adapter(save_directory, self)
+        if "auto_mapping_dict" in kwargs:  # PEFT's alone
+            write_mean_adapter(save_directory, self)
+        else:
+            remove_mean_adapter(save_directory)
 
 
 def lora_defaults() -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch.nn.functional as F
 from peft import LoraConfig
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -99,3 +99,12 @@ def write_mean_adapter(save_directory: str | Path, config: ScalaBLConfig) -> Non
         return
     plain = fold(load_file(weights), config, lambda _prefix, mean: mean)
     write_plain_adapter(Path(save_directory) / MEAN_DIRECTORY, plain, config)
+
+
+def remove_mean_adapter(save_directory: str | Path) -> None:
+    """Remove the files of a `mean/`, if there is one; the directory goes too where nothing else is in it."""
+    directory = Path(save_directory) / MEAN_DIRECTORY
+    for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
+        (directory / name).unlink(missing_ok=True)
+    if directory.is_dir() and not any(directory.iterdir()):
+        directory.rmdir()

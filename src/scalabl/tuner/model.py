@@ -48,6 +48,9 @@ class ScalaBLModel(LoraModel):
                 f"target_modules={_as_text(config.target_modules)} adapts no layer of this model; name layers by the "
                 f"end of their path, of which it has {_linear_names(model)}."
             ) from error
+        except UserError:
+            self._take_out(adapter_name)
+            raise
 
     def _create_and_replace(  # type: ignore[override]
         self,
@@ -91,6 +94,13 @@ class ScalaBLModel(LoraModel):
         )
         leaf.requires_grad_(plain.weight.requires_grad).train(plain.training)
         layer.lora_A[adapter_name] = leaf
+
+    def _take_out(self, adapter_name: str) -> None:
+        """Leave the model as it was before a refusal in the middle of the layers."""
+        if len(self.peft_config) == 1:
+            self.unload()
+        else:
+            self.delete_adapter(adapter_name)
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:

@@ -48,8 +48,7 @@ class StochasticProjection(nn.Module):
         self.unit_rows = unit_rows
         self.state: State = "auto"
         rows, singular_values, sigma = _initial(weight, init_sigma)
-        # the decomposition returns V^T column by column; in memory row by row it is what a loaded adapter has
-        self.direction = nn.Parameter(rows.to(weight.dtype).contiguous())
+        self.direction = nn.Parameter(rows.to(weight.dtype))
         self.posterior: Gaussian = POSTERIORS[covariance](singular_values, sigma)
 
     def rows(self) -> Tensor:
@@ -110,5 +109,5 @@ def _initial(weight: Tensor, init_sigma: float) -> tuple[Tensor, Tensor, Tensor]
     low = init_sigma / 2**0.5
     sigma = low + (init_sigma - low) * torch.rand(r, device=weight.device)
     # a zero matrix (no LoRA draw yet, about to be loaded) must not make log(0)
-    # contiguous: sharding (FSDP 2) refuses the strides that the SVD returns
+    # contiguous: sharding (FSDP 2) refuses the strides that the SVD returns, and a loaded adapter does not have them
     return rows.contiguous(), singular_values.clamp_min(1e-6), sigma
