@@ -1,6 +1,6 @@
 """The methods whose training cost is compared, by name; the first is what the others are divided by."""
 
-R = 8
+RANK = 8
 TARGETS = ("q_proj", "v_proj")
 METHODS = {
     "lora": "plain LoRA (PEFT)",

@@ -58,7 +58,7 @@ WATCHED = """
 import atexit, sys
 atexit.register(lambda: print("\\ntorch" if "torch" in sys.modules else "\\nno torch", file=sys.stderr))
 """
-ENTRY = "from scalabl.cli import main; main()"
+ENTRY = "import sys; sys.argv[0] = 'scalabl'; from scalabl.cli import main; main()"
 
 
 def line_of(name: str) -> list[str]:
@@ -82,15 +82,22 @@ def seconds(line: list[str], code: int, directory: Path) -> float:
     return elapsed
 
 
-def answer(name: str, directory: Path) -> tuple[bool, str]:
-    """Whether torch was imported, and the last line of what was said."""
+def answer(name: str, expected: int, directory: Path) -> tuple[bool, str]:
+    """Whether torch was imported, and what was said, of a process that must end with the exit code `expected`."""
     code = IMPORTS.get(name, ENTRY)
     line = [sys.executable, "-c", WATCHED + code, *(name.split()[1:] if name in PROGRAM else [])]
     made = subprocess.run(line, cwd=directory, env=_environment(), capture_output=True, text=True)
-    *said, torch = made.stderr.strip().splitlines()
+    *said, torch = made.stderr.strip().splitlines() or [""]
     if torch not in ("torch", "no torch"):
-        raise SystemExit(f"{name} said nothing of torch:\n{made.stderr}")
-    return torch == "torch", " ".join(text.strip(" │") for text in said if text.strip(" │╭╰─╮╯"))
+        raise SystemExit(f"{name} did not run to its end:\n{made.stderr}")
+    if made.returncode != expected:
+        raise SystemExit(f"{name} ended with {made.returncode}, not {expected}:\n{made.stdout}{made.stderr}")
+    return torch == "torch", " ".join(text for text in (_unframed(text) for text in said) if text)
+
+
+def _unframed(line: str) -> str:
+    """A line without the frame that typer draws around an error."""
+    return "" if line.startswith(("╭", "╰")) else line.strip("│ ")
 
 
 def _environment() -> dict[str, str]:
@@ -104,10 +111,9 @@ def measure(rounds: int, seed: int) -> dict[str, dict[str, Any]]:
     codes = {NOTHING: 0, **PROGRAM, **dict.fromkeys(IMPORTS, 0)}
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
-        said = {entry: answer(entry, directory) for entry in codes if entry != NOTHING}  # also the warm-up
-        timed = interleaved(
-            list(codes), rounds, seed, lambda entry: seconds(line_of(entry), codes[entry], directory)
-        )
+        # the warm-up too: every entry runs once before it is timed
+        said = {entry: answer(entry, code, directory) for entry, code in codes.items() if entry != NOTHING}
+        timed = interleaved(list(codes), rounds, seed, lambda entry: seconds(line_of(entry), codes[entry], directory))
         left = sorted(path.name for path in directory.iterdir())
     if left:
         raise SystemExit(f"the refused commands left files behind: {', '.join(left)}")

@@ -29,7 +29,7 @@ from _common import (
     median_with_interval,
     write_results,
 )
-from methods import METHODS, R, TARGETS
+from methods import METHODS, RANK, TARGETS
 
 BASELINE = next(iter(METHODS))
 
@@ -66,6 +66,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m-instruct", help="the base, by name or directory")
     parser.add_argument("--shape", help="random weights in a published shape instead, such as qwen2.5-7b")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--batch", type=int, default=4, help="rows of the batch")
@@ -81,7 +82,7 @@ def main() -> None:
     a = parser.parse_args()
 
     load = [load_average()]
-    methods = list(METHODS)
+    methods = [name for name in METHODS if name in (BASELINE, *a.methods)]
     timed = child(a, measure="time", methods=methods, rounds=a.rounds, warmup=a.warmup)
     load.append(load_average())
     weighed = interleaved(
@@ -94,9 +95,9 @@ def main() -> None:
         model=f"{a.shape} (random weights)" if a.shape else a.model,
         data=f"{a.batch} rows of {a.length} random tokens, the same in every step",
         seeds=str(a.seed),
-        adapters=f"{', '.join(TARGETS)} of every layer, r = {R}; {a.dtype}, AdamW, gradients clipped",
-        rounds=f"{a.rounds} after {a.warmup} of warm-up, in random order within a round; {a.memory_repeats} processes a "
-        "method for memory",
+        adapters=f"{', '.join(TARGETS)} of every layer, r = {RANK}; {a.dtype}, AdamW, gradients clipped",
+        rounds=f"{a.rounds} after {a.warmup} of warm-up, in random order within a round; for memory {a.memory_repeats} "
+        "processes a method",
         load=f"{load[0]} before the timed steps, {load[1]} after",
         device=f"{timed['device']}, {a.threads} thread{'s' if a.threads != 1 else ''}",
     )

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from _common import cpu_name, interleaved
-from methods import METHODS, R, TARGETS
+from methods import METHODS, RANK, TARGETS
 from peft import LoraConfig, MontecloraConfig, PeftModel, get_peft_model
 from shapes import SHAPES
 from torch import Tensor, nn
@@ -46,7 +46,7 @@ def load(model: str, shape: str | None, device: str, dtype: str, seed: int) -> P
 def adapt(base: PreTrainedModel, method: str) -> PeftModel:
     """The base with the adapter of a method, the base's tensors being shared between all that are made."""
     own = copy.deepcopy(base, {id(tensor): tensor for tensor in (*base.parameters(), *base.buffers())})
-    shared: dict[str, Any] = {"r": R, "lora_alpha": 2 * R, "target_modules": list(TARGETS)}
+    shared: dict[str, Any] = {"r": RANK, "lora_alpha": 2 * RANK, "target_modules": list(TARGETS)}
     if method.startswith("scalabl"):
         covariance = "full" if method == "scalabl-full" else "diagonal"
         return get_peft_model(own, scalabl.ScalaBLConfig(**shared, covariance=covariance))

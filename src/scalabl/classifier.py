@@ -109,7 +109,9 @@ class Classifier:
                 raise UserError("A loaded model needs its tokenizer beside it; pass tokenizer=...")
             base, base_tokenizer = model, tokenizer
         else:
-            named = record["recipe"]["model"] if record else PeftConfig.from_pretrained(path).base_model_name_or_path
+            named = (
+                record["recipe"]["model"] if record else PeftConfig.from_pretrained(str(path)).base_model_name_or_path
+            )
             if model is None and not named:
                 raise UserError(f"{path} does not name its base model; pass model=...")
             base, base_tokenizer = load_base(model or named)

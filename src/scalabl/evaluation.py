@@ -15,6 +15,7 @@ from scalabl.predictive import Predictive, make_predictive, predict
 from scalabl.report import MethodResult, Report
 from scalabl.tasks import Example
 from scalabl.training.progress import progress_bar
+from scalabl.trunk_store import with_stored_trunk
 from scalabl.tuner import prior_of
 
 
@@ -26,7 +27,7 @@ def log_probabilities(
     Raises:
         UserError: rows that the run's scoring cannot encode.
     """
-    encoded = run.encode(list(rows))
+    encoded = with_stored_trunk(run.scorer, run.encode(list(rows)), batch_size=batch_size)
     with progress_bar() as progress:
         bar = progress.add_task(description, total=len(encoded), detail="")
         return predict(
@@ -67,9 +68,7 @@ def evaluate_run(
         model: the base model, if it has moved.
     """
     run = load_run(directory, model=model)
-    strategy = make_predictive(
-        predictive or default_predictive(run), samples=samples, seed=seed
-    )
+    strategy = make_predictive(predictive or default_predictive(run), samples=samples, seed=seed)
     result = method_result(run, describe_method(run, strategy), rows, shifted, strategy, batch_size=batch_size)
     methods = [result]
     if held_out:
@@ -81,7 +80,8 @@ def evaluate_run(
         facts={
             "model": recipe["model"],
             "data": f"{data}, {len(rows):,} rows",
-            "trained on": f"{run.record['task']['name']}, {run.record['rows']['train']:,} rows, {recipe['steps']} steps",
+            "trained on": f"{run.record['task']['name']}, {run.record['rows']['train']:,} rows, "
+            f"{recipe['steps']} steps",
             "seed": str(recipe["seed"]),
             "versions": ", ".join(f"{k} {v}" for k, v in run.record["versions"].items()),
             "device": run.record["device"],

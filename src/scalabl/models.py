@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from scalabl.cache import cache_directory
@@ -34,8 +35,9 @@ def load_base(
     Raises:
         UserError: it cannot be found, has no tokenizer, or is not a causal language model.
     """
-    path = embedded_directory() if name == EMBEDDED else name
-    if not Path(path).is_dir() and (Path(path).suffix or str(path).startswith((".", "/", "~"))):
+    # a name with a dot may be the Hub's (Qwen/Qwen2.5-0.5B)
+    path = embedded_directory() if name == EMBEDDED else os.path.expanduser(name)
+    if not Path(path).is_dir() and str(path).startswith((".", "/")):
         raise UserError(f"There is no model directory {path}; give a directory with a config.json, or a Hub id.")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if dtype == "auto":
@@ -48,10 +50,10 @@ def load_base(
         options |= {"quantization_config": _quantization(bits), "device_map": {"": device}}
     try:
         model = AutoModelForCausalLM.from_pretrained(path, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"The model {name} cannot be loaded: {_first_line(error)}") from error
     if bits is None:
-        model = model.to(device)
+        model = model.to(device)  # type: ignore[arg-type]  (the stub's decorator hides self)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model.eval(), tokenizer
@@ -63,7 +65,7 @@ def _tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     except (OSError, ValueError) as error:
         raise UserError(f"The model {path} cannot be loaded: {_first_line(error)}") from error
     local = Path(path)
-    if local.is_dir() and not any(local.glob("tokenizer*")) and not any(local.glob("*.model")):
+    if local.is_dir() and not any(any(local.glob(name)) for name in ("tokenizer*", "*.model", "vocab*")):
         raise UserError(f"The model directory {path} has no tokenizer; save it there with tokenizer.save_pretrained.")
     try:
         return AutoTokenizer.from_pretrained(path)
@@ -100,6 +102,9 @@ def embedded_directory() -> Path:
     try:
         _convert_gguf(Path(package.origin).parent, unfinished)
         os.replace(unfinished, target)
+    except OSError:
+        if not (target / "config.json").exists():  # else another process was faster
+            raise
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return target

@@ -1,10 +1,10 @@
 """A run's directory: `scalabl.json` says what it is, whether it is finished, and what its adapter must hash to.
 
-    DIR/scalabl.json                 recipe, task, scoring, versions, status, sha256 of the adapter
-    DIR/adapter_model.safetensors    the adapter, with adapter_config.json
-    DIR/mean/                        a plain LoRA of the posterior mean (method scalabl)
-    DIR/training_log.json            what the trainer logged
-    DIR/checkpoints/                 while it runs
+DIR/scalabl.json                 recipe, task, scoring, versions, status, sha256 of the adapter
+DIR/adapter_model.safetensors    the adapter, with adapter_config.json
+DIR/mean/                        a plain LoRA of the posterior mean (method scalabl)
+DIR/training_log.json            what the trainer logged
+DIR/checkpoints/                 while it runs
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -18,7 +18,7 @@ def demo(
     steps: Annotated[int, typer.Option(help="Optimiser steps of each.")] = 200,
     test_rows: Annotated[int, typer.Option(help="ARC-Easy test rows.")] = 400,
     samples: Annotated[int, typer.Option(help="Particles.")] = 10,
-    json: Annotated[Optional[Path], typer.Option(help="Write the figures here.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the figures here.")] = None,
 ) -> None:
     """Train both, compare them with temperature scaling, and write report.html (about ten minutes on 2 cores)."""
     from scalabl.demo_settings import check_demo

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
@@ -15,17 +15,17 @@ from scalabl.errors import UserError
 def evaluate(
     run: Annotated[Path, typer.Argument(metavar="DIR", help="A run directory.")],
     data: Annotated[str, typer.Option(help="A benchmark's name, a JSONL file, or a directory of them.")],
-    split: Annotated[Optional[str], typer.Option(help="test if there is one, else every row.")] = None,
-    predictive: Annotated[Optional[str], typer.Option(help="mean or mc; mc where there is a posterior.")] = None,
+    split: Annotated[str | None, typer.Option(help="test if there is one, else every row.")] = None,
+    predictive: Annotated[str | None, typer.Option(help="mean or mc; mc where there is a posterior.")] = None,
     samples: Annotated[int, typer.Option(help="Particles of mc.")] = 10,
     seed: Annotated[int, typer.Option(help="Of the particles.")] = 0,
-    ood: Annotated[Optional[list[str]], typer.Option(help="A shifted data set to tell apart; may repeat.")] = None,
-    calibrate: Annotated[Optional[str], typer.Option(help="Fit a temperature on this data's validation rows.")] = None,
-    limit: Annotated[Optional[int], typer.Option(help="Take so many rows.")] = None,
+    ood: Annotated[list[str] | None, typer.Option(help="A shifted data set to tell apart; may repeat.")] = None,
+    calibrate: Annotated[str | None, typer.Option(help="Fit a temperature on this data's validation rows.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Take so many rows.")] = None,
     batch_size: Annotated[int, typer.Option(help="Questions at a time.")] = 8,
-    model: Annotated[Optional[str], typer.Option(help="The base model, if it has moved.")] = None,
-    json: Annotated[Optional[Path], typer.Option(help="Write the figures here.")] = None,
-    report: Annotated[Optional[Path], typer.Option(help="Write an HTML report here.")] = None,
+    model: Annotated[str | None, typer.Option(help="The base model, if it has moved.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the figures here.")] = None,
+    report: Annotated[Path | None, typer.Option(help="Write an HTML report here.")] = None,
 ) -> None:
     """Accuracy, NLL, ECE, Brier, AUROC and AURC, each with its interval."""
     from scalabl.rows import rows_of
@@ -57,7 +57,9 @@ def evaluate(
         write(made, report)
 
 
-def check_predictive(predictive: str | None, samples: int, batch_size: int, limit: int | None, record: dict[str, Any]) -> None:
+def check_predictive(
+    predictive: str | None, samples: int, batch_size: int, limit: int | None, record: dict[str, Any]
+) -> None:
     if predictive not in (None, "mean", "mc"):
         raise UserError(f"--predictive is {predictive!r}; it must be mean or mc.")
     if predictive == "mc" and record["recipe"]["method"] != "scalabl":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -13,7 +13,7 @@ from scalabl.cli.main import app
 @app.command()
 def inspect(
     run: Annotated[Path, typer.Argument(metavar="DIR", help="An adapter directory.")],
-    json: Annotated[Optional[Path], typer.Option(help="Write the figures here.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the figures here.")] = None,
 ) -> None:
     """What is adapted, parameter counts, mean and sigma by layer, warnings."""
     from scalabl.adapter_file import describe_adapter, require_adapter

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -16,12 +16,12 @@ def predict(
     run: Annotated[Path, typer.Argument(metavar="DIR", help="A run directory.")],
     input: Annotated[Path, typer.Option("--input", help="JSONL rows; answers in them are ignored.")],
     output: Annotated[Path, typer.Option("--output", help="JSONL answers, in the order of the rows.")],
-    predictive: Annotated[Optional[str], typer.Option(help="mean or mc; mc where there is a posterior.")] = None,
+    predictive: Annotated[str | None, typer.Option(help="mean or mc; mc where there is a posterior.")] = None,
     samples: Annotated[int, typer.Option(help="Particles of mc.")] = 10,
     seed: Annotated[int, typer.Option(help="Of the particles.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Questions at a time.")] = 8,
-    abstain: Annotated[Optional[float], typer.Option(help="Answer null below this confidence.")] = None,
-    model: Annotated[Optional[str], typer.Option(help="The base model, if it has moved.")] = None,
+    abstain: Annotated[float | None, typer.Option(help="Answer null below this confidence.")] = None,
+    model: Annotated[str | None, typer.Option(help="The base model, if it has moved.")] = None,
 ) -> None:
     """Answer rows: label, probs, confidence, entropy, aleatoric and epistemic (nats) for each."""
     from scalabl.cli.evaluate import check_predictive

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -13,35 +13,35 @@ from scalabl.cli.main import app
 @app.command()
 def train(
     output: Annotated[Path, typer.Option(help="The run's directory; the same command resumes it.")],
-    model: Annotated[Optional[str], typer.Option(help="A directory, a Hub id, or smollm2-135m-instruct.")] = None,
-    data: Annotated[Optional[str], typer.Option(help="A benchmark's name, a JSONL file, or a directory of them.")] = None,
-    config: Annotated[Optional[Path], typer.Option(help="A recipe (YAML) of these settings; options win.")] = None,
-    method: Annotated[Optional[str], typer.Option(help="scalabl or mle (plain LoRA).")] = None,
-    steps: Annotated[Optional[int], typer.Option(help="Optimiser steps.")] = None,
-    batch_size: Annotated[Optional[int], typer.Option(help="Questions a step and device.")] = None,
-    gradient_accumulation: Annotated[Optional[int], typer.Option(help="Batches a step.")] = None,
-    learning_rate: Annotated[Optional[float], typer.Option(help="For A and B.")] = None,
-    variational_learning_rate: Annotated[Optional[float], typer.Option(help="For means and sigmas of s.")] = None,
-    beta: Annotated[Optional[float], typer.Option(help="Multiplies the KL; 1 is the exact ELBO.")] = None,
-    schedule: Annotated[Optional[str], typer.Option(help="Of the KL's weight: elbo, warmup or minibatch.")] = None,
-    covariance: Annotated[Optional[str], typer.Option(help="diagonal or full.")] = None,
-    prior_std: Annotated[Optional[float], typer.Option(help="Of the prior on each s.")] = None,
-    r: Annotated[Optional[int], typer.Option("--rank", "-r", help="LoRA's rank.")] = None,
-    lora_alpha: Annotated[Optional[float], typer.Option(help="LoRA's alpha.")] = None,
-    target_modules: Annotated[Optional[str], typer.Option(help="For example q_proj,v_proj.")] = None,
-    layers: Annotated[Optional[str], typer.Option(help="all, or last:K.")] = None,
-    scoring: Annotated[Optional[str], typer.Option(help="auto, letters or continuation.")] = None,
-    chat: Annotated[Optional[bool], typer.Option("--chat/--no-chat", help="Use the chat template.")] = None,
-    max_length: Annotated[Optional[int], typer.Option(help="Tokens a row.")] = None,
-    train_rows: Annotated[Optional[int], typer.Option(help="Take so many training rows.")] = None,
-    seed: Annotated[Optional[int], typer.Option(help="Of initialisation, order and draws.")] = None,
-    dtype: Annotated[Optional[str], typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
-    bits: Annotated[Optional[int], typer.Option(help="Load the base in 4 or 8 bit (bitsandbytes).")] = None,
+    model: Annotated[str | None, typer.Option(help="A directory, a Hub id, or smollm2-135m-instruct.")] = None,
+    data: Annotated[str | None, typer.Option(help="A benchmark's name, a JSONL file, or a directory of them.")] = None,
+    config: Annotated[Path | None, typer.Option(help="A recipe (YAML) of these settings; options win.")] = None,
+    method: Annotated[str | None, typer.Option(help="scalabl or mle (plain LoRA).")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Questions a step and device.")] = None,
+    gradient_accumulation: Annotated[int | None, typer.Option(help="Batches a step.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="For A and B.")] = None,
+    variational_learning_rate: Annotated[float | None, typer.Option(help="For means and sigmas of s.")] = None,
+    beta: Annotated[float | None, typer.Option(help="Multiplies the KL; 1 is the exact ELBO.")] = None,
+    schedule: Annotated[str | None, typer.Option(help="Of the KL's weight: elbo, warmup or minibatch.")] = None,
+    covariance: Annotated[str | None, typer.Option(help="diagonal or full.")] = None,
+    prior_std: Annotated[float | None, typer.Option(help="Of the prior on each s.")] = None,
+    r: Annotated[int | None, typer.Option("--rank", "-r", help="LoRA's rank.")] = None,
+    lora_alpha: Annotated[float | None, typer.Option(help="LoRA's alpha.")] = None,
+    target_modules: Annotated[str | None, typer.Option(help="For example q_proj,v_proj.")] = None,
+    layers: Annotated[str | None, typer.Option(help="all, or last:K.")] = None,
+    scoring: Annotated[str | None, typer.Option(help="auto, letters or continuation.")] = None,
+    chat: Annotated[bool | None, typer.Option("--chat/--no-chat", help="Use the chat template.")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Tokens a row.")] = None,
+    train_rows: Annotated[int | None, typer.Option(help="Take so many training rows.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of initialisation, order and draws.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
+    bits: Annotated[int | None, typer.Option(help="Load the base in 4 or 8 bit (bitsandbytes).")] = None,
     gradient_checkpointing: Annotated[
-        Optional[bool], typer.Option("--gradient-checkpointing/--no-gradient-checkpointing", help="Less memory.")
+        bool | None, typer.Option("--gradient-checkpointing/--no-gradient-checkpointing", help="Less memory.")
     ] = None,
-    save_steps: Annotated[Optional[int], typer.Option(help="Steps between checkpoints.")] = None,
-    json: Annotated[Optional[Path], typer.Option(help="Write the run's record here too.")] = None,
+    save_steps: Annotated[int | None, typer.Option(help="Steps between checkpoints.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the run's record here too.")] = None,
 ) -> None:
     """Train a LoRA adapter with a posterior (or without, --method mle)."""
     settings = {k: v for k, v in locals().items() if k not in ("output", "config", "json")}
@@ -54,9 +54,9 @@ def train(
     made = not output.exists()
     claim(output, recipe.as_dict())
     try:
-        from scalabl.training.run import Interrupted, train as run_training
-
         from scalabl.cli.quiet import quiet
+        from scalabl.training.run import Interrupted
+        from scalabl.training.run import train as run_training
 
         quiet()
         record = run_training(recipe, output)
@@ -91,5 +91,3 @@ def _why(nll: dict[str, float]) -> str:
     if not nll:
         return ""
     return ", chosen by NLL on held-out rows before training: " + ", ".join(f"{k} {v:.3f}" for k, v in nll.items())
-
-

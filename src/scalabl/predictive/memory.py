@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,7 +17,8 @@ _CPU_LIMIT = 2 * 2**30
 
 def bytes_per_particle(model: nn.Module, batch: Batch) -> int:
     """An upper estimate of the memory that one more particle of this batch takes in a forward pass without gradient."""
-    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    config: Any = model.config
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
     rows, length = batch.input_ids.shape
     width = next(p.element_size() for p in model.parameters() if p.is_floating_point())
     hidden = config.hidden_size

@@ -57,9 +57,7 @@ _STYLE: dict[str, Any] = {
 class Drawing:
     """A figure of so many inches; use `axes`, then `svg`."""
 
-    def __init__(
-        self, width: float, height: float, ratios: tuple[float, ...] = (1,), *, share_x: bool = False
-    ) -> None:
+    def __init__(self, width: float, height: float, ratios: tuple[float, ...] = (1,), *, share_x: bool = False) -> None:
         with matplotlib.rc_context(_STYLE):  # type: ignore[arg-type]
             self._figure = Figure(figsize=(width, height), layout="constrained")
             FigureCanvasSVG(self._figure)

@@ -71,13 +71,9 @@ def risk_coverage_curves(name: str, methods: list[tuple[str, Tensor, Tensor]]) -
         start = min(FIRST_ROWS, len(coverage)) - 1
         chosen = np.unique(np.linspace(start, len(coverage) - 1, _MAX_POINTS).round().astype(int))
         marker = "o" if len(chosen) == 1 else None
-        axes.plot(
-            coverage[chosen], risk[chosen], color=series(i), linestyle=dashes(i), linewidth=1.7, marker=marker
-        )
+        axes.plot(coverage[chosen], risk[chosen], color=series(i), linestyle=dashes(i), linewidth=1.7, marker=marker)
         ends.append(f"{method} {risk[-1].item():.0%}")
-    axes.set(
-        xlim=(0, 1.01), xlabel="coverage: share of rows answered, the surest first", ylabel="share of errors"
-    )
+    axes.set(xlim=(0, 1.01), xlabel="coverage: share of rows answered, the surest first", ylabel="share of errors")
     axes.set_ylim(bottom=0)
     _percent(axes)
     return drawing.svg(name, f"Risk-coverage curves; errors when every row is answered: {', '.join(ends)}.")
@@ -147,9 +143,7 @@ def _logged(records: list[dict[str, float]], quantity: str) -> tuple[list[float]
     """
     if quantity == "nll" and not any("nll" in record for record in records):
         quantity = "loss"
-    held = [
-        record for record in records if "step" in record and math.isfinite(record.get(quantity, math.nan))
-    ]
+    held = [record for record in records if "step" in record and math.isfinite(record.get(quantity, math.nan))]
     held = held[:: max(1, math.ceil(len(held) / _MAX_POINTS))]
     return [record["step"] for record in held], [record[quantity] for record in held]
 

@@ -50,8 +50,7 @@ def write(report: Report, path: Path, rows: list[dict[str, Any]] | None = None) 
         beside.replace(path)
     except OSError as error:
         raise UserError(
-            f"the report cannot be written to {path} ({error.strerror or error}); choose another place or "
-            "make room."
+            f"the report cannot be written to {path} ({error.strerror or error}); choose another place or make room."
         ) from error
     finally:
         with suppress(OSError):
@@ -61,9 +60,7 @@ def write(report: Report, path: Path, rows: list[dict[str, Any]] | None = None) 
 def render(report: Report, rows: list[dict[str, Any]]) -> str:
     """The page as text. `rows`: of `table(report)`."""
     report.check()
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.globals.update(
         metrics=list(METRICS), shifted_metrics=SHIFTED, heading=text.heading, arrows=text.ARROWS,
         number=text.number, span=text.span, verdict=verdict, key=key, first_rows=figures.FIRST_ROWS,

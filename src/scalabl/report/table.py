@@ -38,9 +38,7 @@ def table(report: Report, *, bootstrap: int = 1000, seed: int = 0) -> list[dict[
             for metric in METRICS
         }
     for name in ood_names(report):
-        chosen = [
-            i for i, method in enumerate(report.methods) if name in method.ood and name in method.ood_labels
-        ]
+        chosen = [i for i, method in enumerate(report.methods) if name in method.ood and name in method.ood_labels]
         if chosen:
             shifted = [average(report.methods[i].ood[name]) for i in chosen]
             ood_labels = report.methods[chosen[0]].ood_labels[name]
@@ -86,16 +84,12 @@ def _figures(log_probs: Tensor, labels: Tensor, bootstrap: int, seed: int) -> di
     return {name: asdict(metric) for name, metric in metrics.items()} | {"collapsed": collapsed, "best": []}
 
 
-def _mark_best(
-    rows: list[dict[str, Any]], probs: list[Tensor], labels: Tensor, bootstrap: int, seed: int
-) -> None:
+def _mark_best(rows: list[dict[str, Any]], probs: list[Tensor], labels: Tensor, bootstrap: int, seed: int) -> None:
     """Enter in row["best"] the metrics in which a method is best, or tied with the best."""
     if len(rows) < 2:
         return
     for metric, higher in METRICS.items():
-        standing = [
-            i for i, row in enumerate(rows) if row["collapsed"] is None and row[metric]["value"] is not None
-        ]
+        standing = [i for i, row in enumerate(rows) if row["collapsed"] is None and row[metric]["value"] is not None]
         if not standing:
             continue
         sign = 1 if higher else -1

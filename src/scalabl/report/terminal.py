@@ -25,9 +25,7 @@ def print_table(rows: list[dict[str, Any]], console: Console) -> None:
     for name in dict.fromkeys(name for row in rows for name in row["ood"]):
         _print_shifted(name, [row for row in rows if name in row["ood"]], console)
     if len(rows) > 1:
-        console.print(
-            Text("± half the 95% bootstrap interval; bold: best, or not told apart from it.", "dim")
-        )
+        console.print(Text("± half the 95% bootstrap interval; bold: best, or not told apart from it.", "dim"))
     else:
         console.print(Text("± half the 95% bootstrap interval.", "dim"))
     for row in rows:
@@ -39,18 +37,14 @@ def print_table(rows: list[dict[str, Any]], console: Console) -> None:
 
 def _print_shifted(name: str, rows: list[dict[str, Any]], console: Console) -> None:
     columns = [f"{heading(m)} {ARROWS[m]}" for m in _SHIFTED]
-    grid = _grid(
-        f"shifted: {name}, {rows[0]['ood'][name]['n']:,} rows", [*columns, "told by entropy", "by epistemic"]
-    )
+    grid = _grid(f"shifted: {name}, {rows[0]['ood'][name]['n']:,} rows", [*columns, "told by entropy", "by epistemic"])
     for row in rows:
         shifted = row["ood"][name]
         cells = [_cell(shifted, metric) if metric in shifted else Text("–") for metric in _SHIFTED]
         auroc = [Text(plus_minus(shifted[f"auroc_{part}"], "auroc")) for part in ("total", "epistemic")]
         grid.add_row(_name(row["method"], shifted), *cells, *auroc)
     console.print(grid)
-    console.print(
-        Text("told by ...: AUROC of that uncertainty between the two data sets; 0.5 is blind.", "dim")
-    )
+    console.print(Text("told by ...: AUROC of that uncertainty between the two data sets; 0.5 is blind.", "dim"))
 
 
 def _grid(title: str | None, columns: list[str]) -> Table:

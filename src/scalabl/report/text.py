@@ -26,9 +26,7 @@ def span(figure: dict[str, Any], metric: str, *, signed: bool = False) -> str:
     """The interval of {value, low, high}: '58.9 to 62.7', or nothing where there is none."""
     if figure["low"] is None:
         return ""
-    return (
-        f"{number(figure['low'], metric, signed=signed)} to {number(figure['high'], metric, signed=signed)}"
-    )
+    return f"{number(figure['low'], metric, signed=signed)} to {number(figure['high'], metric, signed=signed)}"
 
 
 def plus_minus(figure: dict[str, Any], metric: str) -> str:

@@ -101,6 +101,7 @@ class Scoring(ABC):
         if rows[0].trunk is not None:
             trunk = torch.zeros(len(rows), length, rows[0].trunk.shape[-1], dtype=rows[0].trunk.dtype)
             for i, row in enumerate(rows):
+                assert row.trunk is not None
                 trunk[i, length - len(row.input_ids) :] = row.trunk
         return Batch(
             input_ids=padded([row.input_ids for row in rows], pad_id),
@@ -122,14 +123,21 @@ class Scoring(ABC):
 
     def continuation_ids(self, text: str) -> list[int]:
         """The tokens of an answer that follows a prompt: after a space, or after the chat template's own turn."""
-        lead = "" if self.chat else " "
+        lead, anchor = ("", "\n") if self.chat else (" ", ":")
+        # behind what ends the prompt: SentencePiece tokenizers put a space of their own in front of a lone text
+        before = list(self.tokenizer(anchor, add_special_tokens=False)["input_ids"])
+        together = list(self.tokenizer(anchor + lead + text.strip(), add_special_tokens=False)["input_ids"])
+        if together[: len(before)] == before:
+            return together[len(before) :]
         return list(self.tokenizer(lead + text.strip(), add_special_tokens=False)["input_ids"])
 
     def clip(self, prompt: list[int], tail: int) -> list[int]:
         """Drop the prompt's beginning where the row would be longer than `max_length`, keeping a leading BOS."""
         room = self.max_length - tail
         if room < 1:
-            raise UserError(f"The choices of a row take {tail} tokens, over the limit of {self.max_length}; raise --max-length.")
+            raise UserError(
+                f"The choices of a row take {tail} tokens, over the limit of {self.max_length}; raise --max-length."
+            )
         if len(prompt) <= room:
             return prompt
         if prompt[0] == self.tokenizer.bos_token_id and room > 1:
@@ -137,17 +145,36 @@ class Scoring(ABC):
         return prompt[-room:]
 
 
-def attention_mask(segments: Tensor, dtype: torch.dtype) -> Tensor:
+def attention_mask(batch: Batch, dtype: torch.dtype, window: int | None = None) -> Tensor:
     """(B, 1, T, T) additive mask: a token sees the prompt and its own choice, up to itself.
 
     So the choices of a question stand in one row, share its prompt and its draw of s, and never see each other.
+
+    Args:
+        batch: the rows.
+        dtype: the model's.
+        window: how many positions a sliding layer sees, the token's own included; None for all.
     """
+    segments, positions = batch.segments, batch.position_ids
     length = segments.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool, device=segments.device).tril()
     key, query = segments[:, None, :], segments[:, :, None]
     allowed = causal & (key >= 0) & ((key == 0) | (key == query))
+    if window is not None:
+        allowed = allowed & (positions[:, :, None] - positions[:, None, :] < window)
     # a padded position sees itself, so that no row of the softmax is empty
     allowed = allowed | torch.eye(length, dtype=torch.bool, device=segments.device)
     return torch.zeros(allowed.shape, dtype=dtype, device=segments.device).masked_fill(
         ~allowed, torch.finfo(dtype).min
     )[:, None]
+
+
+def attention_masks(batch: Batch, dtype: torch.dtype, config: Any) -> Tensor | dict[str, Tensor]:
+    """The mask of a model's layers, or one for each kind of layer where some of them have a sliding window."""
+    whole = attention_mask(batch, dtype)
+    window = getattr(config, "sliding_window", None)
+    if window is None or window >= whole.shape[-1]:
+        return whole
+    sliding = attention_mask(batch, dtype, window)
+    kinds = getattr(config, "layer_types", None)
+    return {kind: sliding if kind == "sliding_attention" else whole for kind in set(kinds)} if kinds else sliding

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from scalabl.errors import UserError
-from scalabl.scoring.base import Batch, Encoded, Scoring, attention_mask
+from scalabl.scoring.base import Batch, Encoded, Scoring, attention_masks
 from scalabl.scoring.continuation import Continuation, choice_log_likelihoods
 from scalabl.trunk import Trunk
 
@@ -25,8 +27,8 @@ class Scorer:
         trunk: the frozen lower layers, or None to run every layer every time.
     """
 
-    def __init__(self, model: PreTrainedModel, scoring: Scoring, trunk: Trunk | None = None) -> None:
-        self.model = model
+    def __init__(self, model: PreTrainedModel | PeftModel, scoring: Scoring, trunk: Trunk | None = None) -> None:
+        self.model: Any = model
         self.scoring = scoring
         self.trunk = trunk
 
@@ -95,11 +97,17 @@ def token_logits(model: torch.nn.Module, batch: Batch, trunk: Trunk | None) -> T
     with resume:
         return model(
             input_ids=batch.input_ids,
-            attention_mask=attention_mask(batch.segments, dtype),
+            attention_mask=attention_masks(batch, dtype, _text_config(model)),
             position_ids=batch.position_ids,
             logits_to_keep=batch.keep,
             use_cache=False,
         ).logits
+
+
+def _text_config(model: torch.nn.Module) -> Any:
+    """The configuration of the language model, inside a multimodal one too."""
+    config: Any = model.config
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def batches(rows: Sequence[Encoded], size: int) -> Iterator[tuple[list[int], list[Encoded]]]:

@@ -51,8 +51,7 @@ def check(example: Example, where: str) -> Example:
         raise UserError(f"{where}: the choice {twice!r} is there twice; make the choices distinct.")
     if example.answer is not None and not 0 <= example.answer < count:
         raise UserError(
-            f"{where}: the answer {example.answer} is outside the {count} choices; "
-            f"use an index from 0 to {count - 1}."
+            f"{where}: the answer {example.answer} is outside the {count} choices; use an index from 0 to {count - 1}."
         )
     return example
 

@@ -64,7 +64,7 @@ def answer_index(answer: Any, choices: tuple[str, ...], where: str) -> int:
     """
     last = len(choices) - 1
     if isinstance(answer, bool) or not isinstance(answer, int | str):
-        raise UserError(f'{where}: the answer is {_kind(answer)}; write the choice\'s text, its letter or its index.')
+        raise UserError(f"{where}: the answer is {_kind(answer)}; write the choice's text, its letter or its index.")
     if isinstance(answer, int):
         if not 0 <= answer <= last:
             raise UserError(f"{where}: the answer {answer} is outside the choices; use an index from 0 to {last}.")

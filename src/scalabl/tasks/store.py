@@ -40,8 +40,12 @@ def write_task(task: Task, folder: Path, compress: bool = False) -> None:
                 (fresh / f"{split}.jsonl").write_bytes(text)
         counts = {split: len(rows) for split, rows in task.splits.items()}
         meta = {
-            "format": FORMAT, "name": task.name, "rows": counts, "labels": task.labels,
-            "source": task.source, "licence": task.licence,
+            "format": FORMAT,
+            "name": task.name,
+            "rows": counts,
+            "labels": task.labels,
+            "source": task.source,
+            "licence": task.licence,
         }
         (fresh / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
         with contextlib.suppress(FileNotFoundError):

