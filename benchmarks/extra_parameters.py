@@ -29,8 +29,8 @@ def count(shape: Shape, covariance: str, *, r: int = 8, targets: tuple[str, ...]
     """Parameters of the base, of LoRA (A and B) and of the posterior; the number of adapted layers."""
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(shape.config())
-    config = scalabl.ScalaBLConfig(r=r, lora_alpha=2 * r, target_modules=list(targets), covariance=covariance)
-    model = get_peft_model(base, config)
+    settings: dict[str, Any] = {"r": r, "lora_alpha": 2 * r, "covariance": covariance}
+    model = get_peft_model(base, scalabl.ScalaBLConfig(target_modules=list(targets), **settings))
     numbers = {"base": 0, "lora": 0, "variational": 0}
     for name, parameter in model.named_parameters():
         kind = "variational" if ".posterior." in name else "lora" if "lora_" in name else "base"

@@ -48,17 +48,18 @@ def adapt(base: PreTrainedModel, method: str) -> PeftModel:
     own = copy.deepcopy(base, {id(tensor): tensor for tensor in (*base.parameters(), *base.buffers())})
     shared: dict[str, Any] = {"r": RANK, "lora_alpha": 2 * RANK, "target_modules": list(TARGETS)}
     if method.startswith("scalabl"):
-        covariance = "full" if method == "scalabl-full" else "diagonal"
-        return get_peft_model(own, scalabl.ScalaBLConfig(**shared, covariance=covariance))
-    if method.startswith("monteclora"):
-        options = {"buffer_size": 1} if method == "monteclora-unbuffered" else {}
-        shared["monteclora_config"] = MontecloraConfig(**options)
+        shared["covariance"] = "full" if method == "scalabl-full" else "diagonal"
+        return get_peft_model(own, scalabl.ScalaBLConfig(**shared))
+    if method == "monteclora":
+        shared["monteclora_config"] = MontecloraConfig()
+    if method == "monteclora-unbuffered":
+        shared["monteclora_config"] = MontecloraConfig(buffer_size=1)
     return get_peft_model(own, LoraConfig(**shared))
 
 
 def make_step(base: PreTrainedModel, method: str, batch: Tensor, directory: Path) -> Step:
     """A function that does one optimiser step of a method."""
-    model = adapt(base, method).train()
+    model: Any = adapt(base, method).train()
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=1e-4)
     arguments = TrainingArguments(

@@ -16,3 +16,11 @@ def base_directory() -> Path:
 def task_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Questions with 3 to 5 choices: train.jsonl, validation.jsonl, test.jsonl."""
     return write_task(tmp_path_factory.mktemp("task"))
+
+
+@pytest.fixture
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache directory of the test's own."""
+    directory = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("SCALABL_CACHE", str(directory))
+    return directory

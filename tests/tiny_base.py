@@ -68,12 +68,15 @@ def _sizes(layers: int) -> dict[str, Any]:
     }
 
 
-# the sliding window is shorter than the rows of the tests
 ARCHITECTURES: dict[str, Callable[[int], PretrainedConfig]] = {
     "llama": lambda layers: LlamaConfig(**_sizes(layers)),
     "qwen2": lambda layers: Qwen2Config(**_sizes(layers)),
     "qwen3": lambda layers: Qwen3Config(**_sizes(layers), head_dim=8),
-    "gemma3": lambda layers: Gemma3TextConfig(**_sizes(layers), head_dim=8),
+    "gemma3": lambda layers: Gemma3TextConfig(
+        **_sizes(layers),
+        head_dim=8,
+        layer_types=["full_attention", "sliding_attention"] * (layers // 2) + ["full_attention"] * (layers % 2),
+    ),
 }
 
 

@@ -5,10 +5,15 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from scalabl.errors import UserError
 from scalabl.run_directory import ADAPTER
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from scalabl.diagnostics import LayerWeights
 
 CONFIG = "adapter_config.json"
 
@@ -26,8 +31,8 @@ def require_adapter(directory: Path) -> dict[str, Any]:
         config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{directory / CONFIG} is not readable JSON; restore the file.") from error
-    if not isinstance(config, dict) or "peft_type" not in config:
-        raise UserError(f"{directory / CONFIG} is no adapter's configuration; restore the file.")
+    if not isinstance(config, dict) or config.get("peft_type") not in ("SCALABL", "LORA"):
+        raise UserError(f"{directory / CONFIG} is not the configuration of a ScalaBL or LoRA adapter.")
     return config
 
 
@@ -41,35 +46,59 @@ def describe_adapter(directory: Path) -> dict[str, Any]:
     Raises:
         UserError: missing, truncated or altered files.
     """
-    import torch
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    from scalabl.diagnostics import LayerWeights, summarize, warnings_of
-    from scalabl.posterior import POSTERIORS, Prior
-    from scalabl.tuner.mean_adapter import projection_rows
+    from scalabl.diagnostics import summarize, warnings_of
+    from scalabl.posterior import Prior
 
     config = require_adapter(directory)
     try:
         tensors = load_file(directory / ADAPTER)
-    except SafetensorError as error:
+        weights = _stochastic_layers(tensors, config)
+    except (SafetensorError, KeyError, RuntimeError) as error:
         raise UserError(f"{directory / ADAPTER} is truncated or altered ({error}); restore the file.") from error
     bayesian = config["peft_type"] == "SCALABL"
-    weights, plain = [], []
+    if bayesian and not weights:
+        raise UserError(f"{directory / ADAPTER} holds no posterior, it was altered; restore the file.")
+    prior = Prior(config["prior_mean"], config["prior_std"]) if bayesian else Prior()
+    summaries = summarize(weights, prior)
+    variational = sum(t.numel() for n, t in tensors.items() if ".posterior." in n)
+    targets = config.get("target_modules") or []
+    return {
+        "base_model": config.get("base_model_name_or_path"),
+        "target_modules": targets if isinstance(targets, str) else ", ".join(sorted(targets)),
+        "r": config["r"],
+        "lora_alpha": config["lora_alpha"],
+        "covariance": config.get("covariance"),
+        "prior": f"N({prior.mean}, {prior.std}^2)" if bayesian else None,
+        "lora_parameters": sum(t.numel() for t in tensors.values()) - variational,
+        "variational_parameters": variational,
+        "kl": sum(s.kl for s in summaries) if bayesian else None,
+        "layers": [asdict(s) for s in summaries] or _plain_layers(tensors),
+        "warnings": warnings_of(summaries, prior) if bayesian else ["a plain LoRA: it has no posterior"],
+    }
+
+
+def _stochastic_layers(tensors: dict[str, Tensor], config: dict[str, Any]) -> list[LayerWeights]:
+    import torch
+
+    from scalabl.diagnostics import LayerWeights
+    from scalabl.posterior import POSTERIORS
+    from scalabl.tuner.mean_adapter import projection_rows
+
+    found = []
     for name, direction in tensors.items():
         layer, _, rest = name.partition(".lora_A.")
-        layer_name = layer.removeprefix("base_model.model.")
-        if rest == "weight":
-            plain.append({"name": layer_name, "r": direction.shape[0]})
         if rest != "direction":
             continue
+        layer_name, r = _bare(layer), direction.shape[0]
         log_mean = tensors[f"{layer}.lora_A.posterior.log_mean"]
         posterior = POSTERIORS[config["covariance"]](torch.ones_like(log_mean), torch.ones_like(log_mean))
         prefix = f"{layer}.lora_A.posterior."
         posterior.load_state_dict({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
-        r = direction.shape[0]
         alpha = next((v for k, v in config["alpha_pattern"].items() if k in layer_name), config["lora_alpha"])
-        weights.append(
+        found.append(
             LayerWeights(
                 layer_name,
                 posterior,
@@ -78,20 +107,14 @@ def describe_adapter(directory: Path) -> dict[str, Any]:
                 alpha / (r**0.5 if config["use_rslora"] else r),
             )
         )
-    prior = Prior(config["prior_mean"], config["prior_std"]) if bayesian else Prior()
-    summaries = summarize(weights, prior)
-    variational = sum(t.numel() for n, t in tensors.items() if ".posterior." in n)
-    empty = {"mean": None, "sigma": None, "noise": None, "kl": None, "effect": None}
-    return {
-        "base_model": config.get("base_model_name_or_path"),
-        "target_modules": ", ".join(sorted(config.get("target_modules") or [])),
-        "r": config["r"],
-        "lora_alpha": config["lora_alpha"],
-        "covariance": config.get("covariance"),
-        "prior": f"N({prior.mean}, {prior.std}^2)" if bayesian else None,
-        "lora_parameters": sum(t.numel() for t in tensors.values()) - variational,
-        "variational_parameters": variational,
-        "kl": sum(s.kl for s in summaries) if bayesian else None,
-        "layers": [asdict(s) for s in summaries] or [row | empty for row in plain],
-        "warnings": warnings_of(summaries, prior) if bayesian else ["a plain LoRA: it has no posterior"],
-    }
+    return found
+
+
+def _plain_layers(tensors: dict[str, Tensor]) -> list[dict[str, Any]]:
+    empty = dict.fromkeys(("mean", "sigma", "noise", "kl", "effect"))
+    layers = {name.partition(".lora_A.")[0]: t.shape[0] for name, t in tensors.items() if ".lora_A." in name}
+    return [{"name": _bare(layer), "r": r, **empty} for layer, r in layers.items()]
+
+
+def _bare(layer: str) -> str:
+    return layer.removeprefix("base_model.model.")

@@ -9,9 +9,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from torch import Tensor
+
 from scalabl.evaluation import default_predictive
-from scalabl.loading import Run, load_run
-from scalabl.predictive import Predictive, make_predictive
+from scalabl.loading import load_run
 from scalabl.predictive import predict as predict_rows
 from scalabl.run_directory import sha256
 from scalabl.tasks import Example
@@ -52,21 +53,26 @@ def predict_file(
     unfinished = output.with_name(f".{output.name}.{identity.hexdigest()[:12]}")
     done = _whole_lines(unfinished)
     run = load_run(directory, model=model)
-    strategy = make_predictive(predictive or default_predictive(run), samples=samples, seed=seed)
+    encoded = run.encode(list(rows))  # refuses what it cannot answer before the first answer is written
+    strategy = run.predictive(predictive or default_predictive(run), samples=samples, seed=seed)
     with progress_bar() as progress, unfinished.open("a", encoding="utf-8") as file:
         bar = progress.add_task("predicting", total=len(rows), completed=done, detail="")
         for start in range(done, len(rows), batch_size):
-            chunk = rows[start : start + batch_size]
-            _write(file, answer_rows(run, chunk, strategy, abstain))
-            progress.advance(bar, len(chunk))
+            chunk = slice(start, start + batch_size)
+            log_probs = predict_rows(run.scorer, encoded[chunk], strategy, batch_size=batch_size)
+            _write(file, answers_of(rows[chunk], log_probs, abstain))
+            progress.advance(bar, len(rows[chunk]))
     os.replace(unfinished, output)
 
 
-def answer_rows(
-    run: Run, rows: Sequence[Example], predictive: Predictive, abstain: float | None
-) -> Iterator[dict[str, Any]]:
-    """One answer a row: id, label, probs (choice -> probability), confidence, entropy, aleatoric, epistemic."""
-    log_probs = predict_rows(run.scorer, run.encode(list(rows)), predictive, batch_size=len(rows))
+def answers_of(rows: Sequence[Example], log_probs: Tensor, abstain: float | None) -> Iterator[dict[str, Any]]:
+    """One answer a row: id, label, probs (choice -> probability), confidence, entropy, aleatoric, epistemic.
+
+    Args:
+        rows: n questions.
+        log_probs: (N, n, C) of N particles.
+        abstain: label null where the confidence is below this.
+    """
     probs, uncertainty = average(log_probs), decompose(log_probs)
     for i, row in enumerate(rows):
         of_row = probs[i, : len(row.choices)].tolist()

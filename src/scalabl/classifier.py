@@ -13,12 +13,13 @@ from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from scalabl.errors import UserError
-from scalabl.loading import load_adapter
+from scalabl.loading import load_adapter, require_base
 from scalabl.models import load_base
 from scalabl.predictive import MeanPredictive, MonteCarloPredictive, predict
 from scalabl.run_directory import RECORD, finished_record
 from scalabl.scoring import Letters, Scorer, Scoring, make_scoring
 from scalabl.tasks import Example
+from scalabl.tasks.example import check
 from scalabl.trunk import Trunk
 from scalabl.tuner import StochasticProjection
 from scalabl.uncertainty import average, decompose
@@ -114,7 +115,10 @@ class Classifier:
             )
             if model is None and not named:
                 raise UserError(f"{path} does not name its base model; pass model=...")
-            base, base_tokenizer = load_base(model or named)
+            held = {name: record["recipe"][name] for name in ("dtype", "bits")} if record else {}
+            base, base_tokenizer = load_base(model or named, **held)
+        if record:
+            require_base(base, record)
         scoring: Scoring
         if labels is not None:
             scoring = Letters(base_tokenizer, labels=tuple(labels), raw_prompt=True, chat=chat, max_length=max_length)
@@ -149,9 +153,9 @@ class Classifier:
         )
 
     def _row(self, index: int, question: str | Mapping[str, Any] | Example) -> Example:
-        if isinstance(question, Example):
-            return question
         labels = self.scorer.scoring.labels if isinstance(self.scorer.scoring, Letters) else None
+        if isinstance(question, Example):
+            return self._checked(question, labels)
         if isinstance(question, str):
             if labels is None:
                 raise UserError('This classifier scores choices; pass rows {"question": ..., "choices": [...]}.')
@@ -160,4 +164,9 @@ class Classifier:
         text = question.get("question", question.get("text"))
         if text is None or choices is None:
             raise UserError(f'Question {index} lacks "question" or "choices"; give both.')
-        return Example(str(index), text, tuple(choices), None)
+        return self._checked(Example(str(index), text, tuple(choices), None), labels)
+
+    def _checked(self, row: Example, labels: tuple[str, ...] | None) -> Example:
+        if labels is not None and row.choices != labels:
+            raise UserError(f"Question {row.id} has choices of its own, but this classifier answers {labels}.")
+        return check(row, f"question {row.id}")

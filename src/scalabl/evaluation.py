@@ -10,8 +10,9 @@ from torch import Tensor
 
 from scalabl.diagnostics import summarize, warnings_of, weights_of
 from scalabl.loading import Run, load_run
+from scalabl.methods import load_method
 from scalabl.methods.temperature import apply_temperature, fit_temperature
-from scalabl.predictive import Predictive, make_predictive, predict
+from scalabl.predictive import Predictive, predict
 from scalabl.report import MethodResult, Report
 from scalabl.tasks import Example
 from scalabl.training.progress import progress_bar
@@ -68,7 +69,7 @@ def evaluate_run(
         model: the base model, if it has moved.
     """
     run = load_run(directory, model=model)
-    strategy = make_predictive(predictive or default_predictive(run), samples=samples, seed=seed)
+    strategy = run.predictive(predictive or default_predictive(run), samples=samples, seed=seed)
     result = method_result(run, describe_method(run, strategy), rows, shifted, strategy, batch_size=batch_size)
     methods = [result]
     if held_out:
@@ -92,16 +93,20 @@ def evaluate_run(
 
 
 def default_predictive(run: Run) -> str:
-    """mc where there is a posterior to draw from."""
-    return "mc" if run.is_bayesian else "mean"
+    """mc where the method averages over particles."""
+    return "mc" if run.is_sampled else "mean"
 
 
 def describe_method(run: Run, predictive: Predictive) -> str:
-    """As in a table: "plain LoRA", "ScalaBL, mean", "ScalaBL, N = 10"."""
-    if not run.is_bayesian:
+    """As in a table: "plain LoRA", "MAP", "ScalaBL, mean", "ScalaBL, N = 10"."""
+    method = run.record["recipe"]["method"]
+    if method == "mle":
         return "plain LoRA"
+    title = load_method(method).TITLE
+    if not run.is_sampled:
+        return title
     number = getattr(predictive, "samples", None)
-    return f"ScalaBL, {'mean' if number is None else f'N = {number}'}"
+    return f"{title}, {'mean' if number is None else f'N = {number}'}"
 
 
 def method_result(

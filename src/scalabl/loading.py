@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
 from safetensors import SafetensorError
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from scalabl.errors import UserError
+from scalabl.methods import SAMPLED, load_method
 from scalabl.models import load_base
+from scalabl.predictive import MeanPredictive, Predictive
 from scalabl.run_directory import finished_record
 from scalabl.scoring import Encoded, Scorer, Scoring, make_scoring
 from scalabl.tasks import Example
 from scalabl.trunk import Trunk
+from scalabl.tuner.fingerprint import fingerprint, same_base
 
 
 @dataclass
@@ -26,11 +31,13 @@ class Run:
         record: what `scalabl.json` says.
         scorer: the model with its scoring and trunk.
         tokenizer: the base model's.
+        directory: where it was loaded from, and where post-hoc methods keep their files.
     """
 
     record: dict[str, Any]
     scorer: Scorer
     tokenizer: PreTrainedTokenizerBase
+    directory: Path | None = None
 
     @property
     def scoring(self) -> Scoring:
@@ -38,8 +45,19 @@ class Run:
 
     @property
     def is_bayesian(self) -> bool:
-        """Whether the adapter has a posterior to draw from."""
+        """Whether the adapter has a posterior over s."""
         return self.record["recipe"]["method"] == "scalabl"
+
+    @property
+    def is_sampled(self) -> bool:
+        """Whether the run's method averages over particles."""
+        return self.record["recipe"]["method"] in SAMPLED
+
+    def predictive(self, name: str | None = None, *, samples: int = 10, seed: int = 0) -> Predictive:
+        """The predictive of the run's own method ("mc" or None), or one pass without noise ("mean")."""
+        if name == "mean":
+            return MeanPredictive()
+        return load_method(self.record["recipe"]["method"]).predictive(self, samples=samples, seed=seed)
 
     def encode(self, rows: list[Example]) -> list[Encoded]:
         """Rows as tokens."""
@@ -53,7 +71,12 @@ def load_adapter(model: Any, directory: Path) -> PeftModel:
         UserError: the files are missing, truncated or made for another base model.
     """
     try:
-        return PeftModel.from_pretrained(model, str(directory)).eval()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            return PeftModel.from_pretrained(model, str(directory)).eval()
+    except UserWarning as error:
+        missing = str(error).partition("keys while loading the checkpoint: ")[2][:200]
+        raise UserError(f"The adapter in {directory} lacks weights ({missing}); restore its files.") from error
     except SafetensorError as error:
         raise UserError(f"The adapter in {directory} is truncated or altered ({error}); restore its files.") from error
     except RuntimeError as error:
@@ -63,6 +86,20 @@ def load_adapter(model: Any, directory: Path) -> PeftModel:
                 "adapter_config.json names."
             ) from error
         raise
+
+
+def require_base(model: nn.Module, record: dict[str, Any]) -> None:
+    """Refuse a base model other than the one that a run was trained on.
+
+    Raises:
+        UserError: its fingerprint differs from the record's.
+    """
+    found, trained = fingerprint(model), record.get("base_fingerprint")
+    if found is not None and trained is not None and not same_base(trained, found):
+        raise UserError(
+            f"This adapter was trained on another base model ({record['recipe']['model']}, whose fingerprint is "
+            f"{trained}; this one's is {found}); give that one with --model."
+        )
 
 
 def load_run(directory: Path, *, model: str | None = None) -> Run:
@@ -78,7 +115,8 @@ def load_run(directory: Path, *, model: str | None = None) -> Run:
     record = finished_record(directory)
     recipe = record["recipe"]
     base, tokenizer = load_base(model or recipe["model"], dtype=recipe["dtype"], bits=recipe["bits"])
+    require_base(base, record)
     adapted = load_adapter(base, directory)
     scoring = make_scoring(record["scoring"], tokenizer)
     trunk = Trunk(adapted)
-    return Run(record, Scorer(adapted, scoring, trunk if trunk.depth else None), tokenizer)
+    return Run(record, Scorer(adapted, scoring, trunk if trunk.depth else None), tokenizer, directory)

@@ -53,7 +53,7 @@ def load_base(
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"The model {name} cannot be loaded: {_first_line(error)}") from error
     if bits is None:
-        model = model.to(device)  # type: ignore[arg-type]  (the stub's decorator hides self)
+        model = model.to(device)  # type: ignore[arg-type]
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model.eval(), tokenizer

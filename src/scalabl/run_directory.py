@@ -31,6 +31,26 @@ def write_json(path: Path, content: Any) -> None:
         unfinished.unlink(missing_ok=True)
 
 
+def require_writable(*files: Path | None) -> None:
+    """Refuse files that could not be written at the end of long work; None is left out.
+
+    Raises:
+        UserError: a file's directory does not exist or is not writable, or the file is a directory.
+    """
+    for file in files:
+        if file is None:
+            continue
+        parent = file.resolve().parent
+        if file.is_dir() or not parent.is_dir():
+            raise UserError(f"{file} cannot be written; give a file in a directory that exists.")
+        probe = parent / f".{file.name}.{os.getpid()}"
+        try:
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise UserError(f"{file} cannot be written ({error.strerror}); choose another directory.") from error
+
+
 def sha256(path: Path) -> str:
     """Hex digest of a file."""
     digest = hashlib.sha256()

@@ -2,13 +2,14 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 import training_cost
-from _common import ROOT
+import training_step
 from methods import METHODS
 from training_step import adapt, load, make_step, times
 
@@ -57,17 +58,39 @@ def test_scalabl_is_charged_for_the_kl(base, batch, tmp_path, monkeypatch) -> No
     assert len(added) == 4  # q_proj and v_proj of two layers
 
 
-def test_results_are_written(tmp_path: Path) -> None:
+def test_results_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    allocators = []
+
+    def in_this_process(line: list[str], env: dict[str, str], **_: Any) -> subprocess.CompletedProcess[str]:
+        allocators.append(env.get("MALLOC_MMAP_THRESHOLD_"))
+        assert Path(line[1]).samefile(training_step.__file__)
+        monkeypatch.setattr("sys.argv", line[1:])
+        training_step.main()
+        return subprocess.CompletedProcess(line, 0)
+
+    monkeypatch.setattr("training_cost.subprocess", SimpleNamespace(run=in_this_process, DEVNULL=None, PIPE=None))
     toy = ["--shape", "tiny", "--batch", "2", "--length", "4", "--rounds", "2", "--warmup", "1"]
     toy += ["--memory-repeats", "1", "--memory-steps", "1", "--methods", "scalabl", "--output", str(tmp_path)]
-    subprocess.run([sys.executable, str(ROOT / "benchmarks" / "training_cost.py"), *toy], check=True)
+    toy += ["--threads", str(torch.get_num_threads())]
+    monkeypatch.setattr("sys.argv", ["training_cost.py", *toy])
+    training_cost.main()
     content = json.loads((tmp_path / "training_cost.json").read_text(encoding="utf-8"))
     assert list(content["methods"]) == ["lora", "scalabl"]
     assert content["methods"]["lora"]["step_wall"]["ratios"] == [1.0, 1.0]
     assert len(content["methods"]["scalabl"]["step_processor"]["ratios"]) == 2
     assert content["methods"]["scalabl"]["peak_memory"]["median"] > 0.5
+    assert allocators == [None, "65536", "65536", None, None]  # the timed steps, then two methods with each allocator
     assert {"model", "data", "seeds", "versions", "device", "command"} <= set(content["facts"])
     assert METHODS["scalabl"] in (tmp_path / "training_cost.md").read_text(encoding="utf-8")
+
+
+def test_a_failed_measurement_is_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    failed = subprocess.CompletedProcess([], 1, stderr="out of memory")
+    monkeypatch.setattr("training_cost.subprocess", SimpleNamespace(run=lambda *_, **__: failed, DEVNULL=0, PIPE=0))
+    monkeypatch.setattr("sys.argv", ["training_cost.py", "--output", str(tmp_path)])
+    with pytest.raises(SystemExit, match="out of memory"):
+        training_cost.main()
+    assert not list(tmp_path.iterdir())
 
 
 def test_ratios_are_of_the_same_round() -> None:

@@ -9,6 +9,7 @@ import typer
 
 from scalabl.cli.main import app
 from scalabl.errors import UserError
+from scalabl.methods import SAMPLED
 
 
 @app.command()
@@ -29,10 +30,11 @@ def evaluate(
 ) -> None:
     """Accuracy, NLL, ECE, Brier, AUROC and AURC, each with its interval."""
     from scalabl.rows import rows_of
-    from scalabl.run_directory import finished_record, write_json
+    from scalabl.run_directory import finished_record, require_writable, write_json
 
     record = finished_record(run)
     check_predictive(predictive, samples, batch_size, limit, record)
+    require_writable(json, report)
     labels = record["task"]["labels"]
     rows = rows_of(data, split=split, limit=limit, labels=labels)
     shifted = {name: rows_of(name, limit=limit, labels=labels) for name in ood or []}
@@ -62,7 +64,7 @@ def check_predictive(
 ) -> None:
     if predictive not in (None, "mean", "mc"):
         raise UserError(f"--predictive is {predictive!r}; it must be mean or mc.")
-    if predictive == "mc" and record["recipe"]["method"] != "scalabl":
+    if predictive == "mc" and record["recipe"]["method"] not in SAMPLED:
         raise UserError("This run is a plain LoRA without a posterior; use --predictive mean.")
     for name, value in (("--samples", samples), ("--batch-size", batch_size), ("--limit", limit)):
         if value is not None and value < 1:

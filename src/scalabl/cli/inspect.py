@@ -17,8 +17,9 @@ def inspect(
 ) -> None:
     """What is adapted, parameter counts, mean and sigma by layer, warnings."""
     from scalabl.adapter_file import describe_adapter, require_adapter
-    from scalabl.run_directory import RECORD, finished_record, write_json
+    from scalabl.run_directory import RECORD, finished_record, require_writable, write_json
 
+    require_writable(json)
     require_adapter(run)
     if (run / RECORD).is_file():
         finished_record(run)
@@ -39,7 +40,8 @@ def inspect(
     console.print(facts)
     layers = Table(box=None, header_style="bold")
     for heading in ("layer", "r", "mean of s", "sigma", "sigma / mean", "KL", "|B diag(s) A|"):
-        layers.add_column(heading, justify="left" if heading == "layer" else "right")
+        first = heading == "layer"
+        layers.add_column(heading, justify="left" if first else "right", overflow="fold" if first else "ellipsis")
     for layer in found["layers"]:
         layers.add_row(
             layer["name"], str(layer["r"]), *(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import errno
-import os
 import sys
+from typing import NoReturn
 
 import typer
 
 from scalabl import __version__
+from scalabl.cli.quiet import quiet_imports
 from scalabl.errors import UserError
 
 app = typer.Typer(
@@ -22,8 +23,10 @@ app = typer.Typer(
 data = typer.Typer(help="Benchmarks that are known by name.", no_args_is_help=True)
 app.add_typer(data, name="data")
 
+_FULL = "the disk is full; free some space and run the same command again"
 _DISK = {
-    errno.ENOSPC: "the disk is full; free some space and run the same command again",
+    errno.ENOSPC: _FULL,
+    errno.EFBIG: "a file became larger than this disk or its limits (ulimit -f) allow; choose another directory",
     errno.EDQUOT: "the disk quota is used up; free some space and run the same command again",
     errno.EROFS: "the file system is read-only; choose another directory",
     errno.EACCES: "permission was denied; choose a directory that you may write",
@@ -47,34 +50,45 @@ def main() -> None:
     from scalabl.cli import predict as _predict  # noqa: F401
     from scalabl.cli import train as _train  # noqa: F401
 
-    # progress and tables are ours; what libraries say beside them is for those who debug them
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    quiet_imports()
     try:
-        app()
-    except UserError as error:
-        _fail(str(error))
-    except KeyboardInterrupt:
-        _fail("Interrupted; run the same command again to go on.", code=130)
-    except OSError as error:
-        if error.errno not in _DISK:
+        code = app(standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
+        code = 130
+    except Exception as error:
+        sentence = explain(error)
+        if sentence is None:
             raise
-        where = f"{error.filename}: " if error.filename else ""
-        _fail(f"{where}{_DISK[error.errno]}.")
-    except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
-            raise
-        _fail("Out of memory; lower --batch-size, --max-length or --samples, or load the base with --bits 4.")
+        fail(sentence)
+    if code == 130:
+        fail("Interrupted; run the same command again to go on.", code=130)
+    sys.exit(code or 0)
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+def explain(error: Exception) -> str | None:
+    """What went wrong in one sentence that names the mend; None for what is no user's business (a bug)."""
+    if isinstance(error, UserError):
+        return str(error)
+    if hasattr(error, "format_message"):  # the parser's own: a missing option, a word for a number
+        sentence = str(error.format_message()).rstrip(".")
+        return f"{sentence}; see scalabl --help." if sentence else ""
+    if isinstance(error, OSError) and error.errno in _DISK:
+        return f"{f'{error.filename}: ' if error.filename else ''}{_DISK[error.errno]}."
     text = str(error)
-    return isinstance(error, MemoryError) or any(
-        sign in text for sign in ("out of memory", "can't allocate memory", "not enough memory")
-    )
+    # safetensors and torch.save report a failed write in words of their own
+    for number, sentence in _DISK.items():
+        if f"(os error {number})" in text:
+            return f"{sentence[0].upper()}{sentence[1:]}."
+    if "inline_container" in text or "file write failed" in text:
+        return f"A checkpoint could not be written, perhaps {_FULL}."
+    signs = ("out of memory", "can't allocate memory", "not enough memory")
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(sign in text for sign in signs)):
+        return "Out of memory; lower --batch-size, --max-length or --samples, or load the base with --bits 4."
+    return None
 
 
-def _fail(sentence: str, code: int = 2) -> None:
-    print(f"scalabl: {sentence}", file=sys.stderr)
+def fail(sentence: str, code: int = 2) -> NoReturn:
+    """End the program with one sentence on standard error."""
+    if sentence:  # else the help was printed instead
+        print(f"scalabl: {' '.join(sentence.split())}", file=sys.stderr)
     sys.exit(code)

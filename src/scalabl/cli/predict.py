@@ -25,16 +25,17 @@ def predict(
 ) -> None:
     """Answer rows: label, probs, confidence, entropy, aleatoric and epistemic (nats) for each."""
     from scalabl.cli.evaluate import check_predictive
-    from scalabl.run_directory import finished_record
+    from scalabl.rows import with_labels
+    from scalabl.run_directory import finished_record, require_writable
     from scalabl.tasks import load_rows
 
     record = finished_record(run)
     check_predictive(predictive, samples, batch_size, None, record)
     if abstain is not None and not 0 <= abstain <= 1:
         raise UserError(f"--abstain is {abstain}; it must be between 0 and 1.")
-    if output.is_dir() or not output.resolve().parent.is_dir():
-        raise UserError(f"{output} cannot be written; give a file in a directory that exists.")
-    rows = load_rows(input, labels=record["task"]["labels"], require_answer=False)
+    require_writable(output)
+    labels = record["task"]["labels"]
+    rows = with_labels(load_rows(input, labels=labels, require_answer=False), labels, input)
 
     from scalabl.batch_prediction import predict_file
     from scalabl.cli.quiet import quiet

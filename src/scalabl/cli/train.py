@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from scalabl.cli.main import app
+from scalabl.cli.main import app, fail
+from scalabl.training.recipe import Recipe, make_recipe
 
 
 @app.command()
@@ -16,7 +17,7 @@ def train(
     model: Annotated[str | None, typer.Option(help="A directory, a Hub id, or smollm2-135m-instruct.")] = None,
     data: Annotated[str | None, typer.Option(help="A benchmark's name, a JSONL file, or a directory of them.")] = None,
     config: Annotated[Path | None, typer.Option(help="A recipe (YAML) of these settings; options win.")] = None,
-    method: Annotated[str | None, typer.Option(help="scalabl or mle (plain LoRA).")] = None,
+    method: Annotated[str | None, typer.Option(help="scalabl, mle, map, mc_dropout, blob or monteclora.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Questions a step and device.")] = None,
     gradient_accumulation: Annotated[int | None, typer.Option(help="Batches a step.")] = None,
@@ -45,30 +46,33 @@ def train(
 ) -> None:
     """Train a LoRA adapter with a posterior (or without, --method mle)."""
     settings = {k: v for k, v in locals().items() if k not in ("output", "config", "json")}
-    from scalabl.run_directory import claim, write_json
+    from scalabl.run_directory import claim, finished_record, require_writable, write_json
     from scalabl.tasks import load_task
-    from scalabl.training.recipe import make_recipe
 
     recipe = make_recipe(settings, config)
+    require_writable(json)
     load_task(recipe.data)
-    made = not output.exists()
-    claim(output, recipe.as_dict())
-    try:
-        from scalabl.cli.quiet import quiet
-        from scalabl.training.run import Interrupted
-        from scalabl.training.run import train as run_training
-
-        quiet()
-        record = run_training(recipe, output)
-    except Interrupted as stopped:
-        typer.echo(f"scalabl: Interrupted, {stopped}; run the same command again to go on.", err=True)
-        raise typer.Exit(130) from stopped
-    finally:
-        if made and output.is_dir() and not any(output.iterdir()):
-            output.rmdir()
+    finished = claim(output, recipe.as_dict())
+    record = finished_record(output) if finished else _train(recipe, output)
     if json is not None:
         write_json(json, record)
     _print(record, output)
+
+
+def _train(recipe: Recipe, output: Path) -> dict[str, Any]:
+    try:
+        from scalabl.cli.quiet import quiet
+        from scalabl.training.run import Interrupted, train
+
+        quiet()
+        try:
+            return train(recipe, output)
+        except Interrupted as stopped:
+            fail(f"Interrupted, {stopped}; run the same command again to go on.", code=130)
+    finally:
+        # whatever stopped it before it could write anything (Ctrl-C while torch is imported)
+        if output.is_dir() and not any(output.iterdir()):
+            output.rmdir()
 
 
 def _print(record: dict, output: Path) -> None:  # type: ignore[type-arg]

@@ -1,12 +1,23 @@
-"""MLE: plain LoRA, trained by likelihood alone."""
+"""MLE (Hu et al. 2022, 2106.09685): plain LoRA, trained by likelihood alone.
+
+y = W0 x + (alpha / r) B A x,   minimise -1/N sum_n log p(y_n | x_n, A, B)
+"""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 from peft import LoraConfig, PeftConfig
 from transformers import PreTrainedModel, TrainerCallback
 
 from scalabl.errors import UserError
+from scalabl.predictive import MeanPredictive, Predictive
 from scalabl.training.recipe import Recipe, layer_fraction
+
+if TYPE_CHECKING:
+    from scalabl.loading import Run
+
+TITLE = "MLE"
 
 
 def adapter_config(recipe: Recipe, model: PreTrainedModel) -> PeftConfig:
@@ -17,6 +28,11 @@ def adapter_config(recipe: Recipe, model: PreTrainedModel) -> PeftConfig:
 def callbacks(recipe: Recipe, num_examples: int) -> list[TrainerCallback]:
     """Nothing beyond the likelihood."""
     return []
+
+
+def predictive(run: Run, *, samples: int = 10, seed: int = 0) -> Predictive:
+    """One pass."""
+    return MeanPredictive()
 
 
 def shared_options(recipe: Recipe, model: PreTrainedModel) -> dict:  # type: ignore[type-arg]

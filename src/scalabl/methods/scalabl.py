@@ -1,14 +1,26 @@
-"""ScalaBL: a Gaussian over the r numbers of each layer, learnt by stochastic variational inference."""
+"""ScalaBL (Samplawski et al. 2025, 2506.21408): a Gaussian over the r numbers of each layer, learnt by variational
+inference.
+
+    q(s) = N(s_mu, diag(s_sigma^2)) or N(s_mu, Sigma),   maximise E_q[log p(y | x, s)] - KL(q || p)
+"""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 from peft import PeftConfig
 from transformers import PreTrainedModel, TrainerCallback
 
 from scalabl.methods.mle import shared_options
+from scalabl.predictive import MeanPredictive, MonteCarloPredictive, Predictive
 from scalabl.training.callback import ELBOCallback
 from scalabl.training.recipe import Recipe
 from scalabl.tuner import ScalaBLConfig
+
+if TYPE_CHECKING:
+    from scalabl.loading import Run
+
+TITLE = "ScalaBL"
 
 
 def adapter_config(recipe: Recipe, model: PreTrainedModel) -> PeftConfig:
@@ -32,3 +44,8 @@ def callbacks(recipe: Recipe, num_examples: int) -> list[TrainerCallback]:
             learning_rate=recipe.variational_learning_rate,
         )
     ]
+
+
+def predictive(run: Run, *, samples: int = 10, seed: int = 0) -> Predictive:
+    """The average over N draws of s; N = 0 is the posterior mean."""
+    return MonteCarloPredictive(samples, seed=seed) if samples else MeanPredictive()

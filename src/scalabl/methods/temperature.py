@@ -1,11 +1,63 @@
-"""Temperature scaling: one scalar on the class logits, fitted on held-out rows (Guo et al. 2017, 1706.04599)."""
+"""Temperature scaling (Guo et al. 2017, 1706.04599): one scalar on the class logits, fitted on held-out rows.
+
+    p_T(y | x) = softmax(log p(y | x) / T),   T minimises the NLL of validation rows
+
+It composes with every method: the temperature is on each particle's logits, before they are averaged.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from scalabl.errors import UserError
+from scalabl.methods.saved import load_facts, save
+from scalabl.tasks import Example
+
+if TYPE_CHECKING:
+    from scalabl.loading import Run
+    from scalabl.predictive import Predictive
+
+TITLE = "Temperature"
+
+
+def fit(
+    run: Run,
+    train_rows: Sequence[Example],
+    validation_rows: Sequence[Example],
+    *,
+    members: Sequence[Path] = (),
+    batch_size: int = 8,
+    seed: int = 0,
+    samples: int = 10,
+) -> dict[str, Any]:
+    """The temperature of the run's own predictive on validation rows.
+
+    Raises:
+        UserError: there are no validation rows.
+    """
+    from scalabl.predictive import predict
+    from scalabl.trunk_store import with_stored_trunk
+
+    if not validation_rows:
+        raise UserError("A temperature needs validation rows, but there are none; give a validation split.")
+    inner = run.predictive(samples=samples, seed=seed)
+    encoded = with_stored_trunk(run.scorer, run.encode(list(validation_rows)), batch_size=batch_size)
+    log_probs = predict(run.scorer, encoded, inner, batch_size=batch_size)
+    temperature = fit_temperature(log_probs, torch.tensor([row.answer for row in validation_rows]))
+    return save(run, "temperature", {"temperature": temperature, "rows": len(validation_rows), "samples": samples})
+
+
+def predictive(run: Run, *, samples: int = 10, seed: int = 0) -> Predictive:
+    """The run's own predictive with the temperature on its particles."""
+    from scalabl.predictive.tempered import TemperedPredictive
+
+    temperature = load_facts(run, "temperature")["temperature"]
+    return TemperedPredictive(run.predictive(samples=samples, seed=seed), temperature)
 
 
 def apply_temperature(log_probs: Tensor, temperature: float) -> Tensor:

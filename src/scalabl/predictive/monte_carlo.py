@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from scalabl.errors import UserError
 from scalabl.predictive.memory import particles_at_once
@@ -48,7 +50,11 @@ class MonteCarloPredictive:
             first += number
         return torch.cat(parts)
 
+    def context(self, model: nn.Module, first: int, number: int) -> AbstractContextManager[None]:
+        """Context in which a batch of `number` B rows carries the particles first .. first + number - 1."""
+        return particles(model, number, seed=self.seed, first=first)
+
     def _chunk(self, scorer: Scorer, batch: Batch, first: int, number: int) -> Tensor:
-        with particles(scorer.model, number, seed=self.seed, first=first):
+        with self.context(scorer.model, first, number):
             log_probs = scorer.class_log_probs(batch.repeat(number))
         return log_probs.view(number, len(batch), -1)

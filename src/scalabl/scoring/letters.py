@@ -85,7 +85,13 @@ class Letters(Scoring):
                 f"Row {example.id} has {len(example.choices)} choices, but this scoring was made for "
                 f"{len(self.label_ids)}; score rows with as many choices as in training."
             )
-        ids = self.clip(self.prompt_ids(self.prompt(example)), 0)
+        prompt = self.prompt(example)
+        if self.raw_prompt and not self.chat and prompt != prompt.rstrip():
+            raise UserError(
+                f"Prompt {example.id} ends in white space, but a label is scored with the space in front of it; "
+                "take the white space off the prompt's end."
+            )
+        ids = self.clip(self.prompt_ids(prompt), 0)
         return Encoded(ids, list(range(len(ids))), [0] * len(ids), len(example.choices), example.answer)
 
     def class_logits(self, logits: Tensor, batch: Batch) -> Tensor:

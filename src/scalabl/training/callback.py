@@ -116,7 +116,7 @@ class ELBOCallback(LogContributor):
             learning_rate=self.learning_rate,
             base_learning_rate=args.learning_rate,
         )
-        _separate_noise_of_ranks(args)
+        separate_noise_of_ranks(args)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -225,7 +225,7 @@ def _whole(posterior: Gaussian) -> Gaussian:
     return whole
 
 
-def _separate_noise_of_ranks(args: TrainingArguments) -> None:
+def separate_noise_of_ranks(args: TrainingArguments) -> None:
     """A noise stream of its own for every data-parallel rank; ranks that share a sequence keep sharing its draw."""
     ranks_of_a_replica = getattr(args.parallelism_config, "non_data_parallel_size", 1)
     if args.world_size // ranks_of_a_replica > 1:

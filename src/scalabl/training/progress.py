@@ -12,6 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 def progress_bar(console: Console | None = None) -> Progress:
     """A bar on standard error: what, how many of how many, time gone, time left."""
+    console = console or Console(stderr=True)
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -20,8 +21,9 @@ def progress_bar(console: Console | None = None) -> Progress:
         TextColumn("left"),
         TimeRemainingColumn(),
         TextColumn("{task.fields[detail]}"),
-        console=console or Console(stderr=True),
+        console=console,
         transient=True,
+        disable=not console.is_terminal,  # a log file would be left an empty line
     )
 
 

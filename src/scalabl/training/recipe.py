@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from scalabl.errors import UserError
+from scalabl.methods import SETTINGS
+from scalabl.methods import TRAINED as METHODS
 
-METHODS = ("scalabl", "mle")
 SCORINGS = ("auto", "letters", "continuation")
 SCHEDULES = ("elbo", "warmup", "minibatch")
 COVARIANCES = ("diagonal", "full")
@@ -90,6 +91,7 @@ class Recipe:
         _require("validation_rows", self.validation_rows, self.validation_rows >= 0, "zero or more")
         _require("train_rows", self.train_rows, self.train_rows is None or self.train_rows >= 1, "at least 1")
         _require("bits", self.bits, self.bits in (None, 4, 8), "4, 8 or left out")
+        _require("seed", self.seed, 0 <= self.seed < 2**32, "between 0 and 2^32 - 1")
         layer_fraction(self.layers)
         if not self.targets:
             raise UserError("target_modules is empty; name the modules to adapt, for example q_proj,v_proj.")
@@ -119,7 +121,7 @@ def layer_fraction(layers: str) -> int | None:
 
 
 def make_recipe(values: dict[str, Any], config: Path | None = None) -> Recipe:
-    """A recipe from a YAML file, overridden by the values that are not None.
+    """A recipe from a YAML file, overridden by the values that are not None; the method's own settings come first.
 
     Raises:
         UserError: the file cannot be read, or names something that is no setting.
@@ -129,6 +131,7 @@ def make_recipe(values: dict[str, Any], config: Path | None = None) -> Recipe:
         merged |= _read_yaml(config)
     merged |= {name: value for name, value in values.items() if value is not None}
     known = {f.name: f for f in fields(Recipe)}
+    merged = SETTINGS.get(str(merged.get("method")), {}) | merged
     for name, value in merged.items():
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
@@ -158,19 +161,21 @@ def _typed(name: str, value: Any, kind: str) -> Any:
         return ",".join(map(str, value))
     if value is None and "None" in kind:
         return None
-    word = kind.split(" ")[0]
-    wanted: Any = {"int": int, "float": float, "str": str, "bool": bool}[word]
+    wanted: Any = {"int": int, "float": float, "str": str, "bool": bool}[kind.split(" ")[0]]
+    word = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}[wanted]
+    if value is None or isinstance(value, list | dict):
+        raise UserError(f"{name} is {value!r}; it must be {word}.")
     if wanted is bool:
         if not isinstance(value, bool):
-            raise UserError(f"{name} is {value!r}; it must be true or false.")
+            raise UserError(f"{name} is {value!r}; it must be {word}.")
         return value
     try:
         converted = wanted(value)
         whole = wanted is not int or converted == float(value)
     except (TypeError, ValueError) as error:
-        raise UserError(f"{name} is {value!r}; it must be a {word}.") from error
+        raise UserError(f"{name} is {value!r}; it must be {word}.") from error
     if isinstance(value, bool) or not whole:
-        raise UserError(f"{name} is {value!r}; it must be a {word}.")
+        raise UserError(f"{name} is {value!r}; it must be {word}.")
     return converted
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -14,22 +15,24 @@ from typing import Any
 import torch
 from peft import PeftModel, get_peft_model
 from transformers import PrinterCallback, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.training_args import OptimizerNames
 
 from scalabl import __version__
 from scalabl.errors import UserError
 from scalabl.methods import load_method
 from scalabl.models import load_base
-from scalabl.run_directory import ADAPTER, RECORD, claim, sha256, write_json
+from scalabl.run_directory import ADAPTER, RECORD, claim, finished_record, read_record, sha256, write_json
 from scalabl.scoring import Encoded, Scorer, Scoring
 from scalabl.tasks import Example, Task, holdout, load_task
 from scalabl.training.choose_scoring import candidates, choose_scoring, describe
-from scalabl.training.guard import NonFiniteGuard
+from scalabl.training.guard import NonFiniteError, NonFiniteGuard
 from scalabl.training.progress import ProgressBar, StopOnInterrupt
 from scalabl.training.recipe import Recipe
 from scalabl.training.trainer import ChoiceTrainer
 from scalabl.trunk import Trunk
 from scalabl.trunk_store import with_stored_trunk
+from scalabl.tuner.fingerprint import fingerprint
 
 LOG = "training_log.json"
 
@@ -63,23 +66,46 @@ def train(recipe: Recipe, output: Path) -> dict[str, Any]:
     task = load_task(recipe.data)
     rows = select_rows(task, recipe)
     if claim(output, recipe.as_dict()):
-        from scalabl.run_directory import finished_record
-
         return finished_record(output)
-    fresh = not (output / RECORD).exists()
     try:
         return _train(recipe, output, task, rows)
-    except UserError:
-        # what failed before its first checkpoint leaves no trace
-        if fresh and not (output / "checkpoints").exists():
+    except BaseException as error:
+        # what failed before its first checkpoint leaves no trace, what failed later a run that can be resumed
+        last = last_checkpoint(output)
+        if last is None and not _is_finished(output):
             shutil.rmtree(output, ignore_errors=True)
+        if isinstance(error, NonFiniteError):
+            kept = f" and choose another --output ({last} is the last good checkpoint)" if last else ""
+            raise UserError(f"{str(error).partition(';')[0]}; lower --learning-rate{kept}.") from error
         raise
 
 
+def _is_finished(output: Path) -> bool:
+    return (output / RECORD).exists() and read_record(output).get("status") == "finished"
+
+
+def last_checkpoint(output: Path) -> Path | None:
+    """The newest whole checkpoint of a run; half-written ones (a kill or a full disk while saving) are removed."""
+    checkpoints = output / "checkpoints"
+    found = []
+    for directory in checkpoints.glob("checkpoint-*"):
+        try:
+            # the trainer writes its state last
+            json.loads((directory / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            shutil.rmtree(directory, ignore_errors=True)
+        else:
+            found.append((int(directory.name.rpartition("-")[2]), directory))
+    return max(found)[1] if found else None
+
+
 def _train(recipe: Recipe, output: Path, task: Task, rows: Rows) -> dict[str, Any]:
+    if recipe.optimizer not in list(OptimizerNames):
+        raise UserError(f"optimizer is {recipe.optimizer!r}; it must be one of {', '.join(OptimizerNames)}.")
     model, tokenizer = load_base(recipe.model, dtype=recipe.dtype, bits=recipe.bits)
     options = candidates(recipe, tokenizer, (*rows.train, *rows.validation), task.labels)
-    Scorer(model, options[-1]).check_packing(options[-1].encode(rows.train[0]))
+    longest = max((options[-1].encode(row) for row in rows.train[:50]), key=lambda row: sum(map(bool, row.segments)))
+    Scorer(model, options[-1]).check_packing(longest)
 
     method = load_method(recipe.method)
     set_seed(recipe.seed)
@@ -95,6 +121,7 @@ def _train(recipe: Recipe, output: Path, task: Task, rows: Rows) -> dict[str, An
         "scoring": scoring.settings(),
         "scoring_nll": nll,
         "parameters": _count(adapted),
+        "base_fingerprint": fingerprint(model),
         "versions": {name: version(name) for name in ("torch", "transformers", "peft", "accelerate")},
         "device": str(next(adapted.parameters()).device),
     }
@@ -160,19 +187,20 @@ def _fit(
         use_cpu=next(model.parameters()).device.type == "cpu",
     )
     bar, interrupt = ProgressBar(f"training {recipe.method}"), StopOnInterrupt()
-    trainer = ChoiceTrainer(
+    method: Any = load_method(recipe.method)
+    trainer_class = method.trainer_class(ChoiceTrainer) if hasattr(method, "trainer_class") else ChoiceTrainer
+    trainer = trainer_class(
         model,
         arguments,
         train_dataset=rows,  # type: ignore[arg-type]
-        callbacks=[*load_method(recipe.method).callbacks(recipe, len(rows)), NonFiniteGuard(), bar, interrupt],
+        callbacks=[*method.callbacks(recipe, len(rows)), NonFiniteGuard(), bar, interrupt],
         scoring=scoring,
         trunk=trunk,
     )
     trainer.remove_callback(PrinterCallback)
-    checkpoints = output / "checkpoints"
-    last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+    last = last_checkpoint(output)
     try:
-        trainer.train(resume_from_checkpoint=last)
+        trainer.train(resume_from_checkpoint=str(last) if last else None)
     finally:
         bar.close()
         interrupt.restore()
@@ -195,8 +223,9 @@ def _publish(model: PeftModel, output: Path) -> None:
 
 
 def _count(model: PeftModel) -> dict[str, int]:
-    """Parameters: base, LoRA (A and B), variational (means and standard deviations of s)."""
-    variational = sum(p.numel() for n, p in model.named_parameters() if ".posterior." in n)
+    """Parameters: base, LoRA (A and B), variational (means and standard deviations of s, a rival's scales)."""
+    own = (".posterior.", "_sampler.")
+    variational = sum(p.numel() for n, p in model.named_parameters() if any(part in n for part in own))
     adapter = sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
     total = sum(p.numel() for p in model.parameters())
     return {"base": total - adapter, "lora": adapter - variational, "variational": variational}

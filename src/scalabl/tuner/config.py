@@ -75,7 +75,7 @@ class ScalaBLConfig(LoraConfig):
         if not (math.isfinite(self.init_sigma) and self.init_sigma > 0):
             raise UserError(f"init_sigma is {self.init_sigma}; it must be positive, 0.05 is the paper's.")
         _ = self.prior
-        _refuse_unsupported(self)
+        refuse_unsupported(self)
 
     @property
     def prior(self) -> Prior:
@@ -108,7 +108,12 @@ def lora_defaults() -> dict[str, Any]:
     return {f.name: getattr(plain, f.name) for f in fields(plain)}
 
 
-def _refuse_unsupported(config: ScalaBLConfig) -> None:
+def refuse_unsupported(config: LoraConfig) -> None:
+    """Refuse LoRA's options that a stochastic A does not support.
+
+    Raises:
+        UserError: one of them is set.
+    """
     if config.init_lora_weights not in (True, False, "gaussian"):
         raise UserError(
             f"init_lora_weights={config.init_lora_weights!r} changes the base weights or sets A and B itself, which "

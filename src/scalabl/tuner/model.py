@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.utils.error import NoMatchingPeftModuleError
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from scalabl.errors import UserError
@@ -86,14 +86,15 @@ class ScalaBLModel(LoraModel):
                 f"r is {r}, but {current_key} has only {smallest} dimensions; lower r, or give this layer its own "
                 "rank in rank_pattern."
             )
-        leaf = StochasticProjection(
-            plain.weight,
-            covariance=lora_config.covariance,
-            init_sigma=lora_config.init_sigma,
-            unit_rows=lora_config.unit_rows,
-        )
+        leaf = self._leaf(plain.weight, lora_config)
         leaf.requires_grad_(plain.weight.requires_grad).train(plain.training)
         layer.lora_A[adapter_name] = leaf
+
+    def _leaf(self, weight: Tensor, config: ScalaBLConfig) -> nn.Module:
+        """What takes the place of LoRA's A, from LoRA's own draw of it (r, d_in)."""
+        return StochasticProjection(
+            weight, covariance=config.covariance, init_sigma=config.init_sigma, unit_rows=config.unit_rows
+        )
 
     def _take_out(self, adapter_name: str) -> None:
         """Leave the model as it was before a refusal in the middle of the layers."""

@@ -1,0 +1,88 @@
+"""Deep ensemble (Lakshminarayanan et al. 2017, 1612.01474): independently trained LoRAs, averaged.
+
+    p(y | x) = 1/M sum_m p(y | x, theta_m)
+
+Nothing is trained here: the members are finished runs of other seeds, and this run is the first of them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from scalabl.errors import UserError
+from scalabl.methods.saved import directory_of, load_facts, save
+from scalabl.predictive import Predictive
+from scalabl.predictive.ensemble import EnsemblePredictive
+from scalabl.run_directory import finished_record
+from scalabl.tasks import Example
+from scalabl.tuner.layers import active_adapters
+
+if TYPE_CHECKING:
+    from scalabl.loading import Run
+
+TITLE = "Deep ensemble"
+
+
+def fit(
+    run: Run,
+    train_rows: Sequence[Example],
+    validation_rows: Sequence[Example],
+    *,
+    members: Sequence[Path] = (),
+    batch_size: int = 8,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Note down the other members; no row is read.
+
+    Raises:
+        UserError: there is no other member, one of them is not finished, or differs in more than its seed.
+    """
+    directory_of(run, "ensemble")
+    assert run.directory is not None
+    listed = []
+    for member in members:
+        record = finished_record(member)
+        _require_alike(run.record, record, member)
+        path = os.path.relpath(member.resolve(), run.directory.resolve())
+        listed.append({"path": path, "seed": record["recipe"]["seed"], "adapter_sha256": record["adapter_sha256"]})
+    digests = {run.record["adapter_sha256"], *(m["adapter_sha256"] for m in listed)}
+    if len(digests) < 2 or len(digests) <= len(listed):
+        raise UserError("An ensemble needs members that differ; give the directories of runs of other seeds.")
+    return save(run, "ensemble", {"members": listed})
+
+
+def predictive(run: Run, *, samples: int = 10, seed: int = 0) -> Predictive:
+    """One pass a member.
+
+    Raises:
+        UserError: a member is gone or was trained anew since.
+    """
+    facts = load_facts(run, "ensemble")
+    assert run.directory is not None
+    model: Any = run.scorer.model
+    adapters = [active_adapters(model)[0]]
+    for number, member in enumerate(facts["members"], start=1):
+        directory, name = run.directory / member["path"], f"member{number}"
+        if finished_record(directory)["adapter_sha256"] != member["adapter_sha256"]:
+            raise UserError(f"The member {directory} was trained anew since; fit ensemble again.")
+        if name not in model.peft_config:
+            model.load_adapter(str(directory), adapter_name=name)
+        adapters.append(name)
+    model.eval()
+    return EnsemblePredictive(adapters)
+
+
+def _require_alike(own: dict[str, Any], other: dict[str, Any], member: Path) -> None:
+    """Refuse a member that differs in more than its seed."""
+    free = ("seed", "save_steps")
+    for name in own["recipe"]:
+        if name not in free and own["recipe"][name] != other["recipe"].get(name):
+            raise UserError(
+                f"The member {member} differs in {name} ({other['recipe'].get(name)}, here {own['recipe'][name]}); "
+                "give runs that differ in their seed alone."
+            )
+    if own["scoring"] != other["scoring"]:
+        raise UserError(f"The member {member} scores otherwise than this run; train it with the same scoring.")

@@ -1,0 +1,104 @@
+"""Where a post-hoc method's numbers lie: DIR/posthoc/NAME/, JSON and safetensors, tied to the run's adapter."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from scalabl.errors import UserError
+from scalabl.run_directory import write_json
+
+if TYPE_CHECKING:
+    from scalabl.loading import Run
+
+POST_HOC_DIRECTORY = "posthoc"
+
+
+def directory_of(run: Run, method: str) -> Path:
+    """DIR/posthoc/NAME.
+
+    Raises:
+        UserError: the run was not loaded from a directory.
+    """
+    if run.directory is None:
+        raise UserError(f"{method} is kept beside a run's adapter; load the run with load_run(DIR).")
+    return run.directory / POST_HOC_DIRECTORY / method
+
+
+def save(run: Run, method: str, facts: dict[str, Any], tensors: dict[str, Tensor] | None = None) -> dict[str, Any]:
+    """Write what was fitted; the JSON file comes last, so that half a fit is no fit.
+
+    Returns:
+        the facts, with the digest of the adapter that they belong to.
+    """
+    directory = directory_of(run, method)
+    directory.mkdir(parents=True, exist_ok=True)
+    if tensors is not None:
+        unfinished = directory / f".{method}.{os.getpid()}"
+        try:
+            save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, unfinished)
+            os.replace(unfinished, directory / f"{method}.safetensors")
+        finally:
+            unfinished.unlink(missing_ok=True)
+    whole = {**facts, "adapter_sha256": run.record.get("adapter_sha256")}
+    write_json(directory / f"{method}.json", whole)
+    return whole
+
+
+def is_fitted(run: Run, method: str) -> bool:
+    """Whether the method was fitted on this very adapter."""
+    try:
+        load_facts(run, method)
+    except UserError:
+        return False
+    return True
+
+
+def load_facts(run: Run, method: str) -> dict[str, Any]:
+    """The facts that `save` wrote.
+
+    Raises:
+        UserError: the method was not fitted on this run, its file cannot be read, or the adapter has changed since.
+    """
+    path = directory_of(run, method) / f"{method}.json"
+    if not path.is_file():
+        raise UserError(f"{method} was not fitted on the run in {run.directory}; call scalabl.methods.{method}.fit.")
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not readable JSON; fit {method} again.") from error
+    if not isinstance(facts, dict) or facts.get("adapter_sha256") != run.record.get("adapter_sha256"):
+        raise UserError(f"{path} was fitted on another adapter than the one in {run.directory}; fit {method} again.")
+    return facts
+
+
+def load_tensors(run: Run, method: str) -> dict[str, Tensor]:
+    """The tensors that `save` wrote, on the model's device.
+
+    Raises:
+        UserError: the file is missing or altered.
+    """
+    path = directory_of(run, method) / f"{method}.safetensors"
+    try:
+        return load_file(path, device=str(run.scorer.device))
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} is missing or altered; fit {method} again.") from error
+
+
+def require_plain_lora(run: Run, method: str) -> None:
+    """Refuse a run whose adapter is not a plain LoRA.
+
+    Raises:
+        UserError: it has a posterior or a sampler of its own.
+    """
+    trained_by = run.record["recipe"]["method"]
+    if trained_by not in ("mle", "map", "mc_dropout"):
+        raise UserError(
+            f"{method} is fitted on a plain LoRA, but this run was trained by {trained_by}; give an mle run."
+        )

@@ -1,0 +1,25 @@
+"""Any predictive with a temperature on its particles' class logits."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from scalabl.predictive.base import Predictive
+from scalabl.scoring import Batch, Scorer
+
+
+class TemperedPredictive:
+    """log softmax(log p_n / T) of every particle n of another predictive.
+
+    Args:
+        inner: the predictive.
+        temperature: T, positive.
+    """
+
+    def __init__(self, inner: Predictive, temperature: float) -> None:
+        self.inner = inner
+        self.temperature = temperature
+        self.name = inner.name
+
+    def __call__(self, scorer: Scorer, batch: Batch) -> Tensor:
+        return (self.inner(scorer, batch) / self.temperature).log_softmax(dim=-1)

@@ -1,0 +1,168 @@
+"""Every method trains or is fitted, saves, loads and predicts through the one interface."""
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from scalabl.errors import UserError
+from scalabl.loading import Run, load_run
+from scalabl.methods import METHODS, POST_HOC, SAMPLED, SETTINGS, TRAINED, load_method, load_post_hoc
+from scalabl.predictive import MeanPredictive, Predictive, predict
+from scalabl.tasks import Example
+from scalabl.training.recipe import Recipe, make_recipe
+
+N = 4
+
+
+def log_probs(run: Run, predictive: Predictive, rows: list[Example], batch_size: int = 8) -> torch.Tensor:
+    return predict(run.scorer, run.encode(rows), predictive, batch_size=batch_size)
+
+
+@pytest.mark.parametrize("method", TRAINED)
+def test_a_trained_method_saves_loads_and_predicts(
+    method: str, trained: Callable[..., Path], test_rows: list[Example]
+) -> None:
+    directory = trained(method)
+    first, again = load_run(directory), load_run(directory)
+    own = log_probs(first, load_method(method).predictive(first, samples=N, seed=3), test_rows)
+    assert own.shape == (N if method in SAMPLED else 1, len(test_rows), 5)
+    for i, row in enumerate(test_rows):
+        assert (own[:, i, len(row.choices) :] == -torch.inf).all()
+        torch.testing.assert_close(own[:, i].exp().sum(-1), torch.ones(len(own)))
+    # the same numbers from a fresh load, whatever stands beside a row
+    other = log_probs(again, again.predictive(samples=N, seed=3), test_rows, batch_size=3)
+    torch.testing.assert_close(own, other, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("method", [m for m in SAMPLED if m in TRAINED])
+def test_particles_are_fixed_by_their_seed_and_differ_from_each_other(
+    method: str, trained: Callable[..., Path], test_rows: list[Example]
+) -> None:
+    run = load_run(trained(method))
+    four = run.predictive(samples=4, seed=1)
+    four.chunk = 4  # type: ignore[attr-defined]
+    drawn = log_probs(run, four, test_rows)
+    for chunk in (1, 3):
+        cut = run.predictive(samples=4, seed=1)
+        cut.chunk = chunk  # type: ignore[attr-defined]
+        torch.testing.assert_close(log_probs(run, cut, test_rows), drawn, atol=2e-5, rtol=0)
+    more = log_probs(run, run.predictive(samples=6, seed=1), test_rows)
+    torch.testing.assert_close(more[:4], drawn, atol=2e-5, rtol=0)
+    spread = drawn.exp().std(dim=0)
+    assert (spread.nan_to_num().amax(-1) > 1e-6).all()
+    mean = log_probs(run, MeanPredictive(), test_rows)
+    torch.testing.assert_close(log_probs(run, run.predictive(samples=0), test_rows), mean, atol=1e-6, rtol=0)
+    other = log_probs(run, run.predictive(samples=4, seed=2), test_rows)
+    assert (other.exp() - drawn.exp()).abs().max() > 1e-6
+
+
+def test_no_method_is_missing_or_has_another_signature() -> None:
+    assert set(TRAINED) | set(POST_HOC) == set(METHODS) and set(SAMPLED) <= set(METHODS)
+    for name in METHODS:
+        module = load_method(name) if name in TRAINED else load_post_hoc(name)
+        assert module.TITLE and inspect.getdoc(module)
+        signature = inspect.signature(module.predictive)
+        assert list(signature.parameters)[:3] == ["run", "samples", "seed"]
+        functions = ("adapter_config", "callbacks") if name in TRAINED else ("fit",)
+        assert all(callable(getattr(module, function)) for function in functions)
+
+
+def test_methods_of_the_wrong_kind_are_refused() -> None:
+    with pytest.raises(UserError, match="not trained but fitted"):
+        load_method("tfb")
+    with pytest.raises(UserError, match="training run of its own"):
+        load_post_hoc("mle")
+    for load in (load_method, load_post_hoc):
+        with pytest.raises(UserError, match="no method 'sgld'"):
+            load("sgld")
+    with pytest.raises(UserError, match="method is 'tfb'"):
+        make_recipe({"method": "tfb"})
+
+
+def test_a_methods_own_settings_hold_unless_others_are_given() -> None:
+    for method, settings in SETTINGS.items():
+        recipe = make_recipe({"method": method})
+        assert {name: getattr(recipe, name) for name in settings} == settings
+    assert make_recipe({"method": "map", "weight_decay": 0.1}).weight_decay == 0.1
+    assert make_recipe({"method": "mle"}) == Recipe(method="mle")
+
+
+@pytest.mark.parametrize(("method", "word"), [("map", "weight_decay"), ("mc_dropout", "lora_dropout")])
+def test_a_method_that_would_be_mle_is_refused(method: str, word: str, mle: Run) -> None:
+    with pytest.raises(UserError, match=f"{word} is 0"):
+        load_method(method).adapter_config(Recipe(method=method), mle.scorer.model)
+
+
+def test_weight_decay_shrinks_both_a_and_b(trained: Callable[..., Path]) -> None:
+    """A strong decay is seen in A and in B; MAP differs from MLE in nothing else."""
+    from safetensors.torch import load_file
+
+    plain = load_file(trained("mle") / "adapter_model.safetensors")
+    decayed = load_file(trained("map", weight_decay=5.0) / "adapter_model.safetensors")
+    for part in ("lora_A", "lora_B"):
+        norms = [sum(t.norm() for n, t in tensors.items() if part in n) for tensors in (decayed, plain)]
+        assert norms[0] < 0.9 * norms[1]
+    usual = load_file(trained("map") / "adapter_model.safetensors")
+    assert any(not torch.equal(usual[name], plain[name]) for name in plain)
+
+
+@pytest.mark.parametrize("method", ["temperature", "laplace", "tfb"])
+def test_a_post_hoc_method_saves_beside_the_adapter_and_predicts_the_same_after_loading(
+    method: str,
+    trained: Callable[..., Path],
+    train_rows: list[Example],
+    validation_rows: list[Example],
+    test_rows: list[Example],
+) -> None:
+    directory = trained("mle", seed=5)
+    before = {p.name: p.read_bytes() for p in directory.iterdir() if p.is_file()}
+    run, module = load_run(directory), load_post_hoc(method)
+    with pytest.raises(UserError, match=f"{method} was not fitted"):
+        module.predictive(run)
+    facts = module.fit(run, train_rows, validation_rows)
+    assert (directory / "posthoc" / method / f"{method}.json").is_file()
+    assert facts["adapter_sha256"] == run.record["adapter_sha256"]
+    one = log_probs(run, module.predictive(run, samples=N, seed=2), test_rows)
+    fresh = load_run(directory)
+    other = log_probs(fresh, module.predictive(fresh, samples=N, seed=2), test_rows, batch_size=3)
+    torch.testing.assert_close(one, other, atol=5e-5, rtol=0)
+    torch.testing.assert_close(one.exp().sum(-1), torch.ones(one.shape[:2]))
+    # the adapter is as it was, and the run still predicts as it did
+    assert before == {p.name: p.read_bytes() for p in directory.iterdir() if p.is_file()}
+    mean = log_probs(load_run(directory), MeanPredictive(), test_rows)
+    torch.testing.assert_close(log_probs(run, MeanPredictive(), test_rows), mean, atol=1e-6, rtol=0)
+
+
+def test_what_was_fitted_on_another_adapter_is_refused(
+    trained: Callable[..., Path], validation_rows: list[Example]
+) -> None:
+    run, module = load_run(trained("mle", seed=6)), load_post_hoc("temperature")
+    module.fit(run, [], validation_rows)
+    run.record = {**run.record, "adapter_sha256": "0" * 64}
+    with pytest.raises(UserError, match="another adapter"):
+        module.predictive(run)
+
+
+@pytest.mark.parametrize("method", ["laplace", "tfb"])
+def test_a_run_with_a_posterior_of_its_own_is_refused(
+    method: str, trained: Callable[..., Path], train_rows: list[Example]
+) -> None:
+    run = load_run(trained("scalabl"))
+    with pytest.raises(UserError, match="trained by scalabl"):
+        load_post_hoc(method).fit(run, train_rows, [])
+    with pytest.raises(UserError, match="training rows"):
+        load_post_hoc(method).fit(load_run(trained("mle")), [], [])
+
+
+def test_a_temperature_composes_with_a_sampled_method(
+    trained: Callable[..., Path], validation_rows: list[Example], test_rows: list[Example]
+) -> None:
+    run, module = load_run(trained("mc_dropout")), load_post_hoc("temperature")
+    temperature = module.fit(run, [], validation_rows, seed=1)["temperature"]
+    raw = log_probs(run, run.predictive(samples=N, seed=1), test_rows)
+    tempered = log_probs(run, module.predictive(run, samples=N, seed=1), test_rows)
+    torch.testing.assert_close(tempered, (raw / temperature).log_softmax(-1), atol=1e-5, rtol=0)
+    assert torch.equal(tempered.argmax(-1), raw.argmax(-1))
