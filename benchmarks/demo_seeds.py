@@ -19,7 +19,9 @@ from typing import Any
 from _common import RESULTS, ROOT, facts, markdown_facts, markdown_table, write_results, write_text
 from over_seeds import TEST, summarize, told_apart
 
+from scalabl import demo_settings
 from scalabl.demo import run_demo
+from scalabl.demo_settings import demo_recipe
 from scalabl.metrics import METRICS
 from scalabl.report import table
 from scalabl.report.text import ARROWS, heading, number
@@ -39,12 +41,17 @@ def of_seed(directory: Path, seed: int, settings: dict[str, int]) -> dict[str, A
     kept = directory / ("figures-" + "-".join(f"{name}{value}" for name, value in settings.items()) + ".json")
     if kept.is_file():
         known: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8"))
-        if known["adapters"] == _adapters(directory):
+        if known["adapters"] == _adapters(directory) and known["made_from"] == _made_from(seed, settings):
             print(f"seed {seed}: known, {kept}")
             return known
     directory.mkdir(parents=True, exist_ok=True)
     report = run_demo(directory, seed=seed, **settings)
-    made = {"facts": report.facts, "adapters": _adapters(directory), "methods": table(report)}
+    made = {
+        "facts": report.facts,
+        "made_from": _made_from(seed, settings),
+        "adapters": _adapters(directory),
+        "methods": table(report),
+    }
     write_text(kept, json.dumps(made, indent=1, allow_nan=False) + "\n")
     return made
 
@@ -52,6 +59,14 @@ def of_seed(directory: Path, seed: int, settings: dict[str, int]) -> dict[str, A
 def _adapters(directory: Path) -> dict[str, str]:
     """Run -> hash of its adapter: figures are those of these very adapters."""
     return {path.parent.name: sha256(path) for path in sorted(directory.glob(f"*/{ADAPTER}"))}
+
+
+def _made_from(seed: int, settings: dict[str, int]) -> dict[str, Any]:
+    """Everything that decides the figures of a seed: the recipes of both methods, and the demo's constants."""
+    recipes = {name: demo_recipe(name, seed=seed, steps=settings["steps"]).as_dict() for name in ("mle", "scalabl")}
+    constants = {name: value for name, value in vars(demo_settings).items() if name.isupper()}
+    content: dict[str, Any] = json.loads(json.dumps({"recipes": recipes, "constants": constants, "settings": settings}))
+    return content
 
 
 def main() -> None:

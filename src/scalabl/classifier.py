@@ -15,13 +15,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from scalabl.errors import UserError
 from scalabl.loading import load_adapter, require_base
 from scalabl.models import load_base
-from scalabl.predictive import MeanPredictive, MonteCarloPredictive, predict
+from scalabl.predictive import MeanPredictive, MonteCarloPredictive, Predictive, predict
+from scalabl.predictive.weight_noise import blob_draws
 from scalabl.run_directory import RECORD, finished_record
 from scalabl.scoring import Letters, Scorer, Scoring, make_scoring
 from scalabl.tasks import Example
 from scalabl.tasks.example import check
 from scalabl.trunk import Trunk
 from scalabl.tuner import StochasticProjection
+from scalabl.tuner_blob import BLoBProjection
 from scalabl.uncertainty import average, decompose
 
 
@@ -63,7 +65,11 @@ class Classifier:
         if samples < 0:
             raise UserError(f"samples is {samples}; it must be 0 (the posterior mean) or more.")
         bayesian = any(isinstance(module, StochasticProjection) for module in model.modules())
-        self.predictive = MonteCarloPredictive(samples, seed=seed) if samples and bayesian else MeanPredictive()
+        self.predictive: Predictive = MeanPredictive()
+        if samples and bayesian:
+            self.predictive = MonteCarloPredictive(samples, seed=seed)
+        elif samples and any(isinstance(module, BLoBProjection) for module in model.modules()):
+            self.predictive = blob_draws(model, samples=samples, seed=seed)
         trunk = Trunk(model)
         self.scorer = Scorer(model, scoring, trunk if trunk.depth else None)
         self.batch_size = batch_size

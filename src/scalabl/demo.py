@@ -7,7 +7,7 @@ import platform
 from pathlib import Path
 from typing import Any
 
-from scalabl.demo_settings import SHIFTED_ROWS, TASK, demo_recipe
+from scalabl.demo_settings import SAMPLES, SHIFTED_ROWS, STEPS, TASK, TEST_ROWS, demo_recipe
 from scalabl.evaluation import answers, describe_method, log_probabilities, method_result, tempered
 from scalabl.loading import load_run
 from scalabl.methods.temperature import fit_temperature
@@ -20,7 +20,9 @@ from scalabl.training.run import LOG, select_rows, train
 SHIFTED = "mmlu-chemistry"
 
 
-def run_demo(output: Path, *, seed: int = 0, steps: int = 200, test_rows: int = 400, samples: int = 10) -> Report:
+def run_demo(
+    output: Path, *, seed: int = 0, steps: int = STEPS, test_rows: int = TEST_ROWS, samples: int = SAMPLES
+) -> Report:
     """Train both methods and gather their report; what an earlier call finished is not done again.
 
     Args:

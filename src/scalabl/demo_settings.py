@@ -9,9 +9,12 @@ from scalabl.training.recipe import Recipe
 
 TASK = "arc-easy"
 TRAIN_ROWS = 600
-VALIDATION_ROWS = 200
-SHIFTED_ROWS = 200
-LAYERS = "last:8"
+VALIDATION_ROWS = 150
+TEST_ROWS = 300
+SHIFTED_ROWS = 100
+STEPS = 150
+SAMPLES = 10
+LAYERS = "last:6"
 
 
 def demo_recipe(method: str, *, seed: int, steps: int) -> Recipe:

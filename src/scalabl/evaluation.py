@@ -135,7 +135,7 @@ def method_result(
 def tempered(result: MethodResult, temperature: float) -> MethodResult:
     """The same predictions with a temperature, as a row of its own."""
     return MethodResult(
-        name=f"{result.name} + temperature",
+        name=f"{result.name} + T",
         log_probs=apply_temperature(result.log_probs, temperature),
         labels=result.labels,
         ood={name: apply_temperature(log_probs, temperature) for name, log_probs in result.ood.items()},

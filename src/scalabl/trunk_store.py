@@ -52,7 +52,7 @@ def with_stored_trunk(
     hidden = _read(path)
     if hidden is None:
         hidden = _compute(scorer, rows, batch_size, description)
-        with suppress(OSError):  # a full or read-only cache costs time, not the run
+        with suppress(OSError, SafetensorError):  # a full or read-only cache costs time, not the run
             _write(path, hidden)
     ends = torch.tensor([len(row.input_ids) for row in rows]).cumsum(0).tolist()
     return [replace(row, trunk=hidden[end - len(row.input_ids) : end]) for row, end in zip(rows, ends, strict=True)]

@@ -3,12 +3,12 @@
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tiny_base import tiny_base
+from program import Program, Said
+from tiny_base import as_json, questions, tiny_base, write_jsonl
 from transformers.utils import logging as transformers_logging
 
 from scalabl.cli import main
@@ -16,32 +16,11 @@ from scalabl.training.recipe import Recipe
 from scalabl.training.run import train
 
 
-@dataclass(frozen=True)
-class Said:
-    """What the program said."""
-
-    code: int
-    out: str
-    err: str
-
-    def sentence(self) -> str:
-        """Its one sentence on standard error, after exit code 2 and silence on standard output."""
-        assert self.code == 2, self
-        assert self.out == ""
-        lines = self.err.splitlines()
-        assert len(lines) == 1 and lines[0].startswith("scalabl: "), self.err
-        return lines[0].removeprefix("scalabl: ")
-
-
-Program = Callable[..., Said]
-
-
 @pytest.fixture
 def program(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Program]:
     """`program("evaluate", DIR, ...)` runs the command line as `scalabl evaluate DIR ...`."""
-    levels = {
-        name: logging.getLogger(name).level for name in ("torch", "torchao", "bitsandbytes", "accelerate", "peft")
-    }
+    chatty = ("torch", "torchao", "torch.utils._pytree", "bitsandbytes", "accelerate", "peft")
+    levels = {name: logging.getLogger(name).level for name in chatty}
     verbosity, environment = transformers_logging.get_verbosity(), dict(os.environ)
 
     def run(*arguments: object) -> Said:
@@ -84,3 +63,9 @@ def mle_run(tmp_path_factory: pytest.TempPathFactory, task_directory: Path) -> P
     output = tmp_path_factory.mktemp("runs") / "mle"
     train(short(task_directory, method="mle", learning_rate=0.05), output)
     return output
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    """Twenty questions as JSONL."""
+    return write_jsonl(tmp_path / "rows.jsonl", map(as_json, questions(20)))

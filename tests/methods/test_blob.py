@@ -13,12 +13,15 @@ from tiny_base import loaded
 from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 
+from scalabl.classifier import Classifier
 from scalabl.errors import UserError
 from scalabl.loading import Run, load_run
 from scalabl.methods.blob import KLStepCallback, cycle_steps, kl_step
 from scalabl.posterior import Prior
+from scalabl.predictive import predict
 from scalabl.predictive.lora_particles import lora_parts
 from scalabl.predictive.weight_noise import WeightNoisePredictive
+from scalabl.tasks import Example
 from scalabl.tuner_blob import BLoBConfig, BLoBProjection, blob_layers
 
 R, D_IN = 3, 5
@@ -67,6 +70,19 @@ def test_flipout_decorrelates_the_rows_of_a_batch() -> None:
     assert not torch.equal(centred[0, 0], centred[0, 1])
     correlation = (centred[:, 0] * centred[:, 1]).mean(0) / centred.square().mean((0, 1))
     assert correlation.abs().max() < 0.03  # one shared E without signs would give 1
+
+
+def test_each_row_has_the_passs_noise_with_signs_of_its_own() -> None:
+    """Unit vectors as tokens read off the row's A: its noise is (sigma * E) * (t_b s_b^T), one E for all rows."""
+    made, rows = leaf(), 64
+    noise = drawn(made, torch.eye(D_IN).expand(rows, -1, -1), 1)[0].transpose(1, 2) - made.weight.detach()
+    torch.testing.assert_close(noise.abs(), noise[:1].abs().expand(rows, -1, -1), atol=1e-5, rtol=1e-3)
+    signs = noise.sign() * noise[0].sign()
+    outer = signs[:, :, :1] * signs[:, :1, :] * signs[:, :1, :1]
+    assert torch.equal(signs, outer)  # of rank one: a sign a row of A and a sign a column
+    for ratio in (signs[:, :, 0] * signs[:, :1, 0], signs[:, 0, :] * signs[:, 0, :1]):
+        flipped = (ratio[:, 1:] < 0).float().mean(0)
+        assert ((flipped > 0.2) & (flipped < 0.8)).all()
 
 
 def test_flipout_is_for_training_alone() -> None:
@@ -219,3 +235,11 @@ def test_a_particle_is_a_draw_from_the_posterior(blob: Run) -> None:
         assert standard.mean(0).abs().max() < 5 / math.sqrt(4000)
         assert (standard.std(0) - 1).abs().max() < 5 / math.sqrt(8000)
         assert noise.shape[1:] == lora_parts(blob.scorer.model)[name].a.shape
+
+
+def test_the_classifier_draws_from_it_too(trained: Callable[..., Path]) -> None:
+    run, row = load_run(trained("blob")), Example("0", "red 1?", ("bee", "yes", "stone"), None)
+    answer = Classifier.from_pretrained(trained("blob"), samples=5, seed=2)([row])
+    own = predict(run.scorer, run.encode([row]), run.predictive(samples=5, seed=2))
+    torch.testing.assert_close(torch.from_numpy(answer.particle_log_probs), own, atol=1e-5, rtol=0)
+    assert answer.epistemic[0] > 0

@@ -46,7 +46,7 @@ class Plan:
     """What a study needs done.
 
     Attributes:
-        cells: by address; a cell stands behind those that it needs.
+        cells: by address, in the order of work; a cell stands behind those that it needs.
         entries: in the order of tasks, variants, seeds.
     """
 
@@ -83,22 +83,26 @@ def make_plan(study: Study) -> Plan:
                 fitted = add(_post_hoc(variant, task, seeds, runs)) if variant.method in POST_HOC_METHODS else None
                 prediction = add(_prediction(study, variant, task, seeds, runs, fitted, tests))
                 entries.append(Entry(variant, task, seeds, runs, fitted, prediction))
-    order = {TRAINING: 0, POST_HOC: 1, PREDICTION: 2}
-    return Plan(dict(sorted(cells.items(), key=lambda item: order[item[1].kind])), tuple(entries))
+    # the first seed of everything comes first, so that there is a table to read early
+    rank = {seed: i for i, seed in enumerate(study.seeds)}
+    turns = sorted(entries, key=lambda entry: max(rank[seed] for seed in entry.seeds))
+    order = dict.fromkeys(address for entry in turns for address in entry.addresses)
+    return Plan({address: cells[address] for address in order}, tuple(entries))
 
 
 def _test_sets(study: Study, task: str, labels: tuple[str, ...] | None) -> dict[str, dict[str, Any]]:
     """Name -> digest and size of its rows; the task's own test set comes first."""
     rows = {task: tested_rows(task, study.test_rows)}
     for other in study.shift.get(task, ()):
-        rows[other] = shifted_rows(other, study.test_rows, labels)
+        rows[other] = shifted_rows(other, study.shift_rows, labels)
     return {name: {"rows": len(some), "sha256": rows_digest(some)} for name, some in rows.items()}
 
 
 def _training(study: Study, variant: Variant, task: str, seed: int, rows: str) -> Cell:
     recipe = study.recipe(variant, task, seed)
     settings = {"recipe": recipe.as_dict(), "rows_sha256": rows}
-    return Cell(TRAINING, settings, (), f"training {recipe.method} on {task}, seed {seed}")
+    name = "mle" if variant.method in POST_HOC_METHODS else variant.name
+    return Cell(TRAINING, settings, (), f"training {name} on {task}, seed {seed}")
 
 
 def _post_hoc(variant: Variant, task: str, seeds: tuple[int, ...], runs: tuple[str, ...]) -> Cell:
@@ -124,6 +128,7 @@ def _prediction(
         "task": task,
         "test_sets": tests,
         "test_rows": study.test_rows,
+        "shift_rows": study.shift_rows,
         "batch_size": study.predict_batch_size,
     }
     needs = (fitted,) if fitted else runs

@@ -9,7 +9,8 @@ methods:                                 a name, or a mapping with a name, setti
   - {method: scalabl, grid: {r: [4, 8, 16]}}
 seeds: [0, 1, 2]
 samples: 10                              particles
-test_rows: 500                           of every test set; the same ones for everybody
+test_rows: 500                           of a task's test split; the same ones for everybody
+shift_rows: 200                          of each shifted set
 validation_rows: 300                     for temperatures and the choice of scoring
 predict_batch_size: 8
 settings: {steps: 200, layers: "last:8"}                 of every training run (the fields of `scalabl train`)
@@ -79,6 +80,7 @@ class Study:
     seeds: tuple[int, ...]
     samples: int = 10
     test_rows: int | None = None
+    shift_rows: int | None = None
     validation_rows: int = 300
     predict_batch_size: int = 8
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -153,7 +155,7 @@ def make_study(content: Mapping[str, Any], name: str) -> Study:
     for task in shift:
         if task not in tasks:
             raise UserError(f"shift names {task}, which is not trained on; add it to tasks.")
-    test_rows = content.get("test_rows")
+    limits = {name: content.get(name) for name in ("test_rows", "shift_rows")}
     study = Study(
         name=str(content.get("name", name)),
         model=str(content["model"]),
@@ -162,7 +164,7 @@ def make_study(content: Mapping[str, Any], name: str) -> Study:
         variants=tuple(_variants(content["methods"], settings, of_method, samples)),
         seeds=_seeds(content.get("seeds", [0])),
         samples=samples,
-        test_rows=None if test_rows is None else _whole("test_rows", test_rows, 1),
+        **{name: None if limit is None else _whole(name, limit, 1) for name, limit in limits.items()},
         validation_rows=_whole("validation_rows", content.get("validation_rows", 300), 1),
         predict_batch_size=_whole("predict_batch_size", content.get("predict_batch_size", 8), 1),
         settings=settings,

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from scalabl.cli.main import app
+from scalabl.demo_settings import SAMPLES, STEPS, TEST_ROWS, check_demo
 
 
 @app.command()
@@ -15,14 +16,12 @@ def demo(
     output: Annotated[Path, typer.Option(help="Where the two runs go.")] = Path("runs/demo"),
     report: Annotated[Path, typer.Option(help="The HTML report.")] = Path("report.html"),
     seed: Annotated[int, typer.Option(help="Of both runs.")] = 0,
-    steps: Annotated[int, typer.Option(help="Optimiser steps of each.")] = 200,
-    test_rows: Annotated[int, typer.Option(help="ARC-Easy test rows.")] = 400,
-    samples: Annotated[int, typer.Option(help="Particles.")] = 10,
+    steps: Annotated[int, typer.Option(help="Optimiser steps of each.")] = STEPS,
+    test_rows: Annotated[int, typer.Option(help="ARC-Easy test rows.")] = TEST_ROWS,
+    samples: Annotated[int, typer.Option(help="Particles.")] = SAMPLES,
     json: Annotated[Path | None, typer.Option(help="Write the figures here.")] = None,
 ) -> None:
     """Train both, compare them with temperature scaling, and write report.html (about ten minutes on 2 cores)."""
-    from scalabl.demo_settings import check_demo
-
     check_demo(output, report, steps=steps, test_rows=test_rows, samples=samples)
 
     from rich.console import Console

@@ -15,19 +15,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftConfig
-from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from scalabl.methods.mle import shared_options
 from scalabl.posterior import Prior
 from scalabl.predictive import MeanPredictive, Predictive
-from scalabl.predictive.weight_noise import WeightNoisePredictive
+from scalabl.predictive.weight_noise import blob_draws
 from scalabl.training.callback import separate_noise_of_ranks
 from scalabl.training.log_values import LogContributor
 from scalabl.training.parameter_group import innermost
 from scalabl.training.recipe import Recipe
 from scalabl.training.refusals import refuse_flattened_batches, refuse_hidden_gradients
 from scalabl.training.schedule import Schedule, kl_weight
+from scalabl.tuner import prior_of
 from scalabl.tuner_blob import BLoBConfig, BLoBProjection, blob_layers
 
 if TYPE_CHECKING:
@@ -56,10 +56,7 @@ def callbacks(recipe: Recipe, num_examples: int) -> list[TrainerCallback]:
 
 def predictive(run: Run, *, samples: int = 10, seed: int = 0) -> Predictive:
     """The average over N draws of A, with neither flipout nor fresh noise; N = 0 is the posterior mean."""
-    if not samples:
-        return MeanPredictive()
-    layers = blob_layers(run.scorer.model)
-    return WeightNoisePredictive({name: _scaled(leaf) for name, leaf in layers.items()}, samples=samples, seed=seed)
+    return blob_draws(run.scorer.model, samples=samples, seed=seed) if samples else MeanPredictive()
 
 
 def cycle_steps(num_examples: int, batch_size: int, gamma: float = GAMMA) -> int:
@@ -98,7 +95,7 @@ class KLStepCallback(LogContributor):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._layers = blob_layers(kwargs["model"])
-        self._prior = prior_of_blob(kwargs["model"])
+        self._prior = prior_of(kwargs["model"])
         refuse_hidden_gradients(args, kwargs["model"], kwargs["optimizer"])
         refuse_flattened_batches(args, kwargs.get("train_dataloader"))
         separate_noise_of_ranks(args)
@@ -146,19 +143,3 @@ def kl_step(leaf: BLoBProjection, prior: Prior, rate: float) -> None:
     size = torch.where(g.abs() < lowest, stepped.clamp_max(lowest), stepped.clamp_min(lowest))
     leaf.weight.sub_((rate * of_mean).to(leaf.weight.dtype))
     g.copy_(sign * size)
-
-
-def prior_of_blob(model: torch.nn.Module) -> Prior:
-    """The prior that the active adapter was configured with."""
-    from scalabl.tuner.layers import prior_of
-
-    return prior_of(model)
-
-
-def _scaled(leaf: BLoBProjection) -> Any:
-    std = leaf.posterior.std.detach()
-
-    def spread(normal: Tensor) -> Tensor:
-        return normal * std
-
-    return spread

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from scalabl.posterior import standard_normal
 from scalabl.predictive.lora_particles import lora_parts, weight_noise
 from scalabl.predictive.monte_carlo import MonteCarloPredictive
+from scalabl.tuner_blob import blob_layers
 
 
 class WeightNoisePredictive(MonteCarloPredictive):
@@ -47,3 +48,17 @@ class WeightNoisePredictive(MonteCarloPredictive):
     def context(self, model: nn.Module, first: int, number: int) -> AbstractContextManager[None]:
         chunk = slice(first, first + number)
         return weight_noise(model, {name: values[chunk] for name, values in self.noise(model).items()})
+
+
+def blob_draws(model: nn.Module, *, samples: int = 10, seed: int = 0) -> WeightNoisePredictive:
+    """N draws of every A from a BLoB adapter's posterior.
+
+    Raises:
+        UserError: the model has no BLoB layer, or samples is below 1.
+    """
+
+    def spread_of(std: Tensor) -> Callable[[Tensor], Tensor]:
+        return lambda normal: std * normal
+
+    spread = {name: spread_of(leaf.posterior.std.detach()) for name, leaf in blob_layers(model).items()}
+    return WeightNoisePredictive(spread, samples=samples, seed=seed)

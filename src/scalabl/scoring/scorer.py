@@ -94,8 +94,8 @@ class Scorer:
         exact = tolerance if getattr(self.model, "is_loaded_in_8bit", False) else 1e-3
         if not (gap <= tolerance and leak <= exact):
             raise UserError(
-                f"This model does not keep choices in one row apart (scores differ by {max(gap, leak):.1%}); load it with "
-                'attn_implementation="sdpa" or "eager", or use --scoring letters.'
+                f"This model does not keep choices in one row apart (scores differ by {max(gap, leak):.1%}); load it "
+                'with attn_implementation="sdpa" or "eager", or use --scoring letters.'
             )
 
     def _scored(self, rows: Sequence[Encoded]) -> tuple[Tensor, Batch]:

@@ -1,0 +1,179 @@
+"""The tidy table: a row for each entry and set that it was tested on, raw and with a temperature.
+
+method, task, trained_on, seed          what; "x+temperature" has a temperature on its class logits; `seed` is the first
+                                        one of an ensemble, all are in `seeds`
+n, particles                            rows tested on, N
+accuracy, nll, ece, brier, auroc, aurc  nll in nats, ece a share (15 bins), auroc: of being right by confidence
+ood_auroc, ood_auroc_epistemic          shifted sets: told from the trained task's test set by total entropy, and by its
+                                        epistemic part (empty for one particle)
+extra_parameters                        numbers kept beyond a plain LoRA's
+train_cost, predict_cost                wall time as a ratio to MLE's of the same task and seed
+peak_memory                             MiB, the highest of its cells
+collapsed                               why its accuracy is no better than guessing; empty if it is
+temperature                             fitted on validation rows; empty in raw rows
+scoring, device, versions               the machine that predicted
+
+Costs are single wall times on a machine that does other things too: differences of a tenth mean nothing.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+from torch import Tensor
+
+from scalabl.benchmark.baseline import baseline_of
+from scalabl.benchmark.cells import Cell, finished
+from scalabl.benchmark.plan import Entry, Plan
+from scalabl.benchmark.study import TEMPERED, Study
+from scalabl.benchmark.work import read_predictions
+from scalabl.methods.temperature import apply_temperature, fit_temperature
+from scalabl.metrics import METRICS, evaluate, is_collapsed, ood_auroc
+from scalabl.report.results import count_choices
+from scalabl.uncertainty import average, decompose
+
+_TEXT, _INT, _FLOAT = pyarrow.string(), pyarrow.int64(), pyarrow.float64()
+SCHEMA = pyarrow.schema(
+    [
+        *((name, _TEXT) for name in ("method", "task", "trained_on")),
+        *((name, _INT) for name in ("seed", "n", "particles")),
+        *((name, _FLOAT) for name in METRICS),
+        ("ood_auroc", _FLOAT),
+        ("ood_auroc_epistemic", _FLOAT),
+        ("extra_parameters", _INT),
+        *((name, _FLOAT) for name in ("train_cost", "predict_cost", "peak_memory")),
+        ("collapsed", _TEXT),
+        ("temperature", _FLOAT),
+        *((name, _TEXT) for name in ("seeds", "scoring", "cell", "device", "versions")),
+    ]
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """What one entry says about one set: probs (n, C) averaged over particles, labels (n,), and the row's figures."""
+
+    method: str
+    task: str
+    probs: Tensor
+    labels: Tensor
+    figures: dict[str, Any]
+
+
+@lru_cache(maxsize=4096)
+def outcomes(cell: Cell, output: Path, name: str) -> tuple[Outcome, ...]:
+    """Raw and tempered outcomes of a finished prediction cell, on each of its test sets.
+
+    The temperature is fitted on the cell's validation rows.
+    """
+    held = read_predictions(cell, output)
+    temperature = fit_temperature(*held.validation)
+    found: list[Outcome] = []
+    for label, t in ((name, None), (name + TEMPERED, temperature)):
+        known: Tensor | None = None
+        for task, (raw, labels) in held.tests.items():
+            log_probs = raw if t is None else apply_temperature(raw, t)
+            probs = average(log_probs)
+            metrics = evaluate(probs, labels)
+            figures: dict[str, Any] = {metric: value.value for metric, value in metrics.items()}
+            figures |= {
+                "n": len(labels),
+                "particles": log_probs.shape[0],
+                "collapsed": is_collapsed(metrics["accuracy"], labels, count_choices(log_probs)),
+                "temperature": t,
+            }
+            if task == cell.settings["task"]:
+                known = log_probs
+            elif known is not None:
+                figures |= _told_apart(known, log_probs)
+            found.append(Outcome(label, task, probs, labels, figures))
+    return tuple(found)
+
+
+def _told_apart(known: Tensor, shifted: Tensor) -> dict[str, float | None]:
+    inside, outside = decompose(known), decompose(shifted)
+    epistemic = ood_auroc(inside.epistemic, outside.epistemic, bootstrap=1).value if known.shape[0] > 1 else None
+    return {
+        "ood_auroc": ood_auroc(inside.total, outside.total, bootstrap=1).value,
+        "ood_auroc_epistemic": epistemic,
+    }
+
+
+def tidy(study: Study, plan: Plan, output: Path) -> list[dict[str, Any]]:
+    """The rows of every finished entry, in the plan's order, with the columns of `SCHEMA`."""
+    rows = []
+    for entry in plan.entries:
+        done = finished(output, entry.prediction)
+        if done is None:
+            continue
+        facts = {
+            "trained_on": entry.task,
+            "seed": entry.seeds[0],
+            "seeds": " ".join(map(str, entry.seeds)),
+            "scoring": _done(output, entry.training[0])["scoring"],
+            "cell": entry.prediction,
+            "device": done["device"],
+            "versions": done["versions"],
+            **_costs(entry, baseline_of(study, plan, entry), output),
+        }
+        extra = _extra_parameters(entry, output)
+        for outcome in outcomes(plan.cells[entry.prediction], output, entry.variant.name):
+            tempered = outcome.figures["temperature"] is not None
+            row = {"method": outcome.method, "task": outcome.task, **outcome.figures, **facts}
+            row["extra_parameters"] = extra + tempered
+            rows.append({name: row.get(name) for name in SCHEMA.names})
+    return rows
+
+
+def _extra_parameters(entry: Entry, output: Path) -> int:
+    if entry.post_hoc:
+        return int(_done(output, entry.post_hoc)["extra_parameters"])
+    return int(_done(output, entry.training[0])["parameters"]["variational"])
+
+
+def _costs(entry: Entry, mle: Entry | None, output: Path) -> dict[str, float | None]:
+    cells = [_done(output, address) for address in entry.addresses]
+    costs: dict[str, float | None] = {"peak_memory": max(cell["peak_memory"] for cell in cells)}
+    if mle is None or finished(output, mle.prediction) is None:
+        return costs
+    training, prediction = _done(output, mle.training[0])["seconds"], _done(output, mle.prediction)["seconds"]
+    return costs | {
+        "train_cost": sum(cell["seconds"] for cell in cells[:-1]) / training,
+        "predict_cost": cells[-1]["seconds"] / prediction,
+    }
+
+
+def _done(output: Path, address: str) -> dict[str, Any]:
+    done = finished(output, address)
+    assert done is not None, address
+    return done
+
+
+def write_tables(rows: list[dict[str, Any]], output: Path) -> None:
+    """results.csv and results.parquet, each whole or not at all."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, SCHEMA.names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_whole(output / "results.csv", text.getvalue().encode())
+    sink = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema=SCHEMA), sink)
+    write_whole(output / "results.parquet", sink.getvalue())
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """A file, whole or not at all."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        unfinished.write_bytes(content)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)

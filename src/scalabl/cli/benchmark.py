@@ -1,0 +1,84 @@
+"""`scalabl benchmark`: methods x tasks x seeds from a recipe, resumable cell by cell."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from scalabl.cli.main import app, fail
+from scalabl.errors import UserError
+
+if TYPE_CHECKING:
+    from scalabl.benchmark.plan import Plan
+    from scalabl.benchmark.study import Study
+
+
+@app.command()
+def benchmark(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="Model, tasks, methods, seeds, settings.")],
+    output: Annotated[
+        Path | None, typer.Option(help="Cells and tables; results/NAME by default. The same command resumes it.")
+    ] = None,
+    workers: Annotated[int, typer.Option(help="Processes on this machine.")] = 1,
+    ray: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS", help="Use a Ray cluster that shares the output: its address, or local."),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the cells and what is finished.")] = False,
+) -> None:
+    """Compare methods: train, predict, and write tables with intervals and paired comparisons."""
+    from scalabl.benchmark.plan import make_plan
+    from scalabl.benchmark.ray_cluster import require_ray
+    from scalabl.benchmark.study import read_study
+
+    if workers < 1:
+        raise UserError(f"--workers is {workers}; it must be at least 1.")
+    if ray is not None:
+        require_ray()
+    study = read_study(recipe)
+    output = output or Path("results") / study.name
+    plan = make_plan(study)
+    if dry_run:
+        _list(plan, output)
+        return
+    try:
+        (output / "cells").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{output} cannot be written ({error.strerror}); choose another --output.") from error
+    _run(study, plan, output, workers, ray, shlex.join(["scalabl", "benchmark", str(recipe)]))
+
+
+def _run(study: Study, plan: Plan, output: Path, workers: int, ray: str | None, command: str) -> None:
+    from rich.console import Console
+
+    from scalabl.benchmark.benchmark import run_benchmark
+    from scalabl.benchmark.run import failures, open_cells
+    from scalabl.cli.quiet import quiet
+    from scalabl.training.run import Interrupted
+
+    quiet()
+    try:
+        rows = run_benchmark(study, plan, output, workers=workers, ray=ray, command=command)
+    except Interrupted:
+        fail("Interrupted; run the same command again to go on.", code=130)
+    Console().print(f"{len(rows):,} rows in {output}/results.csv; tables in results.md, .tex and .html", soft_wrap=True)
+    failed = failures(plan, output)
+    if failed:
+        first, why = next(iter(failed.items()))
+        more = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
+        fail(f"Not done: {first}{more}: {why} The rest is in the tables; run the same command again to retry.", code=1)
+    left = len(open_cells(plan, output, ""))
+    if left:
+        fail(f"{left} cells are not done; another call may hold them. Run the same command again.", code=1)
+
+
+def _list(plan: Plan, output: Path) -> None:
+    from scalabl.benchmark.cells import finished
+
+    done = {address: finished(output, address) is not None for address in plan.cells}
+    for address, cell in plan.cells.items():
+        typer.echo(f"{address}  {'finished' if done[address] else 'to do':8}  {cell.label}")
+    typer.echo(f"{sum(done.values())} of {len(done)} cells are finished.")

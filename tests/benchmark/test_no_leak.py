@@ -1,0 +1,92 @@
+"""No test row is read in training or tuning."""
+
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_base import as_json, questions, write_jsonl, write_task
+from tiny_study import Done, content
+
+from scalabl.benchmark.cells import PREDICTION
+from scalabl.benchmark.data import overlap
+from scalabl.benchmark.plan import make_plan
+from scalabl.benchmark.results import tidy
+from scalabl.benchmark.run import attempt
+from scalabl.benchmark.study import make_study
+from scalabl.benchmark.work import read_predictions
+from scalabl.methods.temperature import fit_temperature
+from scalabl.scoring.continuation import Continuation
+from scalabl.tasks import Example, Task, load_task
+
+METHODS = ["mle", "laplace", "tfb", "ensemble", "scalabl", "mc_dropout", "blob"]
+
+
+def test_training_and_fits_read_no_test_row(
+    base_directory: Path, task_directory: Path, tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every row that a model ever sees goes through `encode`, and every row of a benchmark through `split`."""
+    read: dict[str, set[str]] = defaultdict(set)
+    splits: dict[str, set[str]] = defaultdict(set)
+    kind = ""
+    encode, split = Continuation.encode, Task.split
+
+    def encoding(self: Continuation, example: Example) -> Any:
+        read[kind].add(example.question)
+        return encode(self, example)
+
+    def splitting(self: Task, name: str) -> tuple[Example, ...]:
+        splits[kind].add(name)
+        return split(self, name)
+
+    monkeypatch.setattr(Continuation, "encode", encoding)
+    monkeypatch.setattr(Task, "split", splitting)
+    settings = content(base_directory, task_directory)["settings"] | {"steps": 2}
+    made = make_plan(make_study(content(base_directory, task_directory, methods=METHODS, settings=settings), "tiny"))
+    for cell in made.cells.values():
+        kind = cell.kind
+        assert attempt(cell, tmp_path, "once")
+        assert not (cell.directory(tmp_path) / "failed.json").exists()
+
+    rows = {name: {row.question for row in load_task(str(task_directory)).splits[name]} for name in ("train", "test")}
+    assert splits["training"] == splits["posthoc"] == {"train", "validation"}
+    assert not (read["training"] | read["posthoc"]) & rows["test"]
+    assert rows["train"] <= read["training"] and rows["test"] <= read["prediction"]
+    assert not read["prediction"] & rows["train"]
+
+
+def test_temperatures_are_fitted_on_validation_rows(done: Done) -> None:
+    tempered = [row for row in done.rows if row["temperature"] is not None]
+    assert len(tempered) == len(done.rows) / 2
+    for row in tempered:
+        cell = done.plan.cells[row["cell"]]
+        assert row["temperature"] == fit_temperature(*read_predictions(cell, done.output).validation)
+
+
+def test_rows_in_both_halves_are_counted(
+    base_directory: Path, tmp_path: Path, own_cache: Path, done: Done
+) -> None:
+    train, test = questions(8, seed=0), questions(6, seed=1)
+    assert overlap(test, train) == 0
+    shuffled = [Example("other", row.question, row.choices[::-1], 0) for row in train[:2]]
+    assert overlap([*test, *shuffled], train) == 2
+    assert all(
+        set(facts["rows_also_tuned_on"].values()) == {0} for facts in map(_facts(done), done.plan.cells) if facts
+    )
+
+    task = write_task(tmp_path / "task")
+    write_jsonl(task / "test.jsonl", map(as_json, [*questions(24, seed=0)[:3], *questions(5, seed=5)]))
+    study = make_study(content(base_directory, task, methods=["mle"], seeds=[0]), "tiny")
+    made, output = make_plan(study), tmp_path / "output"
+    for cell in made.cells.values():
+        attempt(cell, output, "once")
+    from scalabl.benchmark.benchmark import facts_of
+
+    facts = facts_of(study, made, output, tidy(study, made, output), "command")
+    assert facts[f"data, {task}"].endswith("test rows that are also training or validation rows: 3")
+
+
+def _facts(done: Done) -> Any:
+    from scalabl.benchmark.cells import finished
+
+    return lambda a: finished(done.output, a) if done.plan.cells[a].kind == PREDICTION else None

@@ -1,0 +1,97 @@
+"""Full disks and too little memory: one sentence that names the mend, and nothing half-written."""
+
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from program import Program, train_arguments
+
+from scalabl.cli.main import explain
+from scalabl.errors import UserError
+
+_LIMITED = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
+from scalabl.cli import main
+del sys.argv[1]
+main()
+"""
+
+
+@pytest.mark.parametrize("bytes_a_file", [3_000, 20_000])
+def test_writes_that_fail_leave_nothing_half_written(rows: Path, tmp_path: Path, bytes_a_file: int) -> None:
+    # a file may not become larger than that: the adapter of the first checkpoint, or its optimiser state
+    output = tmp_path / "run"
+    arguments = [str(word) for word in train_arguments(rows, output)]
+    cache = {"SCALABL_CACHE": str(tmp_path / "cache")}
+    said = subprocess.run(
+        [sys.executable, "-c", _LIMITED, str(bytes_a_file), *arguments],
+        capture_output=True, text=True, env={**os.environ, **cache},
+    )  # fmt: skip
+    assert said.returncode == 2, said.stderr
+    (line,) = said.stderr.splitlines()
+    assert line.startswith("scalabl: ") and ("disk" in line)
+    assert not output.exists()
+
+
+class _Full(OSError):
+    def __init__(self) -> None:
+        super().__init__(errno.ENOSPC, "No space left on device", "/data/run/scalabl.json")
+
+
+def test_a_full_disk_a_read_only_one_and_memory_are_named_with_their_mend(
+    program: Program, rows: Path, tmp_path: Path, scalabl_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise _Full
+
+    with monkeypatch.context() as patch:
+        patch.setattr("scalabl.training.run._fit", fail)
+        sentence = program(*train_arguments(rows, tmp_path / "run")).sentence()
+    assert sentence.startswith("/data/run/scalabl.json: the disk is full; free some space")
+    assert not (tmp_path / "run").exists()
+
+    for error in (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), MemoryError()):
+
+        def scarce(*_: object, error: BaseException = error, **__: object) -> None:
+            raise error
+
+        with monkeypatch.context() as patch:
+            patch.setattr("scalabl.predictive.monte_carlo.MonteCarloPredictive._chunk", scarce)
+            sentence = program("evaluate", scalabl_run, "--data", rows).sentence()
+        assert sentence.startswith("Out of memory; lower --batch-size")
+
+
+@pytest.mark.parametrize(
+    ("error", "start"),
+    [
+        (OSError(errno.EROFS, "Read-only file system", "/ro/x"), "/ro/x: the file system is read-only; choose"),
+        (PermissionError(errno.EACCES, "Permission denied", "/x"), "/x: permission was denied; choose"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), "the disk quota is used up; free"),
+        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"), "A checkpoint could"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), "Out of memory"),
+        (UserError("Do this."), "Do this."),
+    ],
+)
+def test_errors_of_libraries_become_sentences(error: Exception, start: str) -> None:
+    sentence = explain(error)
+    assert sentence is not None and sentence.startswith(start) and sentence.endswith(".")
+
+
+def test_bugs_are_no_users_business() -> None:
+    for error in (
+        RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
+        OSError(errno.ENOENT, "No"),
+        KeyError("x"),
+    ):
+        assert explain(error) is None
+
+
+def test_allocating_too_much_is_recognised() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**55)
+    assert str(explain(caught.value)).startswith("Out of memory")
