@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from scalabl.posterior import Gaussian, Prior
 from scalabl.tuner import stochastic_layers
 
-COLLAPSED, BEYOND_PRIOR, DROWNED = 1e-3, 1.2, 1.0
+COLLAPSED, BEYOND_PRIOR, DROWNED, STILL_FALLING = 1e-3, 1.2, 1.0, 0.15
 
 
 @dataclass(frozen=True)
@@ -108,3 +108,22 @@ def warnings_of(rows: list[LayerSummary], prior: Prior) -> list[str]:
         if many:
             found.append(f"{len(many)} of {len(rows)} layers ({many[0].name} first): {sentence}.")
     return found
+
+
+def unconverged(log: list[dict[str, float]]) -> list[str]:
+    """A sentence where the KL of a training log was still falling fast: sigma then stands where the learning rate
+    left it, not where the data wants it. Adam moves a logarithm by the sum of its learning rates at most.
+
+    Args:
+        log: logged records with step and kl.
+    """
+    records = [entry for entry in log if "kl" in entry]
+    if len(records) < 4:
+        return []
+    middle, last = records[len(records) // 2]["kl"], records[-1]["kl"]
+    if not last < (1 - STILL_FALLING) * middle:
+        return []
+    return [
+        f"the posterior has not converged (KL {middle:.0f} nats half-way, {last:.0f} at the end): raise "
+        "--variational-learning-rate or --steps"
+    ]

@@ -149,4 +149,4 @@ def posterior_warnings(run: Run) -> list[str]:
     if not run.is_bayesian:
         return []
     prior = prior_of(run.scorer.model)
-    return warnings_of(summarize(weights_of(run.scorer.model), prior), prior)
+    return run.record.get("warnings", []) + warnings_of(summarize(weights_of(run.scorer.model), prior), prior)

@@ -8,7 +8,8 @@ import pytest
 from tiny_base import as_json, questions, write_jsonl, write_task
 from tiny_study import Done, content
 
-from scalabl.benchmark.cells import PREDICTION
+from scalabl.benchmark.benchmark import facts_of
+from scalabl.benchmark.cells import PREDICTION, finished
 from scalabl.benchmark.data import overlap
 from scalabl.benchmark.plan import make_plan
 from scalabl.benchmark.results import tidy
@@ -70,23 +71,16 @@ def test_rows_in_both_halves_are_counted(
     assert overlap(test, train) == 0
     shuffled = [Example("other", row.question, row.choices[::-1], 0) for row in train[:2]]
     assert overlap([*test, *shuffled], train) == 2
-    assert all(
-        set(facts["rows_also_tuned_on"].values()) == {0} for facts in map(_facts(done), done.plan.cells) if facts
-    )
+    predictions = [address for address, cell in done.plan.cells.items() if cell.kind == PREDICTION]
+    counted = [finished(done.output, address)["rows_also_tuned_on"] for address in predictions]
+    assert counted == [{done.task: 0, done.other: 0}] * len(predictions)
 
     task = write_task(tmp_path / "task")
-    write_jsonl(task / "test.jsonl", map(as_json, [*questions(24, seed=0)[:3], *questions(5, seed=5)]))
+    leaked = [as_json(row) | {"id": f"leaked {row.id}"} for row in questions(24, seed=0)[:3]]
+    write_jsonl(task / "test.jsonl", [*leaked, *map(as_json, questions(5, seed=5))])
     study = make_study(content(base_directory, task, methods=["mle"], seeds=[0]), "tiny")
     made, output = make_plan(study), tmp_path / "output"
     for cell in made.cells.values():
         attempt(cell, output, "once")
-    from scalabl.benchmark.benchmark import facts_of
-
     facts = facts_of(study, made, output, tidy(study, made, output), "command")
     assert facts[f"data, {task}"].endswith("test rows that are also training or validation rows: 3")
-
-
-def _facts(done: Done) -> Any:
-    from scalabl.benchmark.cells import finished
-
-    return lambda a: finished(done.output, a) if done.plan.cells[a].kind == PREDICTION else None

@@ -6,7 +6,7 @@ from peft import PeftModel
 from tiny_base import adapted
 from torch import Tensor
 
-from scalabl.diagnostics import LayerSummary, summarize, warnings_of, weights_of
+from scalabl.diagnostics import LayerSummary, summarize, unconverged, warnings_of, weights_of
 from scalabl.errors import UserError
 from scalabl.posterior import Prior
 from scalabl.tuner import kl_divergence, prior_of, stochastic_layers
@@ -84,3 +84,14 @@ def test_a_plain_lora_has_no_posterior_to_summarise() -> None:
 
     with pytest.raises(UserError, match="No stochastic layer"):
         weights_of(get_peft_model(loaded()[0], LoraConfig(target_modules=["q_proj"])))
+
+
+def test_a_posterior_that_was_still_moving_is_named() -> None:
+    def log(values: list[float]) -> list[dict[str, float]]:
+        return [{"step": float(i), "kl": kl} for i, kl in enumerate(values)] + [{"train_runtime": 1.0}]
+
+    assert unconverged(log([100.0, 60.0, 42.0, 41.0, 40.5])) == []
+    (sentence,) = unconverged(log([350.0, 270.0, 216.0, 143.0, 116.0]))
+    assert "216 nats half-way, 116 at the end" in sentence
+    assert unconverged(log([100.0, 10.0])) == []  # too short to say
+    assert unconverged([{"loss": 1.0}] * 9) == []  # a plain LoRA

@@ -15,6 +15,7 @@ from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
 from scalabl.errors import UserError
 from scalabl.training.callback import ELBOCallback
 from scalabl.training.refusals import refuse_hidden_gradients
+from scalabl.tuner import ScalaBLConfig
 
 
 @pytest.mark.parametrize(
@@ -106,3 +107,11 @@ def test_minibatch_needs_a_cycle_where_the_data_has_no_length(tmp_path: Path) ->
         trainer(tiny_model(), arguments(tmp_path), [ELBOCallback(8, schedule="minibatch")], data).train()
     run = trainer(tiny_model(), arguments(tmp_path), [ELBOCallback(8, schedule="minibatch", cycle=2)], data)
     assert run.train().global_step == 4
+
+
+def test_active_adapters_with_different_priors(tmp_path: Path) -> None:
+    model = tiny_model()
+    model.add_adapter("narrow", ScalaBLConfig(r=2, target_modules=["q_proj"], prior_std=0.2))
+    model.base_model.set_adapter(["default", "narrow"])
+    with pytest.raises(UserError, match="different priors"):
+        trainer(model, arguments(tmp_path), [ELBOCallback(8)]).train()

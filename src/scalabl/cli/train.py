@@ -78,6 +78,7 @@ def _train(recipe: Recipe, output: Path) -> dict[str, Any]:
 def _print(record: dict, output: Path) -> None:  # type: ignore[type-arg]
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table.grid(padding=(0, 2))
     parameters = record["parameters"]
@@ -88,7 +89,10 @@ def _print(record: dict, output: Path) -> None:  # type: ignore[type-arg]
         ("parameters", f"{parameters['lora']:,} LoRA, {parameters['variational']:,} variational"),
     ):
         table.add_row(name, value)
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    for warning in record.get("warnings", []):
+        console.print(Text(f"warning: {warning}", "bold yellow"))
 
 
 def _why(nll: dict[str, float]) -> str:

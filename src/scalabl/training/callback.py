@@ -24,6 +24,7 @@ from scalabl.training.parameter_group import VariationalGroup, innermost
 from scalabl.training.refusals import refuse_flattened_batches, refuse_hidden_gradients, refuse_untrained
 from scalabl.training.schedule import SCHEDULES, Schedule, kl_weight
 from scalabl.tuner import prior_of, stochastic_layers
+from scalabl.tuner.layers import active_adapters, unwrap
 
 # a prime far apart from the small seeds that people give: the streams of two ranks and two runs never meet
 _SEEDS_BETWEEN_RANKS = 1_000_003
@@ -104,7 +105,14 @@ class ELBOCallback(LogContributor):
         model, optimizer, dataloader = kwargs["model"], kwargs["optimizer"], kwargs.get("train_dataloader")
         self._remove_group()
         self._posteriors = {name: leaf.posterior for name, leaf in stochastic_layers(model, self.adapter).items()}
-        self._prior = prior_of(model, self.adapter)
+        priors = {
+            prior_of(model, name) for name in ([self.adapter] if self.adapter else active_adapters(unwrap(model)))
+        }
+        if len(priors) > 1:
+            raise UserError(
+                "The active adapters have different priors; train one at a time, ELBOCallback(adapter=...)."
+            )
+        self._prior = priors.pop()
         refuse_hidden_gradients(args, model, optimizer)
         refuse_flattened_batches(args, dataloader)
         trainable = self._trainable()

@@ -19,6 +19,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.training_args import OptimizerNames
 
 from scalabl import __version__
+from scalabl.diagnostics import unconverged
 from scalabl.errors import UserError
 from scalabl.methods import load_method
 from scalabl.models import load_base
@@ -131,7 +132,12 @@ def _train(recipe: Recipe, output: Path, task: Task, rows: Rows) -> dict[str, An
 
     _publish(adapted, output)
     write_json(output / LOG, log)
-    record |= {"status": "finished", "adapter_sha256": sha256(output / ADAPTER), "scoring_name": describe(scoring)}
+    record |= {
+        "status": "finished",
+        "adapter_sha256": sha256(output / ADAPTER),
+        "scoring_name": describe(scoring),
+        "warnings": unconverged(log),
+    }
     write_json(output / RECORD, record)
     shutil.rmtree(output / "checkpoints", ignore_errors=True)
     return record
