@@ -106,7 +106,7 @@ def describe_method(run: Run, predictive: Predictive) -> str:
     if not run.is_sampled:
         return title
     number = getattr(predictive, "samples", None)
-    return f"{title}, {'mean' if number is None else f'N = {number}'}"
+    return f"{title}, {predictive.name if number is None else f'N = {number}'}"
 
 
 def method_result(

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from scalabl.errors import UserError
 from scalabl.methods import SAMPLED, load_method
 from scalabl.models import load_base
-from scalabl.predictive import MeanPredictive, Predictive
+from scalabl.predictive import LinearizedPredictive, MeanPredictive, Predictive
 from scalabl.run_directory import finished_record
 from scalabl.scoring import Encoded, Scorer, Scoring, make_scoring
 from scalabl.tasks import Example
@@ -54,9 +54,11 @@ class Run:
         return self.record["recipe"]["method"] in SAMPLED
 
     def predictive(self, name: str | None = None, *, samples: int = 10, seed: int = 0) -> Predictive:
-        """The predictive of the run's own method ("mc" or None), or one pass without noise ("mean")."""
+        """The predictive of the run's own method ("mc" or None), of one pass ("mean"), or linearised in s."""
         if name == "mean":
             return MeanPredictive()
+        if name == "linearized":
+            return LinearizedPredictive(seed=seed)
         return load_method(self.record["recipe"]["method"]).predictive(self, samples=samples, seed=seed)
 
     def encode(self, rows: list[Example]) -> list[Encoded]:

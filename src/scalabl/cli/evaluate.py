@@ -17,7 +17,7 @@ def evaluate(
     run: Annotated[Path, typer.Argument(metavar="DIR", help="A run directory.")],
     data: Annotated[str, typer.Option(help="A benchmark's name, a JSONL file, or a directory of them.")],
     split: Annotated[str | None, typer.Option(help="test if there is one, else every row.")] = None,
-    predictive: Annotated[str | None, typer.Option(help="mean or mc; mc where there is a posterior.")] = None,
+    predictive: Annotated[str | None, typer.Option(help="mean, mc (default with a posterior) or linearized.")] = None,
     samples: Annotated[int, typer.Option(help="Particles of mc.")] = 10,
     seed: Annotated[int, typer.Option(help="Of the particles.")] = 0,
     ood: Annotated[list[str] | None, typer.Option(help="A shifted data set to tell apart; may repeat.")] = None,
@@ -62,8 +62,10 @@ def evaluate(
 def check_predictive(
     predictive: str | None, samples: int, batch_size: int, limit: int | None, record: dict[str, Any]
 ) -> None:
-    if predictive not in (None, "mean", "mc"):
-        raise UserError(f"--predictive is {predictive!r}; it must be mean or mc.")
+    if predictive not in (None, "mean", "mc", "linearized"):
+        raise UserError(f"--predictive is {predictive!r}; it must be mean, mc or linearized.")
+    if predictive == "linearized" and record["recipe"]["method"] != "scalabl":
+        raise UserError("Only ScalaBL runs have a linearised predictive; use --predictive mean or mc.")
     if predictive == "mc" and record["recipe"]["method"] not in SAMPLED:
         raise UserError("This run is a plain LoRA without a posterior; use --predictive mean.")
     for name, value in (("--samples", samples), ("--batch-size", batch_size), ("--limit", limit)):

@@ -16,7 +16,7 @@ def predict(
     run: Annotated[Path, typer.Argument(metavar="DIR", help="A run directory.")],
     input: Annotated[Path, typer.Option("--input", help="JSONL rows; answers in them are ignored.")],
     output: Annotated[Path, typer.Option("--output", help="JSONL answers, in the order of the rows.")],
-    predictive: Annotated[str | None, typer.Option(help="mean or mc; mc where there is a posterior.")] = None,
+    predictive: Annotated[str | None, typer.Option(help="mean, mc (default with a posterior) or linearized.")] = None,
     samples: Annotated[int, typer.Option(help="Particles of mc.")] = 10,
     seed: Annotated[int, typer.Option(help="Of the particles.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Questions at a time.")] = 8,

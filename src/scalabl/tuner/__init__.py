@@ -6,7 +6,7 @@ from scalabl.tuner.config import SCALABL, ScalaBLConfig
 from scalabl.tuner.layers import kl_divergence, prior_of, stochastic_layers
 from scalabl.tuner.model import ScalaBLModel
 from scalabl.tuner.projection import StochasticProjection
-from scalabl.tuner.state import mean, particles, sample
+from scalabl.tuner.state import mean, particles, sample, values
 from scalabl.tuner_blob.config import SCALABL_BLOB, BLoBConfig
 from scalabl.tuner_blob.model import BLoBModel
 
@@ -28,4 +28,5 @@ __all__ = [
     "prior_of",
     "sample",
     "stochastic_layers",
+    "values",
 ]

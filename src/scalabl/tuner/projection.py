@@ -24,7 +24,14 @@ class Particles:
     noise: Tensor  # (N, r)
 
 
-State = Literal["auto", "mean", "sample"] | Particles
+@dataclass(frozen=True)
+class Values:
+    """s itself, given for every row of a batch."""
+
+    s: Tensor  # (rows, r)
+
+
+State = Literal["auto", "mean", "sample"] | Particles | Values
 
 
 class StochasticProjection(nn.Module):
@@ -65,6 +72,8 @@ class StochasticProjection(nn.Module):
     def draw(self, rows: int, device: torch.device) -> Tensor:
         """s for every row of a batch: (rows, r), or (r,) when all rows carry the mean."""
         state = self.state
+        if isinstance(state, Values):
+            return state.s
         if isinstance(state, Particles):
             number = state.noise.shape[0]
             if rows % number:

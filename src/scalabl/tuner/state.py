@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
-from torch import nn
+from torch import Tensor, nn
 
 from scalabl.errors import UserError
-from scalabl.posterior import standard_normal
+from scalabl.posterior import Gaussian, standard_normal
 from scalabl.tuner.layers import stochastic_layers
-from scalabl.tuner.projection import Particles, State, StochasticProjection
+from scalabl.tuner.projection import Particles, State, StochasticProjection, Values
 
 
 @contextmanager
@@ -34,6 +34,24 @@ def mean(model: nn.Module) -> AbstractContextManager[None]:
 def sample(model: nn.Module) -> AbstractContextManager[None]:
     """Context in which every row of every pass carries a fresh draw, while predicting too."""
     return _state(model, lambda _name, _leaf: "sample")
+
+
+@contextmanager
+def values(model: nn.Module, rows: int) -> Iterator[dict[str, tuple[Tensor, Gaussian]]]:
+    """Context in which each of `rows` rows carries its own copy of the mean, to differentiate with respect to.
+
+    Yields:
+        the layer's name -> (s (rows, r) with requires_grad, the layer's posterior).
+    """
+    made: dict[str, tuple[Tensor, Gaussian]] = {}
+
+    def state_of(name: str, leaf: StochasticProjection) -> State:
+        s = leaf.posterior.mean.detach().expand(rows, -1).clone().requires_grad_()
+        made[name] = (s, leaf.posterior)
+        return Values(s)
+
+    with _state(model, state_of):
+        yield made
 
 
 def particles(
