@@ -41,6 +41,7 @@ def callbacks(recipe: Recipe, num_examples: int) -> list[TrainerCallback]:
             num_examples,
             beta=recipe.beta,
             schedule=recipe.schedule,  # type: ignore[arg-type]
+            warmup_fraction=recipe.kl_warmup,
             learning_rate=recipe.variational_learning_rate,
         )
     ]

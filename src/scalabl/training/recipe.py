@@ -44,6 +44,7 @@ class Recipe:
     variational_learning_rate: float = 2e-2
     beta: float = 1.0
     schedule: str = "elbo"
+    kl_warmup: float = 0.1
     covariance: str = "diagonal"
     prior_std: float = 1.0
     init_sigma: float = 0.05
@@ -86,6 +87,7 @@ class Recipe:
         for name in ("beta", "weight_decay", "max_grad_norm"):
             value = getattr(self, name)
             _require(name, value, math.isfinite(value) and value >= 0, "zero or more")
+        _require("kl_warmup", self.kl_warmup, 0 <= self.kl_warmup <= 1, "between 0 and 1")
         _require("warmup", self.warmup, 0 <= self.warmup < 1, "between 0 and 1")
         _require("lora_dropout", self.lora_dropout, 0 <= self.lora_dropout < 1, "between 0 and 1")
         _require("validation_rows", self.validation_rows, self.validation_rows >= 0, "zero or more")
