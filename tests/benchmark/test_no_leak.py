@@ -64,9 +64,7 @@ def test_temperatures_are_fitted_on_validation_rows(done: Done) -> None:
         assert row["temperature"] == fit_temperature(*read_predictions(cell, done.output).validation)
 
 
-def test_rows_in_both_halves_are_counted(
-    base_directory: Path, tmp_path: Path, own_cache: Path, done: Done
-) -> None:
+def test_rows_in_both_halves_are_counted(base_directory: Path, tmp_path: Path, own_cache: Path, done: Done) -> None:
     train, test = questions(8, seed=0), questions(6, seed=1)
     assert overlap(test, train) == 0
     shuffled = [Example("other", row.question, row.choices[::-1], 0) for row in train[:2]]

@@ -77,13 +77,30 @@ def test_a_killed_benchmark_goes_on(recipe: Path, tmp_path: Path, workers: int) 
     assert {path: path.stat().st_mtime_ns for path in output.glob("cells/*/*.json")} == times
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_interrupted_benchmark_saves_and_says_how_to_go_on(recipe: Path, tmp_path: Path, workers: int) -> None:
+    output, plan = tmp_path / "output", make_plan(read_study(recipe))
+    process = start(recipe, output, "--workers", str(workers))
+    wait_for("a checkpoint", lambda: training_under_way(plan, output), process)
+    children = descendants(process.pid)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert said.decode().strip().endswith("Interrupted; run the same command again to go on.")
+    assert b"Traceback" not in said
+    wait_for("the end of the workers", lambda: not any(map(alive, children)))
+    assert open_cells(plan, output, "") and not failures(plan, output)
+    started = {path.parents[2].name for path in output.glob("cells/*/run/checkpoints/checkpoint-*")}
+    assert any(finished(output, address) is None for address in started)
+
+
 def test_the_lock_of_a_dead_process_is_free(recipe: Path, tmp_path: Path) -> None:
     cell = next(iter(make_plan(read_study(recipe)).cells.values()))
     directory = cell.directory(tmp_path)
     directory.mkdir(parents=True)
     holding = subprocess.Popen(
         [sys.executable, "-c", "import sys, time; from filelock import FileLock\n"
-         "FileLock(sys.argv[1]).acquire(); print('held', flush=True); time.sleep(600)", f"{directory}.lock"],
+         "lock = FileLock(sys.argv[1]); lock.acquire(); print('held', flush=True); time.sleep(600)", f"{directory}.lock"],
         stdout=subprocess.PIPE,
     )  # fmt: skip
     assert holding.stdout and holding.stdout.readline() == b"held\n"

@@ -43,7 +43,9 @@ def test_what_is_more_particular_wins() -> None:
     assert (recipes["blob"].prior_std, recipes["blob"].init_sigma) == (0.2, 0.3)
     assert recipes["scalabl"].prior_std == 2.0
     assert recipes["mc_dropout"].lora_dropout == 0.1
-    assert all(r.seed == 3 and r.data == "t" and r.model == "/base" and r.validation_rows == 9 for r in recipes.values())
+    assert all(
+        r.seed == 3 and r.data == "t" and r.model == "/base" and r.validation_rows == 9 for r in recipes.values()
+    )
 
 
 def test_settings_that_a_plain_lora_does_not_read_do_not_make_it_another_run() -> None:

@@ -16,9 +16,9 @@ from scalabl.evaluation import answers, log_probabilities
 from scalabl.loading import load_run
 from scalabl.methods.saved import load_facts
 from scalabl.rows import rows_of
+from scalabl.tasks import load_task
 from scalabl.training.recipe import Recipe
 from scalabl.training.run import select_rows
-from scalabl.tasks import load_task
 
 
 def entry_of(done: Done, name: str, seed: int = 0) -> Entry:

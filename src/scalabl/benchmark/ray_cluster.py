@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import socket
 import uuid
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ def run_ray(plan: Plan, output: Path, address: str, *, report: Report | None = N
     require_ray()
     import ray
 
+    _require_answer(address)
     try:
         ray.init(address=address, log_to_driver=False, include_dashboard=False if address == "local" else None)
     except (ConnectionError, ValueError, RuntimeError) as error:
@@ -48,6 +50,19 @@ def run_ray(plan: Plan, output: Path, address: str, *, report: Report | None = N
         _submit(ray, task, plan, output.resolve(), uuid.uuid4().hex, report)
     finally:
         ray.shutdown()
+
+
+def _require_answer(address: str) -> None:
+    """Ray itself would try for many minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not port.isdigit():
+        return  # "local", "auto"
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except (OSError, OverflowError) as error:
+        raise UserError(
+            f"The Ray cluster {address} cannot be reached ({error}); give HOST:PORT of its head, or local."
+        ) from error
 
 
 def _submit(ray: Any, task: Any, plan: Plan, output: Path, invocation: str, report: Report | None) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import signal
 import threading
 import time
 import traceback
@@ -128,8 +129,10 @@ def run_workers(plan: Plan, output: Path, workers: int, *, report: Report | None
             if report is not None:
                 report()
     except KeyboardInterrupt:
-        # the terminal has sent them the same signal: they save and stop
-        with contextlib.suppress(KeyboardInterrupt):
+        with contextlib.suppress(KeyboardInterrupt):  # a second one does not wait for checkpoints
+            for process in processes:
+                if process.pid and process.is_alive():
+                    os.kill(process.pid, signal.SIGINT)
             for process in processes:
                 process.join()
         raise
@@ -142,13 +145,17 @@ def run_workers(plan: Plan, output: Path, workers: int, *, report: Report | None
 def _worker(plan: Plan, output: Path, invocation: str) -> None:
     from scalabl.cli.quiet import quiet, quiet_imports
 
+    # away from the terminal: Ctrl-C comes once, from the call, since a second one would not wait for a checkpoint
+    with contextlib.suppress(AttributeError, OSError):
+        os.setsid()
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    quiet_imports()
-    from scalabl.training.run import Interrupted
+    with contextlib.suppress(KeyboardInterrupt):
+        quiet_imports()
+        from scalabl.training.run import Interrupted
 
-    quiet()
-    with contextlib.suppress(Interrupted, KeyboardInterrupt):
-        run_here(plan, output, invocation=invocation)
+        quiet()
+        with contextlib.suppress(Interrupted):
+            run_here(plan, output, invocation=invocation)
 
 
 def _end_with_parent() -> None:

@@ -9,6 +9,7 @@ import typer
 
 from scalabl.cli.main import app
 from scalabl.demo_settings import SAMPLES, STEPS, TEST_ROWS, check_demo
+from scalabl.run_directory import require_writable, write_json
 
 
 @app.command()
@@ -22,14 +23,14 @@ def demo(
     json: Annotated[Path | None, typer.Option(help="Write the figures here.")] = None,
 ) -> None:
     """Train both, compare them with temperature scaling, and write report.html (about ten minutes on 2 cores)."""
-    check_demo(output, report, steps=steps, test_rows=test_rows, samples=samples)
+    check_demo(output, steps=steps, test_rows=test_rows, samples=samples)
+    require_writable(report, json)
 
     from rich.console import Console
 
     from scalabl.cli.quiet import quiet
     from scalabl.demo import run_demo
     from scalabl.report import print_table, table, write
-    from scalabl.run_directory import write_json
 
     quiet()
     made = run_demo(output, seed=seed, steps=steps, test_rows=test_rows, samples=samples)
