@@ -32,7 +32,8 @@ from scalabl.uncertainty import average
 def measure(unit_rows: bool, seed: int, steps: int, runs: Path) -> dict[str, Any]:
     """Train one run (or take it from `runs`) and measure it on held-out rows."""
     recipe = dataclasses.replace(demo_recipe("scalabl", seed=seed, steps=steps), unit_rows=unit_rows)
-    directory = runs / f"unit_rows-{unit_rows}-seed{seed}-steps{steps}"
+    # the demo's own run where it is the same recipe
+    directory = runs / f"{'scalabl' if unit_rows else 'free-rows'}-seed{seed}-steps{steps}"
     train(recipe, directory)
     run = load_run(directory)
     rows = select_rows(load_task(TASK), recipe).validation
@@ -57,7 +58,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", default="0,1")
     parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--runs", type=Path, default=Path("runs/unit_rows"))
+    parser.add_argument("--runs", type=Path, default=Path("runs/demo-seeds"))
     arguments = parser.parse_args()
     quiet()
     seeds = [int(seed) for seed in arguments.seeds.split(",")]
