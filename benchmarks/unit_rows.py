@@ -33,7 +33,7 @@ def measure(unit_rows: bool, seed: int, steps: int, runs: Path) -> dict[str, Any
     """Train one run (or take it from `runs`) and measure it on held-out rows."""
     recipe = dataclasses.replace(demo_recipe("scalabl", seed=seed, steps=steps), unit_rows=unit_rows)
     # the demo's own run where it is the same recipe
-    directory = runs / f"{'scalabl' if unit_rows else 'free-rows'}-seed{seed}-steps{steps}"
+    directory = runs / f"seed{seed}" / f"{'scalabl' if unit_rows else 'free-rows'}-seed{seed}-steps{steps}"
     train(recipe, directory)
     run = load_run(directory)
     rows = select_rows(load_task(TASK), recipe).validation

@@ -14,9 +14,9 @@ from torch import Tensor
 from scalabl.evaluation import default_predictive
 from scalabl.loading import load_run
 from scalabl.predictive import predict as predict_rows
+from scalabl.progress import progress_bar
 from scalabl.run_directory import sha256
 from scalabl.tasks import Example
-from scalabl.training.progress import progress_bar
 from scalabl.uncertainty import average, decompose
 
 

@@ -54,11 +54,17 @@ def run_demo(
         )
     return Report(
         title="Plain LoRA and ScalaBL at the same budget",
-        facts=_facts(record, len(test), len(shifted[SHIFTED]), seed, steps),
+        facts=_facts(record, len(test), len(shifted[SHIFTED]), seed, steps) | {"training loss": _losses(training)},
         methods=methods,
         questions=[(row.question, row.choices) for row in test],
         training=training,
     )
+
+
+def _losses(training: dict[str, list[dict[str, float]]]) -> str:
+    """The first and the last logged loss of each run."""
+    losses = {name: [entry["loss"] for entry in log if "loss" in entry] for name, log in training.items()}
+    return ", ".join(f"{name} {values[0]:.3f} to {values[-1]:.3f}" for name, values in losses.items() if values)
 
 
 def _facts(record: dict[str, Any], test_rows: int, shifted: int, seed: int, steps: int) -> dict[str, str]:

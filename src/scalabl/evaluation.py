@@ -13,9 +13,9 @@ from scalabl.loading import Run, load_run
 from scalabl.methods import load_method
 from scalabl.methods.temperature import apply_temperature, fit_temperature
 from scalabl.predictive import Predictive, predict
+from scalabl.progress import progress_bar
 from scalabl.report import MethodResult, Report
 from scalabl.tasks import Example
-from scalabl.training.progress import progress_bar
 from scalabl.trunk_store import with_stored_trunk
 from scalabl.tuner import prior_of
 

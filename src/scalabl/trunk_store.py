@@ -20,9 +20,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from scalabl.cache import cache_directory
+from scalabl.progress import progress_bar
 from scalabl.scoring.base import Encoded
 from scalabl.scoring.scorer import Scorer, batches
-from scalabl.training.progress import progress_bar
 
 LARGEST = 4 * 2**30  # bytes of one store, over which every layer is run every time
 ALL_STORES = 16 * 2**30  # bytes of all stores, over which the least recently used go

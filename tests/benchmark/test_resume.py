@@ -98,11 +98,11 @@ def test_the_lock_of_a_dead_process_is_free(recipe: Path, tmp_path: Path) -> Non
     cell = next(iter(make_plan(read_study(recipe)).cells.values()))
     directory = cell.directory(tmp_path)
     directory.mkdir(parents=True)
-    holding = subprocess.Popen(
-        [sys.executable, "-c", "import sys, time; from filelock import FileLock\n"
-         "lock = FileLock(sys.argv[1]); lock.acquire(); print('held', flush=True); time.sleep(600)", f"{directory}.lock"],
-        stdout=subprocess.PIPE,
-    )  # fmt: skip
+    code = (
+        "import sys, time; from filelock import FileLock\n"
+        "lock = FileLock(sys.argv[1]); lock.acquire(); print('held', flush=True); time.sleep(600)"
+    )
+    holding = subprocess.Popen([sys.executable, "-c", code, f"{directory}.lock"], stdout=subprocess.PIPE)
     assert holding.stdout and holding.stdout.readline() == b"held\n"
     assert not attempt(cell, tmp_path, "a")
     assert finished(tmp_path, cell.address) is None

@@ -105,6 +105,24 @@ def test_files_that_are_no_recipes_are_refused(text: str | None, sentence: str, 
         read_study(path)
 
 
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["no.yaml"], "There is no recipe no.yaml"),
+        (["study.yaml", "--workers", "0"], "--workers is 0; it must be at least 1."),
+        (["study.yaml", "--output", "study.yaml/x"], "cannot be written"),
+    ],
+)
+def test_the_command_line_refuses_in_a_sentence(
+    options: list[str], sentence: str, tmp_path: Path, task_directory: Path
+) -> None:
+    write(tmp_path / "study.yaml", content(BASE, task_directory))
+    code = "import sys; from scalabl.cli import main; sys.argv = ['scalabl', 'benchmark', *sys.argv[1:]]; main()"
+    said = subprocess.run([sys.executable, "-c", code, *options], capture_output=True, text=True, cwd=tmp_path)
+    assert said.returncode == 2 and said.stderr.startswith("scalabl: ") and sentence in said.stderr
+    assert said.stderr.count("\n") == 1 and sorted(p.name for p in tmp_path.iterdir()) == ["study.yaml"]
+
+
 def test_reading_and_planning_do_not_wait_for_torch(tmp_path: Path, task_directory: Path) -> None:
     path = write(tmp_path / "study.yaml", content(BASE, task_directory))
     code = (

@@ -17,8 +17,8 @@ from scalabl.methods.saved import load_facts, load_tensors, require_plain_lora, 
 from scalabl.predictive import Predictive
 from scalabl.predictive.kronecker import Block, gauss_newton, matrices
 from scalabl.predictive.linearized_laplace import LinearizedLaplacePredictive
+from scalabl.progress import progress_bar
 from scalabl.tasks import Example
-from scalabl.training.progress import progress_bar
 from scalabl.trunk_store import with_stored_trunk
 
 if TYPE_CHECKING:
