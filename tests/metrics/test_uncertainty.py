@@ -28,9 +28,7 @@ def test_particles_that_agree_leave_no_epistemic_part() -> None:
     log_probs = particles(1, 30, 5).expand(9, -1, -1)
     parts = decompose(log_probs)
     assert parts.epistemic.max() < 1e-14
-    torch.testing.assert_close(
-        parts.total, torch.distributions.Categorical(logits=log_probs[0].double()).entropy()
-    )
+    torch.testing.assert_close(parts.total, torch.distributions.Categorical(logits=log_probs[0].double()).entropy())
 
 
 def test_certain_particles_that_disagree_are_epistemic_alone() -> None:

