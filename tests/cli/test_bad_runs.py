@@ -89,7 +89,7 @@ def test_an_adapter_without_a_record_that_lacks_weights(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--predictive", "laplace"), "it must be mean or mc"),
+        (("--predictive", "laplace"), "it must be mean, mc or linearized"),
         (("--samples", 0), "--samples is 0; it must be at least 1"),
         (("--batch-size", 0), "--batch-size is 0"),
     ],
@@ -117,6 +117,7 @@ def test_places_of_output_are_refused_before_any_work(
     assert "not empty and holds no run" in program(*train_arguments(rows, tmp_path)).sentence()
     assert "--abstain is 2.0" in read(program, "predict", scalabl_run, rows, tmp_path, "--abstain", 2)
     assert "without a posterior" in read(program, "predict", mle_run, rows, tmp_path, "--predictive", "mc")
+    assert "Only ScalaBL" in read(program, "predict", mle_run, rows, tmp_path, "--predictive", "linearized")
 
 
 def test_runs_that_are_none(program: Program, rows: Path, tmp_path: Path, scalabl_run: Path) -> None:
