@@ -32,8 +32,9 @@ from scalabl.uncertainty import average
 def measure(unit_rows: bool, seed: int, steps: int, runs: Path) -> dict[str, Any]:
     """Train one run (or take it from `runs`) and measure it on held-out rows."""
     recipe = dataclasses.replace(demo_recipe("scalabl", seed=seed, steps=steps), unit_rows=unit_rows)
-    # the demo's own run where it is the same recipe
-    directory = runs / f"seed{seed}" / f"{'scalabl' if unit_rows else 'free-rows'}-seed{seed}-steps{steps}"
+    # the demo's own run where it is the same recipe; others beside it, not among it
+    own = runs / f"seed{seed}" if unit_rows else runs.parent / "free-rows" / f"seed{seed}"
+    directory = own / f"scalabl-seed{seed}-steps{steps}"
     train(recipe, directory)
     run = load_run(directory)
     rows = select_rows(load_task(TASK), recipe).validation
