@@ -30,7 +30,10 @@ def adapter_config(recipe: Recipe, model: PreTrainedModel) -> PeftConfig:
         covariance=recipe.covariance,  # type: ignore[arg-type]
         prior_std=recipe.prior_std,
         init_sigma=recipe.init_sigma,
+        empirical_prior=recipe.empirical_prior,
         unit_rows=recipe.unit_rows,
+        draws=recipe.draws,  # type: ignore[arg-type]
+        stochastic_modules=recipe.stochastic,
     )
 
 
@@ -43,6 +46,7 @@ def callbacks(recipe: Recipe, num_examples: int) -> list[TrainerCallback]:
             schedule=recipe.schedule,  # type: ignore[arg-type]
             warmup_fraction=recipe.kl_warmup,
             learning_rate=recipe.variational_learning_rate,
+            kl=recipe.kl,  # type: ignore[arg-type]
         )
     ]
 

@@ -1,7 +1,5 @@
 """q(s) = N(s_mu, diag(s_sigma^2)): the paper's posterior, 2 r numbers a layer."""
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -28,15 +26,18 @@ class DiagonalGaussian(Gaussian):
 
     def kl(self, prior: Prior) -> Tensor:
         """sum_j log(p_std / sigma_j) + (sigma_j^2 + (mu_j - p_mean)^2) / (2 p_std^2) - 1/2."""
-        log_std = self.log_std.float()
-        second_moment = (2 * log_std).exp() + (self.mean - prior.mean).square()
-        return (math.log(prior.std) - log_std + second_moment / (2 * prior.std**2) - 0.5).sum()
+        log_std, mean = self.log_std.float(), self.mean
+        variance = (2 * log_std).exp()
+        prior_variance = prior.variance(mean, variance)
+        second_moment = variance + (mean - prior.mean).square()
+        return (prior_variance.log() / 2 - log_std + second_moment / (2 * prior_variance) - 0.5).sum()
 
     @torch.no_grad()
     def kl_gradient(self, prior: Prior) -> dict[str, Tensor]:
         mean = self.log_mean.float().exp()
         variance = (2 * self.log_std.float()).exp()
+        prior_variance = prior.variance(mean, variance)
         return {
-            "log_mean": mean * (mean - prior.mean) / prior.std**2,
-            "log_std": variance / prior.std**2 - 1,
+            "log_mean": mean * (mean - prior.mean) / prior_variance,
+            "log_std": variance / prior_variance - 1,
         }

@@ -4,8 +4,6 @@ The paper's full covariance is parametrised by eigenvalues and eigenvectors; the
 of covariances, is positive definite by construction, and needs no orthogonality to be kept up.
 """
 
-import math
-
 import torch
 from torch import Tensor, nn
 
@@ -44,21 +42,35 @@ class FullGaussian(Gaussian):
 
     def kl(self, prior: Prior) -> Tensor:
         """(tr(L L^T) + |mu - p_mean|^2) / (2 p_std^2) - r/2 + r log p_std - sum_j log L_jj."""
-        log_diagonal = self.log_std.float()
-        trace = (2 * log_diagonal).exp().sum() + self.lower.float().square().sum()
-        shift = (self.mean - prior.mean).square().sum()
-        log_ratio = self.r * math.log(prior.std) - log_diagonal.sum()
-        return (trace + shift) / (2 * prior.std**2) - self.r / 2 + log_ratio
+        log_diagonal, mean = self.log_std.float(), self.mean
+        variance = self.marginal_std().square()
+        prior_variance = prior.variance(mean, variance)
+        moment = (variance + (mean - prior.mean).square()).sum()
+        log_ratio = self.r * prior_variance.log() / 2 - log_diagonal.sum()
+        return moment / (2 * prior_variance) - self.r / 2 + log_ratio
 
     @torch.no_grad()
     def kl_gradient(self, prior: Prior) -> dict[str, Tensor]:
         mean = self.log_mean.float().exp()
         diagonal_squared = (2 * self.log_std.float()).exp()
+        prior_variance = self._prior_variance(prior)
         return {
-            "log_mean": mean * (mean - prior.mean) / prior.std**2,
-            "log_std": diagonal_squared / prior.std**2 - 1,
-            "lower": self.lower.float() / prior.std**2,
+            "log_mean": mean * (mean - prior.mean) / prior_variance,
+            "log_std": diagonal_squared / prior_variance - 1,
+            "lower": self.lower.float() / prior_variance,
         }
+
+    def _prior_variance(self, prior: Prior) -> Tensor:
+        """The prior's variance: a scalar, also where the parameters are shards."""
+        if not prior.empirical:
+            return torch.tensor(prior.std**2, device=self.log_mean.device)
+        # the trace of L L^T is a sum over all numbers of L, however they are sharded
+        moment = (
+            (self.mean - prior.mean).square().sum()
+            + (2 * self.log_std.float()).exp().sum()
+            + self.lower.float().square().sum()
+        ) / self.r
+        return moment.full_tensor() if hasattr(moment, "full_tensor") else moment
 
     @torch.no_grad()
     def reset(self, mean: Tensor, std: Tensor) -> None:

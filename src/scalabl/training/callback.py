@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import operator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from scalabl.errors import UserError
-from scalabl.posterior import Gaussian, Prior
+from scalabl.posterior import DiagonalGaussian, Gaussian, Prior, forward_kl_gradient
 from scalabl.training.log_values import LogContributor
 from scalabl.training.parameter_group import VariationalGroup, innermost
 from scalabl.training.refusals import refuse_flattened_batches, refuse_hidden_gradients, refuse_untrained
@@ -53,6 +53,7 @@ class ELBOCallback(LogContributor):
         cycle: optimiser steps of one cycle of "minibatch"; an epoch if None.
         learning_rate: learning rate of the variational parameters at a schedule factor of 1 (the trainer's own LR
             schedule multiplies it); None leaves them at the trainer's. They never get weight decay.
+        kl: "reverse" is the ELBO's KL(q || p); "forward" is KL(p || q), the reference code's, kept for comparison.
         adapter: the adapter's name; the active ones if None.
 
     Raises:
@@ -70,6 +71,7 @@ class ELBOCallback(LogContributor):
         warmup_fraction: float = 0.1,
         cycle: int | None = None,
         learning_rate: float | None = 2e-2,
+        kl: Literal["reverse", "forward"] = "reverse",
         adapter: str | None = None,
     ) -> None:
         self.num_examples = _positive_integer(
@@ -86,7 +88,10 @@ class ELBOCallback(LogContributor):
                 f"learning_rate is {learning_rate}, but the variational parameters need a positive one; 2e-2 is the "
                 "usual choice, None keeps the trainer's."
             )
+        if kl not in ("reverse", "forward"):
+            raise UserError(f"kl is {kl!r}; it must be reverse, KL(q || p) as in the ELBO, or forward, KL(p || q).")
         super().__init__()
+        self.kl = kl
         self.beta = float(beta)
         self.schedule: Schedule = schedule
         self.warmup_fraction = warmup_fraction
@@ -108,6 +113,8 @@ class ELBOCallback(LogContributor):
         priors = {
             prior_of(model, name) for name in ([self.adapter] if self.adapter else active_adapters(unwrap(model)))
         }
+        if self.kl == "forward" and not all(isinstance(p, DiagonalGaussian) for p in self._posteriors.values()):
+            raise UserError('kl="forward" is for a diagonal covariance, as in the reference code; use kl="reverse".')
         if len(priors) > 1:
             raise UserError(
                 "The active adapters have different priors; train one at a time, ELBOCallback(adapter=...)."
@@ -143,7 +150,7 @@ class ELBOCallback(LogContributor):
             return
         _unscale(kwargs["optimizer"])
         for posterior in self._posteriors.values():
-            add_kl_gradient(posterior, self._prior, weight)
+            add_kl_gradient(posterior, self._prior, weight, self.kl)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -195,9 +202,14 @@ class ELBOCallback(LogContributor):
             self._group = None
 
 
-def add_kl_gradient(posterior: Gaussian, prior: Prior, weight: float) -> None:
-    """Add the gradient of weight * KL(q || p) to the `.grad` of a posterior's trainable parameters, elementwise."""
-    for name, gradient in posterior.kl_gradient(prior).items():
+def add_kl_gradient(posterior: Gaussian, prior: Prior, weight: float, kl: str = "reverse") -> None:
+    """Add the gradient of weight * KL to the `.grad` of a posterior's trainable parameters, elementwise."""
+    if kl == "forward":
+        assert isinstance(posterior, DiagonalGaussian)
+        gradients = forward_kl_gradient(posterior, prior)
+    else:
+        gradients = posterior.kl_gradient(prior)
+    for name, gradient in gradients.items():
         parameter = getattr(posterior, name)
         if not parameter.requires_grad:
             continue

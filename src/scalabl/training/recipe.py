@@ -15,6 +15,8 @@ from scalabl.methods import TRAINED as METHODS
 SCORINGS = ("auto", "letters", "continuation")
 SCHEDULES = ("elbo", "warmup", "minibatch")
 COVARIANCES = ("diagonal", "full")
+DRAWS = ("sequence", "batch")
+KLS = ("reverse", "forward")
 NORMALIZATIONS = ("auto", "sum", "token")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -47,8 +49,12 @@ class Recipe:
     kl_warmup: float = 0.1
     covariance: str = "diagonal"
     prior_std: float = 1.0
+    empirical_prior: bool = False
     init_sigma: float = 0.05
     unit_rows: bool = True
+    draws: str = "sequence"
+    kl: str = "reverse"
+    stochastic_modules: str | None = None
     # the adapter
     r: int = 8
     lora_alpha: float = 16
@@ -74,6 +80,8 @@ class Recipe:
             ("scoring", SCORINGS),
             ("schedule", SCHEDULES),
             ("covariance", COVARIANCES),
+            ("draws", DRAWS),
+            ("kl", KLS),
             ("normalization", NORMALIZATIONS),
             ("dtype", DTYPES),
         ):
@@ -101,11 +109,20 @@ class Recipe:
     @property
     def targets(self) -> list[str]:
         """The names in `target_modules`."""
-        return [name.strip() for name in self.target_modules.split(",") if name.strip()]
+        return _names(self.target_modules)
+
+    @property
+    def stochastic(self) -> list[str] | None:
+        """The names in `stochastic_modules`; None for all."""
+        return None if self.stochastic_modules is None else _names(self.stochastic_modules)
 
     def as_dict(self) -> dict[str, Any]:
         """The recipe as plain values."""
         return asdict(self)
+
+
+def _names(listed: str) -> list[str]:
+    return [name.strip() for name in listed.split(",") if name.strip()]
 
 
 def layer_fraction(layers: str) -> int | None:
@@ -159,7 +176,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 def _typed(name: str, value: Any, kind: str) -> Any:
     """YAML reads 1e-4 as text and 16 as a whole number: bring values to the setting's own type."""
-    if name == "target_modules" and isinstance(value, list):
+    if name in ("target_modules", "stochastic_modules") and isinstance(value, list):
         return ",".join(map(str, value))
     if value is None and "None" in kind:
         return None

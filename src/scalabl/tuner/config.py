@@ -44,9 +44,14 @@ class ScalaBLConfig(LoraConfig):
         covariance: "diagonal" (2 r numbers a layer, the paper's default) or "full" (r (r + 3) / 2).
         prior_mean: mean of the Gaussian prior on each s_j.
         prior_std: its standard deviation, positive [ScalaBL: N(0, 1)].
+        empirical_prior: take for each layer the prior std of the highest ELBO, sqrt(mean_j(mu_j^2 + sigma_j^2)), instead
+            of `prior_std` (empirical Bayes).
         init_sigma: sigma starts as U(init_sigma / sqrt(2), init_sigma) [ScalaBL: 0.05].
         unit_rows: keep the rows of A at unit length in the forward pass. Without it (the paper's form) A and s
             share a free scale: the KL can be lowered by moving scale from s into A at no cost in likelihood.
+        draws: while training, one draw of s a "sequence", or one a "batch", shared by its rows (the reference code).
+        stochastic_modules: the modules, by the end of their path, whose s is uncertain; the other adapted ones are plain
+            LoRA. All of them if None.
         base_fingerprint: written when the adapter is made, checked when it is loaded onto a base model.
 
     Raises:
@@ -58,8 +63,17 @@ class ScalaBLConfig(LoraConfig):
     )
     prior_mean: float = field(default=0.0, metadata={"help": "Mean of the prior on each s."})
     prior_std: float = field(default=1.0, metadata={"help": "Standard deviation of the prior on each s."})
+    empirical_prior: bool = field(
+        default=False, metadata={"help": "Take each layer's prior std from its posterior (empirical Bayes)."}
+    )
     init_sigma: float = field(default=0.05, metadata={"help": "Upper end of the uniform initial sigma."})
     unit_rows: bool = field(default=True, metadata={"help": "Keep the rows of A at unit length."})
+    draws: Literal["sequence", "batch"] = field(
+        default="sequence", metadata={"help": "One draw of s a sequence, or one a batch."}
+    )
+    stochastic_modules: list[str] | None = field(
+        default=None, metadata={"help": "Ends of the names of the modules whose s is uncertain; all adapted ones if None."}
+    )
     base_fingerprint: str | None = field(
         default=None, metadata={"help": "Identity of the base model that the adapter was trained on."}
     )
@@ -74,13 +88,19 @@ class ScalaBLConfig(LoraConfig):
                 raise UserError(f"r is {r}; it must be a positive integer, 8 is the usual choice.")
         if not (math.isfinite(self.init_sigma) and self.init_sigma > 0):
             raise UserError(f"init_sigma is {self.init_sigma}; it must be positive, 0.05 is the paper's.")
+        if self.draws not in ("sequence", "batch"):
+            raise UserError(f"draws is {self.draws!r}; it must be sequence or batch.")
+        if self.stochastic_modules is not None:
+            self.stochastic_modules = list(self.stochastic_modules)
+            if not self.stochastic_modules:
+                raise UserError("stochastic_modules is empty, so nothing would be uncertain; name at least one module.")
         _ = self.prior
         refuse_unsupported(self)
 
     @property
     def prior(self) -> Prior:
         """The prior p(s), checked."""
-        return Prior(self.prior_mean, self.prior_std)
+        return Prior(self.prior_mean, self.prior_std, self.empirical_prior)
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write `adapter_config.json`, and `mean/`, a plain LoRA of the weights just saved beside it.

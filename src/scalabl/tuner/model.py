@@ -74,6 +74,8 @@ class ScalaBLModel(LoraModel):
                 "target_modules."
             )
         super()._create_and_replace(lora_config, adapter_name, target, target_name, parent, current_key, **kwargs)
+        if not self._is_stochastic(lora_config, current_key):
+            return
         layer = getattr(parent, target_name)
         plain = layer.lora_A[adapter_name]
         if not isinstance(plain, nn.Linear):
@@ -90,10 +92,19 @@ class ScalaBLModel(LoraModel):
         leaf.requires_grad_(plain.weight.requires_grad).train(plain.training)
         layer.lora_A[adapter_name] = leaf
 
+    def _is_stochastic(self, config: ScalaBLConfig, name: str) -> bool:
+        """Whether s is uncertain in the adapted module of this name."""
+        ends = getattr(config, "stochastic_modules", None)
+        return ends is None or any(name == end or name.endswith(f".{end}") for end in ends)
+
     def _leaf(self, weight: Tensor, config: ScalaBLConfig) -> nn.Module:
         """What takes the place of LoRA's A, from LoRA's own draw of it (r, d_in)."""
         return StochasticProjection(
-            weight, covariance=config.covariance, init_sigma=config.init_sigma, unit_rows=config.unit_rows
+            weight,
+            covariance=config.covariance,
+            init_sigma=config.init_sigma,
+            unit_rows=config.unit_rows,
+            draws=config.draws,
         )
 
     def _take_out(self, adapter_name: str) -> None:

@@ -43,16 +43,24 @@ class StochasticProjection(nn.Module):
         covariance: "diagonal" or "full".
         init_sigma: sigma starts as U(init_sigma / sqrt(2), init_sigma), for each number.
         unit_rows: keep the rows of A at unit length in the forward pass, so that s alone carries their scale.
+        draws: one draw of s a "sequence", or one a "batch", shared by its rows.
 
     State "auto" draws while training and is the mean otherwise.
     """
 
     def __init__(
-        self, weight: Tensor, *, covariance: str = "diagonal", init_sigma: float = 0.05, unit_rows: bool = True
+        self,
+        weight: Tensor,
+        *,
+        covariance: str = "diagonal",
+        init_sigma: float = 0.05,
+        unit_rows: bool = True,
+        draws: str = "sequence",
     ) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.unit_rows = unit_rows
+        self.draws = draws
         self.state: State = "auto"
         rows, singular_values, sigma = _initial(weight, init_sigma)
         self.direction = nn.Parameter(rows.to(weight.dtype))
@@ -70,7 +78,7 @@ class StochasticProjection(nn.Module):
         return (self.posterior.mean[:, None] * self.rows()).to(self.direction.dtype)
 
     def draw(self, rows: int, device: torch.device) -> Tensor:
-        """s for every row of a batch: (rows, r), or (r,) when all rows carry the mean."""
+        """s for every row of a batch: (rows, r); (1, r) or (r,) when all rows carry the same."""
         state = self.state
         if isinstance(state, Values):
             return state.s
@@ -84,7 +92,8 @@ class StochasticProjection(nn.Module):
             s = self.posterior.sample(state.noise.to(device))
             return s.repeat_interleave(rows // number, dim=0)
         if state == "sample" or (state == "auto" and self.training):
-            return self.posterior.sample(torch.randn(rows, self.out_features, device=device))
+            number = 1 if self.draws == "batch" else rows
+            return self.posterior.sample(torch.randn(number, self.out_features, device=device))
         return self.posterior.mean
 
     def forward(self, x: Tensor) -> Tensor:

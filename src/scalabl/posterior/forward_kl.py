@@ -1,0 +1,31 @@
+"""KL(p || q), the direction that the reference code takes for its diagonal model: for the ablation alone.
+
+The ELBO holds KL(q || p). This one asks q to cover the prior: it is no bound on anything, and it drives sigma up to
+|mu - p_mean| and beyond whatever the data say.
+"""
+
+import torch
+from torch import Tensor
+
+from scalabl.posterior.diagonal import DiagonalGaussian
+from scalabl.posterior.prior import Prior
+
+
+def forward_kl(posterior: DiagonalGaussian, prior: Prior) -> Tensor:
+    """sum_j log(sigma_j / p_std) + (p_std^2 + (p_mean - mu_j)^2) / (2 sigma_j^2) - 1/2, a scalar in nats.
+
+    [The reference code's `kl_divergence` with prior and posterior in this order.]
+    """
+    mean, variance = posterior.mean, posterior.std.square()
+    prior_variance = prior.variance(mean, variance)
+    moment = prior_variance + (mean - prior.mean).square()
+    return (variance.log() / 2 - prior_variance.log() / 2 + moment / (2 * variance) - 0.5).sum()
+
+
+@torch.no_grad()
+def forward_kl_gradient(posterior: DiagonalGaussian, prior: Prior) -> dict[str, Tensor]:
+    """The gradient of `forward_kl` at a fixed prior, by parameter name."""
+    mean, variance = posterior.mean, posterior.std.square()
+    shift = mean - prior.mean
+    moment = prior.variance(mean, variance) + shift.square()
+    return {"log_mean": mean * shift / variance, "log_std": 1 - moment / variance}
