@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scalabl.errors import UserError
+from scalabl.mapping_file import read_json
 from scalabl.run_directory import ADAPTER
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from scalabl.diagnostics import LayerWeights
+    from scalabl.posterior import Prior
 
 CONFIG = "adapter_config.json"
 
@@ -24,15 +25,17 @@ def require_adapter(directory: Path) -> dict[str, Any]:
     Raises:
         UserError: there is no adapter in the directory, or its configuration cannot be read.
     """
-    for name in (CONFIG, ADAPTER):
-        if not (directory / name).is_file():
-            raise UserError(f"{directory} holds no {name}; give a directory made by scalabl train or save_pretrained.")
-    try:
-        config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{directory / CONFIG} is not readable JSON; restore the file.") from error
-    if not isinstance(config, dict) or config.get("peft_type") not in ("SCALABL", "LORA"):
-        raise UserError(f"{directory / CONFIG} is not the configuration of a ScalaBL or LoRA adapter.")
+    path, missing = directory / CONFIG, "{} holds no {}; give a directory made by scalabl train or save_pretrained."
+    config = read_json(
+        path,
+        missing=missing.format(directory, CONFIG),
+        mend="restore the file",
+        holds="an adapter's configuration; restore the file",
+    )
+    if not (directory / ADAPTER).is_file():
+        raise UserError(missing.format(directory, ADAPTER))
+    if config.get("peft_type") not in ("SCALABL", "LORA"):
+        raise UserError(f"{path} is not the configuration of a ScalaBL or LoRA adapter.")
     return config
 
 
@@ -40,8 +43,9 @@ def describe_adapter(directory: Path) -> dict[str, Any]:
     """What `scalabl inspect` shows.
 
     Returns:
-        base_model, target_modules, r, lora_alpha, covariance, prior, lora_parameters, variational_parameters, kl,
-        layers (name, r, mean, sigma, noise, kl, effect; None where there is no posterior), warnings.
+        base_model, target_modules, stochastic_modules, stochastic_layers (None for all), r, lora_alpha, covariance, prior,
+        lora_parameters, variational_parameters, kl, layers (those with a posterior: name, r, mean, sigma, noise,
+        prior_std, kl, effect; of a plain LoRA all, with None for what a posterior has), warnings.
 
     Raises:
         UserError: missing, truncated or altered files.
@@ -61,23 +65,32 @@ def describe_adapter(directory: Path) -> dict[str, Any]:
     bayesian = config["peft_type"] == "SCALABL"
     if bayesian and not weights:
         raise UserError(f"{directory / ADAPTER} holds no posterior, it was altered; restore the file.")
-    prior = Prior(config["prior_mean"], config["prior_std"]) if bayesian else Prior()
+    empirical = config.get("empirical_prior", False)
+    prior = Prior(config["prior_mean"], config["prior_std"], empirical) if bayesian else Prior()
     summaries = summarize(weights, prior)
     variational = sum(t.numel() for n, t in tensors.items() if ".posterior." in n)
     targets = config.get("target_modules") or []
     return {
         "base_model": config.get("base_model_name_or_path"),
         "target_modules": targets if isinstance(targets, str) else ", ".join(sorted(targets)),
+        "stochastic_modules": ", ".join(config.get("stochastic_modules") or ()) or None,
+        "stochastic_layers": config.get("stochastic_layers"),
         "r": config["r"],
         "lora_alpha": config["lora_alpha"],
         "covariance": config.get("covariance"),
-        "prior": f"N({prior.mean}, {prior.std}^2)" if bayesian else None,
+        "prior": _prior_in_words(prior) if bayesian else None,
         "lora_parameters": sum(t.numel() for t in tensors.values()) - variational,
         "variational_parameters": variational,
         "kl": sum(s.kl for s in summaries) if bayesian else None,
         "layers": [asdict(s) for s in summaries] or _plain_layers(tensors),
-        "warnings": warnings_of(summaries, prior) if bayesian else ["a plain LoRA: it has no posterior"],
+        "warnings": warnings_of(summaries) if bayesian else ["a plain LoRA: it has no posterior"],
     }
+
+
+def _prior_in_words(prior: Prior) -> str:
+    if prior.empirical:
+        return f"N({prior.mean}, std^2), each layer's std from its posterior (empirical Bayes)"
+    return f"N({prior.mean}, {prior.std}^2)"
 
 
 def _stochastic_layers(tensors: dict[str, Tensor], config: dict[str, Any]) -> list[LayerWeights]:
@@ -111,7 +124,7 @@ def _stochastic_layers(tensors: dict[str, Tensor], config: dict[str, Any]) -> li
 
 
 def _plain_layers(tensors: dict[str, Tensor]) -> list[dict[str, Any]]:
-    empty = dict.fromkeys(("mean", "sigma", "noise", "kl", "effect"))
+    empty = dict.fromkeys(("mean", "sigma", "noise", "prior_std", "kl", "effect"))
     layers = {name.partition(".lora_A.")[0]: t.shape[0] for name, t in tensors.items() if ".lora_A." in name}
     return [{"name": _bare(layer), "r": r, **empty} for layer, r in layers.items()]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from scalabl.errors import UserError
 from scalabl.loading import load_adapter, require_base
 from scalabl.models import load_base
-from scalabl.predictive import MeanPredictive, MonteCarloPredictive, Predictive, predict
+from scalabl.predictive import PREDICTIVES, MeanPredictive, Predictive, make_predictive, predict
+from scalabl.predictive.adaptive import with_sampling
+from scalabl.predictive.base import chosen
 from scalabl.predictive.weight_noise import blob_draws
 from scalabl.run_directory import RECORD, finished_record
+from scalabl.sampling import PLAIN, Sampling
 from scalabl.scoring import Letters, Scorer, Scoring, make_scoring
+from scalabl.scoring.prefix import SharedPrefix, shared_prefix
 from scalabl.tasks import Example
 from scalabl.tasks.example import check
 from scalabl.trunk import Trunk
@@ -37,7 +42,8 @@ class Answer:
         aleatoric: (n,) mean of H[p_i]: what the data leaves open, in nats.
         epistemic: (n,) entropy - aleatoric, the mutual information: what the model never learnt, in nats.
         label: the n most probable labels (or choice texts).
-        particle_log_probs: (N, n, C) log class probabilities of each particle.
+        particle_log_probs: (N, n, C) log class probabilities of each particle; -inf where adaptive N drew none. A
+            linearised predictive has draws of the logits in their place.
     """
 
     probs: NDArray[np.float32]
@@ -56,22 +62,45 @@ class Classifier:
         scoring: how rows become class logits.
         samples: N particles of the posterior; 0 predicts with the posterior mean.
         seed: the seed of the particles.
+        sampling: another kind of draws, or adaptive N.
+        predictive: "mc", "linearized", or "auto", which takes the cheaper one where it is as good
+            (`AutoPredictive`; `classifier.predictive.choice` says which); None is auto, mc where `sampling` is given.
+        prefix: in front of every prompt: an instruction, or examples with their answers. Where it is long, it is
+            encoded once a particle, and kept from call to call.
         batch_size: questions at a time.
     """
 
     def __init__(
-        self, model: PeftModel, scoring: Scoring, *, samples: int = 10, seed: int = 0, batch_size: int = 8
+        self,
+        model: PeftModel,
+        scoring: Scoring,
+        *,
+        samples: int = 10,
+        seed: int = 0,
+        sampling: Sampling = PLAIN,
+        predictive: str | None = None,
+        prefix: str = "",
+        batch_size: int = 8,
     ) -> None:
         if samples < 0:
             raise UserError(f"samples is {samples}; it must be 0 (the posterior mean) or more.")
         bayesian = any(isinstance(module, StochasticProjection) for module in model.modules())
+        if predictive not in (None, *PREDICTIVES):
+            raise UserError(f"There is no predictive {predictive!r}; choose one of {', '.join(PREDICTIVES)}.")
+        if predictive == "linearized" and not bayesian:
+            raise UserError("Only an adapter with a posterior over s has a linearised predictive; leave it out.")
         self.predictive: Predictive = MeanPredictive()
-        if samples and bayesian:
-            self.predictive = MonteCarloPredictive(samples, seed=seed)
-        elif samples and any(isinstance(module, BLoBProjection) for module in model.modules()):
+        if not samples or predictive == "mean":
+            pass
+        elif bayesian:
+            name = predictive or "auto"
+            self.predictive = make_predictive(
+                "mc" if name == "auto" and not sampling.is_plain else name, samples=samples, seed=seed
+            )
+        elif any(isinstance(module, BLoBProjection) for module in model.modules()):
             self.predictive = blob_draws(model, samples=samples, seed=seed)
-        trunk = Trunk(model)
-        self.scorer = Scorer(model, scoring, trunk if trunk.depth else None)
+        self.predictive = with_sampling(self.predictive, sampling)
+        self.scorer = Scorer(model, scoring.with_prefix(prefix) if prefix else scoring, Trunk(model))
         self.batch_size = batch_size
 
     @classmethod
@@ -82,6 +111,9 @@ class Classifier:
         labels: Sequence[str] | None = None,
         samples: int = 10,
         seed: int = 0,
+        sampling: Sampling = PLAIN,
+        predictive: str | None = None,
+        prefix: str = "",
         chat: bool = False,
         max_length: int = 4096,
         batch_size: int = 8,
@@ -96,6 +128,9 @@ class Classifier:
                 labels or choices from the directory's own record (`scalabl train` writes one).
             samples: N particles; 0 for the posterior mean.
             seed: the seed of the particles.
+            sampling: another kind of draws, or adaptive N.
+            predictive: "mc", "linearized" or "auto"; None is what the directory's record says, else auto.
+            prefix: in front of every prompt: an instruction, or examples with their answers.
             chat: put each prompt through the tokenizer's chat template.
             max_length: longest prompt in tokens; longer ones lose their beginning.
             batch_size: questions at a time.
@@ -131,7 +166,13 @@ class Classifier:
         else:
             assert record is not None
             scoring = make_scoring(record["scoring"], base_tokenizer)
-        return cls(load_adapter(base, path), scoring, samples=samples, seed=seed, batch_size=batch_size)
+        adapted = load_adapter(base, path)
+        if predictive is None and record is not None and sampling.is_plain:
+            predictive = record.get("predictive")
+        return cls(
+            adapted, scoring, samples=samples, seed=seed, sampling=sampling, predictive=predictive, prefix=prefix,
+            batch_size=batch_size,
+        )  # fmt: skip
 
     def __call__(self, questions: str | Sequence[str | Mapping[str, Any] | Example]) -> Answer:
         """Classify questions.
@@ -146,7 +187,10 @@ class Classifier:
         if not rows:
             raise UserError("There are no questions to answer; pass at least one.")
         encoded = [self.scorer.scoring.encode(row) for row in rows]
-        log_probs = predict(self.scorer, encoded, self.predictive, batch_size=self.batch_size)
+        predictive = chosen(self.predictive, self.scorer, encoded, self.batch_size)
+        shares = self.scorer.scoring.prefix and getattr(predictive, "shares_prefix", False)
+        prefix = self._shared_prefix if shares else None
+        log_probs = predict(self.scorer, encoded, predictive, batch_size=self.batch_size, prefix=prefix)
         probs, uncertainty = average(log_probs), decompose(log_probs)
         best = probs.argmax(dim=-1).tolist()
         return Answer(
@@ -157,6 +201,13 @@ class Classifier:
             label=[row.choices[i] for row, i in zip(rows, best, strict=True)],
             particle_log_probs=log_probs.numpy(),
         )
+
+    @cached_property
+    def _shared_prefix(self) -> SharedPrefix | None:
+        """What every prompt begins with, to be encoded once; None where it is too short for that."""
+        labels = getattr(self.scorer.scoring, "labels", None) or ("yes", "no")
+        two = [self.scorer.scoring.encode(Example(question, question, labels, None)) for question in ("A", "1")]
+        return shared_prefix(self.scorer, two)
 
     def _row(self, index: int, question: str | Mapping[str, Any] | Example) -> Example:
         labels = self.scorer.scoring.labels if isinstance(self.scorer.scoring, Letters) else None

@@ -24,6 +24,7 @@ class LayerSummary:
         mean: average of the means of s.
         sigma: average of the marginal standard deviations of s.
         noise: root mean square of sigma / mean, the noise beside the signal.
+        prior_std: standard deviation of the prior; the layer's own where it is empirical.
         kl: KL(q || p) in nats.
         effect: Frobenius norm of B diag(mean) A times the scaling: how much the adapter changes the layer.
     """
@@ -33,6 +34,7 @@ class LayerSummary:
     mean: float
     sigma: float
     noise: float
+    prior_std: float
     kl: float
     effect: float
 
@@ -89,6 +91,7 @@ def summarize(layers: list[LayerWeights], prior: Prior) -> list[LayerSummary]:
                 mean=mean.mean().item(),
                 sigma=sigma.mean().item(),
                 noise=(sigma / mean).square().mean().sqrt().item(),
+                prior_std=prior.variance(mean, sigma.square()).sqrt().item(),
                 kl=layer.posterior.kl(prior).item(),
                 effect=effect.item() * layer.scaling,
             )
@@ -96,12 +99,15 @@ def summarize(layers: list[LayerWeights], prior: Prior) -> list[LayerSummary]:
     return found
 
 
-def warnings_of(rows: list[LayerSummary], prior: Prior) -> list[str]:
+def warnings_of(rows: list[LayerSummary]) -> list[str]:
     """Sentences about a posterior that collapsed, outgrew its prior, drowns its signal, or moves nothing."""
     found = []
     for many, sentence in (
-        ([r for r in rows if r.sigma < COLLAPSED * prior.std], "sigma has collapsed to 0: nothing is uncertain there"),
-        ([r for r in rows if r.sigma > BEYOND_PRIOR * prior.std], "sigma has grown past the prior's"),
+        (
+            [r for r in rows if r.sigma < COLLAPSED * r.prior_std],
+            "sigma has collapsed to 0: nothing is uncertain there",
+        ),
+        ([r for r in rows if r.sigma > BEYOND_PRIOR * r.prior_std], "sigma has grown past the prior's"),
         ([r for r in rows if r.noise > DROWNED], "the noise is larger than the mean of s"),
         ([r for r in rows if r.effect < 1e-8], "B is zero: the layer was never trained"),
     ):

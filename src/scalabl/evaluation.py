@@ -12,12 +12,17 @@ from scalabl.diagnostics import summarize, warnings_of, weights_of
 from scalabl.loading import Run, load_run
 from scalabl.methods import load_method
 from scalabl.methods.temperature import apply_temperature, fit_temperature
-from scalabl.predictive import Predictive, predict
+from scalabl.predictive import AutoPredictive, Predictive, predict
+from scalabl.predictive.adaptive import AdaptivePredictive, with_sampling
 from scalabl.progress import progress_bar
+from scalabl.promise import Promise, threshold_of
 from scalabl.report import MethodResult, Report
+from scalabl.sampling import PLAIN, Sampling
+from scalabl.selective import Threshold
 from scalabl.tasks import Example
 from scalabl.trunk_store import with_stored_trunk
 from scalabl.tuner import prior_of
+from scalabl.uncertainty import average, mean_particles
 
 
 def log_probabilities(
@@ -51,7 +56,10 @@ def evaluate_run(
     predictive: str | None = None,
     samples: int = 10,
     seed: int = 0,
+    sampling: Sampling = PLAIN,
+    stochastic_layers: str | None = None,
     batch_size: int = 8,
+    promise: Promise | None = None,
     model: str | None = None,
 ) -> Report:
     """Evaluate a run directory.
@@ -62,15 +70,25 @@ def evaluate_run(
         shifted: labelled rows of other data sets, by name.
         held_out: validation rows to fit a temperature on; none leaves the tempered row out.
         data: what `rows` are called.
-        predictive: "mean" or "mc"; None takes mc where there is a posterior.
+        predictive: "mean", "mc", "linearized" or "auto"; None is what the record says, else auto.
         samples: N of mc.
         seed: of the particles.
+        sampling: the kind of draws, and adaptive N.
+        stochastic_layers: draw s in these alone, as in `Run.predictive`.
         batch_size: questions at a time.
+        promise: an error rate, by the score probability: its threshold from the run's own held-out rows is marked.
         model: the base model, if it has moved.
     """
     run = load_run(directory, model=model)
-    strategy = run.predictive(predictive or default_predictive(run), samples=samples, seed=seed)
+    strategy = make_strategy(
+        run, predictive, samples=samples, seed=seed, sampling=sampling, stochastic_layers=stochastic_layers
+    )
+    strategy, why = choose(run, strategy, rows, batch_size=batch_size)
     result = method_result(run, describe_method(run, strategy), rows, shifted, strategy, batch_size=batch_size)
+    result.notes[:0] = why
+    if promise is not None:
+        result.threshold = threshold_of(run, promise, strategy, batch_size=batch_size)
+        result.notes.append(_kept(result, promise, result.threshold))
     methods = [result]
     if held_out:
         validation = log_probabilities(run, held_out, strategy, batch_size=batch_size, description="temperature")
@@ -92,9 +110,63 @@ def evaluate_run(
     )
 
 
+def _kept(result: MethodResult, promise: Promise, threshold: Threshold) -> str:
+    """What a threshold promises, and what became of it on the rows of the report."""
+    given = torch.from_numpy(promise.answered(threshold, result.log_probs))
+    wrong = (average(result.log_probs).argmax(dim=1) != result.labels) & given
+    found = f"{int(given.sum()):,} of {len(given):,} rows answered, {int(wrong.sum()):,} of them wrong"
+    return f"{promise.describe(threshold)}: {found}. {threshold.sentence}"
+
+
 def default_predictive(run: Run) -> str:
-    """mc where the method averages over particles."""
-    return "mc" if run.is_sampled else "mean"
+    """What the run's record says; else mc where the method averages over particles."""
+    return str(run.record.get("predictive", "mc" if run.is_sampled else "mean"))
+
+
+def make_strategy(
+    run: Run,
+    predictive: str | None,
+    *,
+    samples: int = 10,
+    seed: int = 0,
+    sampling: Sampling = PLAIN,
+    stochastic_layers: str | None = None,
+) -> Predictive:
+    """The predictive of a run, as a user names it.
+
+    Args:
+        run: a loaded run.
+        predictive: as in `Run.predictive`; None is "auto", or mc where the draws are given.
+        samples: N.
+        seed: of the particles.
+        sampling: the kind of draws, and adaptive N.
+        stochastic_layers: as in `Run.predictive`.
+
+    Raises:
+        UserError: settings that the run or the predictive does not have.
+    """
+    if predictive in (None, "auto"):
+        predictive = "auto" if sampling.is_plain else "mc"
+    strategy = run.predictive(predictive, samples=samples, seed=seed, stochastic_layers=stochastic_layers)
+    return with_sampling(strategy, sampling)
+
+
+def choose(
+    run: Run, strategy: Predictive, rows: Sequence[Example], *, batch_size: int = 8
+) -> tuple[Predictive, list[str]]:
+    """What `auto` takes for these rows, and its sentence; any other predictive as it is, and no sentence.
+
+    Raises:
+        UserError: rows that the run's scoring cannot encode.
+    """
+    if not isinstance(strategy, AutoPredictive):
+        return strategy, []
+    encoded = run.encode(list(rows))
+    with progress_bar() as progress:
+        progress.add_task("choosing a predictive", total=None, detail="")
+        made = strategy.chosen(run.scorer, encoded, batch_size=batch_size)
+    assert strategy.choice is not None
+    return made, [strategy.choice.sentence]
 
 
 def describe_method(run: Run, predictive: Predictive) -> str:
@@ -106,7 +178,11 @@ def describe_method(run: Run, predictive: Predictive) -> str:
     if not run.is_sampled:
         return title
     number = getattr(predictive, "samples", None)
-    return f"{title}, {predictive.name if number is None else f'N = {number}'}"
+    kind = getattr(predictive, "draws", "independent")
+    suffix = "" if kind == "independent" else f", {kind}"
+    layers = getattr(predictive, "stochastic_layers", None)
+    suffix += "" if layers is None else f", s in {layers}"
+    return f"{title}, {predictive.name if number is None else f'N = {number}'}{suffix}"
 
 
 def method_result(
@@ -119,16 +195,17 @@ def method_result(
     batch_size: int = 8,
 ) -> MethodResult:
     """One row of a report."""
+    log_probs = log_probabilities(run, rows, predictive, batch_size=batch_size, description=name)
     return MethodResult(
         name=name,
-        log_probs=log_probabilities(run, rows, predictive, batch_size=batch_size, description=name),
+        log_probs=log_probs,
         labels=answers(rows),
         ood={
             other: log_probabilities(run, others, predictive, batch_size=batch_size, description=f"{name}: {other}")
             for other, others in shifted.items()
         },
         ood_labels={other: answers(others) for other, others in shifted.items()},
-        notes=posterior_warnings(run),
+        notes=posterior_warnings(run) + adaptive_notes(log_probs, predictive),
     )
 
 
@@ -144,9 +221,19 @@ def tempered(result: MethodResult, temperature: float) -> MethodResult:
     )
 
 
+def adaptive_notes(log_probs: Tensor, predictive: Predictive) -> list[str]:
+    """How many particles a row took on average, in words; empty where every row takes all."""
+    if not isinstance(predictive, AdaptivePredictive):
+        return []
+    return [
+        f"{mean_particles(log_probs):.1f} of at most {log_probs.shape[0]} particles a row on average; the decision is "
+        f"that of all with confidence {predictive.confidence:g} ({predictive.bound} bound)"
+    ]
+
+
 def posterior_warnings(run: Run) -> list[str]:
     """What is wrong with a posterior, in words; empty for a plain LoRA."""
     if not run.is_bayesian:
         return []
-    prior = prior_of(run.scorer.model)
-    return run.record.get("warnings", []) + warnings_of(summarize(weights_of(run.scorer.model), prior), prior)
+    model = run.scorer.model
+    return run.record.get("warnings", []) + warnings_of(summarize(weights_of(model), prior_of(model)))

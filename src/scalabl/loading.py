@@ -15,12 +15,19 @@ from transformers import PreTrainedTokenizerBase
 from scalabl.errors import UserError
 from scalabl.methods import SAMPLED, load_method
 from scalabl.models import load_base
-from scalabl.predictive import LinearizedPredictive, MeanPredictive, Predictive
+from scalabl.predictive import (
+    AutoPredictive,
+    LinearizedPredictive,
+    MeanPredictive,
+    MonteCarloPredictive,
+    Predictive,
+)
 from scalabl.run_directory import finished_record
 from scalabl.scoring import Encoded, Scorer, Scoring, make_scoring
 from scalabl.tasks import Example
 from scalabl.trunk import Trunk
 from scalabl.tuner.fingerprint import fingerprint, same_base
+from scalabl.tuner.joint import load_joint, set_joint
 
 
 @dataclass
@@ -53,12 +60,38 @@ class Run:
         """Whether the run's method averages over particles."""
         return self.record["recipe"]["method"] in SAMPLED
 
-    def predictive(self, name: str | None = None, *, samples: int = 10, seed: int = 0) -> Predictive:
-        """The predictive of the run's own method ("mc" or None), of one pass ("mean"), or linearised in s."""
+    def predictive(
+        self, name: str | None = None, *, samples: int = 10, seed: int = 0, stochastic_layers: str | None = None
+    ) -> Predictive:
+        """The predictive of the run's own method ("mc" or None), of one pass ("mean"), or linearised in s.
+
+        Args:
+            name: which one; "auto" is what the run's record names, else the cheapest of ScalaBL's that keeps the
+                quality of mc (`AutoPredictive`), else the method's own.
+            samples: N of mc.
+            seed: of the particles.
+            stochastic_layers: draw s in the top layers alone: "last:K", a fraction "last:0.25", or "variance:0.9", the
+                fewest that hold so much of the predictive variance on the run's validation rows.
+
+        Raises:
+            UserError: layers are named, but the run has no posterior over s, or the predictive draws none.
+        """
+        if stochastic_layers is not None:
+            if not self.is_bayesian or name == "mean":
+                raise UserError("Only the mc and linearized predictives of ScalaBL runs draw s layer by layer.")
+            from scalabl.variance import as_top_layers
+
+            stochastic_layers = as_top_layers(self, stochastic_layers)
+        if name == "auto":
+            name = self.record.get("predictive")
+            if name is None and self.is_bayesian:
+                return AutoPredictive(samples, seed=seed, stochastic_layers=stochastic_layers)
         if name == "mean":
             return MeanPredictive()
         if name == "linearized":
-            return LinearizedPredictive(seed=seed)
+            return LinearizedPredictive(seed=seed, stochastic_layers=stochastic_layers)
+        if stochastic_layers is not None:
+            return MonteCarloPredictive(samples, seed=seed, stochastic_layers=stochastic_layers)
         return load_method(self.record["recipe"]["method"]).predictive(self, samples=samples, seed=seed)
 
     def encode(self, rows: list[Example]) -> list[Encoded]:
@@ -75,7 +108,9 @@ def load_adapter(model: Any, directory: Path) -> PeftModel:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message="Found missing adapter keys")
-            return PeftModel.from_pretrained(model, str(directory)).eval()
+            adapted = PeftModel.from_pretrained(model, str(directory)).eval()
+        set_joint(adapted, load_joint(directory))
+        return adapted
     except UserWarning as error:
         missing = str(error).partition("keys while loading the checkpoint: ")[2][:200]
         raise UserError(f"The adapter in {directory} lacks weights ({missing}); restore its files.") from error
@@ -120,5 +155,4 @@ def load_run(directory: Path, *, model: str | None = None) -> Run:
     require_base(base, record)
     adapted = load_adapter(base, directory)
     scoring = make_scoring(record["scoring"], tokenizer)
-    trunk = Trunk(adapted)
-    return Run(record, Scorer(adapted, scoring, trunk if trunk.depth else None), tokenizer, directory)
+    return Run(record, Scorer(adapted, scoring, Trunk(adapted)), tokenizer, directory)

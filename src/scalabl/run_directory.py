@@ -3,6 +3,7 @@
 DIR/scalabl.json                 recipe, task, scoring, versions, status, sha256 of the adapter
 DIR/adapter_model.safetensors    the adapter, with adapter_config.json
 DIR/mean/                        a plain LoRA of the posterior mean (method scalabl)
+DIR/joint_covariance.safetensors    covariance between layers (scalabl bayesianize)
 DIR/training_log.json            what the trainer logged
 DIR/checkpoints/                 while it runs
 """
@@ -16,9 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from scalabl.errors import UserError
+from scalabl.mapping_file import read_json
 
 RECORD = "scalabl.json"
 ADAPTER = "adapter_model.safetensors"
+JOINT = "joint_covariance.safetensors"
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -69,15 +72,9 @@ def read_record(directory: Path) -> dict[str, Any]:
     path = directory / RECORD
     if not directory.is_dir():
         raise UserError(f"There is no run directory {directory}; make one with scalabl train --output {directory}.")
-    if not path.is_file():
-        raise UserError(f"{directory} holds no {RECORD}, so it is no run; make one with scalabl train.")
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not readable JSON; train the run again or restore the file.") from error
-    if not isinstance(record, dict) or "recipe" not in record:
-        raise UserError(f"{path} is not a run's record; train the run again or restore the file.")
-    return record
+    mend = "train the run again or restore the file"
+    missing = f"{directory} holds no {RECORD}, so it is no run; make one with scalabl train."
+    return read_json(path, missing=missing, mend=mend, holds=f"a run's record; {mend}", key="recipe")
 
 
 def finished_record(directory: Path) -> dict[str, Any]:
@@ -97,6 +94,9 @@ def finished_record(directory: Path) -> dict[str, Any]:
             f"{adapter} was truncated or altered (its sha256 is not the one in {RECORD}); restore the file or train "
             "the run again."
         )
+    joint = record.get("joint_sha256")
+    if joint is not None and (not (directory / JOINT).is_file() or sha256(directory / JOINT) != joint):
+        raise UserError(f"{directory / JOINT} was lost or altered; restore the file or call scalabl bayesianize again.")
     return record
 
 

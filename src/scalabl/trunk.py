@@ -1,7 +1,9 @@
-"""The frozen trunk: what lies below the lowest adapted layer is the same for every particle, step and epoch.
+"""The trunk: the lower decoder layers, computed once where they are the same for everybody.
 
-It is run once for a row, stopping at the lowest adapted decoder layer; from then on that layer is fed the stored
-hidden states and the layers below are passed through.
+What lies below the lowest adapted layer is the same for every particle, step and epoch, and can be stored. While
+predicting, what lies below the lowest *stochastic* layer is the same for every particle. A trunk is run once for a row,
+stopping at the layer where the difference begins; from then on that layer is fed the hidden states and the layers below
+are passed through.
 """
 
 from __future__ import annotations
@@ -9,16 +11,18 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from transformers import Cache
 
 from scalabl.errors import UserError
-
-if TYPE_CHECKING:
-    from scalabl.scoring.base import Batch
+from scalabl.scoring.base import Batch
+from scalabl.scoring.token_logits import token_logits
+from scalabl.tuner.depth import decoder_layers, depths
 
 
 class _Reached(Exception):
@@ -44,34 +48,47 @@ class _Pass(nn.Module):
 
 
 class Trunk:
-    """The decoder layers below the lowest adapted one.
+    """The lower decoder layers of a model.
 
     Args:
         model: a model with an adapter.
 
     Attributes:
-        depth: how many decoder layers the trunk has; 0 means that there is nothing to share.
+        depth: how many decoder layers lie below the lowest adapted one; 0 means that there is nothing to store.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.layers = decoder_layers(model)
         self.depth = lowest_adapted_layer(model, self.layers)
+        self._checked: set[int] = set()
+
+    def start_of(self, batch: Batch) -> int:
+        """The decoder layer that a batch begins at: the one its hidden states enter, 0 where it has none."""
+        if batch.trunk is None:
+            return 0
+        return self.depth if batch.start is None else batch.start
 
     @torch.no_grad()
-    def encode(self, model: nn.Module, batch: Batch) -> Tensor:
-        """The hidden states (B, T, d) that enter layer `depth`."""
-        from scalabl.scoring.scorer import token_logits
+    def encode(self, model: nn.Module, batch: Batch, start: int | None = None, cache: Cache | None = None) -> Tensor:
+        """The hidden states (B, T, d) that enter layer `start`, computed from where the batch begins.
 
+        Args:
+            model: the model.
+            batch: the rows.
+            start: a decoder layer, or their number for what follows them; `depth` if None.
+            cache: keys and values of what stands before the rows.
+        """
         reached: list[Tensor] = []
 
         def stop(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             reached.append(args[0] if args else kwargs["hidden_states"])
             raise _Reached
 
-        after = self.layers[self.depth] if self.depth < len(self.layers) else _final_norm(model)
+        start = self.depth if start is None else start
+        after = self.layers[start] if start < len(self.layers) else _final_norm(model)
         handle = after.register_forward_pre_hook(stop, with_kwargs=True)
         try:
-            token_logits(model, batch, None)
+            token_logits(model, batch, self, cache=cache)
         except _Reached:
             pass
         finally:
@@ -79,63 +96,48 @@ class Trunk:
         return reached[0]
 
     @contextmanager
-    def resume(self, _model: nn.Module, hidden: Tensor) -> Iterator[None]:
-        """Within it the model starts from `hidden` (B, T, d) at layer `depth`."""
-        original = [self.layers[i] for i in range(self.depth)]
+    def resume(self, _model: nn.Module, hidden: Tensor, start: int | None = None) -> Iterator[None]:
+        """Within it the model starts from `hidden` (B, T, d) at layer `start`; `depth` if None."""
+        original = list(self.layers[: self.depth if start is None else start])
         try:
-            for i in range(self.depth):
+            for i in range(len(original)):
                 self.layers[i] = _Inject(hidden) if i == 0 else _Pass()
             yield
         finally:
             for i, layer in enumerate(original):
                 self.layers[i] = layer
 
-    def check(self, model: nn.Module, batch: Batch, tolerance: float = 1e-3) -> None:
+    def check(self, model: nn.Module, batch: Batch, start: int | None = None, tolerance: float = 1e-3) -> None:
         """Refuse a model that does not give the same logits from its trunk.
 
         Raises:
             UserError: the logits differ by more than `tolerance` of their spread.
         """
-        from dataclasses import replace
-
-        from scalabl.scoring.scorer import token_logits
-
+        start = self.depth if start is None else start
         with torch.no_grad():
-            whole = token_logits(model, batch, None).float()
-            resumed = token_logits(model, replace(batch, trunk=self.encode(model, batch)), self).float()
+            whole = token_logits(model, batch, self).float()
+            resumed_at = replace(batch, trunk=self.encode(model, batch, start), start=start)
+            resumed = token_logits(model, resumed_at, self).float()
         gap = ((whole - resumed).abs().max() / whole.std()).item()
         if not gap <= tolerance * (1 if whole.dtype == torch.float32 else 50):
             raise UserError(f"This architecture cannot resume from a cached trunk (logits differ by {gap:.2g} std).")
+        self._checked.add(start)
 
-
-def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The model's list of decoder layers: its longest ModuleList of like modules.
-
-    Raises:
-        UserError: there is none.
-    """
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len({type(x) for x in m}) == 1]
-    if not lists:
-        raise UserError("This model has no list of decoder layers, so it has no trunk to share.")
-    return max(lists, key=lambda m: (len(m), sum(p.numel() for p in m.parameters())))
+    def check_once(self, model: nn.Module, batch: Batch, start: int) -> None:
+        """`check` of a layer above the frozen ones, unless this trunk has passed it; the model at its mean."""
+        if start > self.depth and start not in self._checked:
+            self.check(model, batch, start)
 
 
 def lowest_adapted_layer(model: nn.Module, layers: nn.ModuleList) -> int:
-    """The index of the lowest decoder layer with an adapter; their number if only what follows them is adapted."""
-    prefix = next(name for name, module in model.named_modules() if module is layers)
-    lowest = len(layers)
-    outside = [
+    """The index of the lowest decoder layer with an adapter or anything else that is trained; their number if only
+    what follows them is."""
+    adapted = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, BaseTunerLayer) and not name.startswith(prefix + ".")
+        if isinstance(module, BaseTunerLayer) or any(p.requires_grad for p in module.parameters(False))
     ]
-    if any("embed" in name for name in outside):
-        return 0
-    for name, module in model.named_modules():
-        match = re.match(re.escape(prefix) + r"\.(\d+)\.", name)
-        if match and (isinstance(module, BaseTunerLayer) or any(p.requires_grad for p in module.parameters(False))):
-            lowest = min(lowest, int(match[1]))
-    return lowest
+    return min(depths(model, adapted).values(), default=len(layers))
 
 
 def _final_norm(model: nn.Module) -> nn.Module:

@@ -1,9 +1,9 @@
 """How sure an answer is, and why: total = aleatoric + epistemic, from the particles' class log-probabilities.
 
 Everything is computed in float64 on the CPU, so that a probability of e-100 is still one, and is in nats.
+A particle that was not drawn for a row (adaptive N) is -inf for all its choices there, and counts for nothing.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -49,12 +49,28 @@ def decompose(log_probs: Tensor) -> Uncertainty:
     log_probs = _checked(log_probs)
     total = _entropy(_log_mean(log_probs))
     # Rounding may leave the difference at -1e-16; held at zero, the three numbers still add up.
-    aleatoric = torch.minimum(_entropy(log_probs).mean(dim=0), total)
+    aleatoric = torch.minimum(_entropy(log_probs).sum(dim=0) / particles_used(log_probs), total)
     return Uncertainty(total=total, aleatoric=aleatoric, epistemic=total - aleatoric)
 
 
+def is_drawn(log_probs: Tensor) -> Tensor:
+    """log_probs (N, n, C) -> (N, n) bool: whether a row has a particle; False where all choices are -inf."""
+    return (log_probs != -torch.inf).any(dim=-1)
+
+
+def particles_used(log_probs: Tensor) -> Tensor:
+    """log_probs (N, n, C) -> (n,) how many particles each row has: N, or fewer under adaptive N."""
+    return is_drawn(log_probs).sum(dim=0)
+
+
+def mean_particles(log_probs: Tensor) -> int | float:
+    """The mean of `particles_used` over rows; N itself where every row has all of them."""
+    used = particles_used(log_probs)
+    return log_probs.shape[0] if bool((used == log_probs.shape[0]).all()) else used.double().mean().item()
+
+
 def _log_mean(log_probs: Tensor) -> Tensor:
-    return torch.logsumexp(log_probs, dim=0) - math.log(log_probs.shape[0])
+    return torch.logsumexp(log_probs, dim=0) - particles_used(log_probs).double().log()[:, None]
 
 
 def _entropy(log_probs: Tensor) -> Tensor:
@@ -73,7 +89,8 @@ def _checked(log_probs: Tensor) -> Tensor:
         row = int(log_probs.isnan().any(dim=2).any(dim=0).nonzero()[0])
         raise UserError(f"the log-probabilities of row {row} hold NaN; check the model.")
     sums = log_probs.exp().sum(dim=-1)
-    wrong = (sums - 1).abs() > SUM_TOLERANCE
+    drawn = is_drawn(log_probs)
+    wrong = ((sums - 1).abs() > SUM_TOLERANCE) & (drawn | ~drawn.any(dim=0))
     if wrong.any():
         particle, row = (int(i) for i in wrong.nonzero()[0])
         raise UserError(
@@ -81,4 +98,4 @@ def _checked(log_probs: Tensor) -> Tensor:
             "not 1; pass log-probabilities (log_softmax of the logits, in float32)."
         )
     # A softmax taken in float32 misses one by 1e-7, which would show in the smallest mutual informations.
-    return log_probs.log_softmax(dim=-1)
+    return log_probs.log_softmax(dim=-1).masked_fill(~drawn[..., None], -torch.inf)

@@ -28,5 +28,5 @@ def done(
     plan, output = make_plan(study), tmp_path_factory.mktemp("benchmark")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SCALABL_CACHE", str(tmp_path_factory.mktemp("benchmark-cache")))
-        rows = run_benchmark(study, plan, output, command="scalabl benchmark tiny.yaml")
+        rows = run_benchmark(study, plan, output, output, command="scalabl benchmark tiny.yaml")
     return Done(study, plan, output, rows, task, other)

@@ -8,7 +8,7 @@ import pytest
 from tiny_base import as_json, questions, write_jsonl, write_task
 from tiny_study import content
 
-from scalabl.benchmark.cells import POST_HOC, PREDICTION, TRAINING
+from scalabl.benchmark.cells import POST_HOC, PREDICTION, TRAINING, address_of
 from scalabl.benchmark.plan import Plan, make_plan
 from scalabl.benchmark.study import make_study
 from scalabl.errors import UserError
@@ -99,3 +99,40 @@ def test_rows_that_are_missing_are_missed_at_once(tmp_path: Path, shifted_direct
         plan(task)
     with pytest.raises(UserError, match="no benchmark is called 'arc-esay'"):
         make_plan(make_study(content(BASE, Path("arc-esay")), "tiny"))
+
+
+def test_a_predictive_is_a_prediction_of_its_own_and_mc_has_the_address_it_always_had(task_directory: Path) -> None:
+    before = plan(task_directory, methods=["scalabl"], seeds=[0])
+    named = plan(task_directory, methods=[{"method": "scalabl", "predictive": "mc"}], seeds=[0])
+    assert set(named.cells) == set(before.cells)
+    (address,) = addresses(before, PREDICTION)
+    cell = before.cells[address]
+    settings = {
+        "format": 1, "kind": "prediction", "method": "scalabl", "run": cell.needs[0], "post_hoc": None, "samples": 3,
+        "seed": 0, "task": str(task_directory), "test_sets": cell.settings["test_sets"], "test_rows": None,
+        "shift_rows": None, "batch_size": 8,
+    }  # fmt: skip
+    assert cell.as_dict() == settings and address == address_of(settings)
+
+    def with_predictive(name: str, **more: int) -> Plan:
+        return plan(
+            task_directory,
+            methods=["scalabl", {"name": "x", "method": "scalabl", "predictive": name, **more}],
+            seeds=[0],
+        )
+
+    for name, samples in (("linearized", 0), ("auto", 3)):
+        made = with_predictive(name)
+        assert addresses(made, TRAINING) == addresses(before, TRAINING)
+        (own,) = addresses(made, PREDICTION) - {address}
+        assert made.cells[own].as_dict() == settings | {"samples": samples, "predictive": name}
+    # a linearisation draws nothing, a choice keeps the quality of N
+    assert set(with_predictive("linearized", samples=7).cells) == set(with_predictive("linearized").cells)
+    assert set(with_predictive("auto", samples=7).cells) != set(with_predictive("auto").cells)
+
+
+def test_the_post_hoc_posterior_is_fitted_on_plain_loras(task_directory: Path) -> None:
+    made = plan(task_directory, methods=["mle", "subspace_laplace"])
+    assert addresses(made, TRAINING) == addresses(plan(task_directory, methods=["mle"]), TRAINING)
+    fits = [made.cells[address] for address in addresses(made, POST_HOC)]
+    assert len(fits) == 2 and all(fit.settings["method"] == "subspace_laplace" for fit in fits)

@@ -69,7 +69,7 @@ def test_a_killed_benchmark_goes_on(recipe: Path, tmp_path: Path, workers: int) 
     assert {address: after[address] for address in before} == before
     resumed = [facts["resumed_from"] for a in plan.cells if "resumed_from" in (facts := finished(output, a) or {})]
     assert any(step >= 5 for step in resumed)
-    assert (output / "results.csv").read_text().count("\n") == 1 + 2 * len(plan.entries)
+    assert (output / "study" / "results.csv").read_text().count("\n") == 1 + 2 * len(plan.entries)
 
     # and once more there is nothing to do
     times = {path: path.stat().st_mtime_ns for path in output.glob("cells/*/*.json")}

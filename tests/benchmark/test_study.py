@@ -8,10 +8,15 @@ from typing import Any
 import pytest
 from tiny_study import content, write
 
+from scalabl.benchmark.grids import grids
+from scalabl.benchmark.plan import make_plan
 from scalabl.benchmark.study import Study, make_study, read_study
 from scalabl.errors import UserError
 
-RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*/*.yaml"))
+ROOT = Path(__file__).parents[2]
+TRAINING = "arc-easy"  # of `scalabl train`
+RECIPES = sorted(path for path in (ROOT / "recipes").rglob("*.yaml") if path.stem != TRAINING)
+ABLATIONS = sorted((ROOT / "recipes" / "ablations").glob("*.yaml"))
 BASE, TASK = Path("/base"), Path("/task")
 
 
@@ -20,16 +25,66 @@ def study(**changes: Any) -> Study:
 
 
 def test_there_are_recipes() -> None:
-    assert {path.stem for path in RECIPES} >= {"cpu", "paper", "rank", "covariance", "sensitivity", "prior_std"}
+    names = {"rank", "covariance", "sensitivity", "prior_std", "kl", "draws", "unit_rows", "modules", "learning_rate"}
+    assert {path.stem for path in ABLATIONS} == names and {path.stem for path in RECIPES} == names | {"cpu", "paper"}
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_the_recipes_of_the_repository_hold_up(path: Path) -> None:
     read = read_study(path)
-    assert read.name == path.stem
+    assert read.name == path.stem and len(read.about) > 40
+    profile = path.parent.name == "recipes"
+    assert read.results == Path("docs/results", *([] if profile else ["ablations"]), path.stem)
     for variant in read.variants:
         for task in read.tasks:
             read.recipe(variant, task, read.seeds[-1])
+
+
+@pytest.mark.parametrize("path", ABLATIONS, ids=lambda path: path.stem)
+def test_the_ablations_plan_and_share_one_budget(path: Path) -> None:
+    read = read_study(path)
+    made = make_plan(read)  # the rows of their task are in the package
+    assert len(made.entries) == len(read.variants) * len(read.seeds)
+    assert sum(cell.kind == "training" for cell in made.cells.values()) == len(made.entries)
+    first = read_study(ABLATIONS[0])
+    for name in ("model", "tasks", "samples", "test_rows", "validation_rows", "settings"):
+        assert getattr(read, name) == getattr(first, name)
+    found = grids(read)
+    assert found and all(grid.default is not None and len(grid.axes) <= 3 for grid in found)
+
+
+def test_where_only_some_modules_are_stochastic_all_are_adapted() -> None:
+    read = read_study(ROOT / "recipes" / "ablations" / "modules.yaml")
+    recipes = {variant.name: read.recipe(variant, "arc-easy", 0) for variant in read.variants}
+    assert recipes["scalabl stochastic_modules=q_proj,v_proj"].stochastic == ["q_proj", "v_proj"]
+    assert recipes["scalabl stochastic_modules=all"].stochastic is None
+    targets = {name: recipe.targets for name, recipe in recipes.items() if "lm_head" not in name}
+    assert len(targets) == 6 and all(len(names) == 7 for names in targets.values())
+    assert (
+        recipes["scalabl lm_head alone"].targets == recipes["mle with lm_head"].targets == [*targets["mle"], "lm_head"]
+    )
+
+
+def test_a_grid_knows_its_default_and_the_order_of_its_values() -> None:
+    grid = {"prior_std": ["2e-1", 1, 2.0], "schedule": ["warmup", "elbo"]}
+    common = content(BASE, TASK)["settings"] | {"schedule": "warmup"}
+    made = study(methods=["mle", {"method": "scalabl", "name": "s", "grid": grid}], settings=common)
+    (found,) = grids(made)
+    assert [axis.values for axis in found.axes] == [(0.2, 1.0, 2.0), ("warmup", "elbo")]
+    assert found.family == "s" and len(found.variants) == 6
+    # the recipe's default of one, the study's of the other
+    assert found.default is not None and found.default.name == "s prior_std=1, schedule=warmup"
+    assert found.variants[0, 1].name == "s prior_std=2e-1, schedule=elbo"
+    elsewhere = study(methods=[{"method": "scalabl", "grid": grid}], settings=common | {"prior_std": 0.7})
+    assert grids(elsewhere)[0].axes[0].default is None and grids(elsewhere)[0].default is None
+
+
+def test_the_opening_comment_is_the_question(tmp_path: Path) -> None:
+    path = write(tmp_path / "study.yaml", content(BASE, TASK, results="there"))
+    assert read_study(path).about == ""
+    path.write_text("# Is it\n# so?\n" + path.read_text() + "# not this\n")
+    read = read_study(path)
+    assert read.about == "Is it so?" and read.results == Path("there")
 
 
 def test_what_is_more_particular_wins() -> None:
@@ -81,11 +136,16 @@ def test_a_post_hoc_method_is_fitted_on_mle_and_temperature_is_a_row_of_mle() ->
         ({"methods": [{"name": "x+temperature", "method": "mle"}]}, "marks tempered rows"),
         ({"methods": [{"method": "scalabl", "grid": {"r": 4}}]}, "grid of scalabl must name settings with lists"),
         ({"methods": [{"method": "scalabl", "samples": -1}]}, "samples is -1"),
+        ({"methods": [{"method": "scalabl", "predictive": "probit"}]}, "must be one of mc, linearized, auto"),
+        ({"methods": [{"method": "blob", "predictive": "auto"}]}, "blob has its own, leave it out"),
+        ({"methods": [{"method": "scalabl", "samples": 0, "predictive": "auto"}]}, "leave out one of the two"),
         ({"methods": ["mle", "ensemble"], "seeds": [0]}, "there is one seed"),
         ({"seeds": []}, "seeds is empty"),
         ({"seeds": ["a"]}, "a seed is 'a'"),
         ({"shift": {"arc-easy": ["boolq"]}}, "shift names arc-easy, which is not trained on"),
         ({"test_rows": 0}, "test_rows is 0"),
+        ({"name": "a/b"}, "is called 'a/b', but its directory is named after it"),
+        ({"name": ".."}, "choose a plain name"),
         ({"validation_rows": 0}, "validation_rows is 0"),
     ],
 )
@@ -110,7 +170,8 @@ def test_files_that_are_no_recipes_are_refused(text: str | None, sentence: str, 
     [
         (["no.yaml"], "There is no recipe no.yaml"),
         (["study.yaml", "--workers", "0"], "--workers is 0; it must be at least 1."),
-        (["study.yaml", "--output", "study.yaml/x"], "cannot be written"),
+        (["study.yaml", "--output", "study.yaml/x"], "choose another --output"),
+        (["study.yaml", "--results", "study.yaml/x"], "choose another --results"),
     ],
 )
 def test_the_command_line_refuses_in_a_sentence(

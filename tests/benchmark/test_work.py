@@ -1,15 +1,17 @@
 """What the cells hold is what the methods say; nothing is trained twice."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from tiny_study import Done
+from tiny_study import Done, content
 
 from scalabl.benchmark.cells import PREDICTION, TRAINING, address_of, finished
-from scalabl.benchmark.plan import Entry
+from scalabl.benchmark.plan import Entry, make_plan
+from scalabl.benchmark.study import make_study
 from scalabl.benchmark.work import RUN, do, read_predictions
 from scalabl.errors import UserError
 from scalabl.evaluation import answers, log_probabilities
@@ -53,6 +55,26 @@ def test_predictions_are_those_of_the_run(done: Done, name: str, particles: int,
         assert log_probs.shape[:2] == (particles, len(rows))
         torch.testing.assert_close(log_probs, log_probabilities(run, rows, strategy), atol=1e-5, rtol=0)
         assert torch.equal(labels, answers(rows))
+
+
+def test_other_predictives_of_the_same_run(done: Done, tmp_path: Path) -> None:
+    output = tmp_path / "output"
+    shutil.copytree(done.output, output)
+    methods = [{"name": name, "method": "scalabl", "predictive": name} for name in ("linearized", "auto")]
+    base = Path(done.study.model)
+    made = make_plan(make_study(content(base, Path(done.task), methods=methods, seeds=[0]), "tiny"))
+    linear, auto = (made.cells[entry.prediction] for entry in made.entries)
+    assert set(made.cells) - set(done.plan.cells) == {linear.address, auto.address}
+    facts = {cell.address: do(cell, output) for cell in (linear, auto)}
+    assert "choice" not in facts[linear.address] and facts[auto.address]["choice"].startswith("auto chose ")
+    run = load_run(output / "cells" / made.entries[0].training[0] / RUN)
+    held = read_predictions(linear, output)
+    rows = rows_of(done.task, split="test")
+    expected = log_probabilities(run, rows, run.predictive("linearized", seed=0))
+    torch.testing.assert_close(held.tests[done.task][0], expected)
+    chosen = read_predictions(auto, output).tests[done.task][0]
+    by_draws = read_predictions(done.plan.cells[entry_of(done, "scalabl").prediction], output).tests[done.task][0]
+    assert chosen.shape[0] in (by_draws.shape[0], expected.shape[0])
 
 
 def test_the_ensembles_particles_are_its_members(done: Done) -> None:

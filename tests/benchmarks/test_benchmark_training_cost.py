@@ -53,7 +53,7 @@ def test_methods_share_the_base_and_train_their_own(method, base, batch, tmp_pat
 
 def test_scalabl_is_charged_for_the_kl(base, batch, tmp_path, monkeypatch) -> None:
     added = []
-    monkeypatch.setattr("scalabl.training.callback.add_kl_gradient", lambda *arguments: added.append(arguments))
+    monkeypatch.setattr("scalabl.training.callback.add_kl_gradients", lambda posteriors, *_: added.extend(posteriors))
     make_step(base, "scalabl", batch, tmp_path)()
     assert len(added) == 4  # q_proj and v_proj of two layers
 

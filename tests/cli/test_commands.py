@@ -38,6 +38,7 @@ finally:
         ["train", "--steps", "few"],
         ["evaluate", "/nowhere", "--data", "arc-easy"],
         ["predict", "/nowhere", "--input", "x.jsonl", "--output", "y.jsonl"],
+        ["acquire", "x.jsonl", "/nowhere", "-k", "1"],
         ["inspect", "/nowhere"],
         ["demo", "--steps", "0"],
     ],
@@ -94,8 +95,8 @@ def test_evaluate_writes_documented_keys(
 ) -> None:
     shifted = write_jsonl(tmp_path / "shifted.jsonl", map(as_json, questions(5, choices=(4,), seed=9)))
     found = evaluated(
-        program, tmp_path, scalabl_run, "--data", task_directory, "--samples", 3, "--ood", shifted,
-        "--calibrate", task_directory, "--report", tmp_path / "report.html",
+        program, tmp_path, scalabl_run, "--data", task_directory, "--samples", 3, "--predictive", "mc",
+        "--ood", shifted, "--calibrate", task_directory, "--report", tmp_path / "report.html",
     )  # fmt: skip
     assert found.keys() == _ROW | {"data", "model", "seed", "versions", "further"}
     assert all(found[name].keys() == _METRIC for name in METRICS)
@@ -117,7 +118,8 @@ def test_evaluate_is_the_same_every_time_and_mean_is_one_particle(
     program: Program, scalabl_run: Path, mle_run: Path, task_directory: Path, tmp_path: Path
 ) -> None:
     arguments = (scalabl_run, "--data", task_directory)
-    one, again, other = (evaluated(program, tmp_path, *arguments, "--samples", 2, "--seed", seed) for seed in (0, 0, 1))
+    mc = ("--predictive", "mc", "--samples", 2, "--seed")
+    one, again, other = (evaluated(program, tmp_path, *arguments, *mc, seed) for seed in (0, 0, 1))
     assert one == again and one["nll"] != other["nll"]
     mean = evaluated(program, tmp_path, *arguments, "--predictive", "mean", "--limit", 5)
     assert (mean["particles"], mean["n"], mean["entropy"]["epistemic"]) == (1, 5, 0)
@@ -151,8 +153,9 @@ def test_predict_writes_one_answer_a_row_in_their_order(program: Program, scalab
     unlabelled = [{k: v for k, v in as_json(row).items() if k != "answer"} for row in rows]
     output = tmp_path / "answers.jsonl"
     said = program(
-        "predict", scalabl_run, "--input", write_jsonl(tmp_path / "rows.jsonl", unlabelled), "--output", output
-    )
+        "predict", scalabl_run, "--input", write_jsonl(tmp_path / "rows.jsonl", unlabelled), "--output", output,
+        "--predictive", "mc",
+    )  # fmt: skip
     assert (said.code, said.out, said.err) == (0, "", "")
     found = answers(output)
     assert [answer["id"] for answer in found] == [row.id for row in rows]
@@ -232,7 +235,7 @@ def test_inspect_shows_a_posterior_and_says_where_there_is_none(
     assert (said.code, said.err) == (0, "")
     found = json.loads((tmp_path / "found.json").read_text())
     assert found.keys() == {
-        "base_model", "target_modules", "r", "lora_alpha", "covariance", "prior", "lora_parameters",
+        "base_model", "target_modules", "stochastic_modules", "r", "lora_alpha", "covariance", "prior", "lora_parameters",
         "variational_parameters", "kl", "layers", "warnings",
     }  # fmt: skip
     record = json.loads((scalabl_run / "scalabl.json").read_text())

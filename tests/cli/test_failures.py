@@ -50,7 +50,7 @@ def test_a_full_disk_a_read_only_one_and_memory_are_named_with_their_mend(
         raise _Full
 
     with monkeypatch.context() as patch:
-        patch.setattr("scalabl.training.run._fit", fail)
+        patch.setattr("scalabl.training.run.optimise", fail)
         sentence = program(*train_arguments(rows, tmp_path / "run")).sentence()
     assert sentence.startswith("/data/run/scalabl.json: the disk is full; free some space")
     assert not (tmp_path / "run").exists()

@@ -109,7 +109,7 @@ def test_weight_decay_shrinks_both_a_and_b(trained: Callable[..., Path]) -> None
     assert any(not torch.equal(usual[name], plain[name]) for name in plain)
 
 
-@pytest.mark.parametrize("method", ["temperature", "laplace", "tfb"])
+@pytest.mark.parametrize("method", ["temperature", "laplace", "tfb", "subspace_laplace"])
 def test_a_post_hoc_method_saves_beside_the_adapter_and_predicts_the_same_after_loading(
     method: str,
     trained: Callable[..., Path],
@@ -144,9 +144,15 @@ def test_what_was_fitted_on_another_adapter_is_refused(
     run.record = {**run.record, "adapter_sha256": "0" * 64}
     with pytest.raises(UserError, match="another adapter"):
         module.predictive(run)
+    assert run.directory is not None
+    file = run.directory / "posthoc" / "temperature" / "temperature.json"
+    for text, sentence in (('{"t', "is not readable JSON .*; fit temperature"), ("[]", "; fit temperature again")):
+        file.write_text(text)
+        with pytest.raises(UserError, match=sentence):
+            module.predictive(run)
 
 
-@pytest.mark.parametrize("method", ["laplace", "tfb"])
+@pytest.mark.parametrize("method", ["laplace", "tfb", "subspace_laplace"])
 def test_a_run_with_a_posterior_of_its_own_is_refused(
     method: str, trained: Callable[..., Path], train_rows: list[Example]
 ) -> None:

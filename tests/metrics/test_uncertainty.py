@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from scalabl.errors import UserError
-from scalabl.uncertainty import average, decompose
+from scalabl.uncertainty import average, decompose, mean_particles, particles_used
 
 
 def particles(num: int, rows: int, choices: int, scale: float = 2.0, seed: int = 0) -> torch.Tensor:
@@ -65,6 +65,23 @@ def test_missing_choices_change_nothing() -> None:
     torch.testing.assert_close(after.total, before.total)
     torch.testing.assert_close(after.epistemic, before.epistemic)
     assert torch.equal(average(padded)[:, 3:], torch.zeros(20, 2, dtype=torch.float64))
+
+
+def test_particles_that_a_row_has_not_drawn_count_for_nothing() -> None:
+    log_probs = particles(8, 20, 4)
+    used = torch.arange(20) % 8 + 1
+    ragged = log_probs.masked_fill(torch.arange(8)[:, None, None] >= used[:, None], -torch.inf)
+    assert torch.equal(particles_used(ragged), used) and torch.equal(particles_used(log_probs), torch.full((20,), 8))
+    assert mean_particles(ragged) == used.double().mean().item() and mean_particles(log_probs) == 8
+    parts = decompose(ragged)
+    for row, n in enumerate(used.tolist()):
+        own = log_probs[:n, row : row + 1]
+        torch.testing.assert_close(average(ragged)[row], average(own)[0], rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(parts.aleatoric[row], decompose(own).aleatoric[0], rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(parts.epistemic[row], decompose(own).epistemic[0], rtol=1e-12, atol=1e-14)
+    ragged[:, 3] = -torch.inf
+    with pytest.raises(UserError, match="row 3, particle 0 sum to 0"):
+        average(ragged)
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ def test_a_summary_is_what_its_words_say(covariance: str) -> None:
 
 
 def test_a_posterior_in_good_order_has_no_warnings(model: PeftModel) -> None:
-    assert warnings_of(summaries(model), Prior()) == []
+    assert warnings_of(summaries(model)) == []
 
 
 @pytest.mark.parametrize(
@@ -61,21 +61,38 @@ def test_each_failure_is_named_with_its_layers(model: PeftModel, mean: float, si
     leaves = stochastic_layers(model)
     for name in list(leaves)[2:4]:
         leaves[name].posterior.reset(torch.full((4,), mean), torch.full((4,), sigma))
-    (warning,) = warnings_of(summaries(model), Prior())
+    (warning,) = warnings_of(summaries(model))
     assert warning.startswith(f"2 of 6 layers (model.layers.1.self_attn.q_proj first): {sentence}")
 
 
 def test_an_untrained_layer_is_named(model: PeftModel) -> None:
     with torch.no_grad():
         model.get_submodule("base_model.model.model.layers.2.self_attn.v_proj").lora_B["default"].weight.zero_()  # type: ignore[union-attr, operator, index]
-    (warning,) = warnings_of(summaries(model), Prior())
+    (warning,) = warnings_of(summaries(model))
     assert warning.startswith("1 of 6 layers (model.layers.2.self_attn.v_proj first): B is zero")
 
 
 def test_sigma_is_held_against_the_prior_of_the_adapter(model: PeftModel) -> None:
-    rows = summaries(model)
-    assert any("grown past" in warning for warning in warnings_of(rows, Prior(0.0, 0.05)))
-    assert any("collapsed" in warning for warning in warnings_of(rows, Prior(0.0, 200.0)))
+    layers = weights_of(model)
+    assert any("grown past" in warning for warning in warnings_of(summarize(layers, Prior(0.0, 0.05))))
+    assert any("collapsed" in warning for warning in warnings_of(summarize(layers, Prior(0.0, 200.0))))
+
+
+@pytest.mark.parametrize(
+    ("mean", "sigma", "fixed", "empirical"), [(50.0, 0.03, [], ["collapsed"]), (4.0, 3.0, ["grown past"], [])]
+)
+def test_sigma_is_held_against_the_layers_own_prior_where_it_is_empirical(
+    model: PeftModel, mean: float, sigma: float, fixed: list[str], empirical: list[str]
+) -> None:
+    for leaf in stochastic_layers(model).values():
+        leaf.posterior.reset(torch.full((4,), mean), torch.full((4,), sigma))
+    layers = weights_of(model)
+    for prior, std, words in ((Prior(), 1.0, fixed), (Prior(empirical=True), (mean**2 + sigma**2) ** 0.5, empirical)):
+        rows = summarize(layers, prior)
+        assert all(row.prior_std == pytest.approx(std, rel=1e-5) for row in rows)
+        warnings = warnings_of(rows)
+        assert len(warnings) == len(words)
+        assert all(word in warning for word, warning in zip(words, warnings, strict=True))
 
 
 def test_a_plain_lora_has_no_posterior_to_summarise() -> None:

@@ -19,11 +19,33 @@ def test_options_win_over_the_file_and_the_file_over_the_defaults(tmp_path: Path
     assert recipe.targets == ["q_proj", "lm_head"]
 
 
+def test_lists_of_modules_may_be_lists_or_texts(tmp_path: Path) -> None:
+    config = tmp_path / "recipe.yaml"
+    for text in ("stochastic_modules: [q_proj, self_attn.v_proj]", "stochastic_modules: q_proj, self_attn.v_proj"):
+        config.write_text(text)
+        assert make_recipe({}, config).stochastic == ["q_proj", "self_attn.v_proj"]
+    assert make_recipe({"stochastic_modules": "v_proj"}, config).stochastic == ["v_proj"]
+    assert Recipe().stochastic is None
+
+
+def test_the_settings_of_a_posterior_reach_the_adapter_and_its_callback() -> None:
+    from tiny_base import loaded
+
+    from scalabl.methods import load_method
+    from scalabl.training.callback import ELBOCallback
+
+    made = Recipe(empirical_prior=True, draws="batch", stochastic_modules="v_proj", layers="last:1")
+    config: Any = load_method("scalabl").adapter_config(made, loaded()[0])
+    assert config.prior.empirical and config.draws == "batch" and config.stochastic_modules == ["v_proj"]
+    (callback,) = load_method("scalabl").callbacks(Recipe(kl="forward"), 8)
+    assert isinstance(callback, ELBOCallback) and callback.kl == "forward"
+
+
 def test_a_recipe_is_its_own_file(tmp_path: Path) -> None:
     import yaml
 
     config = tmp_path / "recipe.yaml"
-    recipe = Recipe(steps=3, chat=True, train_rows=5, layers="last:2")
+    recipe = Recipe(steps=3, chat=True, train_rows=5, layers="last:2", empirical_prior=True, draws="batch")
     config.write_text(yaml.safe_dump(recipe.as_dict()))
     assert make_recipe({}, config) == recipe
 
@@ -77,6 +99,15 @@ def test_bad_files_are_refused_with_the_setting_named(tmp_path: Path, text: str,
         ({"layers": "last:0"}, "all or last:K"),
         ({"layers": "first:2"}, "all or last:K"),
         ({"target_modules": " , "}, "target_modules is empty"),
+        ({"draws": "row"}, "draws is 'row'; it must be one of sequence, batch"),
+        ({"kl": "backward"}, "kl is 'backward'; it must be one of reverse, forward"),
+        ({"kl": "forward", "covariance": "full"}, "for a diagonal covariance and a fixed prior"),
+        ({"kl": "forward", "empirical_prior": True}, "for a diagonal covariance and a fixed prior"),
+        ({"stochastic_modules": " , "}, "stochastic_modules names no module"),
+        (
+            {"stochastic_modules": "q_proj,o_proj"},
+            r"names o_proj, which target_modules \(q_proj,v_proj\) does not adapt",
+        ),
     ],
 )
 def test_values_out_of_range_are_refused(setting: dict[str, Any], message: str) -> None:

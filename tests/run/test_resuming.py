@@ -126,7 +126,7 @@ def test_a_second_ctrl_c_and_a_failure_before_the_first_checkpoint_leave_no_dire
             raise error
 
         with monkeypatch.context() as patch, pytest.raises((KeyboardInterrupt, RuntimeError, OSError)):
-            patch.setattr(run_module, "_fit", fail)
+            patch.setattr(run_module, "optimise", fail)
             train(recipe(base_directory, task_directory), tmp_path / "run")
         assert not (tmp_path / "run").exists()
     # so that the same place takes other settings

@@ -12,6 +12,7 @@ import scalabl
 from scalabl.errors import UserError
 from scalabl.scoring import Continuation, Scorer, make_scoring
 from scalabl.scoring.continuation import choice_log_likelihoods
+from scalabl.scoring.token_logits import token_logits
 from scalabl.tasks import Example
 from scalabl.tuner import stochastic_layers
 
@@ -131,16 +132,24 @@ def test_the_choices_of_a_question_share_one_draw() -> None:
     assert (packed - mean).abs().max() > 1e-3
 
 
-def test_logits_are_asked_for_at_the_last_positions_alone() -> None:
+def test_the_output_layer_sees_the_needed_positions_alone_and_gives_the_same_logits() -> None:
     model, tokenizer = loaded()
     scoring = Continuation(tokenizer)
     rows = questions(4)
     batch = scoring.collate([scoring.encode(row) for row in rows])
     longest = max(sum(len(scoring.continuation_ids(c)) for c in row.choices) for row in rows)
+    number = sum(len(scoring.continuation_ids(c)) for row in rows for c in row.choices)
+    assert batch.keep == longest + 1 < batch.input_ids.shape[1]
+    seen: list[int] = []
+    hook = model.get_output_embeddings().register_forward_hook(lambda _m, _a, out: seen.append(out.shape[:-1].numel()))
     with torch.no_grad():
         logits = Scorer(model, scoring).logits(batch)
-    assert batch.keep == longest + 1 < batch.input_ids.shape[1]
-    assert logits.shape == (4, longest + 1, 310)
+        whole = token_logits(model, batch, None)
+    hook.remove()
+    assert seen == [number, 4 * batch.keep]
+    at_rows, columns = scoring.positions(batch)
+    cut = batch.input_ids.shape[1] - batch.keep
+    torch.testing.assert_close(logits, whole[at_rows, columns - cut])
 
 
 def test_sums_and_counts_on_a_distribution_that_is_known() -> None:
@@ -149,13 +158,13 @@ def test_sums_and_counts_on_a_distribution_that_is_known() -> None:
     scoring = Continuation(tokenizer)
     row = Example("x", "q", ("red", "a long answer"), 0)
     batch = scoring.collate([scoring.encode(row)])
-    sums, counts = choice_log_likelihoods(torch.zeros(1, batch.keep, 310), batch)
     lengths = [len(scoring.continuation_ids(choice)) for choice in row.choices]
+    sums, counts = choice_log_likelihoods(torch.zeros(sum(lengths), 310), batch)
     assert counts[0].tolist() == lengths and lengths[0] != lengths[1]
     assert sums[0].tolist() == pytest.approx([-n * math.log(310) for n in lengths])
-    by_token = scoring.class_logits(torch.zeros(1, batch.keep, 310), batch).softmax(-1)
+    by_token = scoring.class_logits(torch.zeros(sum(lengths), 310), batch).softmax(-1)
     assert by_token[0].tolist() == pytest.approx([0.5, 0.5])
-    by_sum = Continuation(tokenizer, normalization="sum").class_logits(torch.zeros(1, batch.keep, 310), batch)
+    by_sum = Continuation(tokenizer, normalization="sum").class_logits(torch.zeros(sum(lengths), 310), batch)
     assert by_sum[0].softmax(-1)[0].item() > 0.99
 
 

@@ -38,7 +38,7 @@ def test_one_position_of_logits_is_asked_for() -> None:
     scoring = Letters(tokenizer)
     batch = scoring.collate([scoring.encode(row) for row in questions(3)])
     with torch.no_grad():
-        assert Scorer(model, scoring).logits(batch).shape == (3, 1, 310)
+        assert Scorer(model, scoring).logits(batch).shape == (3, 310)
 
 
 def test_the_prompt_shows_the_lettered_choices() -> None:

@@ -118,7 +118,7 @@ def test_a_model_that_cannot_resume_is_refused() -> None:
     _, batch = batch_of()
     trunk = Trunk(model)
     encode = trunk.encode
-    trunk.encode = lambda m, b: encode(m, b) * 1.5  # type: ignore[method-assign]
+    trunk.encode = lambda m, b, *start: encode(m, b, *start) * 1.5  # type: ignore[method-assign]
     with pytest.raises(UserError, match="cannot resume from a cached trunk"):
         trunk.check(model, batch)
 

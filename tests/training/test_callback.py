@@ -9,8 +9,9 @@ import torch
 from tiny_run import Recorder, arguments, largest_difference, rows, tiny_model, trainer, weights
 
 import scalabl
+from scalabl.posterior import DiagonalGaussian, forward_kl
 from scalabl.training.callback import ELBOCallback
-from scalabl.tuner import kl_divergence, stochastic_layers
+from scalabl.tuner import kl_divergence, prior_of, stochastic_layers
 
 
 def final_weights(directory: Path, *, number: int = 8, covariance: str = "diagonal", **options: Any) -> dict[str, Any]:
@@ -65,6 +66,42 @@ def test_the_gradient_added_is_the_kls_over_n_and_is_not_clipped(tmp_path: Path)
         expected = autograd_kl_gradient(model, clipped.before[step])
         for name, gradient in expected.items():
             torch.testing.assert_close(clipped.gradients[step][name], gradient / 5, rtol=1e-4, atol=2e-6)
+
+
+def test_the_forward_kl_takes_the_elbos_place_and_the_log_keeps_the_elbos(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"logging_strategy": "steps", "logging_steps": 1}
+    model, recorder = tiny_model(prior_mean=0.3, prior_std=0.5), Recorder()
+    with scalabl.mean(model):
+        run = trainer(model, arguments(tmp_path, **options), [ELBOCallback(5, kl="forward"), recorder])
+        run.train()
+    prior = prior_of(model)
+    for step in range(4):
+        for name, leaf in stochastic_layers(model).items():
+            path = f"base_model.model.{name}.lora_A.default.posterior.log_std"  # no likelihood in the mean state
+            posterior = leaf.posterior
+            assert isinstance(posterior, DiagonalGaussian)
+            with torch.no_grad():
+                for parameter in ("log_mean", "log_std"):
+                    value = recorder.before[step][path.replace("log_std", parameter)]
+                    posterior.get_parameter(parameter).copy_(value)
+            (expected,) = torch.autograd.grad(forward_kl(posterior, prior), [posterior.log_std])
+            torch.testing.assert_close(recorder.gradients[step][path], expected / 5, rtol=1e-4, atol=1e-7)
+    logged = [entry["kl"] for entry in run.state.log_history if "kl" in entry]
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if parameter_name in recorder.after[-1]:
+                parameter.copy_(recorder.after[-1][parameter_name])
+    assert logged[-1] == pytest.approx(kl_divergence(model).item(), rel=1e-6)
+
+
+def test_the_empirical_priors_gradient_is_that_of_its_own_kl(tmp_path: Path) -> None:
+    model, recorder = tiny_model(empirical_prior=True), Recorder()
+    with scalabl.mean(model):
+        trainer(model, arguments(tmp_path), [ELBOCallback(5), recorder]).train()
+    for step in range(4):
+        for name, gradient in autograd_kl_gradient(model, recorder.before[step]).items():
+            if "log_std" in name:
+                torch.testing.assert_close(recorder.gradients[step][name], gradient / 5, rtol=1e-4, atol=1e-7)
 
 
 def test_beta_zero_is_the_likelihood_alone(tmp_path: Path) -> None:

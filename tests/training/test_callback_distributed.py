@@ -4,10 +4,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tiny_run import arguments, largest_difference, tiny_model, trainer, weights
+from two_ranks import CASES, unlike
 
 import scalabl
 from scalabl.training.callback import ELBOCallback
@@ -16,7 +18,7 @@ from scalabl.tuner import kl_divergence, stochastic_layers
 HERE = Path(__file__).parent
 
 
-def run_two_ranks(output: Path, *arguments: str) -> list[dict[str, dict[str, torch.Tensor]]]:
+def run_two_ranks(output: Path, *arguments: str) -> list[dict[str, Any]]:
     source = str(Path(scalabl.__file__).parents[1])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([source, str(HERE)])}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -41,10 +43,12 @@ def test_two_ddp_ranks_equal_one_process(tmp_path: Path) -> None:
 
 def test_shards_get_the_gradient_and_the_log_the_values_of_the_whole(tmp_path: Path) -> None:
     ranks = run_two_ranks(tmp_path, "fsdp", str(tmp_path))
-    model = tiny_model()
-    (kl_divergence(model) / 8).backward()
-    for rank in ranks:
-        for name, leaf in stochastic_layers(model).items():
-            for parameter_name, parameter in leaf.posterior.named_parameters():
-                torch.testing.assert_close(rank["gradients"][f"{name}.{parameter_name}"], parameter.grad)
-        assert rank["values"]["kl"] == pytest.approx(kl_divergence(model).item(), rel=1e-6)
+    for case, config in CASES.items():
+        model = unlike(tiny_model(**config))
+        (kl_divergence(model) / 8).backward()
+        for rank in ranks:
+            for name, leaf in stochastic_layers(model).items():
+                for parameter_name, parameter in leaf.posterior.named_parameters():
+                    found = rank[case]["gradients"][f"{name}.{parameter_name}"]
+                    torch.testing.assert_close(found, parameter.grad, rtol=1e-5, atol=1e-6)
+            assert rank[case]["values"]["kl"] == pytest.approx(kl_divergence(model).item(), rel=1e-6)

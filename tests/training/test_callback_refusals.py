@@ -30,6 +30,7 @@ from scalabl.tuner import ScalaBLConfig
         ({"warmup_fraction": 1.5}, "warmup_fraction"),
         ({"learning_rate": 0.0}, "learning_rate"),
         ({"cycle": 0}, "cycle"),
+        ({"kl": "both"}, "kl is 'both'; it must be reverse, .* or forward"),
     ],
 )
 def test_values_out_of_range(options: dict[str, Any], word: str) -> None:
@@ -115,3 +116,11 @@ def test_active_adapters_with_different_priors(tmp_path: Path) -> None:
     model.base_model.set_adapter(["default", "narrow"])
     with pytest.raises(UserError, match="different priors"):
         trainer(model, arguments(tmp_path), [ELBOCallback(8)]).train()
+
+
+@pytest.mark.parametrize("config", [{"covariance": "full"}, {"empirical_prior": True}])
+def test_the_forward_kl_of_what_it_is_not_for(tmp_path: Path, config: dict[str, Any]) -> None:
+    run = trainer(tiny_model(**config), arguments(tmp_path), [ELBOCallback(8, kl="forward")])
+    with pytest.raises(UserError, match='for a diagonal covariance and a fixed prior.*use kl="reverse"'):
+        run.train()
+    assert trainer(tiny_model(**config), arguments(tmp_path), [ELBOCallback(8)]).train().global_step == 4

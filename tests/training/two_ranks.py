@@ -1,7 +1,8 @@
 """What one rank of a distributed test does; started by test_callback_distributed.py, with or without torchrun.
 
 two_ranks.py ddp OUTPUT BATCH: train with Trainer on BATCH rows a rank, in the mean state, and write the weights.
-two_ranks.py fsdp OUTPUT: shard with FSDP 2, step once by the KL alone, and write gradients and log values.
+two_ranks.py fsdp OUTPUT: for every posterior and prior of CASES, shard with FSDP 2, add the gradient of the KL alone,
+and write gradients and log values.
 """
 
 import os
@@ -13,8 +14,29 @@ import torch
 from tiny_run import arguments, tiny_model, trainer, weights
 
 import scalabl
-from scalabl.training.callback import ELBOCallback, add_kl_gradient
+from scalabl.training.callback import ELBOCallback
+from scalabl.training.kl_gradient import add_kl_gradients
 from scalabl.tuner import prior_of, stochastic_layers
+
+CASES: dict[str, dict[str, Any]] = {
+    f"{covariance}, {'empirical' if empirical else 'fixed'} prior": {
+        "covariance": covariance,
+        "prior_mean": 0.2,
+        "prior_std": 0.7,
+        "empirical_prior": empirical,
+    }
+    for covariance in ("diagonal", "full")
+    for empirical in (False, True)
+}
+
+
+def unlike(model: Any) -> Any:
+    """The model with posteriors that differ from each other, correlations included."""
+    generator = torch.Generator().manual_seed(4)
+    for leaf in stochastic_layers(model).values():
+        for parameter in leaf.posterior.parameters():
+            parameter.data.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return model
 
 
 class Noise(ELBOCallback):
@@ -43,20 +65,22 @@ def fsdp(output: Path) -> None:
 
     init_process_group("gloo")
     rank = int(os.environ["RANK"])
-    model = tiny_model()
-    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
-    callback = ELBOCallback(8)
-    leaves = stochastic_layers(model)
-    callback._posteriors = {name: leaf.posterior for name, leaf in leaves.items()}
-    callback._prior = prior_of(model)
-    gradients = {}
-    for name, leaf in leaves.items():
-        add_kl_gradient(leaf.posterior, prior_of(model), 1 / 8)
-        for parameter_name, parameter in leaf.posterior.named_parameters():
-            assert parameter.grad.to_local().numel() < 4  # it is a shard
-            gradients[f"{name}.{parameter_name}"] = parameter.grad.full_tensor()
-    values = callback.log_values({"loss": 1.0})
-    torch.save({"gradients": gradients, "values": values}, output / f"rank{rank}.pt")
+    found = {}
+    for case, config in CASES.items():
+        model = unlike(tiny_model(**config))
+        fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+        leaves = stochastic_layers(model)
+        callback = ELBOCallback(8)
+        callback._posteriors = {name: leaf.posterior for name, leaf in leaves.items()}
+        callback._prior = prior_of(model)
+        add_kl_gradients(callback._posteriors.values(), prior_of(model), 1 / 8)
+        gradients = {}
+        for name, leaf in leaves.items():
+            for parameter_name, parameter in leaf.posterior.named_parameters():
+                assert 0 < parameter.grad.to_local().numel() < parameter.numel()  # it is a shard
+                gradients[f"{name}.{parameter_name}"] = parameter.grad.full_tensor()
+        found[case] = {"gradients": gradients, "values": callback.log_values({"loss": 1.0})}
+    torch.save(found, output / f"rank{rank}.pt")
     destroy_process_group()
 
 

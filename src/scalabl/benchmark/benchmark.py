@@ -1,4 +1,10 @@
-"""A benchmark from beginning to end: plan, work, and tables that are written anew whenever predictions are finished."""
+"""A benchmark from beginning to end: plan, work, and results that are written anew whenever predictions are finished.
+
+RESULTS/results.csv, .parquet    a row for each method, test set and seed
+RESULTS/summary.csv              means, intervals, paired differences
+RESULTS/README.md                the tables, with pictures beside it (*.svg); answer.md, written by hand, stands on top
+RESULTS/results.tex, .html       the same tables
+"""
 
 from __future__ import annotations
 
@@ -6,24 +12,35 @@ from pathlib import Path
 from typing import Any
 
 from scalabl.benchmark.cells import PREDICTION, finished
+from scalabl.benchmark.drawing import svg
+from scalabl.benchmark.layout import layout
+from scalabl.benchmark.pictures import pictures
 from scalabl.benchmark.plan import Plan
 from scalabl.benchmark.progress import CellProgress
 from scalabl.benchmark.ray_cluster import run_ray
-from scalabl.benchmark.render import html, latex, layout, markdown
-from scalabl.benchmark.results import tidy, write_tables, write_whole
+from scalabl.benchmark.render import html, latex, markdown
+from scalabl.benchmark.results import csv_of, tidy, write_tables, write_whole
 from scalabl.benchmark.run import run_here, run_workers
 from scalabl.benchmark.study import Study
-from scalabl.benchmark.summary import summarize
+from scalabl.benchmark.summary import summarize, summary_rows
 
 
 def run_benchmark(
-    study: Study, plan: Plan, output: Path, *, workers: int = 1, ray: str | None = None, command: str
+    study: Study,
+    plan: Plan,
+    output: Path,
+    results: Path,
+    *,
+    workers: int = 1,
+    ray: str | None = None,
+    command: str,
 ) -> list[dict[str, Any]]:
-    """Do what is left of a plan and write its tables: results.csv, .parquet, .md, .tex and .html.
+    """Do what is left of a plan and write its results.
 
     Args:
         study, plan: what to do.
-        output: the benchmark's directory.
+        output: where the cells are; studies may share it.
+        results: where the results go.
         workers: processes on this machine.
         ray: address of a Ray cluster, or "local"; `workers` is then not read.
         command: as it is printed under the tables.
@@ -35,11 +52,12 @@ def run_benchmark(
         UserError: no worker is left alive, or there is no such cluster.
         Interrupted, KeyboardInterrupt: Ctrl-C; the same call goes on.
     """
+    results.mkdir(parents=True, exist_ok=True)
     with CellProgress(plan, output, 1 if ray else workers) as progress:
 
         def report() -> None:
             if any(cell.kind == PREDICTION for cell in progress()):
-                write_tables(tidy(study, plan, output), output)
+                write_tables(tidy(study, plan, output), results)
 
         if ray is not None:
             run_ray(plan, output, ray, report=report)
@@ -49,13 +67,33 @@ def run_benchmark(
             run_here(plan, output, report=report)
         report()
     rows = tidy(study, plan, output)
-    write_tables(rows, output)
-    if rows:
-        facts = facts_of(study, plan, output, rows, command)
-        document = layout(study.name, facts, summarize(study, plan, output, rows))
-        for name, text in (("md", markdown(document)), ("tex", latex(document)), ("html", html(document))):
-            write_whole(output / f"results.{name}", text.encode())
+    write_results(study, plan, output, results, rows, command)
     return rows
+
+
+def write_results(
+    study: Study, plan: Plan, output: Path, results: Path, rows: list[dict[str, Any]], command: str
+) -> None:
+    """Everything that lies in `results`, from the rows of `tidy`; each file whole or not at all."""
+    write_tables(rows, results)
+    if not rows:
+        return
+    tables = summarize(study, plan, output, rows)
+    summary = summary_rows(tables)
+    write_whole(results / "summary.csv", csv_of(summary, list(summary[0])))
+    drawn = pictures(study, tables)
+    for picture in drawn:
+        write_whole(results / f"{picture.name}.svg", svg(picture))
+    written = results / "answer.md"
+    answer = written.read_text(encoding="utf-8") if written.is_file() else ""
+    facts = facts_of(study, plan, output, rows, command)
+    document = layout(study.name, study.about, facts, tables, drawn, answer=answer)
+    for name, text in (
+        ("README.md", markdown(document)),
+        ("results.tex", latex(document)),
+        ("results.html", html(document)),
+    ):
+        write_whole(results / name, text.encode())
 
 
 def facts_of(study: Study, plan: Plan, output: Path, rows: list[dict[str, Any]], command: str) -> dict[str, str]:

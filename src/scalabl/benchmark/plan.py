@@ -13,7 +13,7 @@ from scalabl.methods import POST_HOC as POST_HOC_METHODS
 from scalabl.tasks import load_task
 
 # methods whose predictions do not depend on a number of samples
-_WITHOUT_SAMPLES = ("mle", "map", "monteclora", "ensemble")
+_WITHOUT_SAMPLES = ("mle", "map", "monteclora", "ensemble", "subspace_laplace")
 
 
 @dataclass(frozen=True)
@@ -119,11 +119,12 @@ def _prediction(
     fitted: str | None,
     tests: dict[str, dict[str, Any]],
 ) -> Cell:
+    without_samples = variant.method in _WITHOUT_SAMPLES or variant.predictive == "linearized"
     settings = {
         "method": variant.method,
         "run": runs[0],
         "post_hoc": fitted,
-        "samples": 0 if variant.method in _WITHOUT_SAMPLES else variant.samples,
+        "samples": 0 if without_samples else variant.samples,
         "seed": seeds[0],
         "task": task,
         "test_sets": tests,
@@ -131,6 +132,8 @@ def _prediction(
         "shift_rows": study.shift_rows,
         "batch_size": study.predict_batch_size,
     }
+    if variant.predictive != "mc":  # else left out, so that cells of studies from before have their addresses
+        settings["predictive"] = variant.predictive
     needs = (fitted,) if fitted else runs
     return Cell(PREDICTION, settings, needs, f"predicting {variant.name} on {task}, {_seeds(seeds)}")
 

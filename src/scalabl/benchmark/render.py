@@ -1,152 +1,45 @@
-"""The tables of means as Markdown, LaTeX and HTML: one layout, three ways of writing it down."""
+"""A page of tables and pictures as Markdown, LaTeX and HTML: one layout, three ways of writing it down."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import base64
 from importlib.resources import files
 
 from jinja2 import Environment, StrictUndefined
 
-from scalabl.benchmark.summary import Figure, Line, Table
-from scalabl.metrics import METRICS
-from scalabl.report.text import ARROWS, MINUS, heading, number
+from scalabl.benchmark.drawing import svg
+from scalabl.benchmark.layout import NOTES, Cell, Document, Grid
+from scalabl.report.text import MINUS
 
-_SHIFTED_METRICS = ("accuracy", "nll", "ece", "brier")
-_COSTS = ("extra_parameters", "train_cost", "predict_cost", "peak_memory")
-_HEADINGS = {
-    "ood_auroc": "told by entropy ↑",
-    "ood_auroc_epistemic": "by epistemic ↑",
-    "temperature": "T",
-    "extra_parameters": "extra parameters",
-    "train_cost": "training ×",
-    "predict_cost": "prediction ×",
-    "peak_memory": "memory MiB",
-}
-_MARKS = {
-    ("mle", "better"): "▲",
-    ("mle", "worse"): "▼",
-    ("mle+temperature", "better"): "△",
-    ("mle+temperature", "worse"): "▽",
-}
-_LATEX_MARKS = {"▲": r"\blacktriangle", "▼": r"\blacktriangledown", "△": r"\vartriangle", "▽": r"\triangledown"}
-
-NOTES = (
-    "±: half the 95 % interval over seeds (Student's t). Bold: best, or not told apart from it.",
-    "▲ better, ▼ worse than MLE; △ better, ▽ worse than MLE with a temperature: the 95 % interval of the paired "
-    "bootstrap over rows and seeds leaves out zero. With few seeds it is narrower than it should be.",
-    "Each method is there raw and with a temperature (T) on its class logits, fitted on the same validation rows.",
-    "At chance: accuracy not reliably above random guessing or the commonest answer; such a method is never best.",
-    "Costs are ratios to MLE's wall time of the same task and seed (steps, fits and passes alone, without loading and "
-    "without the frozen layers, which are computed once for all); single measurements, so differences of a tenth mean "
-    "nothing. Memory: the highest peak of the process or the accelerator in any of its cells.",
-    "Told by entropy, by epistemic: AUROC of the total uncertainty and of its epistemic part between the trained "
-    "task's test rows and the shifted ones; 0.5 is blind.",
-)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A figure as text with how it is set."""
-
-    text: str
-    spread: str = ""
-    bold: bool = False
-    marks: str = ""
-
-
-@dataclass(frozen=True)
-class Grid:
-    """One table to be written down.
-
-    Attributes:
-        caption: above it.
-        columns: headings; the first is the method's.
-        rows: the method's name, whether it is at chance, and the cells.
-        warnings: sentences below it.
-    """
-
-    caption: str
-    columns: tuple[str, ...]
-    rows: list[tuple[str, str, list[Cell]]]
-    warnings: list[str]
-
-
-@dataclass(frozen=True)
-class Document:
-    """Everything that a rendering shows.
-
-    Attributes:
-        title: its heading.
-        facts: model, data, seeds, versions, device, command.
-        grids: the tables.
-    """
-
-    title: str
-    facts: dict[str, str]
-    grids: list[Grid]
-
-
-def layout(title: str, facts: dict[str, str], tables: Sequence[Table]) -> Document:
-    """Tables of means as grids of text."""
-    return Document(title, facts, [grid for table in tables for grid in _grids(table)])
-
-
-def _grids(table: Table) -> list[Grid]:
-    where = f"trained on {table.trained_on}, tested on {table.task} ({table.n:,} rows)"
-    reasons = dict.fromkeys(line.why for line in table.lines if line.why)
-    warnings = [f"{', '.join(line.method for line in table.lines if line.why == why)}: {why}" for why in reasons]
-    if table.shifted:
-        columns = (*_SHIFTED_METRICS, "ood_auroc", "ood_auroc_epistemic")
-        return [_grid(f"Shift: {where}", columns, table.lines, warnings)]
-    costs = [line for line in table.lines if line.figures["train_cost"].mean is not None]
-    grids = [_grid(f"Quality: {where}", (*METRICS, "temperature"), table.lines, warnings)]
-    raw = [line for line in costs if line.figures["temperature"].mean is None]
-    return [*grids, _grid(f"Cost: {where}", _COSTS, raw, [])] if raw else grids
-
-
-def _grid(caption: str, columns: tuple[str, ...], lines: Sequence[Line], warnings: list[str]) -> Grid:
-    heads = tuple(f"{heading(c)} {ARROWS[c]}" if c in METRICS else _HEADINGS[c] for c in columns)
-    rows = [
-        (line.method, f"at chance in {line.collapsed} of {line.seeds}" if line.collapsed else "",
-         [Cell(str(line.seeds)), *(_cell(line.figures[column], column) for column in columns)])
-        for line in lines
-    ]  # fmt: skip
-    return Grid(caption, ("method", "seeds", *heads), rows, warnings)
-
-
-def _cell(figure: Figure, column: str) -> Cell:
-    if figure.mean is None:
-        return Cell("–")
-    marks = "".join(_MARKS[rival, verdict] for rival, verdict in figure.versus.items() if verdict)
-    counted = column in ("extra_parameters", "peak_memory")
-    spread = "" if figure.half is None or counted else _text(figure.half, column)
-    return Cell(_text(figure.mean, column), spread, figure.best, marks)
-
-
-def _text(value: float, column: str) -> str:
-    if column in ("extra_parameters", "peak_memory"):
-        return f"{value:,.0f}".replace("-", MINUS)
-    if column in ("temperature", "train_cost", "predict_cost"):
-        return f"{value:.2f}"
-    return number(value, column)
+_LATEX_MARKS = {
+    "▲": r"\blacktriangle", "▼": r"\blacktriangledown", "△": r"\vartriangle", "▽": r"\triangledown", "†": r"\dagger",
+}  # fmt: skip
 
 
 def markdown(document: Document) -> str:
-    """GitHub's Markdown."""
-    lines = [f"# {document.title}", "", *(f"- {name}: {text}" for name, text in document.facts.items()), ""]
-    for grid in document.grids:
-        lines += [
-            f"## {grid.caption}",
-            "",
-            f"| {' | '.join(grid.columns)} |",
-            f"|---|{'---:|' * (len(grid.columns) - 1)}",
-        ]
-        for name, chance, cells in grid.rows:
-            label = f"{name} (*{chance}*)" if chance else name
-            lines.append(f"| {label} | {' | '.join(map(_markdown_cell, cells))} |")
-        lines += ["", *(f"- {warning}" for warning in grid.warnings), *([""] if grid.warnings else [])]
-    return "\n".join([*lines, *(f"- {note}" for note in NOTES), ""])
+    """GitHub's Markdown; the pictures lie beside it."""
+    lines = [f"# {document.title}", ""]
+    lines += [part for text in (document.about, document.answer.strip()) if text for part in (text, "")]
+    for section in document.sections:
+        lines += [f"## {section.title}", ""]
+        for picture in section.pictures:
+            lines += [
+                f"![{picture.description}]({picture.name}.svg)",
+                "",
+                *([picture.words, ""] if picture.words else []),
+            ]
+        for grid in section.grids:
+            lines += _markdown_grid(grid)
+    lines += ["## How to read it", "", *(f"- {note}" for note in NOTES), "", "## How it was made", ""]
+    return "\n".join([*lines, *(f"- {name}: {text}" for name, text in document.facts.items()), ""])
+
+
+def _markdown_grid(grid: Grid) -> list[str]:
+    opening = [f"<details><summary>{grid.caption}</summary>"] if grid.folded else [f"**{grid.caption}**"]
+    table = [f"| {' | '.join(grid.columns)} |", f"|---|{'---:|' * (len(grid.columns) - 1)}"]
+    table += [f"| {name} | {' | '.join(map(_markdown_cell, cells))} |" for name, cells in grid.rows]
+    closing = [*([grid.warning, ""] if grid.warning else []), *(["</details>", ""] if grid.folded else [])]
+    return [*opening, "", *table, "", *closing]
 
 
 def _markdown_cell(cell: Cell) -> str:
@@ -158,16 +51,17 @@ def latex(document: Document) -> str:
     """Tables for a paper that loads booktabs and amssymb."""
     lines = ["% " + document.title, r"% \usepackage{booktabs,amssymb}"]
     lines += [f"% {name}: {text}" for name, text in document.facts.items()]
-    for grid in document.grids:
-        lines += [
-            r"\begin{table}", r"\centering\small", rf"\caption{{{_escaped(grid.caption)}}}",
-            rf"\begin{{tabular}}{{l{'r' * (len(grid.columns) - 1)}}}", r"\toprule",
-            " & ".join(map(_escaped, grid.columns)) + r" \\", r"\midrule",
-        ]  # fmt: skip
-        for name, chance, cells in grid.rows:
-            label = _escaped(name) + (rf" \emph{{({_escaped(chance)})}}" if chance else "")
-            lines.append(" & ".join([label, *map(_latex_cell, cells)]) + r" \\")
-        lines += [r"\bottomrule", r"\end{tabular}", r"\end{table}"]
+    for section in document.sections:
+        for grid in section.grids:
+            lines += [
+                r"\begin{table}", r"\centering\small", rf"\caption{{{_escaped(f'{section.title}: {grid.caption}')}}}",
+                rf"\begin{{tabular}}{{l{'r' * (len(grid.columns) - 1)}}}", r"\toprule",
+                " & ".join(map(_escaped, grid.columns)) + r" \\", r"\midrule",
+            ]  # fmt: skip
+            lines += [" & ".join([_escaped(name), *map(_latex_cell, cells)]) + r" \\" for name, cells in grid.rows]
+            lines += [r"\bottomrule", r"\end{tabular}"]
+            lines += [rf"\par {_escaped(grid.warning)}"] if grid.warning else []
+            lines += [r"\end{table}"]
     return "\n".join([*lines, *(f"% {note}" for note in NOTES), ""])
 
 
@@ -181,7 +75,7 @@ def _latex_cell(cell: Cell) -> str:
 def _escaped(text: str) -> str:
     special = {c: "\\" + c for c in "&%$#_{}"} | {
         "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", MINUS: "$-$", "–": "--",
-        "↑": r"$\uparrow$", "↓": r"$\downarrow$", "×": r"$\times$", "±": r"$\pm$",
+        "↑": r"$\uparrow$", "↓": r"$\downarrow$", "×": r"$\times$", "±": r"$\pm$", "†": r"$\dagger$",
     }  # fmt: skip
     return "".join(special.get(character, character) for character in text)
 
@@ -189,5 +83,6 @@ def _escaped(text: str) -> str:
 def html(document: Document) -> str:
     """One page that needs nothing beside it."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["data"] = lambda picture: f"data:image/svg+xml;base64,{base64.b64encode(svg(picture)).decode()}"
     source = files("scalabl.benchmark").joinpath("results.html").read_text(encoding="utf-8")
     return environment.from_string(source).render(document=document, notes=NOTES)

@@ -2,15 +2,18 @@
 
 method, task, trained_on, seed          what; "x+temperature" has a temperature on its class logits; `seed` is the first
                                         one of an ensemble, all are in `seeds`
-n, particles                            rows tested on, N
-accuracy, nll, ece, brier, auroc, aurc  nll in nats, ece a share (15 bins), auroc: of being right by confidence
-ood_auroc, ood_auroc_epistemic          shifted sets: told from the trained task's test set by total entropy, and by its
-                                        epistemic part (empty for one particle)
+accuracy, nll, ece, brier               nll in nats, ece a share (15 bins)
+ood_auroc                               shifted sets: told from the trained task's test set by the epistemic part of the
+                                        uncertainty (empty for one particle); `ood_auroc_total` by all of it
 extra_parameters                        numbers kept beyond a plain LoRA's
 train_cost, predict_cost                wall time as a ratio to MLE's of the same task and seed
-peak_memory                             MiB, the highest of its cells
-collapsed                               why its accuracy is no better than guessing; empty if it is
+collapsed                               whether its accuracy is no better than guessing; `why` says how that was told
+n, particles                            rows tested on, N
+auroc, aurc                             auroc: of being right by confidence
+validation_nll                          on the validation rows of its training task: what settings are chosen by; empty
+                                        in tempered rows, whose temperature was fitted there
 temperature                             fitted on validation rows; empty in raw rows
+peak_memory                             MiB, the highest of its cells
 scoring, device, versions               the machine that predicted
 
 Costs are single wall times on a machine that does other things too: differences of a tenth mean nothing.
@@ -21,6 +24,7 @@ from __future__ import annotations
 import csv
 import io
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -36,7 +40,7 @@ from scalabl.benchmark.plan import Entry, Plan
 from scalabl.benchmark.study import TEMPERED, Study
 from scalabl.benchmark.work import read_predictions
 from scalabl.methods.temperature import apply_temperature, fit_temperature
-from scalabl.metrics import METRICS, evaluate, is_collapsed, ood_auroc
+from scalabl.metrics import evaluate, is_collapsed, ood_auroc
 from scalabl.report.results import count_choices
 from scalabl.uncertainty import average, decompose
 
@@ -44,15 +48,15 @@ _TEXT, _INT, _FLOAT = pyarrow.string(), pyarrow.int64(), pyarrow.float64()
 SCHEMA = pyarrow.schema(
     [
         *((name, _TEXT) for name in ("method", "task", "trained_on")),
-        *((name, _INT) for name in ("seed", "n", "particles")),
-        *((name, _FLOAT) for name in METRICS),
-        ("ood_auroc", _FLOAT),
-        ("ood_auroc_epistemic", _FLOAT),
+        ("seed", _INT),
+        *((name, _FLOAT) for name in ("accuracy", "nll", "ece", "brier", "ood_auroc")),
         ("extra_parameters", _INT),
-        *((name, _FLOAT) for name in ("train_cost", "predict_cost", "peak_memory")),
-        ("collapsed", _TEXT),
-        ("temperature", _FLOAT),
-        *((name, _TEXT) for name in ("seeds", "scoring", "cell", "device", "versions")),
+        *((name, _FLOAT) for name in ("train_cost", "predict_cost")),
+        ("collapsed", pyarrow.bool_()),
+        *((name, _INT) for name in ("n", "particles")),
+        *((name, _FLOAT) for name in ("auroc", "aurc", "ood_auroc_total", "validation_nll", "temperature")),
+        ("peak_memory", _FLOAT),
+        *((name, _TEXT) for name in ("why", "seeds", "scoring", "cell", "device", "versions")),
     ]
 )
 
@@ -76,6 +80,7 @@ def outcomes(cell: Cell, output: Path, name: str) -> tuple[Outcome, ...]:
     """
     held = read_predictions(cell, output)
     temperature = fit_temperature(*held.validation)
+    tuned = evaluate(average(held.validation[0]), held.validation[1], bootstrap=1)["nll"].value
     found: list[Outcome] = []
     for label, t in ((name, None), (name + TEMPERED, temperature)):
         known: Tensor | None = None
@@ -84,10 +89,13 @@ def outcomes(cell: Cell, output: Path, name: str) -> tuple[Outcome, ...]:
             probs = average(log_probs)
             metrics = evaluate(probs, labels)
             figures: dict[str, Any] = {metric: value.value for metric, value in metrics.items()}
+            why = is_collapsed(metrics["accuracy"], labels, count_choices(log_probs))
             figures |= {
+                "collapsed": why is not None,
+                "why": why,
                 "n": len(labels),
                 "particles": log_probs.shape[0],
-                "collapsed": is_collapsed(metrics["accuracy"], labels, count_choices(log_probs)),
+                "validation_nll": tuned if t is None else None,
                 "temperature": t,
             }
             if task == cell.settings["task"]:
@@ -102,8 +110,8 @@ def _told_apart(known: Tensor, shifted: Tensor) -> dict[str, float | None]:
     inside, outside = decompose(known), decompose(shifted)
     epistemic = ood_auroc(inside.epistemic, outside.epistemic, bootstrap=1).value if known.shape[0] > 1 else None
     return {
-        "ood_auroc": ood_auroc(inside.total, outside.total, bootstrap=1).value,
-        "ood_auroc_epistemic": epistemic,
+        "ood_auroc": epistemic,
+        "ood_auroc_total": ood_auroc(inside.total, outside.total, bootstrap=1).value,
     }
 
 
@@ -157,16 +165,21 @@ def _done(output: Path, address: str) -> dict[str, Any]:
     return done
 
 
-def write_tables(rows: list[dict[str, Any]], output: Path) -> None:
+def write_tables(rows: list[dict[str, Any]], directory: Path) -> None:
     """results.csv and results.parquet, each whole or not at all."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, SCHEMA.names, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_whole(output / "results.csv", text.getvalue().encode())
+    write_whole(directory / "results.csv", csv_of(rows, SCHEMA.names))
     sink = io.BytesIO()
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema=SCHEMA), sink)
-    write_whole(output / "results.parquet", sink.getvalue())
+    write_whole(directory / "results.parquet", sink.getvalue())
+
+
+def csv_of(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> bytes:
+    """Rows as CSV with a line of names; None is empty."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode()
 
 
 def write_whole(path: Path, content: bytes) -> None:

@@ -1,11 +1,14 @@
 """A study: what is compared with what, on which data, how often. Imports no torch.
 
+# Which question it answers, in the comment that the file begins with; it stands above the tables.
 model: smollm2-135m-instruct
+results: docs/results/mine               where its tables and pictures go; runs/benchmark/NAME if left out
 tasks: [openbookqa]                      trained and tested on
 shift: {openbookqa: [arc-easy]}          trained on -> tested on as well
 methods:                                 a name, or a mapping with a name, settings and a grid of its own
   - mle
   - {method: blob, name: blob mean, samples: 0}
+  - {method: scalabl, name: scalabl linearized, predictive: linearized}     mc if left out, or auto
   - {method: scalabl, grid: {r: [4, 8, 16]}}
 seeds: [0, 1, 2]
 samples: 10                              particles
@@ -29,16 +32,18 @@ from pathlib import Path
 from typing import Any
 
 from scalabl.errors import UserError
+from scalabl.mapping_file import read_yaml
 from scalabl.methods import METHODS, POST_HOC, SETTINGS
 from scalabl.training.recipe import Recipe, make_recipe
 
 TEMPERED = "+temperature"
 # decided by the study, not by settings
 _RESERVED = ("model", "data", "method", "seed", "validation_rows")
+_PREDICTIVES = ("mc", "linearized", "auto")
 # settings that no plain LoRA reads: held at their defaults there, so that equal runs have equal addresses
 _OF_POSTERIORS = (
     "variational_learning_rate", "beta", "schedule", "kl_warmup", "covariance", "prior_std", "init_sigma", "unit_rows",
-    "empirical_prior", "draws", "kl", "stochastic_modules",
+    "empirical_prior", "draws", "kl", "stochastic_modules", "stochastic_layers",
 )  # fmt: skip
 _PLAIN = ("mle", "map", "mc_dropout", "monteclora")
 
@@ -52,12 +57,20 @@ class Variant:
         method: one of `scalabl.methods.METHODS`, without "temperature".
         settings: of its training run, over those that all share.
         samples: particles; 0 is the mean.
+        family: its name without its point of a grid.
+        point: setting -> its value in the grid; empty where there is no grid.
+        without_grid: the settings that the family would have without one.
+        predictive: of ScalaBL, "mc", "linearized" or "auto"; "mc" is every other method's own.
     """
 
     name: str
     method: str
     settings: Mapping[str, Any]
     samples: int
+    family: str
+    point: Mapping[str, Any]
+    without_grid: Mapping[str, Any]
+    predictive: str = "mc"
 
     @property
     def trained_method(self) -> str:
@@ -68,6 +81,11 @@ class Variant:
 @dataclass(frozen=True)
 class Study:
     """A benchmark's recipe.
+
+    Attributes:
+        about: the question that it answers.
+        results: where its tables and pictures go, or None.
+        others: as in the module's text.
 
     Raises:
         UserError: on reading, a value that cannot work; the sentence names it.
@@ -85,6 +103,8 @@ class Study:
     validation_rows: int = 300
     predict_batch_size: int = 8
     settings: Mapping[str, Any] = field(default_factory=dict)
+    about: str = ""
+    results: Path | None = None
 
     def recipe(self, variant: Variant, task: str, seed: int) -> Recipe:
         """The training run of a variant.
@@ -115,17 +135,15 @@ def read_study(path: Path) -> Study:
     Raises:
         UserError: the file cannot be read, or holds what is no study.
     """
-    import yaml
+    missing = f"There is no recipe {path}; give a YAML file, for example recipes/cpu.yaml."
+    form = "a study as name: value lines (model, tasks, methods, seeds, settings)"
+    content = read_yaml(path, missing=missing, mend=f"write {form}", holds=form)
+    return make_study({"about": _opening_comment(path.read_text(encoding="utf-8"))} | content, path.stem)
 
-    if not path.is_file():
-        raise UserError(f"There is no recipe {path}; give a YAML file, for example recipes/study/cpu.yaml.")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not YAML: {str(error).splitlines()[0]}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} must hold a study as name: value lines (model, tasks, methods, seeds, settings).")
-    return make_study(content, path.stem)
+
+def _opening_comment(text: str) -> str:
+    lines = itertools.takewhile(lambda line: line.startswith("#"), text.splitlines())
+    return " ".join(line.lstrip("# ").rstrip() for line in lines)
 
 
 def make_study(content: Mapping[str, Any], name: str) -> Study:
@@ -157,8 +175,11 @@ def make_study(content: Mapping[str, Any], name: str) -> Study:
         if task not in tasks:
             raise UserError(f"shift names {task}, which is not trained on; add it to tasks.")
     limits = {name: content.get(name) for name in ("test_rows", "shift_rows")}
+    name = str(content.get("name", name))
+    if Path(name).name != name or name == "..":
+        raise UserError(f"The study is called {name!r}, but its directory is named after it; choose a plain name.")
     study = Study(
-        name=str(content.get("name", name)),
+        name=name,
         model=str(content["model"]),
         tasks=tasks,
         shift=shift,
@@ -169,6 +190,8 @@ def make_study(content: Mapping[str, Any], name: str) -> Study:
         validation_rows=_whole("validation_rows", content.get("validation_rows", 300), 1),
         predict_batch_size=_whole("predict_batch_size", content.get("predict_batch_size", 8), 1),
         settings=settings,
+        about=str(content.get("about", "")),
+        results=Path(str(content["results"])) if content.get("results") else None,
     )
     _check(study)
     return study
@@ -191,6 +214,7 @@ def _variants(
         if method == "temperature":
             method = "mle"
         name, number = str(own.pop("name", method)), _whole("samples", own.pop("samples", samples), 0)
+        predictive = _predictive(name, method, number, own.pop("predictive", "mc"))
         grid = own.pop("grid", {}) or {}
         if not isinstance(grid, dict) or not all(isinstance(values, list) and values for values in grid.values()):
             raise UserError(f"grid of {name} must name settings with lists of values, for example r: [4, 8, 16].")
@@ -198,12 +222,26 @@ def _variants(
         shared = {**settings, **SETTINGS.get(trained, {}), **of_method.get(trained, {}), **of_method.get(method, {})}
         for point in itertools.product(*grid.values()):
             chosen = dict(zip(grid, point, strict=True))
-            full = _settings(name, {**shared, **own, **chosen})
-            label = ", ".join(f"{k}={v}" for k, v in chosen.items())
-            variant = Variant(f"{name} {label}".strip(), method, full, number)
+            base = _settings(name, {**shared, **own})
+            # nothing named is all: modules, rows
+            label = ", ".join(f"{k}={'all' if v is None else v}" for k, v in chosen.items())
+            full = _settings(name, {**base, **chosen})
+            variant = Variant(f"{name} {label}".strip(), method, full, number, name, chosen, base, predictive)
             if variant not in found:
                 found.append(variant)
     return found
+
+
+def _predictive(name: str, method: str, samples: int, given: Any) -> str:
+    if given not in _PREDICTIVES:
+        raise UserError(f"predictive of {name} is {given!r}; it must be one of {', '.join(_PREDICTIVES)}.")
+    if given != "mc" and method != "scalabl":
+        raise UserError(
+            f"predictive of {name} is {given}, which is of scalabl alone; {method} has its own, leave it out."
+        )
+    if given != "mc" and samples == 0:
+        raise UserError(f"{name} has samples 0, the mean, and predictive {given}; leave out one of the two.")
+    return str(given)
 
 
 def _check(study: Study) -> None:

@@ -1,10 +1,15 @@
-"""The table of means: each method on each test set, over seeds, against MLE and against MLE with a temperature."""
+"""The tables of means: each method on each test set, over seeds, against MLE and against MLE with a temperature.
+
+summary.csv holds them, a row for each method, test set and metric: mean, standard deviation and 95 % interval
+(Student's) over seeds, and the paired differences with their 95 % intervals (bootstrap over rows and seeds).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import stdev
 from typing import Any
 
 from scalabl.benchmark.baseline import baseline_variant
@@ -12,13 +17,31 @@ from scalabl.benchmark.cells import finished
 from scalabl.benchmark.compare import over_seeds, paired_over_seeds
 from scalabl.benchmark.plan import Plan
 from scalabl.benchmark.results import Outcome, outcomes
-from scalabl.benchmark.study import TEMPERED, Study
+from scalabl.benchmark.study import TEMPERED, Study, Variant
 from scalabl.metrics import METRICS, Metric
 
 # means without a comparison
 OTHERS = (
-    "ood_auroc", "ood_auroc_epistemic", "temperature", "extra_parameters", "train_cost", "predict_cost", "peak_memory",
+    "ood_auroc", "ood_auroc_total", "validation_nll", "temperature",
+    "extra_parameters", "train_cost", "predict_cost", "peak_memory",
 )  # fmt: skip
+_SHARES = ("accuracy", "ece", "auroc", "aurc", "ood_auroc", "ood_auroc_total")
+RIVALS = ("mle", "mle+temperature")
+
+
+@dataclass(frozen=True)
+class Gap:
+    """A method's metric minus a rival's on the same rows and seeds.
+
+    Attributes:
+        value, low, high: with its 95 % interval; None where the metric is undefined for one of them.
+        verdict: "better", "worse" or "" (not told apart).
+    """
+
+    value: float | None
+    low: float | None
+    high: float | None
+    verdict: str
 
 
 @dataclass
@@ -27,15 +50,20 @@ class Figure:
 
     Attributes:
         mean: or None where no seed has a value.
-        half: of the 95 % interval over seeds; None for one seed.
+        sd: standard deviation over seeds; None for one seed.
+        low, high: of the 95 % interval over seeds, within what the figure can be; None for one seed.
+        values: of the seeds, in their order.
         best: whether it is the best, or not told apart from it.
-        versus: "mle" and "mle+temperature" -> "better", "worse" or "" (not told apart, or itself).
+        versus: of `RIVALS` those that it was compared with -> the difference.
     """
 
     mean: float | None
-    half: float | None = None
+    sd: float | None = None
+    low: float | None = None
+    high: float | None = None
+    values: tuple[float, ...] = ()
     best: bool = False
-    versus: dict[str, str] = field(default_factory=dict)
+    versus: dict[str, Gap] = field(default_factory=dict)
 
 
 @dataclass
@@ -43,23 +71,28 @@ class Line:
     """One method on one test set.
 
     Attributes:
-        method: its name, with "+temperature" or without.
+        variant: what it is.
+        tempered: whether with a temperature.
         seeds: how many there are.
         collapsed: in how many of them it is no better than guessing.
-        why: the sentence of the first of those.
         figures: by column.
     """
 
-    method: str
+    variant: Variant
+    tempered: bool
     seeds: int
     collapsed: int
-    why: str | None
     figures: dict[str, Figure]
+
+    @property
+    def method(self) -> str:
+        """Its name in the tidy table."""
+        return self.variant.name + TEMPERED * self.tempered
 
 
 @dataclass
 class Table:
-    """All methods trained on one task, on one test set of `n` rows."""
+    """All methods trained on one task, on one test set of `n` rows; those with a temperature stand behind."""
 
     trained_on: str
     task: str
@@ -107,32 +140,42 @@ def _table(
     study: Study, task: str, tested: str, said: Mapping[str, dict[int, Outcome]], rows: list[dict[str, Any]]
 ) -> Table:
     lines = []
-    for variant in study.variants:
-        mle = baseline_variant(study, variant)
-        for name in (variant.name, variant.name + TEMPERED):
+    for tempered in (False, True):
+        for variant in study.variants:
+            name = variant.name + TEMPERED * tempered
             if name in said:
-                rivals = {"mle": mle.name, "mle+temperature": mle.name + TEMPERED} if mle else {}
-                lines.append(_line(name, said, rivals, [row for row in rows if row["method"] == name]))
+                mle = baseline_variant(study, variant)
+                rivals = dict(zip(RIVALS, (mle.name, mle.name + TEMPERED), strict=True)) if mle else {}
+                some = [row for row in rows if row["method"] == name]
+                collapsed = sum(row["collapsed"] for row in some)
+                lines.append(Line(variant, tempered, len(some), collapsed, _figures(name, said, rivals, some)))
     _mark_best(lines, said)
     return Table(task, tested, rows[0]["n"], lines)
 
 
-def _line(
+def _figures(
     name: str, said: Mapping[str, dict[int, Outcome]], rivals: Mapping[str, str], rows: list[dict[str, Any]]
-) -> Line:
-    figures = {column: _mean([row[column] for row in rows]) for column in (*METRICS, *OTHERS)}
+) -> dict[str, Figure]:
+    figures = {column: figure([row[column] for row in rows], column) for column in (*METRICS, *OTHERS)}
     for metric, higher in METRICS.items():
         for rival, of in rivals.items():
             if of in said and of != name and set(said[of]) & set(said[name]):
                 gap = paired_over_seeds(said[name], said[of], metric)
-                figures[metric].versus[rival] = _verdict(gap, higher)
-    collapsed = [row["collapsed"] for row in rows if row["collapsed"]]
-    return Line(name, len(rows), len(collapsed), collapsed[0] if collapsed else None, figures)
+                figures[metric].versus[rival] = Gap(gap.value, gap.low, gap.high, _verdict(gap, higher))
+    return figures
 
 
-def _mean(values: list[float | None]) -> Figure:
+def figure(values: Sequence[float | None], column: str) -> Figure:
+    """The mean over seeds of those that have a value."""
     known = [float(value) for value in values if value is not None]
-    return Figure(*over_seeds(known)) if known else Figure(None)
+    if not known:
+        return Figure(None)
+    mean, half = over_seeds(known)
+    if half is None:
+        return Figure(mean, values=tuple(known))
+    # no figure is below zero, and these are at most one
+    high = min(mean + half, 1.0) if column in _SHARES else mean + half
+    return Figure(mean, stdev(known), max(mean - half, 0.0), high, tuple(known))
 
 
 def _verdict(gap: Metric, higher: bool) -> str:
@@ -157,3 +200,32 @@ def _mark_best(lines: list[Line], said: Mapping[str, dict[int, Outcome]]) -> Non
                 paired_over_seeds(said[line.method], said[best.method], metric), higher
             )
             line.figures[metric].best = line is best or tied
+
+
+def summary_rows(tables: Sequence[Table]) -> list[dict[str, Any]]:
+    """The rows of summary.csv."""
+    rows = []
+    for table in tables:
+        for line in table.lines:
+            for metric in (*METRICS, *OTHERS):
+                found = line.figures[metric]
+                if found.mean is None:
+                    continue
+                row: dict[str, Any] = {
+                    "trained_on": table.trained_on,
+                    "task": table.task,
+                    "method": line.method,
+                    "metric": metric,
+                }
+                row |= {"seeds": len(found.values), "mean": found.mean, "sd": found.sd}
+                row |= {"low": found.low, "high": found.high, "at_chance": line.collapsed}
+                row["best"] = found.best if metric in METRICS else None
+                for rival in RIVALS:
+                    gap = found.versus.get(rival, Gap(None, None, None, ""))
+                    row |= {
+                        f"minus {rival}": gap.value,
+                        f"minus {rival}, low": gap.low,
+                        f"minus {rival}, high": gap.high,
+                    }
+                rows.append(row)
+    return rows

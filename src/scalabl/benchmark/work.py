@@ -22,7 +22,7 @@ from scalabl.loading import Run, load_run
 from scalabl.methods import POST_HOC as POST_HOC_METHODS
 from scalabl.methods import load_method, load_post_hoc
 from scalabl.methods.saved import POST_HOC_DIRECTORY
-from scalabl.predictive import Predictive, predict
+from scalabl.predictive import AutoPredictive, Predictive, predict
 from scalabl.run_directory import sha256, write_json
 from scalabl.tasks import Example, load_task
 from scalabl.training.recipe import Recipe
@@ -89,6 +89,7 @@ def _fit(cell: Cell, output: Path) -> dict[str, Any]:
     saved = cell.directory(output) / POST_HOC_DIRECTORY / method / f"{method}.safetensors"
     extra = {
         "ensemble": run.record["parameters"]["lora"] * len(members),
+        "subspace_laplace": facts.get("variational_numbers", 0),  # A and B are the run's own, in other factors
         "tfb": 1,  # one scale of noise: what lies beside it follows from B
     }
     if method not in extra:
@@ -105,8 +106,11 @@ def _predict(cell: Cell, output: Path) -> dict[str, Any]:
     settings = cell.settings
     run = _loaded(settings["run"], output, fitted=settings["post_hoc"])
     method = settings["method"]
-    module = load_post_hoc(method) if method in POST_HOC_METHODS else load_method(method)
-    strategy = module.predictive(run, samples=settings["samples"], seed=settings["seed"])
+    if "predictive" in settings:
+        strategy = run.predictive(settings["predictive"], samples=settings["samples"], seed=settings["seed"])
+    else:
+        module = load_post_hoc(method) if method in POST_HOC_METHODS else load_method(method)
+        strategy = module.predictive(run, samples=settings["samples"], seed=settings["seed"])
     task = load_task(settings["task"])
     tensors: dict[str, Tensor] = {}
 
@@ -118,7 +122,7 @@ def _predict(cell: Cell, output: Path) -> dict[str, Any]:
     held_out, tuning = list(_rows_of(run).validation), tuning_rows(task)
     seconds, overlaps = {}, {}
     with measured() as cost:
-        enter(VALIDATION, held_out)
+        enter(VALIDATION, held_out)  # where auto chooses, it is by these rows
         for name, expected in settings["test_sets"].items():
             if name == settings["task"]:
                 rows = tested_rows(name, settings["test_rows"])
@@ -139,6 +143,7 @@ def _predict(cell: Cell, output: Path) -> dict[str, Any]:
         "peak_memory": cost.peak_memory,
         "validation_rows": len(held_out),
         "rows_also_tuned_on": overlaps,
+        **({"choice": strategy.choice.sentence} if isinstance(strategy, AutoPredictive) and strategy.choice else {}),
         "sha256": sha256(path),
     }
 

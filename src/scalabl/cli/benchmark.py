@@ -19,8 +19,11 @@ if TYPE_CHECKING:
 @app.command()
 def benchmark(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="Model, tasks, methods, seeds, settings.")],
-    output: Annotated[
-        Path | None, typer.Option(help="Cells and tables; results/NAME by default. The same command resumes it.")
+    output: Annotated[Path, typer.Option(help="Cells, which studies may share; the same command resumes them.")] = Path(
+        "runs/benchmark"
+    ),
+    results: Annotated[
+        Path | None, typer.Option(help="Tables and pictures; as the recipe says, or else OUTPUT/NAME.")
     ] = None,
     workers: Annotated[int, typer.Option(help="Processes on this machine.")] = 1,
     ray: Annotated[
@@ -39,19 +42,21 @@ def benchmark(
     if ray is not None:
         require_ray()
     study = read_study(recipe)
-    output = output or Path("results") / study.name
+    chosen = results or study.results
+    results = chosen or output / study.name
     plan = make_plan(study)
     if dry_run:
         _list(plan, output)
         return
-    try:
-        (output / "cells").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{output} cannot be written ({error.strerror}); choose another --output.") from error
-    _run(study, plan, output, workers, ray, shlex.join(["scalabl", "benchmark", str(recipe)]))
+    for option, directory in (("results" if chosen else "output", results), ("output", output / "cells")):
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{directory} cannot be written ({error.strerror}); choose another --{option}.") from error
+    _run(study, plan, output, results, workers, ray, shlex.join(["scalabl", "benchmark", str(recipe)]))
 
 
-def _run(study: Study, plan: Plan, output: Path, workers: int, ray: str | None, command: str) -> None:
+def _run(study: Study, plan: Plan, output: Path, results: Path, workers: int, ray: str | None, command: str) -> None:
     from rich.console import Console
 
     from scalabl.benchmark.benchmark import run_benchmark
@@ -61,10 +66,13 @@ def _run(study: Study, plan: Plan, output: Path, workers: int, ray: str | None, 
 
     quiet()
     try:
-        rows = run_benchmark(study, plan, output, workers=workers, ray=ray, command=command)
+        rows = run_benchmark(study, plan, output, results, workers=workers, ray=ray, command=command)
     except Interrupted:
         fail("Interrupted; run the same command again to go on.", code=130)
-    Console().print(f"{len(rows):,} rows in {output}/results.csv; tables in results.md, .tex and .html", soft_wrap=True)
+    Console().print(
+        f"{len(rows):,} rows in {results}/results.csv; tables and pictures in README.md and results.html",
+        soft_wrap=True,
+    )
     failed = failures(plan, output)
     if failed:
         first, why = next(iter(failed.items()))

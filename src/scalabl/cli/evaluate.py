@@ -10,6 +10,8 @@ import typer
 from scalabl.cli.main import app
 from scalabl.errors import UserError
 from scalabl.methods import SAMPLED
+from scalabl.sampling import Sampling
+from scalabl.top_layers import check_spec
 
 
 @app.command()
@@ -17,11 +19,27 @@ def evaluate(
     run: Annotated[Path, typer.Argument(metavar="DIR", help="A run directory.")],
     data: Annotated[str, typer.Option(help="A benchmark's name, a JSONL file, or a directory of them.")],
     split: Annotated[str | None, typer.Option(help="test if there is one, else every row.")] = None,
-    predictive: Annotated[str | None, typer.Option(help="mean, mc (default with a posterior) or linearized.")] = None,
+    predictive: Annotated[str | None, typer.Option(help="mean, mc, linearized or auto, the default.")] = None,
     samples: Annotated[int, typer.Option(help="Particles of mc.")] = 10,
     seed: Annotated[int, typer.Option(help="Of the particles.")] = 0,
+    draws: Annotated[
+        str, typer.Option(help="independent, antithetic, sobol or moments: how they are drawn.")
+    ] = "independent",
+    adaptive: Annotated[
+        bool, typer.Option("--adaptive", help="Stop a row early when its decision is settled.")
+    ] = False,
+    confidence: Annotated[
+        float, typer.Option(help="Of --adaptive: that all particles decide alike; of --max-error: that it is kept.")
+    ] = 0.95,
+    bound: Annotated[str, typer.Option(help="Of --adaptive: t (near normal) or betting (any distribution).")] = "t",
+    stochastic_layers: Annotated[
+        str | None, typer.Option(help="Draw s in the top layers alone: last:K, last:0.25 or variance:0.9.")
+    ] = None,
     ood: Annotated[list[str] | None, typer.Option(help="A shifted data set to tell apart; may repeat.")] = None,
     calibrate: Annotated[str | None, typer.Option(help="Fit a temperature on this data's validation rows.")] = None,
+    max_error: Annotated[
+        float | None, typer.Option(help="Mark the threshold that promises this error rate among answers.")
+    ] = None,
     limit: Annotated[int | None, typer.Option(help="Take so many rows.")] = None,
     batch_size: Annotated[int, typer.Option(help="Questions at a time.")] = 8,
     model: Annotated[str | None, typer.Option(help="The base model, if it has moved.")] = None,
@@ -34,6 +52,14 @@ def evaluate(
 
     record = finished_record(run)
     check_predictive(predictive, samples, batch_size, limit, record)
+    sampling = check_sampling(draws, adaptive, confidence, bound, predictive, samples, record)
+    check_layers(stochastic_layers, predictive, record)
+    promise = None
+    if max_error is not None:
+        from scalabl.promise import Promise
+
+        promise = Promise(max_error, confidence)
+        promise.require(record, predictive)
     require_writable(json, report)
     labels = record["task"]["labels"]
     rows = rows_of(data, split=split, limit=limit, labels=labels)
@@ -48,8 +74,8 @@ def evaluate(
 
     quiet()
     made = evaluate_run(
-        run, rows, shifted, held_out, predictive=predictive, samples=samples, seed=seed, batch_size=batch_size,
-        model=model, data=data,
+        run, rows, shifted, held_out, predictive=predictive, samples=samples, seed=seed, sampling=sampling,
+        stochastic_layers=stochastic_layers, batch_size=batch_size, promise=promise, model=model, data=data,
     )  # fmt: skip
     figures = table(made)
     print_table(figures, Console())
@@ -62,8 +88,8 @@ def evaluate(
 def check_predictive(
     predictive: str | None, samples: int, batch_size: int, limit: int | None, record: dict[str, Any]
 ) -> None:
-    if predictive not in (None, "mean", "mc", "linearized"):
-        raise UserError(f"--predictive is {predictive!r}; it must be mean, mc or linearized.")
+    if predictive not in (None, "mean", "mc", "linearized", "auto"):
+        raise UserError(f"--predictive is {predictive!r}; it must be mean, mc or linearized, or auto, the default.")
     if predictive == "linearized" and record["recipe"]["method"] != "scalabl":
         raise UserError("Only ScalaBL runs have a linearised predictive; use --predictive mean or mc.")
     if predictive == "mc" and record["recipe"]["method"] not in SAMPLED:
@@ -71,6 +97,42 @@ def check_predictive(
     for name, value in (("--samples", samples), ("--batch-size", batch_size), ("--limit", limit)):
         if value is not None and value < 1:
             raise UserError(f"{name} is {value}; it must be at least 1.")
+
+
+def check_sampling(
+    draws: str,
+    adaptive: bool,
+    confidence: float,
+    bound: str,
+    predictive: str | None,
+    samples: int,
+    record: dict[str, Any],
+) -> Sampling:
+    """The draws and adaptive N that the options ask for.
+
+    Raises:
+        UserError: bad values, or a run or a predictive that has no such particles.
+    """
+    sampling = Sampling(draws=draws, confidence=confidence if adaptive else None, bound=bound)
+    sampled = predictive == "mc" or (predictive in (None, "auto") and record["recipe"]["method"] in SAMPLED)
+    if adaptive and not sampled:
+        raise UserError("--adaptive is for the mc predictive of runs that draw particles; leave it out here.")
+    if draws != "independent" and not (sampled and record["recipe"]["method"] == "scalabl"):
+        raise UserError(f"--draws {draws} is for the mc predictive of ScalaBL runs; leave it out here.")
+    if draws == "moments" and samples < 2:
+        raise UserError("--draws moments needs at least 2 --samples: one particle has no variance to match.")
+    return sampling
+
+
+def check_layers(stochastic_layers: str | None, predictive: str | None, record: dict[str, Any]) -> None:
+    """Refuse --stochastic-layers that name nothing, or where no s is drawn."""
+    if stochastic_layers is None:
+        return
+    check_spec(stochastic_layers, variance=True)
+    if predictive == "mean" or record["recipe"]["method"] != "scalabl":
+        raise UserError(
+            "--stochastic-layers is for the mc and linearized predictives of ScalaBL runs; leave it out here."
+        )
 
 
 def _as_json(figures: list[dict[str, Any]], record: dict[str, Any], data: str, seed: int) -> dict[str, Any]:

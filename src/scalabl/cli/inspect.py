@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from scalabl.cli.main import app
+from scalabl.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_BAR = 24  # characters of the largest share
 
 
 @app.command()
 def inspect(
     run: Annotated[Path, typer.Argument(metavar="DIR", help="An adapter directory.")],
+    variance: Annotated[
+        bool, typer.Option("--variance", help="Measure each layer's share of the predictive variance.")
+    ] = False,
+    rows: Annotated[int, typer.Option(help="Validation rows that --variance is measured on.")] = 100,
+    model: Annotated[str | None, typer.Option(help="The base model of --variance, if it has moved.")] = None,
     json: Annotated[Path | None, typer.Option(help="Write the figures here.")] = None,
 ) -> None:
     """What is adapted, parameter counts, mean and sigma by layer, warnings."""
@@ -21,8 +32,10 @@ def inspect(
 
     require_writable(json)
     require_adapter(run)
-    if (run / RECORD).is_file():
-        finished_record(run)
+    record = finished_record(run) if variance or (run / RECORD).is_file() else None
+    if variance:
+        assert record is not None
+        _check_variance(record, rows)
 
     from rich.console import Console
     from rich.table import Table
@@ -31,7 +44,8 @@ def inspect(
     found = describe_adapter(run)
     console = Console()
     facts = Table.grid(padding=(0, 2))
-    for name in ("base_model", "target_modules", "r", "lora_alpha", "covariance", "prior"):
+    of_s = ("stochastic_modules", "stochastic_layers")
+    for name in ("base_model", "target_modules", *of_s, "r", "lora_alpha", "covariance", "prior"):
         if found.get(name) is not None:
             facts.add_row(name.replace("_", " "), str(found[name]))
     facts.add_row("parameters", f"{found['lora_parameters']:,} LoRA, {found['variational_parameters']:,} variational")
@@ -49,7 +63,40 @@ def inspect(
             )
         )  # fmt: skip
     console.print(layers)
+    if variance:
+        found |= _variance(run, rows, model, console)
     for warning in found["warnings"]:
         console.print(Text(f"warning: {warning}", "bold yellow"))
     if json is not None:
         write_json(json, found)
+
+
+def _check_variance(record: dict[str, Any], rows: int) -> None:
+    if record["recipe"]["method"] != "scalabl":
+        raise UserError("--variance is of a posterior over s, which this run does not have; leave it out.")
+    if rows < 1:
+        raise UserError(f"--rows is {rows}; it must be at least 1.")
+
+
+def _variance(run: Path, rows: int, model: str | None, console: Console) -> dict[str, Any]:
+    """Measure and print; returns `variance` (name, depth, variance, share) and `variance_top` (share -> last:K)."""
+    from dataclasses import asdict
+
+    from rich.table import Table
+
+    from scalabl.cli.quiet import quiet
+    from scalabl.loading import load_run
+    from scalabl.variance import run_variance, top_holding
+
+    quiet()
+    found = run_variance(load_run(run, model=model), limit=rows)
+    table = Table(box=None, header_style="bold")
+    for heading in ("layer", "logit variance", "share", ""):
+        table.add_column(heading, justify="right" if heading in ("logit variance", "share") else "left")
+    largest = max(v.share for v in found)
+    for v in found:
+        table.add_row(v.name, f"{v.variance:.3g}", f"{v.share:.1%}", "█" * round(_BAR * v.share / largest))
+    console.print(table)
+    top = {f"{share:g}": top_holding(found, share) for share in (0.5, 0.9, 0.99)}
+    console.print("top layers by their share: " + ", ".join(f"{k} (variance:{share})" for share, k in top.items()))
+    return {"variance": [asdict(v) for v in found], "variance_top": top}

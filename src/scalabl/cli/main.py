@@ -43,6 +43,8 @@ def _version(version: bool = typer.Option(False, "--version", help="Print the ve
 
 def main() -> None:
     """Run the program."""
+    from scalabl.cli import acquire as _acquire  # noqa: F401
+    from scalabl.cli import bayesianize as _bayesianize  # noqa: F401
     from scalabl.cli import benchmark as _benchmark  # noqa: F401
     from scalabl.cli import data as _data  # noqa: F401  (each module adds its command to the app)
     from scalabl.cli import demo as _demo  # noqa: F401

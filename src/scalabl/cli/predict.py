@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from json import loads
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from scalabl.cli.main import app
 from scalabl.errors import UserError
+
+if TYPE_CHECKING:
+    from scalabl.promise import Promise
+    from scalabl.selective import Threshold
 
 
 @app.command()
@@ -16,23 +21,61 @@ def predict(
     run: Annotated[Path, typer.Argument(metavar="DIR", help="A run directory.")],
     input: Annotated[Path, typer.Option("--input", help="JSONL rows; answers in them are ignored.")],
     output: Annotated[Path, typer.Option("--output", help="JSONL answers, in the order of the rows.")],
-    predictive: Annotated[str | None, typer.Option(help="mean, mc (default with a posterior) or linearized.")] = None,
+    predictive: Annotated[str | None, typer.Option(help="mean, mc, linearized or auto, the default.")] = None,
     samples: Annotated[int, typer.Option(help="Particles of mc.")] = 10,
     seed: Annotated[int, typer.Option(help="Of the particles.")] = 0,
+    draws: Annotated[
+        str, typer.Option(help="independent, antithetic, sobol or moments: how they are drawn.")
+    ] = "independent",
+    adaptive: Annotated[
+        bool, typer.Option("--adaptive", help="Stop a row early when its decision is settled.")
+    ] = False,
+    confidence: Annotated[
+        float, typer.Option(help="Of --adaptive: that all particles decide alike; of --max-error: that it is kept.")
+    ] = 0.95,
+    bound: Annotated[str, typer.Option(help="Of --adaptive: t (near normal) or betting (any distribution).")] = "t",
+    stochastic_layers: Annotated[
+        str | None, typer.Option(help="Draw s in the top layers alone: last:K, last:0.25 or variance:0.9.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Questions at a time.")] = 8,
     abstain: Annotated[float | None, typer.Option(help="Answer null below this confidence.")] = None,
+    max_error: Annotated[
+        float | None, typer.Option(help="Promise this error rate among answers; null where it could not be kept.")
+    ] = None,
+    score: Annotated[
+        str, typer.Option(help="Of --max-error: what makes a row sure, probability, entropy or epistemic.")
+    ] = "probability",
+    guarantee: Annotated[
+        str, typer.Option(help="Of --max-error: exact, or conformal (of all rows, on average).")
+    ] = "exact",
     model: Annotated[str | None, typer.Option(help="The base model, if it has moved.")] = None,
 ) -> None:
-    """Answer rows: label, probs, confidence, entropy, aleatoric and epistemic (nats) for each."""
-    from scalabl.cli.evaluate import check_predictive
+    """Answer rows: label, probs, confidence, entropy, aleatoric and epistemic (nats) for each.
+
+    --predictive auto says which predictive it took and why, and names it in every answer.
+
+    With --max-error the label is null where the run is not sure enough to keep that error rate; the threshold comes
+    from the run's own held-out rows, which are predicted first.
+    """
+    from scalabl.cli.evaluate import check_layers, check_predictive, check_sampling
     from scalabl.rows import with_labels
     from scalabl.run_directory import finished_record, require_writable
     from scalabl.tasks import load_rows
 
     record = finished_record(run)
     check_predictive(predictive, samples, batch_size, None, record)
+    sampling = check_sampling(draws, adaptive, confidence, bound, predictive, samples, record)
+    check_layers(stochastic_layers, predictive, record)
     if abstain is not None and not 0 <= abstain <= 1:
         raise UserError(f"--abstain is {abstain}; it must be between 0 and 1.")
+    promise = None
+    if max_error is not None:
+        if abstain is not None:
+            raise UserError("--abstain and --max-error both say when to answer; give one of them.")
+        from scalabl.promise import Promise
+
+        promise = Promise(max_error, confidence, score, guarantee)
+        promise.require(record, predictive)
     require_writable(output)
     labels = record["task"]["labels"]
     rows = with_labels(load_rows(input, labels=labels, require_answer=False), labels, input)
@@ -41,7 +84,23 @@ def predict(
     from scalabl.cli.quiet import quiet
 
     quiet()
-    predict_file(
-        run, rows, output, predictive=predictive, samples=samples, seed=seed, batch_size=batch_size,
-        abstain=abstain, model=model,
+    taken = predict_file(
+        run, rows, output, predictive=predictive, samples=samples, seed=seed, sampling=sampling,
+        stochastic_layers=stochastic_layers, batch_size=batch_size, abstain=abstain, promise=promise,
+        tell=lambda threshold: _tell(promise, threshold), say=typer.echo, model=model,
     )  # fmt: skip
+    if taken is not None:
+        typer.echo(f"{len(rows):,} answers from {taken:.1f} of at most {samples} particles each, on average")
+    if promise is not None:
+        with output.open(encoding="utf-8") as file:
+            given = [loads(line)["label"] is not None for line in file]
+        typer.echo(f"answered   {sum(given):,} of {len(given):,} rows ({sum(given) / len(given):.1%}) in {output}")
+
+
+def _tell(promise: Promise | None, threshold: Threshold) -> None:
+    """The threshold, the promise, and the share of rows to expect, before rows are answered."""
+    assert promise is not None
+    counts = f"{threshold.answered:,} of {threshold.rows:,} held-out rows, {threshold.wrong:,} of them wrong"
+    typer.echo(f"threshold  {promise.describe(threshold)}")
+    typer.echo(f"promise    {threshold.sentence}")
+    typer.echo(f"expected   {threshold.coverage:.1%} of rows answered ({counts})")

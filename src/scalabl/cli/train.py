@@ -27,6 +27,11 @@ def train(
     schedule: Annotated[str | None, typer.Option(help="Of the KL's weight: elbo, warmup or minibatch.")] = None,
     covariance: Annotated[str | None, typer.Option(help="diagonal or full.")] = None,
     prior_std: Annotated[float | None, typer.Option(help="Of the prior on each s.")] = None,
+    empirical_prior: Annotated[
+        bool | None, typer.Option("--empirical-prior/--no-empirical-prior", help="Fit each layer's prior std.")
+    ] = None,
+    stochastic_modules: Annotated[str | None, typer.Option(help="Draw s in these alone, for example v_proj.")] = None,
+    stochastic_layers: Annotated[str | None, typer.Option(help="Draw s in these alone: last:K, last:0.25.")] = None,
     r: Annotated[int | None, typer.Option("--rank", "-r", help="LoRA's rank.")] = None,
     lora_alpha: Annotated[float | None, typer.Option(help="LoRA's alpha.")] = None,
     target_modules: Annotated[str | None, typer.Option(help="For example q_proj,v_proj.")] = None,

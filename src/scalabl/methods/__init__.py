@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from scalabl.methods.base import PostHocMethod, TrainedMethod
 
 TRAINED = ("scalabl", "mle", "map", "mc_dropout", "blob", "monteclora")
-POST_HOC = ("temperature", "ensemble", "laplace", "tfb")
+POST_HOC = ("temperature", "ensemble", "laplace", "tfb", "subspace_laplace")
 METHODS = (*TRAINED, *POST_HOC)
 # those whose predictive is an average over particles, each a forward pass of its own
 SAMPLED = ("scalabl", "mc_dropout", "blob", "tfb")

@@ -24,12 +24,23 @@ from scalabl.training.recipe import Recipe
 
 if TYPE_CHECKING:
     from scalabl.loading import Run
-    from scalabl.methods import blob, ensemble, laplace, map, mc_dropout, mle, monteclora, temperature, tfb
+    from scalabl.methods import (
+        blob,
+        ensemble,
+        laplace,
+        map,
+        mc_dropout,
+        mle,
+        monteclora,
+        subspace_laplace,
+        temperature,
+        tfb,
+    )
     from scalabl.methods import scalabl as scalabl_method
 
     # the type checker holds every module against the interface
     _trained: tuple[TrainedMethod, ...] = (scalabl_method, mle, map, mc_dropout, blob, monteclora)
-    _post_hoc: tuple[PostHocMethod, ...] = (temperature, ensemble, laplace, tfb)
+    _post_hoc: tuple[PostHocMethod, ...] = (temperature, ensemble, laplace, tfb, subspace_laplace)
 
 
 class Method(Protocol):

@@ -11,22 +11,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from scalabl.errors import UserError
 from scalabl.methods.evidence import best_precision, log_evidence
-from scalabl.methods.saved import load_facts, load_tensors, require_plain_lora, save
+from scalabl.methods.saved import load_facts, load_tensors, save
+from scalabl.methods.training_rows import encoded_training_rows
 from scalabl.predictive import Predictive
 from scalabl.predictive.kronecker import Block, gauss_newton, matrices
 from scalabl.predictive.linearized_laplace import LinearizedLaplacePredictive
 from scalabl.progress import progress_bar
 from scalabl.tasks import Example
-from scalabl.trunk_store import with_stored_trunk
 
 if TYPE_CHECKING:
     from scalabl.loading import Run
 
 TITLE = "Laplace-LoRA"
 # factors of up to so many dimensions are exact; larger ones are kept at this rank
-RANK = 1024
+RANK = 2048
 # draws of the logits cost no forward pass (the paper takes 100,000)
 DRAWS = 1000
 
@@ -46,10 +45,7 @@ def fit(
     Raises:
         UserError: no training rows, or the run is no plain LoRA.
     """
-    require_plain_lora(run, "laplace")
-    if not train_rows:
-        raise UserError("laplace needs the training rows, but there are none.")
-    encoded = with_stored_trunk(run.scorer, run.encode(list(train_rows)), batch_size=batch_size)
+    encoded = encoded_training_rows(run, "laplace", train_rows, batch_size=batch_size)
     with progress_bar() as progress:
         bar = progress.add_task("curvature", total=len(encoded), detail="")
         curvature = gauss_newton(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from scalabl.errors import UserError
+from scalabl.mapping_file import read_json
 from scalabl.run_directory import write_json
 
 if TYPE_CHECKING:
@@ -67,13 +67,10 @@ def load_facts(run: Run, method: str) -> dict[str, Any]:
         UserError: the method was not fitted on this run, its file cannot be read, or the adapter has changed since.
     """
     path = directory_of(run, method) / f"{method}.json"
-    if not path.is_file():
-        raise UserError(f"{method} was not fitted on the run in {run.directory}; call scalabl.methods.{method}.fit.")
-    try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not readable JSON; fit {method} again.") from error
-    if not isinstance(facts, dict) or facts.get("adapter_sha256") != run.record.get("adapter_sha256"):
+    missing = f"{method} was not fitted on the run in {run.directory}; call scalabl.methods.{method}.fit."
+    mend = f"fit {method} again"
+    facts = read_json(path, missing=missing, mend=mend, holds=f"what {method} fitted; {mend}")
+    if facts.get("adapter_sha256") != run.record.get("adapter_sha256"):
         raise UserError(f"{path} was fitted on another adapter than the one in {run.directory}; fit {method} again.")
     return facts
 

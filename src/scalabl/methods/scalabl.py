@@ -34,6 +34,7 @@ def adapter_config(recipe: Recipe, model: PreTrainedModel) -> PeftConfig:
         unit_rows=recipe.unit_rows,
         draws=recipe.draws,  # type: ignore[arg-type]
         stochastic_modules=recipe.stochastic,
+        stochastic_layers=recipe.stochastic_layers,
     )
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from scalabl.errors import UserError
 from scalabl.methods.saved import load_facts, save
 from scalabl.tasks import Example
+from scalabl.uncertainty import is_drawn, particles_used
 
 if TYPE_CHECKING:
     from scalabl.loading import Run
@@ -64,15 +65,15 @@ def apply_temperature(log_probs: Tensor, temperature: float) -> Tensor:
     """log softmax(log_probs / T) of every particle; the argmax of a particle never changes.
 
     Args:
-        log_probs: (N, n, C), -inf for missing choices.
+        log_probs: (N, n, C), -inf for missing choices and for particles that a row has not drawn.
         temperature: T, positive.
     """
-    return (log_probs / temperature).log_softmax(dim=-1)
+    return (log_probs / temperature).log_softmax(dim=-1).masked_fill(log_probs == -torch.inf, -torch.inf)
 
 
 def negative_log_likelihood(log_probs: Tensor, labels: Tensor) -> Tensor:
     """Mean NLL in nats of the particles' average. log_probs (N, n, C), labels (n,)."""
-    average = log_probs.logsumexp(dim=0) - torch.log(torch.tensor(float(log_probs.shape[0])))
+    average = log_probs.logsumexp(dim=0) - particles_used(log_probs).to(log_probs).log()[:, None]
     return -average.gather(-1, labels[:, None]).mean()
 
 
@@ -92,14 +93,14 @@ def fit_temperature(log_probs: Tensor, labels: Tensor) -> float:
         raise UserError("The validation probabilities are not finite, so no temperature can be fitted.")
     # -inf marks a missing choice: a large negative number has the same effect and a defined gradient
     finite = log_probs.double().clamp_min(-1e4)
-    missing = torch.isinf(log_probs)
+    missing, drawn = torch.isinf(log_probs), is_drawn(log_probs)
     log_temperature = torch.zeros((), dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([log_temperature], lr=0.5, max_iter=200, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
         optimizer.zero_grad()
         scaled = (finite / log_temperature.exp()).masked_fill(missing, -1e9).log_softmax(dim=-1)
-        loss = negative_log_likelihood(scaled, labels)
+        loss = negative_log_likelihood(scaled.masked_fill(~drawn[..., None], -torch.inf), labels)
         loss.backward()
         return loss
 

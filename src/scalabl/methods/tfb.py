@@ -17,14 +17,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from scalabl.errors import UserError
-from scalabl.methods.saved import load_facts, load_tensors, require_plain_lora, save
+from scalabl.methods.saved import load_facts, load_tensors, save
 from scalabl.methods.temperature import negative_log_likelihood
+from scalabl.methods.training_rows import encoded_training_rows
 from scalabl.predictive import MeanPredictive, Predictive, predict
 from scalabl.predictive.lora_particles import lora_parts
 from scalabl.predictive.weight_noise import WeightNoisePredictive
 from scalabl.tasks import Example
-from scalabl.trunk_store import with_stored_trunk
 
 if TYPE_CHECKING:
     from scalabl.loading import Run
@@ -52,13 +51,10 @@ def fit(
     Raises:
         UserError: no training rows, or the run is no plain LoRA.
     """
-    require_plain_lora(run, "tfb")
-    if not train_rows:
-        raise UserError("tfb needs training rows as an anchor, but there are none.")
     anchor = list(train_rows)
     if anchor_rows < len(anchor):
         anchor = random.Random(0).sample(anchor, anchor_rows)
-    encoded = with_stored_trunk(run.scorer, run.encode(anchor), batch_size=batch_size)
+    encoded = encoded_training_rows(run, "tfb", anchor, batch_size=batch_size)
     labels = torch.tensor([row.answer for row in anchor])
     mixers = noise_mixers({name: parts.b for name, parts in lora_parts(run.scorer.model).items()})
 

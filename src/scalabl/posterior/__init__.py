@@ -12,4 +12,13 @@ from scalabl.posterior.prior import Prior
 
 POSTERIORS: dict[str, type[Gaussian]] = {"diagonal": DiagonalGaussian, "full": FullGaussian}
 
-__all__ = ["POSTERIORS", "DiagonalGaussian", "FullGaussian", "Gaussian", "Prior", "forward_kl", "forward_kl_gradient", "standard_normal"]
+__all__ = [
+    "POSTERIORS",
+    "DiagonalGaussian",
+    "FullGaussian",
+    "Gaussian",
+    "Prior",
+    "forward_kl",
+    "forward_kl_gradient",
+    "standard_normal",
+]

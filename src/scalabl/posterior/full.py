@@ -53,24 +53,14 @@ class FullGaussian(Gaussian):
     def kl_gradient(self, prior: Prior) -> dict[str, Tensor]:
         mean = self.log_mean.float().exp()
         diagonal_squared = (2 * self.log_std.float()).exp()
-        prior_variance = self._prior_variance(prior)
+        # an empirical prior takes the trace of L L^T alone, a sum over the numbers of L however they are sharded
+        below = self.lower.float().square().sum() / self.r if prior.empirical else 0.0
+        prior_variance = prior.variance(mean, diagonal_squared + below)
         return {
             "log_mean": mean * (mean - prior.mean) / prior_variance,
             "log_std": diagonal_squared / prior_variance - 1,
             "lower": self.lower.float() / prior_variance,
         }
-
-    def _prior_variance(self, prior: Prior) -> Tensor:
-        """The prior's variance: a scalar, also where the parameters are shards."""
-        if not prior.empirical:
-            return torch.tensor(prior.std**2, device=self.log_mean.device)
-        # the trace of L L^T is a sum over all numbers of L, however they are sharded
-        moment = (
-            (self.mean - prior.mean).square().sum()
-            + (2 * self.log_std.float()).exp().sum()
-            + self.lower.float().square().sum()
-        ) / self.r
-        return moment.full_tensor() if hasattr(moment, "full_tensor") else moment
 
     @torch.no_grad()
     def reset(self, mean: Tensor, std: Tensor) -> None:

@@ -37,6 +37,6 @@ class Prior:
     def variance(self, mean: Tensor, variance: Tensor) -> Tensor:
         """std^2 for a posterior of these means and variances (r,): a scalar, differentiable if empirical."""
         if not self.empirical:
-            return torch.tensor(self.std**2, device=mean.device)
+            return torch.full((), self.std**2, dtype=torch.float32, device=mean.device)
         moment = (variance + (mean - self.mean).square()).mean()
         return moment.full_tensor() if hasattr(moment, "full_tensor") else moment  # shards hold a part of the sum

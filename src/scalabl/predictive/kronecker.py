@@ -124,19 +124,27 @@ class Factor:
         if self.exact:
             self._sum += vectors.T @ vectors
             return
-        rows = torch.cat([self._sum, vectors])
+        self._sum = torch.cat([self._sum, vectors])
+        if self._sum.shape[0] > 2 * self.rank:  # seldom: an eigendecomposition costs more than a product
+            self._shrink()
+
+    def _shrink(self) -> None:
+        """Keep the `rank` largest directions of S^T S, S the rows held so far."""
+        rows = self._sum.double()  # singular Gram matrices defeat the solver in single precision
         if rows.shape[0] <= rows.shape[1]:
             _, left = torch.linalg.eigh(rows @ rows.T)
-            self._sum = left[:, -self.rank :].T @ rows  # the rows of S^T U: singular values times right vectors
+            rows = left[:, -self.rank :].T @ rows  # the rows of S^T U: singular values times right vectors
         else:
             values, right = torch.linalg.eigh(rows.T @ rows)
-            self._sum = values[-self.rank :].clamp_min(0).sqrt()[:, None] * right[:, -self.rank :].T
+            rows = values[-self.rank :].clamp_min(0).sqrt()[:, None] * right[:, -self.rank :].T
+        self._sum = rows.float()
 
     def eigen(self) -> tuple[Tensor, Tensor]:
         """Eigenvectors (d, k) as columns and eigenvalues (k,), at least 0."""
         if self.exact:
             values, vectors = torch.linalg.eigh(self._sum.double())
         else:
+            self._shrink()
             left, singular, _ = torch.linalg.svd(self._sum.double().T, full_matrices=False)
             vectors, values = left, singular.square()
         return vectors.float(), values.clamp_min(0).float()

@@ -12,8 +12,12 @@ import torch
 from torch import Tensor
 
 from scalabl.errors import UserError
+from scalabl.predictive.drawn_layers import drawn_layers
 from scalabl.scoring import Batch, Scorer
-from scalabl.tuner import values
+from scalabl.top_layers import check_spec
+from scalabl.tuner import stochastic_layers, values
+from scalabl.tuner.joint import joint_of
+from scalabl.tuner.state import only
 
 _MOST_CONTRASTS = 25  # a question has at most 26 choices
 
@@ -24,21 +28,33 @@ class LinearizedPredictive:
     Args:
         points: quasi-Monte Carlo points of the softmax-Gaussian integral; a power of two is best.
         seed: scrambles the points.
+        stochastic_layers: the top layers alone are uncertain, "last:K" or a fraction "last:0.25", the others known.
 
     Raises:
-        UserError: points is below 1.
+        UserError: points is below 1, or there are no such layers.
     """
 
     name = "linearized"
 
-    def __init__(self, points: int = 128, *, seed: int = 0) -> None:
+    def __init__(self, points: int = 128, *, seed: int = 0, stochastic_layers: str | None = None) -> None:
         if points < 1:
             raise UserError(f"points is {points}; it must be at least 1.")
         self.points = points
         self.seed = seed
+        if stochastic_layers is not None:
+            check_spec(stochastic_layers)
+        self.stochastic_layers = stochastic_layers
 
     def __call__(self, scorer: Scorer, batch: Batch) -> Tensor:
-        mean, covariance = logit_gaussian(scorer, batch)
+        return self.log_probs(*logit_gaussian(scorer, batch, self.stochastic_layers))
+
+    def log_probs(self, mean: Tensor, covariance: Tensor) -> Tensor:
+        """The softmax of Gaussian logits at the points: (points, B, C).
+
+        Args:
+            mean: (B, C), -inf where a row has no such choice.
+            covariance: (B, C - 1, C - 1) of the differences to the first.
+        """
         contrasts = covariance.shape[-1]
         if contrasts == 0:
             return mean.log_softmax(dim=-1)[None]
@@ -51,31 +67,56 @@ class LinearizedPredictive:
         return torch.cat([mean[None, :, :1].expand(self.points, -1, -1), mean[None, :, 1:] + shift], -1).log_softmax(-1)
 
 
-def logit_gaussian(scorer: Scorer, batch: Batch) -> tuple[Tensor, Tensor]:
+def logit_gaussian(scorer: Scorer, batch: Batch, drawn: str | None = None) -> tuple[Tensor, Tensor]:
     """Mean (B, C) of the class logits, and the covariance (B, C - 1, C - 1) of their differences to the first.
 
-    The mean is -inf where a row has no such choice; the covariance is zero there.
+    The mean is -inf where a row has no such choice; the covariance is zero there. `drawn` names the layers that are
+    uncertain, as `stochastic_layers` of the predictive.
     """
-    with torch.enable_grad(), values(scorer.model, len(batch)) as layers:
+    logits, jacobians = logit_jacobian(scorer, batch, drawn)
+    return logits, logit_covariance(scorer, jacobians)
+
+
+@torch.no_grad()
+def logit_covariance(scorer: Scorer, jacobians: dict[str, Tensor]) -> Tensor:
+    """(B, C - 1, C - 1) J Sigma J^T of the layers whose Jacobians (B, C - 1, r) are given; the others are known."""
+    joint = joint_of(scorer.model)
+    if joint is not None:
+        return joint.push_forward(jacobians)
+    layers = stochastic_layers(scorer.model)
+    parts = [j @ layers[name].posterior.covariance().float() @ j.transpose(1, 2) for name, j in jacobians.items()]
+    return torch.stack(parts).sum(dim=0)
+
+
+def logit_jacobian(scorer: Scorer, batch: Batch, drawn: str | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    """The class logits at the posterior mean, and the Jacobian of their differences to the first in every layer's s.
+
+    The backward passes stop at the lowest of the layers: below it, the rows are run without gradient.
+
+    Returns:
+        logits (B, C), -inf where a row has no such choice; the layer's name -> (B, C - 1, r), zero there.
+    """
+    uncertain = drawn_layers(scorer.model, drawn)
+    batch = scorer.with_trunk(batch, min(uncertain.values(), default=None))
+    with torch.enable_grad(), values(scorer.model, len(batch)) as of_all, only(scorer.model, uncertain):
+        layers = {name: of_all[name] for name in of_all if name in uncertain}
         logits = scorer.class_logits(batch)
         inputs = [s for s, _ in layers.values()]
         rows, classes = logits.shape
         present = torch.arange(classes, device=logits.device) < batch.num_choices[:, None]
-        jacobians: list[list[Tensor]] = [[] for _ in inputs]
+        columns: list[list[Tensor]] = [[] for _ in inputs]
         for c in range(1, classes):
             weights = torch.zeros_like(logits)
             weights[:, c] = present[:, c].to(logits.dtype)
             weights[:, 0] = -weights[:, c]
             gradients = torch.autograd.grad(logits, inputs, weights, retain_graph=c < classes - 1)
-            for store, gradient in zip(jacobians, gradients, strict=True):
+            for store, gradient in zip(columns, gradients, strict=True):
                 store.append(gradient.detach().float())
-    covariance = torch.zeros(rows, classes - 1, classes - 1, device=logits.device)
-    with torch.no_grad():
-        if classes > 1:
-            for store, (_, posterior) in zip(jacobians, layers.values(), strict=True):
-                jacobian = torch.stack(store, dim=1)  # (B, C - 1, r)
-                covariance += jacobian @ posterior.covariance().float() @ jacobian.transpose(1, 2)
-    return logits.detach(), covariance
+    jacobians = {
+        name: torch.stack(store, dim=1) if store else torch.zeros(rows, 0, s.shape[1], device=logits.device)
+        for store, (name, (s, _)) in zip(columns, layers.items(), strict=True)
+    }
+    return logits.detach(), jacobians
 
 
 def matrix_root(covariance: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ class MeanPredictive:
     """p(y | x, s_mu), N = 1."""
 
     name = "mean"
+    shares_prefix = True
 
     def __call__(self, scorer: Scorer, batch: Batch) -> Tensor:
         # outside training a stochastic layer is at its mean

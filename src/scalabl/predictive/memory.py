@@ -25,9 +25,14 @@ def bytes_per_particle(model: nn.Module, batch: Batch) -> int:
     inner = getattr(config, "intermediate_size", 4 * hidden) or 4 * hidden
     # residual, normalised, q/k/v/out, and the MLP's three inner tensors; the mask; logits in float32 beside their own
     activations = rows * length * (6 * hidden + 3 * inner) * width
-    mask = rows * length * length * width
+    before = 0 if batch.prefix is None else batch.prefix.length
+    mask = rows * length * (before + length) * width
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_size = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
+    # the particle's own keys and values of the prefix in every layer, and their copies for the rows in one
+    prefix = before * 2 * heads * head_size * width * (config.num_hidden_layers + rows)
     logits = rows * batch.keep * config.vocab_size * (width + 4)
-    return activations + mask + logits
+    return activations + mask + prefix + logits
 
 
 def free_bytes(device: torch.device) -> int:

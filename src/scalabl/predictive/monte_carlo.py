@@ -8,9 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from scalabl.errors import UserError
+from scalabl.posterior.draw_kinds import noise
+from scalabl.predictive.drawn_layers import first_difference, restricted
 from scalabl.predictive.memory import particles_at_once
 from scalabl.scoring import Batch, Scorer
-from scalabl.tuner import particles
+from scalabl.top_layers import check_spec
+from scalabl.tuner import particles, stochastic_layers
+from scalabl.tuner.state import noise_particles
 
 
 class MonteCarloPredictive:
@@ -20,25 +24,47 @@ class MonteCarloPredictive:
         samples: N, at least 1.
         seed: the seed of the draws.
         chunk: how many particles at once; None fits them to the free memory. The answers do not depend on it.
+        draws: "independent", "antithetic", "sobol" or "moments" (`scalabl.posterior.draw_kinds`).
+        stochastic_layers: draw s in the top layers alone, "last:K" or a fraction "last:0.25", the others at their mean.
 
     Raises:
-        UserError: N is below 1.
+        UserError: N is below 1, there are no such draws or layers, or they cannot be of this N.
     """
 
     name = "mc"
+    shares_prefix = True
 
-    def __init__(self, samples: int = 10, *, seed: int = 0, chunk: int | None = None) -> None:
+    def __init__(
+        self,
+        samples: int = 10,
+        *,
+        seed: int = 0,
+        chunk: int | None = None,
+        draws: str = "independent",
+        stochastic_layers: str | None = None,
+    ) -> None:
         if samples < 1:
             raise UserError(f"samples is {samples}; it must be at least 1.")
+        noise(draws, samples, {}, seed)  # refuses what there is not, before any pass
+        if stochastic_layers is not None:
+            check_spec(stochastic_layers)
         self.samples = samples
         self.seed = seed
         self.chunk = chunk
+        self.draws = draws
+        self.stochastic_layers = stochastic_layers
+        self._all_noise: dict[tuple[tuple[str, int], ...], dict[str, Tensor]] = {}
 
     def __call__(self, scorer: Scorer, batch: Batch) -> Tensor:
-        at_once = self.chunk or particles_at_once(scorer.model, batch, self.samples)
-        parts, first = [], 0
-        while first < self.samples:
-            number = min(at_once, self.samples - first)
+        return self.draw(scorer, batch, 0, self.samples)
+
+    def draw(self, scorer: Scorer, batch: Batch, first: int, samples: int) -> Tensor:
+        """(samples, B, C) log class probabilities of the particles first .. first + samples - 1, in chunks."""
+        batch = self.begun(scorer, batch)
+        at_once = self.chunk or particles_at_once(scorer.model, batch, samples)
+        parts, end = [], first + samples
+        while first < end:
+            number = min(at_once, end - first)
             try:
                 parts.append(self._chunk(scorer, batch, first, number))
             except torch.OutOfMemoryError:
@@ -50,11 +76,25 @@ class MonteCarloPredictive:
             first += number
         return torch.cat(parts)
 
+    def begun(self, scorer: Scorer, batch: Batch) -> Batch:
+        """The batch at the lowest layer that is drawn: below it all particles are one, and run once."""
+        return scorer.with_trunk(batch, first_difference(scorer.model, self.stochastic_layers))
+
     def context(self, model: nn.Module, first: int, number: int) -> AbstractContextManager[None]:
         """Context in which a batch of `number` B rows carries the particles first .. first + number - 1."""
-        return particles(model, number, seed=self.seed, first=first)
+        if self.draws == "independent":
+            return particles(model, number, seed=self.seed, first=first)
+        return noise_particles(model, {name: z[first : first + number] for name, z in self._noise_of(model).items()})
+
+    def _noise_of(self, model: nn.Module) -> dict[str, Tensor]:
+        """(N, r) noise by layer, drawn once for a model's layers: these draws know of each other."""
+        layers = {name: leaf.out_features for name, leaf in stochastic_layers(model).items()}
+        key = tuple(layers.items())
+        if key not in self._all_noise:
+            self._all_noise[key] = noise(self.draws, self.samples, layers, self.seed)
+        return self._all_noise[key]
 
     def _chunk(self, scorer: Scorer, batch: Batch, first: int, number: int) -> Tensor:
-        with self.context(scorer.model, first, number):
-            log_probs = scorer.class_log_probs(batch.repeat(number))
+        with self.context(scorer.model, first, number), restricted(scorer.model, self.stochastic_layers):
+            log_probs = scorer.class_log_probs(batch.repeat(number, range(first, first + number)))
         return log_probs.view(number, len(batch), -1)

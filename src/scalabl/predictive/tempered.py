@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from scalabl.predictive.base import Predictive
@@ -20,6 +21,10 @@ class TemperedPredictive:
         self.inner = inner
         self.temperature = temperature
         self.name = inner.name
+        self.shares_prefix = getattr(inner, "shares_prefix", False)
 
     def __call__(self, scorer: Scorer, batch: Batch) -> Tensor:
-        return (self.inner(scorer, batch) / self.temperature).log_softmax(dim=-1)
+        log_probs = self.inner(scorer, batch)
+        scaled = (log_probs / self.temperature).log_softmax(dim=-1)
+        # a particle that a row has not drawn stays so
+        return scaled.masked_fill(log_probs == -torch.inf, -torch.inf)

@@ -1,6 +1,7 @@
 """The pictures of a report, each as the text of one inline <svg>."""
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from scalabl.metrics import reliability, risk_coverage
 from scalabl.report.drawing import INK, MUTED, Drawing, dashes, series
+from scalabl.selective import Threshold
 
 NUM_BINS = 15
 FIRST_ROWS = 20  # a risk among fewer rows moves by 5 points a row and more: the curve starts here
@@ -61,11 +63,17 @@ def reliability_diagram(name: str, method: str, probs: Tensor, labels: Tensor) -
     )
 
 
-def risk_coverage_curves(name: str, methods: list[tuple[str, Tensor, Tensor]]) -> str:
-    """The share of errors among the surest rows, a line for each (name, probs (n, C), labels (n,))."""
+def risk_coverage_curves(
+    name: str, methods: list[tuple[str, Tensor, Tensor]], thresholds: Sequence[Threshold | None] = ()
+) -> str:
+    """The share of errors among the surest rows, a line for each (name, probs (n, C), labels (n,)).
+
+    `thresholds`: of the highest probability, one a method or None. Each is marked where it meets its line: a disc at
+    the share of these rows that it answers, and a dotted level at the error rate that was promised.
+    """
     drawing = Drawing(5.2, 3.3)
     axes = drawing.axes[0]
-    ends = []
+    ends, marks = [], []
     for i, (method, probs, labels) in enumerate(methods):
         coverage, risk = risk_coverage(probs, labels)
         start = min(FIRST_ROWS, len(coverage)) - 1
@@ -73,10 +81,26 @@ def risk_coverage_curves(name: str, methods: list[tuple[str, Tensor, Tensor]]) -
         marker = "o" if len(chosen) == 1 else None
         axes.plot(coverage[chosen], risk[chosen], color=series(i), linestyle=dashes(i), linewidth=1.7, marker=marker)
         ends.append(f"{method} {risk[-1].item():.0%}")
+        threshold = thresholds[i] if i < len(thresholds) else None
+        if threshold is not None:
+            marks.append(_mark(axes, i, method, probs, risk, threshold))
     axes.set(xlim=(0, 1.01), xlabel="coverage: share of rows answered, the surest first", ylabel="share of errors")
     axes.set_ylim(bottom=0)
     _percent(axes)
-    return drawing.svg(name, f"Risk-coverage curves; errors when every row is answered: {', '.join(ends)}.")
+    description = f"Risk-coverage curves; errors when every row is answered: {', '.join(ends)}."
+    return drawing.svg(name, " ".join([description, *marks]))
+
+
+def _mark(axes: Axes, index: int, method: str, probs: Tensor, risk: Tensor, threshold: Threshold) -> str:
+    """Mark a threshold on its method's curve; what it says in words. risk (n,) of the k surest rows."""
+    axes.axhline(threshold.max_error, color=series(index), linewidth=0.9, linestyle=(0, (1, 2)))
+    answered = int((probs.max(dim=1).values > threshold.above).sum())
+    said = f"{method} at its threshold: {answered / len(probs):.0%} answered, "
+    if answered == 0:
+        return f"{said}at most {threshold.max_error:.1%} promised."
+    wrong = risk[answered - 1].item()
+    axes.plot([answered / len(probs)], [wrong], color=series(index), marker="o", markersize=6, gid=f"threshold_{index}")
+    return f"{said}{wrong:.1%} of them wrong, at most {threshold.max_error:.1%} promised."
 
 
 def entropy_histograms(name: str, method: str, label: str, sets: list[tuple[str, Tensor]]) -> str:

@@ -81,7 +81,9 @@ def render(report: Report, rows: list[dict[str, Any]]) -> str:
         ],
         risk=Markup(
             figures.risk_coverage_curves(
-                "risk", [(m.name, p, m.labels) for m, p in zip(report.methods, probs, strict=True)]
+                "risk",
+                [(m.name, p, m.labels) for m, p in zip(report.methods, probs, strict=True)],
+                [m.threshold for m in report.methods],
             )
         ),
         entropy=[picture for i, method in enumerate(report.methods) for picture in _entropy(i, method)],

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from scalabl.errors import UserError
+from scalabl.selective import Threshold
 
 
 @dataclass
@@ -14,11 +15,13 @@ class MethodResult:
 
     Attributes:
         name: as it is printed, "ScalaBL, N = 10".
-        log_probs: (N, n, C) log-probabilities of N particles; -inf for choices a row lacks.
+        log_probs: (N, n, C) log-probabilities of N particles; -inf for choices a row lacks, and for particles that
+            adaptive N did not draw for it.
         labels: (n,) indices of the right choices; the same rows for every method of a report.
         ood: name of a shifted data set -> (N, m, C') log-probabilities; may be empty.
         ood_labels: name of a shifted data set -> (m,) labels; a set without labels gets no accuracy.
         notes: remarks to print under the row ("temperature 1.56").
+        threshold: of the highest probability, chosen on held-out rows for a promised error rate.
     """
 
     name: str
@@ -27,6 +30,7 @@ class MethodResult:
     ood: dict[str, Tensor] = field(default_factory=dict)
     ood_labels: dict[str, Tensor] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    threshold: Threshold | None = None
 
     def num_choices(self) -> Tensor:
         """(n,) how many choices each row has."""

@@ -7,14 +7,15 @@ from torch import Tensor
 
 from scalabl.metrics import METRICS, Metric, evaluate, is_collapsed, ood_auroc, paired_difference
 from scalabl.report.results import MethodResult, Report, count_choices
-from scalabl.uncertainty import average, decompose
+from scalabl.uncertainty import average, decompose, mean_particles
 
 
 def table(report: Report, *, bootstrap: int = 1000, seed: int = 0) -> list[dict[str, Any]]:
     """One row of figures a method, made of plain dicts, lists, strings and numbers (ready for JSON).
 
     Keys of a row:
-        method, n, particles, notes
+        method, n, notes
+        particles: N; under adaptive N, the mean number that a row took
         accuracy, nll, ece, brier, auroc, aurc: {value, low, high, reason}; value None where undefined
         entropy: {total, aleatoric, epistemic}: means over the rows, in nats
         collapsed: a sentence, or None
@@ -56,7 +57,7 @@ def _row(method: MethodResult, bootstrap: int, seed: int) -> dict[str, Any]:
     row: dict[str, Any] = {
         "method": method.name,
         "n": len(method.labels),
-        "particles": method.log_probs.shape[0],
+        "particles": mean_particles(method.log_probs),
         **_figures(method.log_probs, method.labels, bootstrap, seed),
         "entropy": {part: getattr(known, part).mean().item() for part in ("total", "aleatoric", "epistemic")},
         "versus_first": None,

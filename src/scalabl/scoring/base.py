@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
@@ -13,6 +14,9 @@ from transformers import PreTrainedTokenizerBase
 
 from scalabl.errors import UserError
 from scalabl.tasks import Example
+
+if TYPE_CHECKING:
+    from scalabl.scoring.prefix import SharedPrefix
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,10 @@ class Batch:
 
     Shapes: input_ids, position_ids, segments (B, T), with segment -1 where padded; num_choices, answers (B,),
     answers -100 where unknown; trunk (B, T, d) or None. `keep` is how many last positions need logits.
+
+    `start` is the decoder layer that `trunk` enters, None for the one below which everything is frozen. `prefix` is
+    what stands before every row; it is encoded once for each of `particles`, which equal parts of the rows carry in
+    this order (None: the model's state without particles).
     """
 
     input_ids: Tensor
@@ -42,6 +50,9 @@ class Batch:
     answers: Tensor
     keep: int
     trunk: Tensor | None = None
+    start: int | None = None
+    prefix: SharedPrefix | None = None
+    particles: tuple[Hashable, ...] = (None,)
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
@@ -53,9 +64,14 @@ class Batch:
     def to(self, device: torch.device | str) -> Batch:
         return self._map(lambda t: t.to(device))
 
-    def repeat(self, number: int) -> Batch:
-        """N copies behind each other: rows i B .. (i + 1) B - 1 are for particle i."""
-        return self._map(lambda t: t.repeat(number, *([1] * (t.dim() - 1))))
+    def select(self, rows: Tensor) -> Batch:
+        """Some of the rows, by their indices, at the same padded length."""
+        return self._map(lambda t: t[rows])
+
+    def repeat(self, number: int, particles: Sequence[Hashable] | None = None) -> Batch:
+        """N copies behind each other: rows i B .. (i + 1) B - 1 are for particle i, or for particles[i]."""
+        copies = self._map(lambda t: t.repeat(number, *([1] * (t.dim() - 1))))
+        return replace(copies, particles=tuple(range(number) if particles is None else particles))
 
 
 class Scoring(ABC):
@@ -75,6 +91,13 @@ class Scoring(ABC):
         self.tokenizer = tokenizer
         self.chat = chat
         self.max_length = max_length
+        self.prefix = ""  # in front of every prompt
+
+    def with_prefix(self, text: str) -> Self:
+        """The same scoring with a text in front of every prompt: an instruction, or examples with their answers."""
+        made = copy.copy(self)
+        made.prefix = text
+        return made
 
     @abstractmethod
     def settings(self) -> dict[str, Any]:
@@ -85,9 +108,13 @@ class Scoring(ABC):
         """Tokens of one row."""
 
     @abstractmethod
+    def positions(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Rows (M,) and columns (M,) of the M positions of a batch whose logits are needed; a vocabulary is large."""
+
+    @abstractmethod
     def class_logits(self, logits: Tensor, batch: Batch) -> Tensor:
-        """logits (B, keep, V) of the last `batch.keep` positions -> class logits (B, C), -inf where a row has no
-        such choice; softmax over C gives p(choice | question)."""
+        """logits (M, V) at `positions` -> class logits (B, C), -inf where a row has no such choice; softmax over C
+        gives p(choice | question)."""
 
     def collate(self, rows: Sequence[Encoded]) -> Batch:
         """Pad rows on the left into a batch."""
@@ -115,6 +142,7 @@ class Scoring(ABC):
 
     def prompt_ids(self, question: str) -> list[int]:
         """The prompt's tokens, through the chat template if asked for."""
+        question = self.prefix + question
         if self.chat:
             message = [{"role": "user", "content": question}]
             text = self.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
@@ -146,7 +174,8 @@ class Scoring(ABC):
 
 
 def attention_mask(batch: Batch, dtype: torch.dtype, window: int | None = None) -> Tensor:
-    """(B, 1, T, T) additive mask: a token sees the prompt and its own choice, up to itself.
+    """(B, 1, T, P + T) additive mask: a token sees the prompt and its own choice, up to itself; behind a shared prefix
+    of P tokens, that too.
 
     So the choices of a question stand in one row, share its prompt and its draw of s, and never see each other.
 
@@ -156,14 +185,17 @@ def attention_mask(batch: Batch, dtype: torch.dtype, window: int | None = None) 
         window: how many positions a sliding layer sees, the token's own included; None for all.
     """
     segments, positions = batch.segments, batch.position_ids
-    length = segments.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool, device=segments.device).tril()
-    key, query = segments[:, None, :], segments[:, :, None]
-    allowed = causal & (key >= 0) & ((key == 0) | (key == query))
+    rows, length = segments.shape
+    before = batch.prefix.length if batch.prefix is not None else 0
+    causal = torch.ones(length, before + length, dtype=torch.bool, device=segments.device).tril(before)
+    prefix = torch.arange(before, device=segments.device).expand(rows, -1)
+    key = torch.cat([torch.zeros_like(prefix), segments], dim=1)[:, None, :]
+    allowed = causal & (key >= 0) & ((key == 0) | (key == segments[:, :, None]))
     if window is not None:
-        allowed = allowed & (positions[:, :, None] - positions[:, None, :] < window)
+        allowed = allowed & (positions[:, :, None] - torch.cat([prefix, positions], dim=1)[:, None, :] < window)
     # a padded position sees itself, so that no row of the softmax is empty
-    allowed = allowed | torch.eye(length, dtype=torch.bool, device=segments.device)
+    itself = torch.eye(length, dtype=torch.bool, device=segments.device)
+    allowed = allowed | torch.nn.functional.pad(itself, (before, 0))
     return torch.zeros(allowed.shape, dtype=dtype, device=segments.device).masked_fill(
         ~allowed, torch.finfo(dtype).min
     )[:, None]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -70,6 +71,16 @@ class Continuation(Scoring):
             segments += [number] * len(ids)
         return Encoded(input_ids, position_ids, segments, len(choices), example.answer)
 
+    def positions(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        segments = batch.segments
+        # what predicts a choice's first token is the prompt's last position, otherwise the token before
+        position = torch.arange(segments.shape[1], device=segments.device).expand_as(segments)
+        last_of_prompt = torch.where(segments == 0, position, -1).amax(dim=1, keepdim=True)
+        previous = torch.cat([segments[:, :1], segments[:, :-1]], dim=1)
+        source = torch.where(previous == segments, position - 1, last_of_prompt).clamp_min(0)
+        rows, columns = torch.nonzero(segments > 0, as_tuple=True)
+        return rows, source[rows, columns]
+
     def class_logits(self, logits: Tensor, batch: Batch) -> Tensor:
         sums, counts = choice_log_likelihoods(logits, batch)
         scores = sums / counts.clamp_min(1) if self.normalization == "token" else sums
@@ -80,28 +91,17 @@ def choice_log_likelihoods(logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor
     """Summed log-likelihood and number of tokens of every choice.
 
     Args:
-        logits: (B, keep, V) of the last `batch.keep` positions.
+        logits: (M, V) at `Continuation.positions`, where the M choice tokens of the batch are predicted.
         batch: the rows.
 
     Returns:
         sums (B, C) in nats, 0 where a row has no such choice; counts (B, C).
     """
-    keep = logits.shape[1]
-    tokens, segments = batch.input_ids[:, -keep:], batch.segments[:, -keep:]
-    is_choice = segments > 0
-    # what predicts a choice's first token is the prompt's last position, otherwise the token before
-    position = torch.arange(keep, device=logits.device).expand_as(segments)
-    last_of_prompt = torch.where(segments == 0, position, -1).amax(dim=1, keepdim=True)
-    previous = torch.cat([segments[:, :1], segments[:, :-1]], dim=1)
-    source = torch.where(previous == segments, position - 1, last_of_prompt).clamp_min(0)
-
-    rows, columns = torch.nonzero(is_choice, as_tuple=True)
-    # only the needed positions are normalised: a vocabulary is large
-    picked = logits[rows, source[rows, columns]].float()
-    log_likelihood = picked.gather(1, tokens[rows, columns][:, None]).squeeze(1) - picked.logsumexp(dim=1)
-
+    rows, columns = torch.nonzero(batch.segments > 0, as_tuple=True)
+    token = batch.input_ids[rows, columns]
+    log_likelihood = -F.cross_entropy(logits.float(), token, reduction="none")
     num_classes = int(batch.num_choices.max())
-    choice = segments[rows, columns] - 1
+    choice = batch.segments[rows, columns] - 1
     sums = torch.zeros(len(batch), num_classes, device=logits.device)
     sums = sums.index_put((rows, choice), log_likelihood, accumulate=True)
     counts = torch.zeros_like(sums).index_put((rows, choice), torch.ones_like(log_likelihood), accumulate=True)

@@ -94,7 +94,11 @@ class Letters(Scoring):
         ids = self.clip(self.prompt_ids(prompt), 0)
         return Encoded(ids, list(range(len(ids))), [0] * len(ids), len(example.choices), example.answer)
 
+    def positions(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        rows = torch.arange(len(batch), device=batch.input_ids.device)
+        return rows, torch.full_like(rows, batch.input_ids.shape[1] - 1)
+
     def class_logits(self, logits: Tensor, batch: Batch) -> Tensor:
-        scores = logits[:, -1, self.label_ids.to(logits.device)].float()
+        scores = logits[:, self.label_ids.to(logits.device)].float()
         absent = torch.arange(scores.shape[1], device=scores.device) >= batch.num_choices[:, None]
         return scores.masked_fill(absent, -torch.inf)

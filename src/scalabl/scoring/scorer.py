@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel
@@ -13,9 +12,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from scalabl.errors import UserError
-from scalabl.scoring.base import Batch, Encoded, Scoring, attention_masks
+from scalabl.scoring.base import Batch, Encoded, Scoring
 from scalabl.scoring.continuation import Continuation, choice_log_likelihoods
-from scalabl.trunk import Trunk
+from scalabl.scoring.token_logits import token_logits
+
+if TYPE_CHECKING:
+    from scalabl.trunk import Trunk
 
 
 class Scorer:
@@ -24,21 +26,26 @@ class Scorer:
     Args:
         model: a causal language model, with an adapter or without.
         scoring: how rows become class logits.
-        trunk: the frozen lower layers, or None to run every layer every time.
+        trunk: the lower layers, or None to run every layer every time.
+
+    Attributes:
+        shares_prefix: whether the model gives the same answers behind a shared prefix; None before it was tried.
     """
 
     def __init__(self, model: PreTrainedModel | PeftModel, scoring: Scoring, trunk: Trunk | None = None) -> None:
         self.model: Any = model
         self.scoring = scoring
         self.trunk = trunk
+        self.shares_prefix: bool | None = None
 
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
     def logits(self, batch: Batch) -> Tensor:
-        """The model's logits (B, keep, V) of the last `batch.keep` positions."""
-        return token_logits(self.model, batch, self.trunk)
+        """The model's logits (M, V) at the scoring's M positions."""
+        cache = None if batch.prefix is None else batch.prefix.cache(self, batch)
+        return token_logits(self.model, batch, self.trunk, self.scoring.positions(batch), cache)
 
     def class_logits(self, batch: Batch) -> Tensor:
         """(B, C), -inf where a row has no such choice."""
@@ -49,11 +56,29 @@ class Scorer:
         return self.class_logits(batch).log_softmax(dim=-1)
 
     @torch.no_grad()
-    def with_trunk(self, batch: Batch) -> Batch:
-        """The batch with the trunk's output, computed here if it is not there yet; unchanged without a trunk."""
-        if self.trunk is None or batch.trunk is not None:
+    def with_trunk(self, batch: Batch, start: int | None = None) -> Batch:
+        """The batch with the hidden states that enter a layer, computed here in the model's present state.
+
+        Args:
+            batch: the rows, of one particle.
+            start: the layer; None for the lowest adapted one. A batch that begins there or above is left as it is, and
+                so is every batch without a trunk.
+
+        Raises:
+            UserError: the architecture cannot resume in the middle.
+        """
+        trunk = self.trunk
+        if trunk is None:
             return batch
-        return replace(batch, trunk=self.trunk.encode(self.model, batch))
+        start = trunk.depth if start is None else start
+        if trunk.start_of(batch) >= start:
+            return batch
+        if batch.prefix is None:
+            trunk.check_once(self.model, batch.select(torch.zeros(1, dtype=torch.long)), start)
+            cache = None
+        else:
+            cache = batch.prefix.below(self, start)
+        return replace(batch, trunk=trunk.encode(self.model, batch, start, cache), start=start)
 
     def check_packing(self, encoded: Encoded, tolerance: float = 5e-2) -> None:
         """Refuse a model that does not honour the mask which keeps the choices of one row apart.
@@ -100,27 +125,7 @@ class Scorer:
 
     def _scored(self, rows: Sequence[Encoded]) -> tuple[Tensor, Batch]:
         batch = self.scoring.collate(rows).to(self.device)
-        return token_logits(self.model, batch, None), batch
-
-
-def token_logits(model: torch.nn.Module, batch: Batch, trunk: Trunk | None) -> Tensor:
-    """Logits (B, keep, V) of the last `keep` positions, from the cached trunk where the batch carries one."""
-    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-    resume = trunk.resume(model, batch.trunk) if trunk is not None and batch.trunk is not None else nullcontext()
-    with resume:
-        return model(
-            input_ids=batch.input_ids,
-            attention_mask=attention_masks(batch, dtype, _text_config(model)),
-            position_ids=batch.position_ids,
-            logits_to_keep=batch.keep,
-            use_cache=False,
-        ).logits
-
-
-def _text_config(model: torch.nn.Module) -> Any:
-    """The configuration of the language model, inside a multimodal one too."""
-    config: Any = model.config
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
+        return token_logits(self.model, batch, None, self.scoring.positions(batch)), batch
 
 
 def batches(rows: Sequence[Encoded], size: int) -> Iterator[tuple[list[int], list[Encoded]]]:

@@ -1,6 +1,7 @@
 """The user's own rows as JSONL: ``{"question", "choices", "answer"}`` or ``{"text", "label"}``.
 
 Either kind may carry an ``"id"``; without one the row is called ``stem:line``. One file holds one kind.
+A ``"score"``, which ``scalabl acquire`` adds, is read over.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from scalabl.tasks.example import LETTERS
 
 _QUESTION_KEYS = ("question", "choices", "answer")
 _TEXT_KEYS = ("text", "label")
+_IGNORED = ("score",)  # what `scalabl acquire` adds to a row
 
 
 def is_text_row(raw: dict[str, Any], where: str) -> bool:
@@ -27,7 +28,7 @@ def check_keys(raw: dict[str, Any], where: str, text_row: bool, require_answer: 
     """Refuse missing and unknown keys; the last key of a kind is its answer."""
     keys = _TEXT_KEYS if text_row else _QUESTION_KEYS
     for key in raw:
-        if key not in (*keys, "id"):
+        if key not in (*keys, *_IGNORED, "id"):
             close = difflib.get_close_matches(key, [k for k in keys if k not in raw], n=1)
             mend = f'did you mean "{close[0]}"?' if close else f"leave it out; a row has {', '.join(keys)} and id."
             raise UserError(f"{where}: unknown key {key!r}; {mend}")

@@ -6,19 +6,19 @@ the expected log-likelihood); this callback adds the gradient of KL(q || p) / N,
 
 from __future__ import annotations
 
-import copy
 import math
 import operator
 from typing import Any, Literal
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from scalabl.errors import UserError
-from scalabl.posterior import DiagonalGaussian, Gaussian, Prior, forward_kl_gradient
+from scalabl.posterior import DiagonalGaussian, Gaussian, Prior
+from scalabl.training.kl_gradient import add_kl_gradients, with_parameters
 from scalabl.training.log_values import LogContributor
 from scalabl.training.parameter_group import VariationalGroup, innermost
 from scalabl.training.refusals import refuse_flattened_batches, refuse_hidden_gradients, refuse_untrained
@@ -35,9 +35,9 @@ class ELBOCallback(LogContributor):
 
     Once an optimiser step, after gradient clipping and after the ranks' gradients are averaged, the closed-form
     gradient of weight * KL(q || p) is added to the variational parameters' gradients. It is thus neither clipped nor
-    multiplied by gradient accumulation, batch size, ranks or fp16's loss scale. Every training log gains "kl" (nats,
-    after the step), "nll" (the trainer's loss), "kl_weight" (of the last step), "sigma_mean" and "s_mean" (means over
-    all numbers of all layers of the posterior std and of |mean|).
+    multiplied by gradient accumulation, batch size, ranks or fp16's loss scale. Every training log gains "kl" (of q
+    from p in nats after the step, whichever is trained on), "nll" (the trainer's loss), "kl_weight" (of the last step),
+    "sigma_mean" and "s_mean" (means over all numbers of all layers of the posterior std and of |mean|).
 
     With several data-parallel ranks each rank gets its own stream of noise at the start of training (Trainer seeds
     all ranks alike, which would draw the same s for different sequences).
@@ -113,13 +113,17 @@ class ELBOCallback(LogContributor):
         priors = {
             prior_of(model, name) for name in ([self.adapter] if self.adapter else active_adapters(unwrap(model)))
         }
-        if self.kl == "forward" and not all(isinstance(p, DiagonalGaussian) for p in self._posteriors.values()):
-            raise UserError('kl="forward" is for a diagonal covariance, as in the reference code; use kl="reverse".')
         if len(priors) > 1:
             raise UserError(
                 "The active adapters have different priors; train one at a time, ELBOCallback(adapter=...)."
             )
         self._prior = priors.pop()
+        diagonal = all(isinstance(posterior, DiagonalGaussian) for posterior in self._posteriors.values())
+        if self.kl == "forward" and (self._prior.empirical or not diagonal):
+            raise UserError(
+                'kl="forward" is for a diagonal covariance and a fixed prior, as in the reference code; use '
+                'kl="reverse".'
+            )
         refuse_hidden_gradients(args, model, optimizer)
         refuse_flattened_batches(args, dataloader)
         trainable = self._trainable()
@@ -149,8 +153,7 @@ class ELBOCallback(LogContributor):
         if weight == 0:
             return
         _unscale(kwargs["optimizer"])
-        for posterior in self._posteriors.values():
-            add_kl_gradient(posterior, self._prior, weight, self.kl)
+        add_kl_gradients(self._posteriors.values(), self._prior, weight, self.kl)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -202,24 +205,6 @@ class ELBOCallback(LogContributor):
             self._group = None
 
 
-def add_kl_gradient(posterior: Gaussian, prior: Prior, weight: float, kl: str = "reverse") -> None:
-    """Add the gradient of weight * KL to the `.grad` of a posterior's trainable parameters, elementwise."""
-    if kl == "forward":
-        assert isinstance(posterior, DiagonalGaussian)
-        gradients = forward_kl_gradient(posterior, prior)
-    else:
-        gradients = posterior.kl_gradient(prior)
-    for name, gradient in gradients.items():
-        parameter = getattr(posterior, name)
-        if not parameter.requires_grad:
-            continue
-        scaled = weight * gradient.to(parameter.dtype)
-        if parameter.grad is None:
-            parameter.grad = scaled
-        else:
-            parameter.grad.add_(scaled)
-
-
 def _unscale(optimizer: Optimizer) -> None:
     """Divide the gradients by fp16's loss scale now, unless clipping has: what comes later would be divided too."""
     scaler = optimizer.scaler if isinstance(optimizer, AcceleratedOptimizer) else None
@@ -236,13 +221,11 @@ def _whole(posterior: Gaussian) -> Gaussian:
     """The posterior with whole tensors where its parameters are shards (FSDP 2); itself otherwise."""
     if not any(hasattr(parameter, "full_tensor") for parameter in posterior.parameters()):
         return posterior
-    gathered: dict[str, Tensor | None] = {
+    gathered = {
         name: parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter  # type: ignore[operator]
         for name, parameter in posterior.named_parameters()
     }
-    whole = copy.copy(posterior)
-    whole._parameters = gathered  # type: ignore[assignment]
-    return whole
+    return with_parameters(posterior, gathered)
 
 
 def separate_noise_of_ranks(args: TrainingArguments) -> None:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
 from peft import PeftModel
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from scalabl.errors import UserError
 from scalabl.methods.temperature import negative_log_likelihood
-from scalabl.predictive import MeanPredictive, predict
-from scalabl.scoring import Continuation, Letters, Scorer, Scoring
+from scalabl.predictive import predict
+from scalabl.scoring import Batch, Continuation, Letters, Scorer, Scoring
 from scalabl.tasks import Example
 from scalabl.training.recipe import Recipe
 from scalabl.trunk import Trunk
@@ -57,13 +59,33 @@ def choose_scoring(
         return options[-1], {}
     labels = torch.tensor([row.answer for row in validation])
     nll: dict[str, float] = {}
-    for option in options:
-        scorer = Scorer(model, option, trunk)
-        rows = with_stored_trunk(scorer, [option.encode(row) for row in validation], description=describe(option))
-        log_probs = predict(scorer, rows, MeanPredictive())
-        nll[describe(option)] = float(negative_log_likelihood(log_probs, labels))
+    for _, group in groupby(options, key=_encoding):
+        alike = list(group)
+        scorer = Scorer(model, alike[0], trunk)
+        rows = with_stored_trunk(scorer, [alike[0].encode(row) for row in validation], description=alike[0].name)
+        log_probs = predict(scorer, rows, _EveryScoring(alike))
+        for option, of_option in zip(alike, log_probs, strict=True):
+            nll[describe(option)] = float(negative_log_likelihood(of_option[None], labels))
     best = min(options, key=lambda option: nll[describe(option)])
     return best, nll
+
+
+class _EveryScoring:
+    """One pass for scorings of the same tokens: (number of scorings, B, C) instead of particles."""
+
+    name = "scorings"
+
+    def __init__(self, scorings: Sequence[Scoring]) -> None:
+        self.scorings = scorings
+
+    def __call__(self, scorer: Scorer, batch: Batch) -> Tensor:
+        logits = scorer.logits(batch)
+        return torch.stack([scoring.class_logits(logits, batch).log_softmax(dim=-1) for scoring in self.scorings])
+
+
+def _encoding(scoring: Scoring) -> dict[str, Any]:
+    """The settings that decide a row's tokens: sums and means per token are of the same ones."""
+    return {name: value for name, value in scoring.settings().items() if name != "normalization"}
 
 
 def describe(scoring: Scoring) -> str:

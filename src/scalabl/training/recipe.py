@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from scalabl.errors import UserError
+from scalabl.mapping_file import read_yaml
 from scalabl.methods import SETTINGS
 from scalabl.methods import TRAINED as METHODS
+from scalabl.top_layers import check_spec
 
 SCORINGS = ("auto", "letters", "continuation")
 SCHEDULES = ("elbo", "warmup", "minibatch")
@@ -55,6 +57,7 @@ class Recipe:
     draws: str = "sequence"
     kl: str = "reverse"
     stochastic_modules: str | None = None
+    stochastic_layers: str | None = None
     # the adapter
     r: int = 8
     lora_alpha: float = 16
@@ -105,6 +108,21 @@ class Recipe:
         layer_fraction(self.layers)
         if not self.targets:
             raise UserError("target_modules is empty; name the modules to adapt, for example q_proj,v_proj.")
+        if self.stochastic_layers is not None:
+            check_spec(self.stochastic_layers)
+        if self.stochastic == []:
+            raise UserError("stochastic_modules names no module; name at least one, or leave it out for all of them.")
+        adapted = {target.rpartition(".")[2] for target in self.targets}
+        for name in self.stochastic or ():
+            if name.rpartition(".")[2] not in adapted:
+                raise UserError(
+                    f"stochastic_modules names {name}, which target_modules ({self.target_modules}) does not adapt."
+                )
+        if self.kl == "forward" and (self.empirical_prior or self.covariance != "diagonal"):
+            raise UserError(
+                "kl is forward, which is for a diagonal covariance and a fixed prior, as in the reference code; set kl "
+                "to reverse."
+            )
 
     @property
     def targets(self) -> list[str]:
@@ -147,7 +165,8 @@ def make_recipe(values: dict[str, Any], config: Path | None = None) -> Recipe:
     """
     merged: dict[str, Any] = {}
     if config is not None:
-        merged |= _read_yaml(config)
+        form = "settings as name: value lines"
+        merged |= read_yaml(config, missing=f"There is no recipe {config}.", mend=f"write {form}", holds=form)
     merged |= {name: value for name, value in values.items() if value is not None}
     known = {f.name: f for f in fields(Recipe)}
     merged = SETTINGS.get(str(merged.get("method")), {}) | merged
@@ -156,26 +175,17 @@ def make_recipe(values: dict[str, Any], config: Path | None = None) -> Recipe:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {close[0]}?" if close else "."
             raise UserError(f"{config or 'The recipe'} names {name!r}, which is no setting{hint}")
-        merged[name] = _typed(name, value, str(known[name].type))
+        merged[name] = typed_setting(name, value)
     return Recipe(**merged)
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    import yaml
+def typed_setting(name: str, value: Any) -> Any:
+    """YAML reads 1e-4 as text and 16 as a whole number: bring a value to the setting's own type.
 
-    if not path.is_file():
-        raise UserError(f"There is no recipe {path}.")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not YAML: {str(error).splitlines()[0]}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} must hold settings as name: value lines.")
-    return content
-
-
-def _typed(name: str, value: Any, kind: str) -> Any:
-    """YAML reads 1e-4 as text and 16 as a whole number: bring values to the setting's own type."""
+    Raises:
+        UserError: it cannot be one.
+    """
+    kind = str(next(f.type for f in fields(Recipe) if f.name == name))
     if name in ("target_modules", "stochastic_modules") and isinstance(value, list):
         return ",".join(map(str, value))
     if value is None and "None" in kind:

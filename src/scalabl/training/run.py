@@ -121,14 +121,14 @@ def _train(recipe: Recipe, output: Path, task: Task, rows: Rows) -> dict[str, An
         "rows": {"train": len(rows.train), "validation": len(rows.validation)},
         "scoring": scoring.settings(),
         "scoring_nll": nll,
-        "parameters": _count(adapted),
+        "parameters": count_parameters(adapted),
         "base_fingerprint": fingerprint(model),
         "versions": {name: version(name) for name in ("torch", "transformers", "peft", "accelerate")},
         "device": str(next(adapted.parameters()).device),
     }
     write_json(output / RECORD, record)
     encoded = with_stored_trunk(Scorer(adapted, scoring, trunk), [scoring.encode(row) for row in rows.train])
-    log = _fit(recipe, output, adapted, scoring, trunk, encoded)
+    log = optimise(recipe, output, adapted, scoring, trunk, encoded)
 
     _publish(adapted, output)
     write_json(output / LOG, log)
@@ -162,7 +162,7 @@ def _subset(rows: Sequence[Example], number: int | None) -> tuple[Example, ...]:
     return tuple(random.Random(0).sample(list(rows), number))
 
 
-def _fit(
+def optimise(
     recipe: Recipe, output: Path, model: PeftModel, scoring: Scoring, trunk: Trunk | None, rows: list[Encoded]
 ) -> list[dict[str, float]]:
     arguments = TrainingArguments(
@@ -228,7 +228,7 @@ def _publish(model: PeftModel, output: Path) -> None:
     unfinished.rmdir()
 
 
-def _count(model: PeftModel) -> dict[str, int]:
+def count_parameters(model: PeftModel) -> dict[str, int]:
     """Parameters: base, LoRA (A and B), variational (means and standard deviations of s, a rival's scales)."""
     own = (".posterior.", "_sampler.")
     variational = sum(p.numel() for n, p in model.named_parameters() if any(part in n for part in own))

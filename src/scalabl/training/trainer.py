@@ -12,7 +12,7 @@ from torch.utils.data import Sampler
 from transformers import Trainer
 
 from scalabl.scoring import Batch, Encoded, Scoring
-from scalabl.scoring.scorer import token_logits
+from scalabl.scoring.token_logits import token_logits
 from scalabl.training.sampler import LengthGroupedOrder
 from scalabl.trunk import Trunk
 
@@ -46,7 +46,7 @@ class ChoiceTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         batch = Batch(**inputs)
-        class_logits = self.scoring.class_logits(token_logits(model, batch, self.trunk), batch)
+        class_logits = self.scoring.class_logits(token_logits(model, batch, self.trunk, self.scoring.positions(batch)), batch)
         loss = F.cross_entropy(class_logits, batch.answers)
         return (loss, {"logits": class_logits}) if return_outputs else loss
 

@@ -10,6 +10,7 @@ from peft import LoraConfig
 
 from scalabl.errors import UserError
 from scalabl.posterior import POSTERIORS, Prior
+from scalabl.top_layers import check_spec
 
 
 class ScalaBLType(str):
@@ -44,14 +45,16 @@ class ScalaBLConfig(LoraConfig):
         covariance: "diagonal" (2 r numbers a layer, the paper's default) or "full" (r (r + 3) / 2).
         prior_mean: mean of the Gaussian prior on each s_j.
         prior_std: its standard deviation, positive [ScalaBL: N(0, 1)].
-        empirical_prior: take for each layer the prior std of the highest ELBO, sqrt(mean_j(mu_j^2 + sigma_j^2)), instead
-            of `prior_std` (empirical Bayes).
+        empirical_prior: take for each layer the prior std of the highest ELBO, sqrt(mean_j(mu_j^2 + sigma_j^2)),
+            instead of `prior_std` (empirical Bayes).
         init_sigma: sigma starts as U(init_sigma / sqrt(2), init_sigma) [ScalaBL: 0.05].
         unit_rows: keep the rows of A at unit length in the forward pass. Without it (the paper's form) A and s
             share a free scale: the KL can be lowered by moving scale from s into A at no cost in likelihood.
         draws: while training, one draw of s a "sequence", or one a "batch", shared by its rows (the reference code).
-        stochastic_modules: the modules, by the end of their path, whose s is uncertain; the other adapted ones are plain
-            LoRA. All of them if None.
+        stochastic_modules: the modules, by the end of their path, whose s is uncertain; the other adapted ones are
+            plain LoRA. All of them if None.
+        stochastic_layers: the layers whose s is uncertain, "last:K" of these modules' or a fraction "last:0.25"; what
+            is adapted behind the decoder layers (lm_head) is the last. All of them if None.
         base_fingerprint: written when the adapter is made, checked when it is loaded onto a base model.
 
     Raises:
@@ -72,7 +75,11 @@ class ScalaBLConfig(LoraConfig):
         default="sequence", metadata={"help": "One draw of s a sequence, or one a batch."}
     )
     stochastic_modules: list[str] | None = field(
-        default=None, metadata={"help": "Ends of the names of the modules whose s is uncertain; all adapted ones if None."}
+        default=None,
+        metadata={"help": "Ends of the names of the modules whose s is uncertain; all adapted ones if None."},
+    )
+    stochastic_layers: str | None = field(
+        default=None, metadata={"help": "last:K or last:FRACTION: the layers whose s is uncertain; all if None."}
     )
     base_fingerprint: str | None = field(
         default=None, metadata={"help": "Identity of the base model that the adapter was trained on."}
@@ -91,9 +98,14 @@ class ScalaBLConfig(LoraConfig):
         if self.draws not in ("sequence", "batch"):
             raise UserError(f"draws is {self.draws!r}; it must be sequence or batch.")
         if self.stochastic_modules is not None:
-            self.stochastic_modules = list(self.stochastic_modules)
-            if not self.stochastic_modules:
-                raise UserError("stochastic_modules is empty, so nothing would be uncertain; name at least one module.")
+            names = self.stochastic_modules
+            self.stochastic_modules = [names] if isinstance(names, str) else list(names)
+            if not self.stochastic_modules or not all(self.stochastic_modules):
+                raise UserError(
+                    "stochastic_modules names no module; name at least one, or leave it out for all of them."
+                )
+        if self.stochastic_layers is not None:
+            check_spec(self.stochastic_layers)
         _ = self.prior
         refuse_unsupported(self)
 

@@ -79,7 +79,7 @@ def _leaves(model: nn.Module, adapter: str | None) -> list[tuple[str, str, Stoch
     leaves = []
     for name, module in model.named_modules():
         if isinstance(module, StochasticProjection):
-            layer, _, adapter_name = _bare(name).partition(".lora_A.")
+            layer, _, adapter_name = bare(name).partition(".lora_A.")
             if adapter_name in wanted:
                 leaves.append((layer, adapter_name, module))
     if not leaves:
@@ -90,7 +90,7 @@ def _leaves(model: nn.Module, adapter: str | None) -> list[tuple[str, str, Stoch
     return leaves
 
 
-def _bare(name: str) -> str:
+def bare(name: str) -> str:
     """The name in the base model, without what wrappers put in front or between."""
     for wrapper in _WRAPPERS:
         name = name.replace(wrapper, "")

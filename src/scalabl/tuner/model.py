@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from scalabl.errors import UserError
+from scalabl.top_layers import top_layers
 from scalabl.tuner.config import ScalaBLConfig
+from scalabl.tuner.depth import depths
 from scalabl.tuner.fingerprint import fingerprint, same_base
 from scalabl.tuner.projection import Particles, StochasticProjection
 
@@ -24,14 +26,15 @@ class ScalaBLModel(LoraModel):
     PEFT's; the noise lives in the leaf alone.
 
     Raises:
-        UserError: no module matches, a target is not a linear layer, r exceeds a layer, or the adapter was made
-            for another base model.
+        UserError: no module matches, a target is not a linear layer, r exceeds a layer, there are fewer layers than
+            are to be stochastic, or the adapter was made for another base model.
     """
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         # a copy, so that one configuration object can serve several base models
         config = cast(ScalaBLConfig, copy.copy(self.peft_config[adapter_name]))
         self.peft_config[adapter_name] = config
+        self._stochastic: set[str] | None = None
         found = fingerprint(model)
         if config.base_fingerprint is None:
             config.base_fingerprint = found
@@ -43,6 +46,7 @@ class ScalaBLModel(LoraModel):
             )
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
+            self._refuse_unmatched(config, model, adapter_name)
         except NoMatchingPeftModuleError as error:
             raise UserError(
                 f"target_modules={_as_text(config.target_modules)} adapts no layer of this model; name layers by the "
@@ -94,8 +98,27 @@ class ScalaBLModel(LoraModel):
 
     def _is_stochastic(self, config: ScalaBLConfig, name: str) -> bool:
         """Whether s is uncertain in the adapted module of this name."""
-        ends = getattr(config, "stochastic_modules", None)
-        return ends is None or any(name == end or name.endswith(f".{end}") for end in ends)
+        ends, layers = getattr(config, "stochastic_modules", None), getattr(config, "stochastic_layers", None)
+
+        def is_named(module: str) -> bool:
+            return ends is None or any(_ends_in(module, end) for end in ends)
+
+        if layers is None:
+            return is_named(name)
+        if self._stochastic is None:  # asked for the first of the modules: which will there be?
+            keys = [key for key, _ in self.model.named_modules() if self._check_target_module_exists(config, key)]
+            self._stochastic = set(top_layers(depths(self.model, filter(is_named, keys)), layers))
+        return name in self._stochastic
+
+    def _refuse_unmatched(self, config: ScalaBLConfig, model: nn.Module, adapter_name: str) -> None:
+        """Refuse a name in `stochastic_modules` that is no adapted module: it would silently be plain LoRA."""
+        adapted = [n for n, m in model.named_modules() if isinstance(m, LoraLayer) and adapter_name in m.lora_A]
+        for end in getattr(config, "stochastic_modules", None) or ():
+            if not any(_ends_in(name, end) for name in adapted):
+                raise UserError(
+                    f"stochastic_modules names {end}, but no adapted module ends in it; name some of "
+                    f"{', '.join(sorted({name.rpartition('.')[2] for name in adapted}))}."
+                )
 
     def _leaf(self, weight: Tensor, config: ScalaBLConfig) -> nn.Module:
         """What takes the place of LoRA's A, from LoRA's own draw of it (r, d_in)."""
@@ -150,6 +173,10 @@ class ScalaBLModel(LoraModel):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*tie_word_embeddings=True", category=UserWarning)
             super()._check_merge_allowed()
+
+
+def _ends_in(name: str, end: str) -> bool:
+    return name == end or name.endswith(f".{end}")
 
 
 def _as_text(targets: Any) -> str:

@@ -43,9 +43,9 @@ class StochasticProjection(nn.Module):
         covariance: "diagonal" or "full".
         init_sigma: sigma starts as U(init_sigma / sqrt(2), init_sigma), for each number.
         unit_rows: keep the rows of A at unit length in the forward pass, so that s alone carries their scale.
-        draws: one draw of s a "sequence", or one a "batch", shared by its rows.
+        draws: in state "auto", one draw of s a "sequence", or one a "batch", shared by its rows.
 
-    State "auto" draws while training and is the mean otherwise.
+    State "auto" draws while training and is the mean otherwise; "sample" always gives each row a draw of its own.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class StochasticProjection(nn.Module):
             s = self.posterior.sample(state.noise.to(device))
             return s.repeat_interleave(rows // number, dim=0)
         if state == "sample" or (state == "auto" and self.training):
-            number = 1 if self.draws == "batch" else rows
+            number = 1 if state == "auto" and self.draws == "batch" else rows
             return self.posterior.sample(torch.randn(number, self.out_features, device=device))
         return self.posterior.mean
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
 from torch import Tensor, nn
 
 from scalabl.errors import UserError
 from scalabl.posterior import Gaussian, standard_normal
+from scalabl.tuner.joint import correlated
 from scalabl.tuner.layers import stochastic_layers
 from scalabl.tuner.projection import Particles, State, StochasticProjection, Values
 
@@ -34,6 +35,11 @@ def mean(model: nn.Module) -> AbstractContextManager[None]:
 def sample(model: nn.Module) -> AbstractContextManager[None]:
     """Context in which every row of every pass carries a fresh draw, while predicting too."""
     return _state(model, lambda _name, _leaf: "sample")
+
+
+def only(model: nn.Module, names: Collection[str]) -> AbstractContextManager[None]:
+    """Context in which the stochastic layers not named carry their mean, whatever the state around it."""
+    return _state(model, lambda name, leaf: leaf.state if name in names else "mean")
 
 
 @contextmanager
@@ -75,6 +81,19 @@ def particles(
     chosen = list(indices) if indices is not None else list(range(first, first + number))
     if number < 1 or len(chosen) != number or min(chosen) < 0:
         raise UserError(f"Particles are counted from 1, numbers from 0: got number={number}, indices={chosen}.")
-    return _state(
-        model, lambda name, leaf: Particles(standard_normal(chosen, leaf.out_features, seed=seed, stream=name))
-    )
+    independent = {
+        name: standard_normal(chosen, leaf.out_features, seed=seed, stream=name)
+        for name, leaf in stochastic_layers(model).items()
+    }
+    return noise_particles(model, independent)
+
+
+def noise_particles(model: nn.Module, noise: Mapping[str, Tensor]) -> AbstractContextManager[None]:
+    """Context in which a batch of N B rows carries N particles made of given noise, as `particles` does of its own.
+
+    Args:
+        model: a PEFT model with a ScalaBL adapter.
+        noise: (N, r) standard normal numbers by the layer's name, for every stochastic layer.
+    """
+    noise = correlated(model, noise)
+    return _state(model, lambda name, _leaf: Particles(noise[name]))

@@ -1,0 +1,185 @@
+"""How noisy the ELBO's gradient is in the means, the standard deviations and the correlations of s.
+
+One draw s = s_mu + L z of a row gives g = d(-log p(y | x, s)) / ds, and with it the reparameterised gradients
+
+    log s_mu: s_mu g        log L_ii: L_ii z_i g_i        L_ij, j < i: z_j g_i
+
+A training step averages them over the rows of its batch, each with its own draw, and adds the KL's gradient, which has
+no noise. Here a batch is fixed and drawn again and again: what varies is the noise of the draws.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from covariance_study import Made, Study, loaded
+from torch import Tensor
+
+from scalabl.loading import Run
+from scalabl.posterior import FullGaussian, Gaussian, standard_normal
+from scalabl.progress import progress_bar
+from scalabl.scoring import Encoded, Scorer
+from scalabl.training.recipe import Recipe
+from scalabl.training.run import train
+from scalabl.tuner import prior_of, stochastic_layers, values
+
+PARAMETERS = {"mean": "log_mean", "std": "log_std", "off-diagonal": "lower"}  # kind -> of a full Gaussian
+POSITIONS = ("start", "end")
+AT_ONCE = 16  # draws of a row in one pass
+Gradients = dict[str, Tensor]  # kind -> (n, K, numbers): rows, draws, and numbers of all layers
+
+
+def s_gradients(
+    scorer: Scorer,
+    rows: Sequence[Encoded],
+    draws: int,
+    *,
+    seed: int,
+    shared: bool = False,
+    advance: Callable[[int], Any] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of -log p(y | x, s) in s, and the standard normal numbers that s was made of, (n, K, D) each.
+
+    Args:
+        scorer: a model with stochastic layers.
+        rows: n encoded rows with answers.
+        draws: K.
+        seed: of the draws.
+        shared: all rows have the same K draws, instead of each its own.
+        advance: called with the number of rows done.
+    """
+    model, n = scorer.model, len(rows)
+    layers = {name: leaf.out_features for name, leaf in stochastic_layers(model).items()}
+    gradients, noises = [], []
+    was_training = model.training
+    model.eval()
+    try:
+        for i, row in enumerate(rows):
+            for first in range(0, draws, AT_ONCE):
+                of_draws = range(first, min(first + AT_ONCE, draws))
+                numbers = [k if shared else k * n + i for k in of_draws]
+                noise = {name: standard_normal(numbers, r, seed=seed, stream=name) for name, r in layers.items()}
+                batch = scorer.with_trunk(scorer.scoring.collate([row] * len(numbers)).to(scorer.device))
+                with torch.enable_grad(), values(model, len(numbers)) as made:
+                    for name, (s, posterior) in made.items():
+                        with torch.no_grad():
+                            s += posterior.perturb(noise[name].to(s))
+                    log_probs = scorer.class_log_probs(batch).gather(-1, batch.answers[:, None])
+                    found = torch.autograd.grad(-log_probs.sum(), [s for s, _ in made.values()])
+                gradients.append(torch.cat(found, dim=1).float().cpu())
+                noises.append(torch.cat(list(noise.values()), dim=1))
+            if advance is not None:
+                advance(1)
+    finally:
+        model.train(was_training)
+    return torch.cat(gradients).unflatten(0, (n, draws)), torch.cat(noises).unflatten(0, (n, draws))
+
+
+@torch.no_grad()
+def parameter_gradients(posteriors: Sequence[FullGaussian], gradient: Tensor, noise: Tensor) -> Gradients:
+    """The gradients in each kind of parameter from those in s: one of each row and draw, float64."""
+    found: dict[str, list[Tensor]] = {kind: [] for kind in PARAMETERS}
+    sizes = [posterior.r for posterior in posteriors]
+    parts = zip(posteriors, gradient.double().split(sizes, -1), noise.double().split(sizes, -1), strict=True)
+    for posterior, g, z in parts:
+        rows, columns = torch.tril_indices(posterior.r, posterior.r, offset=-1)
+        found["mean"].append(g * posterior.mean.double().cpu())
+        found["std"].append(g * z * posterior.log_std.double().exp().cpu())
+        found["off-diagonal"].append(g[..., rows] * z[..., columns])
+    return {kind: torch.cat(of_layers, dim=-1) for kind, of_layers in found.items()}
+
+
+def kl_gradients(posteriors: Iterable[Gaussian], run: Run, weight: float) -> dict[str, Tensor]:
+    """The gradient of weight * KL(q || p) in each kind of parameter, (numbers,)."""
+    of_layers = [posterior.kl_gradient(prior_of(run.scorer.model)) for posterior in posteriors]
+    return {
+        kind: weight * torch.cat([layer[name].double().cpu() for layer in of_layers])
+        for kind, name in PARAMETERS.items()
+    }
+
+
+def figures(of_rows: Gradients, kl: dict[str, Tensor]) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+    """A fixed batch's figures by kind of parameter, and each parameter's |mean| / std over draws.
+
+    signal: root mean square over the parameters of the expected gradient, freed of what the mean over K draws has of
+    noise; noise: of the standard deviation over draws, and of that over rows, had the batch other rows; snr: signal /
+    noise of the draws; median_ratio: median of |mean| / std, and what it would be where nothing but noise is seen;
+    noise_share, signal_share: of all parameters' squares.
+
+    Args:
+        of_rows: gradients (B, K, numbers) of the rows of one batch, at least two rows and draws.
+        kl: its gradient, (numbers,).
+    """
+    found, ratios = [], {}
+    for kind, each in of_rows.items():
+        rows, draws, number = each.shape
+        if number == 0:
+            continue
+        estimates = each.mean(dim=0) + kl[kind]
+        mean, variance = estimates.mean(dim=0), estimates.var(dim=0)
+        signal = (mean.square() - variance / draws).mean().clamp_min(0)
+        between = (each.mean(dim=1).var(dim=0) - each.var(dim=1).mean(dim=0) / draws).mean().clamp_min(0) / rows
+        ratios[kind] = mean.abs() / variance.sqrt().clamp_min(1e-300)
+        row = {"kind": kind, "numbers": number, "signal": signal.sqrt().item()}
+        row |= {"noise_of_draws": variance.mean().sqrt().item(), "noise_of_rows": between.sqrt().item()}
+        row["snr"] = row["signal"] / row["noise_of_draws"] if row["noise_of_draws"] > 0 else None
+        row["median_ratio"] = ratios[kind].median().item()
+        row["median_ratio_of_noise"] = 0.6745 / draws**0.5  # the median of |N(0, 1)| over sqrt(K)
+        found.append(row)
+    for share, of in (("noise_share", "noise_of_draws"), ("signal_share", "signal")):
+        whole = sum(row["numbers"] * row[of] ** 2 for row in found)
+        for row in found:
+            row[share] = row["numbers"] * row[of] ** 2 / whole if whole > 0 else None
+    return found, ratios
+
+
+def noise_rows(study: Study) -> tuple[list[dict[str, Any]], dict[str, dict[str, Tensor]]]:
+    """A row a position, batch and kind of parameter; and position -> kind -> the ratios of all batches."""
+    rows: list[dict[str, Any]] = []
+    ratios: dict[str, dict[str, list[Tensor]]] = {}
+    o = study.options
+    for where in POSITIONS:
+        made_from = [study.identity("full", study.train), o.draws, o.seed, o.batches, o.noise_batch]
+        made_from += [o.start_steps] if where == "start" else []
+        tensors, _ = study.kept(f"gradients-{where}", made_from, lambda where=where: _gradients(study, where))  # type: ignore[misc]
+        for batch in range(o.batches):
+            chosen = slice(batch * o.noise_batch, (batch + 1) * o.noise_batch)
+            of_rows = {kind: tensors[kind][chosen].double() for kind in PARAMETERS}
+            found, of_batch = figures(of_rows, {kind: tensors[f"kl|{kind}"] for kind in PARAMETERS})
+            rows += [{"position": where, "batch": batch} | row for row in found]
+            for kind, values_ in of_batch.items():
+                ratios.setdefault(where, {}).setdefault(kind, []).append(values_)
+    return rows, {where: {kind: torch.cat(all_) for kind, all_ in of.items()} for where, of in ratios.items()}
+
+
+def _gradients(study: Study, where: str) -> Made:
+    o, recipe = study.options, study.recipe("full")
+    run = study.run("full") if where == "end" else _start(study, recipe)
+    rows = study.encoded(run, study.train)[: o.batches * o.noise_batch]
+    with progress_bar() as progress:
+        bar = progress.add_task(f"gradients, {where}", total=len(rows), detail="")
+        gradient, noise = s_gradients(
+            run.scorer, rows, o.draws, seed=o.seed, shared=recipe.draws == "batch",
+            advance=lambda n: progress.advance(bar, n),
+        )  # fmt: skip
+    posteriors: list[Any] = [leaf.posterior for leaf in stochastic_layers(run.scorer.model).values()]
+    weight = recipe.beta / study.records["full"]["rows"]["train"]
+    found = {kind: each.float() for kind, each in parameter_gradients(posteriors, gradient, noise).items()}
+    return found | {f"kl|{kind}": each for kind, each in kl_gradients(posteriors, run, weight).items()}, {}
+
+
+def _start(study: Study, recipe: Recipe) -> Run:
+    """A run of a few steps of the same recipe, on the rows that this study knows.
+
+    At the very first step B is 0, and with it every gradient in s.
+    """
+    o, scoring = study.options, study.records["full"]["scoring"]
+    limit = min(o.train_rows, study.records["full"]["rows"]["train"])
+    short = replace(recipe, steps=o.start_steps, train_rows=limit, validation_rows=0, model=o.model or recipe.model)
+    short = replace(short, scoring=scoring["scoring"], normalization=scoring.get("normalization", "auto"))
+    directory = o.work / f"start-{o.start_steps}-{study.records['full']['adapter_sha256'][:12]}-{limit}"
+    train(short, directory)
+    return loaded(directory, o.model)

@@ -1,0 +1,103 @@
+"""A plain LoRA as a ScalaBL adapter of the same weights, by the exact SVD of B A in every layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from torch import Tensor
+
+from scalabl.bayesianize.source import refuse_options
+from scalabl.errors import UserError
+from scalabl.posterior import POSTERIORS
+from scalabl.tuner import ScalaBLConfig
+from scalabl.tuner.config import SUPPORTED_LORA_OPTIONS
+
+
+@dataclass(frozen=True)
+class Factors:
+    """B A = up @ rows, one component a column and row.
+
+    Attributes:
+        rows: (r, d_in) orthonormal rows, V^T.
+        up: (d_out, r) orthogonal columns, U diag(sv), sv falling.
+    """
+
+    rows: Tensor
+    up: Tensor
+
+    @property
+    def singular_values(self) -> Tensor:
+        """(r,) the lengths of the columns of `up`."""
+        return self.up.norm(dim=0)
+
+
+def factorise(a: Tensor, b: Tensor) -> Factors:
+    """The SVD of B A, computed in float64 from two thin QR decompositions and one r x r SVD.
+
+    Args:
+        a: (r, d_in).
+        b: (d_out, r).
+
+    Returns:
+        the factors in float32.
+
+    Raises:
+        UserError: r exceeds a dimension, or a weight is not finite.
+    """
+    if a.shape[0] > min(a.shape[1], b.shape[0]):
+        raise UserError(
+            f"r is {a.shape[0]}, but an adapted layer has only {min(a.shape[1], b.shape[0])} dimensions; train the "
+            "adapter with a lower r."
+        )
+    if not (a.isfinite().all() and b.isfinite().all()):
+        raise UserError("The adapter has weights that are not finite; restore its file or train it again.")
+    q_up, r_up = torch.linalg.qr(b.detach().double())
+    q_rows, r_rows = torch.linalg.qr(a.detach().double().T)
+    u, singular_values, v_transposed = torch.linalg.svd(r_up @ r_rows.T)
+    return Factors((v_transposed @ q_rows.T).float().contiguous(), (q_up @ (u * singular_values)).float().contiguous())
+
+
+def scalabl_tensors(plain: dict[str, Tensor], config: ScalaBLConfig) -> dict[str, Tensor]:
+    """The contents of a plain LoRA's file -> a ScalaBL adapter's, s = 1 and sigma = `init_sigma`.
+
+    What is no LoRA weight (trained biases, modules_to_save) is carried as it is.
+
+    Raises:
+        UserError: a layer that is no linear one, or none at all.
+    """
+    made: dict[str, Tensor] = {}
+    for name, tensor in plain.items():
+        if "lora_embedding_" in name or ("lora_" in name and not name.endswith((".lora_A.weight", ".lora_B.weight"))):
+            raise UserError(f"The adapter has {name}, but only adapters of linear layers can be made Bayesian.")
+        if not name.endswith((".lora_A.weight", ".lora_B.weight")):
+            made[name] = tensor
+        elif name.endswith(".lora_A.weight"):
+            layer = name.removesuffix(".lora_A.weight")
+            if tensor.dim() != 2 or f"{layer}.lora_B.weight" not in plain:
+                raise UserError(f"The adapter has {name}, but only adapters of linear layers can be made Bayesian.")
+            factors = factorise(tensor, plain[f"{layer}.lora_B.weight"])
+            r = len(factors.rows)
+            posterior = POSTERIORS[config.covariance](torch.ones(r), torch.full((r,), config.init_sigma))
+            made[f"{layer}.lora_A.direction"] = factors.rows
+            made |= {f"{layer}.lora_A.posterior.{key}": value for key, value in posterior.state_dict().items()}
+            made[f"{layer}.lora_B.weight"] = factors.up
+    if len(made) == len(plain):
+        raise UserError("The adapter holds no LoRA weights; restore its file.")
+    return made
+
+
+def scalabl_config(plain: LoraConfig, **posterior: Any) -> ScalaBLConfig:
+    """The ScalaBL configuration with the same targets, ranks and scaling.
+
+    How A and B were drawn, and dropout, belong to a training that is over.
+
+    Raises:
+        UserError: an option of LoRA that ScalaBL cannot carry.
+    """
+    given = {field.name: getattr(plain, field.name) for field in fields(LoraConfig) if field.init}
+    refuse_options({k: v for k, v in given.items() if k not in SUPPORTED_LORA_OPTIONS})
+    kept = {k: v for k, v in given.items() if k in SUPPORTED_LORA_OPTIONS and k not in ("peft_type", "inference_mode")}
+    return ScalaBLConfig(**{**kept, "init_lora_weights": True, "lora_dropout": 0.0}, **posterior)

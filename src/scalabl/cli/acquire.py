@@ -1,0 +1,75 @@
+"""`scalabl acquire`: the rows of an unlabelled pool that are worth labelling next."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from scalabl.cli.main import app
+from scalabl.errors import UserError
+
+
+@app.command()
+def acquire(
+    pool: Annotated[Path, typer.Argument(metavar="POOL", help="JSONL rows without answers; answers are ignored.")],
+    run: Annotated[Path, typer.Argument(metavar="DIR", help="A run directory.")],
+    k: Annotated[int, typer.Option("-k", help="How many rows.")],
+    by: Annotated[str, typer.Option(help="bald (mutual information), entropy or random.")] = "bald",
+    output: Annotated[Path | None, typer.Option(help="JSONL; standard output if left out.")] = None,
+    samples: Annotated[int, typer.Option(help="Particles.")] = 10,
+    seed: Annotated[int, typer.Option(help="Of the particles, or of the random order.")] = 0,
+    batch_size: Annotated[int, typer.Option(help="Questions at a time.")] = 8,
+    model: Annotated[str | None, typer.Option(help="The base model, if it has moved.")] = None,
+) -> None:
+    """The k rows to label next, most informative first: each as it stands in the pool, with its score (nats)."""
+    from scalabl.acquisition import STRATEGIES
+    from scalabl.acquisition import acquire as chosen_rows
+    from scalabl.cli.evaluate import check_predictive
+    from scalabl.methods import SAMPLED
+    from scalabl.rows import with_labels
+    from scalabl.run_directory import finished_record, require_writable
+    from scalabl.tasks import load_rows
+    from scalabl.tasks.json_lines import read_objects
+
+    if by not in STRATEGIES:
+        raise UserError(f"--by is {by!r}; it must be one of {', '.join(STRATEGIES)}.")
+    record = finished_record(run)
+    check_predictive(None, samples, batch_size, None, record)
+    if by == "bald" and (record["recipe"]["method"] not in SAMPLED or samples == 1):
+        raise UserError(
+            "BALD ranks by what particles disagree about, and here is a single prediction; use --by entropy, or a run "
+            "with a posterior and more --samples."
+        )
+    require_writable(output)
+    labels = record["task"]["labels"]
+    rows = with_labels(load_rows(pool, labels=labels, require_answer=False), labels, pool)
+    if not 1 <= k <= len(rows):
+        raise UserError(f"-k is {k}; it must be between 1 and the {len(rows)} rows of {pool}.")
+    originals = [original for _, original in read_objects(pool)]
+
+    if by != "random":
+        import scalabl.evaluation  # noqa: F401  (torch and transformers, before they are turned down)
+        from scalabl.cli.quiet import quiet
+
+        quiet()
+    chosen = chosen_rows(run, rows, k, by=by, samples=samples, seed=seed, batch_size=batch_size, model=model)
+    _write(({**originals[i], "score": score} for i, score in chosen), output)
+
+
+def _write(rows: Iterable[dict[str, Any]], output: Path | None) -> None:
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    if output is None:
+        sys.stdout.write(text)
+        return
+    unfinished = output.with_name(f".{output.name}.{os.getpid()}")
+    try:
+        unfinished.write_text(text, encoding="utf-8")
+        os.replace(unfinished, output)
+    finally:
+        unfinished.unlink(missing_ok=True)

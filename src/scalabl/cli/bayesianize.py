@@ -1,0 +1,89 @@
+"""`scalabl bayesianize`: a run with a posterior from any plain LoRA and labelled rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from scalabl.cli.main import app, fail
+
+
+@app.command()
+def bayesianize(
+    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="A plain LoRA: of PEFT, TRL, or a run of mle.")],
+    data: Annotated[str, typer.Option(help="A benchmark's name, a JSONL file, or a directory of them.")],
+    output: Annotated[Path, typer.Option(help="The new run's directory.")],
+    method: Annotated[str, typer.Option(help="laplace (one pass over the rows) or vi.")] = "laplace",
+    model: Annotated[str | None, typer.Option(help="The base model, if the adapter does not name it.")] = None,
+    scoring: Annotated[str | None, typer.Option(help="auto, letters or continuation; a run's own by default.")] = None,
+    chat: Annotated[bool | None, typer.Option("--chat/--no-chat", help="Use the chat template.")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Tokens a row.")] = None,
+    train_rows: Annotated[int | None, typer.Option(help="Take so many rows.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Questions at a time.")] = None,
+    structure: Annotated[str, typer.Option(help="Of laplace's covariance: joint, layer or diagonal.")] = "joint",
+    prior_precision: Annotated[
+        float | None, typer.Option(help="Of laplace, on s relative to 1; by marginal likelihood if left out.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Of vi.")] = None,
+    variational_learning_rate: Annotated[float | None, typer.Option(help="Of vi.")] = None,
+    prior_std: Annotated[float | None, typer.Option(help="Of vi, on s relative to 1.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of vi's draws.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
+    bits: Annotated[int | None, typer.Option(help="Load the base in 4 or 8 bit (bitsandbytes).")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the run's record here too.")] = None,
+) -> None:
+    """Give a finished plain LoRA a posterior, without training it again."""
+    from scalabl.bayesianize.settings import settings_for
+    from scalabl.bayesianize.source import read_source, require_free, rows_for
+    from scalabl.run_directory import require_writable, write_json
+
+    source = read_source(adapter, model)
+    settings = settings_for(
+        source, data, method, structure=structure, prior_precision=prior_precision, scoring=scoring, chat=chat,
+        max_length=max_length, train_rows=train_rows, batch_size=batch_size, steps=steps,
+        variational_learning_rate=variational_learning_rate, prior_std=prior_std, seed=seed, dtype=dtype, bits=bits,
+    )  # fmt: skip
+    require_free(output)
+    require_writable(json)
+    task, rows, held_out = rows_for(source, data, train_rows)
+
+    from scalabl.bayesianize.run import bayesianize as make
+    from scalabl.cli.quiet import quiet
+    from scalabl.training.run import Interrupted
+
+    quiet()
+    try:
+        record = make(source, task, rows, held_out, output, settings)
+    except Interrupted:
+        fail("Interrupted; nothing was written.", code=130)
+    if json is not None:
+        write_json(json, record)
+    _print(record, output)
+
+
+def _print(record: dict[str, Any], output: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    facts, table = record["bayesianized"], Table.grid(padding=(0, 2))
+    table.add_row("run", str(output))
+    table.add_row("rows", f"{record['rows']['train']:,}")
+    table.add_row("scoring", record["scoring_name"])
+    if facts["method"] == "laplace":
+        table.add_row(
+            "posterior",
+            f"Laplace over {facts['numbers']:,} numbers together ({facts['structure']}), "
+            f"{facts['effective_parameters']:.1f} of them decided by the rows",
+        )
+        table.add_row(
+            "prior", f"precision {facts['prior_precision']:.3g}, log evidence {facts['log_evidence']:.2f} nats"
+        )
+    else:
+        table.add_row("posterior", f"variational, {record['recipe']['steps']} steps on mean and sigma")
+    console = Console()
+    console.print(table)
+    for warning in record["warnings"]:
+        console.print(Text(f"warning: {warning}", "bold yellow"))

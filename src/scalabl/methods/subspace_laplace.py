@@ -1,0 +1,84 @@
+"""ScalaBL after training: the exact joint Laplace posterior of the r numbers s of all layers of a finished LoRA.
+
+    B A = U diag(sv) V^T,   s ~ N(1, (H + precision I)^-1),   H = sum_n J_n^T Lambda_n J_n over all s jointly
+    f(x) ~ N(f_LoRA(x), J (H + precision I)^-1 J^T),   p(y | x) = E[softmax f(x)]           [Immer et al. 2021]
+
+What it rests on is in `scalabl.bayesianize`; this fits it on a run and keeps it beside the run's adapter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from torch import Tensor
+
+from scalabl.bayesianize.in_place import StochasticLeaves, factors_of
+from scalabl.bayesianize.laplace import fit_laplace
+from scalabl.bayesianize.svd import Factors
+from scalabl.methods.saved import load_facts, load_tensors, save
+from scalabl.methods.training_rows import encoded_training_rows
+from scalabl.posterior.joint import JointGaussian, Kept, Structure
+from scalabl.predictive import LinearizedPredictive, MonteCarloPredictive, Predictive
+from scalabl.scoring import Batch, Scorer
+from scalabl.tasks import Example
+
+if TYPE_CHECKING:
+    from scalabl.loading import Run
+
+TITLE = "ScalaBL, post-hoc"
+
+
+def fit(
+    run: Run,
+    train_rows: Sequence[Example],
+    validation_rows: Sequence[Example],
+    *,
+    members: Sequence[Path] = (),
+    batch_size: int = 8,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """One pass over the training rows, and the prior precision of the highest evidence.
+
+    Raises:
+        UserError: no training rows, or the run is no plain LoRA.
+    """
+    encoded = encoded_training_rows(run, "subspace_laplace", train_rows, batch_size=batch_size)
+    leaves = StochasticLeaves(factors_of(run.scorer.model))
+    with leaves.in_place(run.scorer.model):
+        joint, facts = fit_laplace(run.scorer, encoded, batch_size=batch_size)
+    facts |= {"ranks": dict(joint.ranks), "variational_numbers": joint.size * (joint.size + 3) // 2}
+    # the factors too: singular vectors of like values may turn out otherwise on another machine
+    tensors = {f"{name}|{part}": tensor for name, f in leaves.factors.items() for part, tensor in vars(f).items()}
+    return save(run, "subspace_laplace", facts, {**tensors, "factor": joint.factor})
+
+
+def predictive(
+    run: Run,
+    *,
+    samples: int = 10,
+    seed: int = 0,
+    kind: Literal["linearized", "mc"] = "linearized",
+    structure: Structure = "joint",
+    kept: Kept = "marginal",
+) -> Predictive:
+    """The linearised predictive; or an average over N draws of s, and without some of the correlations."""
+    facts, tensors = load_facts(run, "subspace_laplace"), load_tensors(run, "subspace_laplace")
+    joint = JointGaussian(tensors["factor"], facts["ranks"]).restricted(structure, kept)
+    factors = {name: Factors(tensors[f"{name}|rows"], tensors[f"{name}|up"]) for name in facts["ranks"]}
+    inner = LinearizedPredictive(seed=seed) if kind == "linearized" else MonteCarloPredictive(samples, seed=seed)
+    return _InPlace(StochasticLeaves(factors, joint), inner)
+
+
+class _InPlace:
+    """A predictive of s on a model that is a plain LoRA before and after."""
+
+    def __init__(self, leaves: StochasticLeaves, inner: Predictive) -> None:
+        self.leaves = leaves
+        self.inner = inner
+        self.name = inner.name
+
+    def __call__(self, scorer: Scorer, batch: Batch) -> Tensor:
+        with self.leaves.in_place(scorer.model):
+            return self.inner(scorer, batch)

@@ -1,0 +1,219 @@
+"""`auto`: the cheapest predictive that keeps the quality of N Monte Carlo particles, and a sentence that says which.
+
+Candidates are Monte Carlo with N particles, the linearised predictive, and the linearised predictive of the fewest top
+layers that hold 95 % of the variance of the logits. What each costs is computed (`scalabl.predictive.cost`). Whether a
+linearised one may stand in is measured on a few of the rows that are to be predicted, without their answers: M
+antithetic pairs of particles p+, p- give a reference and the variance of one particle,
+
+    reference = 1/M sum_i (p+_i + p-_i) / 2        Var[p] = E[((p+ - p-) / 2)^2] + Var[(p+ + p-) / 2]
+
+and a linearised predictive p_lin passes where it is as near to the reference as the average of N particles is to its
+expectation, over all rows and choices:
+
+    gap = sqrt mean (p_lin - reference)^2   <=   noise = sqrt mean Var[p] / N
+
+The gap contains the reference's own error, which is of the even part of p alone, the part that a linearisation lacks:
+with large noise the test fails on both accounts. An error of that size in well calibrated probabilities raises the
+NLL in second order, as the error of N particles does.
+
+Fewer antithetic or quasi-random particles would average the probabilities as well at less cost. They are no candidates:
+they look in fewer directions, so that the epistemic part of the uncertainty is told worse.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from scalabl.errors import UserError
+from scalabl.predictive.base import Predictive, predict
+from scalabl.predictive.cost import cost_of
+from scalabl.predictive.drawn_layers import drawn_layers
+from scalabl.predictive.linearized import LinearizedPredictive, logit_covariance, logit_jacobian
+from scalabl.predictive.monte_carlo import MonteCarloPredictive
+from scalabl.scoring import Batch, Encoded, Scorer
+from scalabl.scoring.prefix import shared_prefix
+from scalabl.scoring.scorer import batches
+from scalabl.top_layers import holding_variance, top_layers
+from scalabl.tuner import stochastic_layers
+from scalabl.tuner.layers import active_adapters, unwrap
+from scalabl.uncertainty import average
+
+TRIAL_ROWS = 8  # on which a linearised predictive is compared; with fewer rows to predict there is no trial
+TRIAL_PAIRS = 5
+SHARE = 0.95  # of the variance of the logits, that the top layers have to hold
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was chosen.
+
+    Attributes:
+        predictive: the strategy.
+        name: "mc, N = 10", "linearized", "linearized, s in last:3".
+        sentence: what, and why.
+        costs: of every candidate by its name, in plain forwards of the whole model a batch.
+    """
+
+    predictive: Predictive
+    name: str
+    sentence: str
+    costs: dict[str, float]
+
+
+class AutoPredictive:
+    """Chooses on the first rows that it is given, and keeps its choice until the model's weights change.
+
+    Where fewer than `TRIAL_ROWS` rows come before a choice was made, they are predicted by Monte Carlo.
+
+    Args:
+        samples: N, whose quality has to be kept; at least 1.
+        seed: of the particles.
+        stochastic_layers: draw s in the top layers alone, as in the predictives it chooses from.
+
+    Attributes:
+        choice: what was chosen, None before the first rows.
+
+    Raises:
+        UserError: N is below 1, or there are no such layers.
+    """
+
+    name = "auto"
+
+    def __init__(self, samples: int = 10, *, seed: int = 0, stochastic_layers: str | None = None) -> None:
+        self.samples = samples
+        self.seed = seed
+        self.stochastic_layers = stochastic_layers
+        self.choice: Choice | None = None
+        self._mc = MonteCarloPredictive(samples, seed=seed, stochastic_layers=stochastic_layers)
+        self._made_for: tuple[object, ...] = ()
+
+    def __call__(self, scorer: Scorer, batch: Batch) -> Tensor:
+        """Batches come through what was chosen: Monte Carlo where nothing was. `predict` chooses by itself."""
+        return (self._mc if self.choice is None else self.choice.predictive)(scorer, batch)
+
+    def chosen(self, scorer: Scorer, rows: Sequence[Encoded], *, batch_size: int = 8) -> Predictive:
+        """The predictive of these rows, chosen now or before.
+
+        Raises:
+            UserError: the model has no posterior over s, or there are no such layers.
+        """
+        versions = sum(0 if p.is_inference() else p._version for p in scorer.model.parameters())
+        present = (tuple(active_adapters(unwrap(scorer.model))), versions)
+        if self.choice is None or present != self._made_for:
+            self.choice = self._choose(scorer, rows, batch_size)
+            # a choice made of too few rows is made anew
+            self._made_for = present if len(rows) >= TRIAL_ROWS else ()
+        return self.choice.predictive
+
+    def _choose(self, scorer: Scorer, rows: Sequence[Encoded], batch_size: int) -> Choice:
+        drawn = drawn_layers(scorer.model, self.stochastic_layers)
+        if not drawn:
+            raise UserError("This adapter has no posterior over s to choose a predictive for; use the mean.")
+        start = min(drawn.values())
+        prefix = shared_prefix(scorer, rows) if len(rows) >= TRIAL_ROWS else None
+        cost = cost_of(scorer, rows, batch_size, 0 if prefix is None else prefix.length)
+        sampled, linearized = f"mc, N = {self.samples}", self._name(self.stochastic_layers)
+        costs = {sampled: cost.mc(self.samples, start), linearized: cost.linearized(start)}
+        price = f"{costs[sampled]:.1f} plain forwards a batch"
+
+        def by_mc(why: str) -> Choice:
+            return Choice(self._mc, sampled, f"auto chose {sampled} ({price}): {why}.", costs)
+
+        if costs[linearized] >= costs[sampled]:
+            return by_mc(f"linearised, {cost.classes} choices would take {costs[linearized]:.1f}")
+        if len(rows) < TRIAL_ROWS:
+            return by_mc(f"{len(rows)} rows are too few to test the linearised predictive on, it takes {TRIAL_ROWS}")
+        trial = _Trial(scorer, [rows[i * len(rows) // TRIAL_ROWS] for i in range(TRIAL_ROWS)], self, batch_size)
+        layers, gap = self.stochastic_layers, trial.gap(drawn)
+        if gap > trial.noise:
+            return by_mc(
+                f"on {TRIAL_ROWS} of the rows the linearised predictive ({costs[linearized]:.1f}) is {gap:.2g} off in "
+                f"probability, more than the noise of N = {self.samples}, {trial.noise:.2g}"
+            )
+        if layers is None:
+            spec = holding_variance(drawn, trial.variances(), SHARE)
+            fewer = {name: drawn[name] for name in top_layers(drawn, spec)}
+            if len(fewer) < len(drawn):
+                costs[self._name(spec)] = cost.linearized(min(fewer.values()))
+                if trial.gap(fewer) <= trial.noise:
+                    layers, gap = spec, trial.gap(fewer)
+        name = self._name(layers)
+        return Choice(
+            LinearizedPredictive(seed=self.seed, stochastic_layers=layers),
+            name,
+            f"auto chose {name} ({costs[name]:.1f} plain forwards a batch; mc with N = {self.samples} takes "
+            f"{costs[sampled]:.1f}): on {TRIAL_ROWS} of the rows it is {gap:.2g} off in probability, no more than the "
+            f"noise of N = {self.samples}, {trial.noise:.2g}.",
+            costs,
+        )
+
+    @staticmethod
+    def _name(layers: str | None) -> str:
+        return "linearized" if layers is None else f"linearized, s in {layers}"
+
+
+class _Trial:
+    """Antithetic pairs of particles and the Jacobians of some rows.
+
+    Attributes:
+        noise: RMSE over rows and choices of the averaged probabilities of N independent particles.
+    """
+
+    def __init__(self, scorer: Scorer, rows: Sequence[Encoded], auto: AutoPredictive, batch_size: int) -> None:
+        pairs = MonteCarloPredictive(
+            2 * TRIAL_PAIRS, seed=auto.seed, draws="antithetic", stochastic_layers=auto.stochastic_layers
+        )
+        particles = predict(scorer, rows, pairs, batch_size=batch_size).double().exp()
+        self._present = torch.arange(particles.shape[-1]) < torch.tensor([row.num_choices for row in rows])[:, None]
+        self._reference, variance = reference_and_variance(particles)
+        self.noise = float((variance[self._present].mean() / auto.samples).sqrt())
+        self._scorer = scorer
+        self._linear = LinearizedPredictive(seed=auto.seed)
+        self._parts = []
+        was_training = scorer.model.training
+        scorer.model.eval()
+        try:
+            for indices, chunk in batches(rows, batch_size):
+                batch = scorer.with_trunk(scorer.scoring.collate(chunk).to(scorer.device))
+                self._parts.append((indices, *logit_jacobian(scorer, batch, auto.stochastic_layers)))
+        finally:
+            scorer.model.train(was_training)
+
+    def gap(self, layers: dict[str, int]) -> float:
+        """RMSE over rows and choices of the predictive that is linearised in these layers, to the reference."""
+        found = torch.zeros_like(self._reference)
+        for indices, logits, jacobians in self._parts:
+            covariance = logit_covariance(self._scorer, {name: jacobians[name] for name in layers})
+            probs = average(self._linear.log_probs(logits, covariance))
+            found[torch.tensor(indices), : probs.shape[1]] = probs
+        return float((found - self._reference)[self._present].square().mean().sqrt())
+
+    @torch.no_grad()
+    def variances(self) -> dict[str, float]:
+        """Each layer's part of the variance of the logits' differences, summed over the rows."""
+        posteriors = {
+            n: leaf.posterior.covariance().float() for n, leaf in stochastic_layers(self._scorer.model).items()
+        }
+        return {
+            name: sum(float(((j[name] @ posteriors[name]) * j[name]).sum()) for _, _, j in self._parts)
+            for name in self._parts[0][2]
+        }
+
+
+def reference_and_variance(particles: Tensor) -> tuple[Tensor, Tensor]:
+    """The average of antithetic pairs, and the variance of one particle.
+
+    Args:
+        particles: (2 M, n, C) probabilities; 2 i and 2 i + 1 are a pair.
+
+    Returns:
+        both (n, C); the variance is unbiased.
+    """
+    pairs = particles.unflatten(0, (-1, 2))
+    even = pairs.mean(dim=1)
+    odd = (pairs[:, 0] - pairs[:, 1]) / 2
+    return even.mean(dim=0), odd.square().mean(dim=0) + even.var(dim=0)
