@@ -4,9 +4,10 @@
 
 Every strategy starts from tokens, and so does the plain forward that it is measured against: every layer at the
 posterior mean, no stored trunk. Cost is the median over rounds of the ratio to the plain forward of the same round; the
-order within a round is drawn anew. Strategies of more than 5 forwards run in every third round. Memory is what a pass
-adds to the loaded model, at its peak. Quality is that of the test rows, with intervals of the rows' bootstrap, and of
-telling them from shifted ones by the entropy; KL is to the average of many particles of a seed of their own.
+order within a round is drawn anew. Those that run every layer for every particle do so in every third round. Memory is
+what a pass adds to the loaded model, at its peak. Quality is that of the test rows, with intervals of the rows'
+bootstrap, and of telling them from shifted ones by the entropy; KL is to the average of many particles of a seed of
+their own.
 
 Writes docs/results/predictive.{csv,json,md,svg}. Resumable: every round and every strategy's predictions are kept, in
 a directory named after the adapter, the rows and the settings. About 15 minutes a run on one core for SmolLM2-135M with
@@ -25,23 +26,22 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from _common import RESULTS, ROOT, facts, load_average, markdown_facts, write_results, write_text
 from predictive_results import as_csv, judged, markdown, picture, summarize
+from predictive_strategies import Strategy, as_wide, strategies
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from scalabl.benchmark.measure import measured
 from scalabl.cli.quiet import quiet
 from scalabl.evaluation import answers
 from scalabl.loading import Run, load_run
-from scalabl.predictive import AutoPredictive, LinearizedPredictive, MeanPredictive, MonteCarloPredictive, Predictive
+from scalabl.predictive import AutoPredictive, MeanPredictive, MonteCarloPredictive, Predictive
 from scalabl.predictive import predict as predict_rows
-from scalabl.predictive.adaptive import AdaptivePredictive
 from scalabl.predictive.base import chosen
 from scalabl.predictive.cost import cost_of
 from scalabl.predictive.drawn_layers import first_difference
@@ -56,64 +56,6 @@ from scalabl.variance import run_variance, top_holding
 PLAIN = "plain forward"
 LONG = "long-run average"
 LONG_SEED = 1_000_003  # of no other draws
-SLOW = 5.0  # forwards, above which a strategy runs in every third round
-
-
-class Passes:
-    """N particles one after the other, each a pass of its own."""
-
-    name = "passes"
-
-    def __init__(self, inner: MonteCarloPredictive) -> None:
-        self.inner = inner
-
-    def __call__(self, scorer: Scorer, batch: Batch) -> Tensor:
-        return torch.cat([self.inner.draw(scorer, batch, i, 1) for i in range(self.inner.samples)])
-
-
-@dataclass(frozen=True)
-class Strategy:
-    """One line of the table.
-
-    Attributes:
-        name: as in the table.
-        make: the predictive.
-        trunk: whether what lies below the lowest stochastic layer is run once; else every layer for every particle.
-        timed_as, judged_as: the strategy whose passes, or whose predictions, are the same.
-    """
-
-    name: str
-    make: Callable[[], Predictive]
-    trunk: bool = True
-    timed_as: str | None = None
-    judged_as: str | None = None
-
-
-def strategies(samples: int, top: str) -> list[Strategy]:
-    """All of them; `top`: the layers of the restricted linearisation, "last:K"."""
-    mc, passes = f"mc, N = {samples}", f"mc, N = {samples}, {samples} passes"
-    found = [
-        Strategy("mean", MeanPredictive),
-        Strategy(passes, lambda: Passes(MonteCarloPredictive(samples)), trunk=False, judged_as=mc),
-        Strategy(f"{mc}, one batch", lambda: MonteCarloPredictive(samples), trunk=False, judged_as=mc),
-        Strategy(mc, lambda: MonteCarloPredictive(samples)),
-    ]
-    for number in (4, 6):
-        for kind in ("antithetic", "sobol", "moments"):
-            found.append(
-                Strategy(
-                    f"{kind}, N = {number}",
-                    lambda kind=kind, number=number: MonteCarloPredictive(number, draws=kind),  # type: ignore[misc]
-                    timed_as=None if kind == "antithetic" else f"antithetic, N = {number}",
-                )
-            )
-    return [
-        *found,
-        Strategy(f"adaptive, N ≤ {samples}", lambda: AdaptivePredictive(MonteCarloPredictive(samples))),
-        Strategy("linearized", LinearizedPredictive),
-        Strategy(f"linearized, s in {top}", lambda: LinearizedPredictive(stochastic_layers=top)),
-        Strategy("auto", lambda: AutoPredictive(samples)),
-    ]
 
 
 @dataclass
@@ -203,8 +145,11 @@ def weigh(bench: Bench, a: argparse.Namespace, batch: int, advance: Callable[[st
                 predictive = inner
             made[name] = scorer, predictive
         if set(known["memory"]) < set(made):
-            known["memory"] = {name: _peak(*pair, tokens) for name, pair in made.items()}  # warms up as well
+            known["memory"] = {name: _peak(*pair, tokens) for name, pair in made.items()}
             write_text(path, json.dumps(known) + "\n")
+        else:  # a call that goes on has to warm up too
+            for pair in made.values():
+                _seconds(*pair, tokens)
     slow: set[str] = {name for name, strategy in timed.items() if not strategy.trunk}
     for number in range(a.rounds):
         advance(f"{bench.classes} classes: cost at batch {batch}")
@@ -252,16 +197,6 @@ def _synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def as_wide(row: Example, classes: int) -> Example:
-    """The row with its right choice and so many others: entropies are compared between rows of like choices."""
-    if len(row.choices) <= classes or row.answer is None:
-        return row
-    generator = random.Random(row.id)
-    others = [i for i in range(len(row.choices)) if i != row.answer]
-    kept = sorted([row.answer, *generator.sample(others, classes - 1)])
-    return replace(row, choices=tuple(row.choices[i] for i in kept), answer=kept.index(row.answer))
-
-
 def bench_of(directory: Path, ood: str, a: argparse.Namespace) -> Bench:
     """A run with its rows.
 
@@ -303,7 +238,9 @@ def main() -> None:
     parser.add_argument("--reference", type=int, default=200, help="particles of the long-run average")
     parser.add_argument("--reference-rows", type=int, default=50, help="test rows that it is taken of")
     parser.add_argument("--top", default="variance:0.9", help="layers of the restricted linearisation")
-    parser.add_argument("--variance-rows", type=int, default=30, help="validation rows for their shares of the variance")
+    parser.add_argument(
+        "--variance-rows", type=int, default=30, help="validation rows for their shares of the variance"
+    )
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batch-size", type=int, default=8, help="of the predictions that are judged")
@@ -334,15 +271,18 @@ def main() -> None:
             judge(bench, a, advance)
             for batch in a.batches:
                 costs[batch] = weigh(bench, a, batch, advance)
-        found = {
-            s.name: load_file(predictions_of(bench, s.judged_as or s.name)) for s in bench.lines
-        }
+        found = {s.name: load_file(predictions_of(bench, s.judged_as or s.name)) for s in bench.lines}
         long = load_file(predictions_of(bench, LONG))["long"]
         quality = judged(found, long, answers(bench.data["test"]), f"mc, N = {a.samples}")
         encoded = bench.run.encode(bench.data["test"])
         start = first_difference(bench.run.scorer.model, None) or 0
-        models = {batch: cost_of(bench.run.scorer, encoded, batch) for batch in a.batches}
-        modelled = {b: {f"mc, N = {a.samples}": m.mc(a.samples, start), "linearized": m.linearized(start)} for b, m in models.items()}
+        modelled: dict[int, dict[str, float]] = {}
+        for batch in a.batches:
+            model = cost_of(bench.run.scorer, encoded, batch)
+            modelled[batch] = {
+                "linearized": model.linearized(start),
+                f"mc, N = {a.samples}": model.mc(a.samples, start),
+            }
         timed = {s.name: s.timed_as or s.name for s in bench.lines}
         rows += summarize(bench.classes, timed, costs, quality, modelled, PLAIN)
         sentence = json.loads(predictions_of(bench, "auto").with_suffix(".json").read_text(encoding="utf-8"))

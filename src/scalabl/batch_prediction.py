@@ -89,8 +89,8 @@ def predict_file(
     # the choice is made from all rows, so that a call that goes on makes the same one
     strategy, why = choose(run, strategy, rows, batch_size=batch_size)
     extra = {"predictive": describe_method(run, strategy)} if why else {}
-    for sentence in why if say is not None else []:
-        say(sentence)
+    if why and say is not None:
+        say(why[0])
     threshold = None if promise is None else threshold_of(run, promise, strategy, batch_size=batch_size)
     if threshold is not None and tell is not None:
         tell(threshold)
