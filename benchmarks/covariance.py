@@ -26,7 +26,7 @@ from covariance_study import RUNS, Study, study_of
 from scalabl.cli.quiet import quiet
 from scalabl.errors import UserError
 
-MC_ROWS, MC_OOD_ROWS = 48, 24  # 64 draws under 5 covariances cost as much as 5 x 64 passes over them
+MC_ROWS, MC_OOD_ROWS = 24, 12  # 64 draws under 5 covariances are 320 passes over each row
 # facts of the page that are numbers of the command line
 SIZES = (
     "test_rows", "ood_rows", "mc_rows", "mc_ood_rows", "samples", "points", "draws", "batches", "noise_batch",

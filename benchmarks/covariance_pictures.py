@@ -13,6 +13,7 @@ from covariance_posterior import KINDS, Position, layer_correlations, pairs, sho
 from covariance_predictions import STRUCTURES
 from covariance_study import RUNS
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 from scipy.stats import halfnorm
 from torch import Tensor
 
@@ -82,12 +83,20 @@ def sizes(positions: Mapping[str, Position]) -> str:
                     above = 1 - np.arange(len(values)) / len(values)
                     look = KINDS.index(kind)
                     axis.step(values, above, color=COLOURS[look], linestyle=LINES[look], label=kind, where="post")
-            axis.set(xlabel="|correlation|", xlim=(0, 1), yscale="log", title=RUNS[name])
+            axis.set(xlabel="|correlation|", xlim=(0, 1), yscale="log")
+            axis.set_title(RUNS[name], fontsize=9)
+            _plain_decades(axis.yaxis)
             axis.grid(True, color=RULE)
         axes[0].set_ylabel("share of pairs above")
         axes[-1].legend()
     described = "share of pairs whose correlation in the exact posterior is above a size, by kind of pair"
     return svg(figure, "sizes", described)
+
+
+def _plain_decades(axis: Any) -> None:
+    """0.01, 0.1, 1, ... on a logarithmic axis: powers would need mathematical text."""
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
 
 
 def predictions(rows: Sequence[dict[str, Any]]) -> str:
@@ -163,6 +172,7 @@ def gradient_noise(ratios: Mapping[str, Mapping[str, Tensor]], draws: int) -> st
             axis.plot(x, halfnorm.cdf(x * draws**0.5), color=MUTED, linewidth=0.9, label="noise alone")
             axis.set(xscale="log", xlim=(0.003, highest), xlabel="|mean gradient| / std over draws")
             axis.set_title({"start": "after a few steps", "end": "at the end"}[where], fontsize=9)
+            _plain_decades(axis.xaxis)
             axis.grid(True, color=RULE)
         axes[0].set_ylabel("share of parameters below")
         axes[-1].legend(fontsize=7)

@@ -13,7 +13,6 @@ import covariance_predictions
 import pytest
 import torch
 from covariance_learnt import NULLS, cosine, fit_rows, learnt_rows, null_cosines, off_diagonals, p_value
-from covariance_noise import PARAMETERS, figures, parameter_gradients, s_gradients
 from covariance_posterior import KINDS, Position, correlation_rows, pairs, position
 from covariance_predictions import STRUCTURES, EveryStructure
 from covariance_study import loaded, study_of
@@ -29,7 +28,6 @@ from scalabl.training.recipe import Recipe
 from scalabl.training.run import train
 from scalabl.tuner import stochastic_layers
 from scalabl.tuner.joint import set_joint
-from scalabl.tuner.projection import Particles
 
 TOY = ["--train-rows", "12", "--test-rows", "8", "--ood-rows", "5", "--points", "8", "--samples", "3", "--mc-rows", "4"]
 TOY += ["--mc-ood-rows", "3", "--draws", "5", "--batches", "2", "--noise-batch", "3", "--start-steps", "2"]
@@ -207,57 +205,6 @@ def some_joint(ranks: dict[str, int], *, seed: int = 0) -> JointGaussian:
     size = sum(ranks.values())
     root = torch.randn(size, 2 * size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return JointGaussian(torch.linalg.cholesky(0.02 * root @ root.T / size).float(), ranks)
-
-
-def test_gradients_are_those_of_a_training_step() -> None:
-    """The mean over rows and draws, against autograd of the loss with the same noise in the layers."""
-    model = adapted(covariance="full")
-    layers = stochastic_layers(model)
-    generator = torch.Generator().manual_seed(4)
-    with torch.no_grad():
-        for leaf in layers.values():
-            lower: Any = leaf.posterior.lower
-            lower.copy_(0.1 * torch.randn(lower.shape, generator=generator))
-    scorer = Scorer(model, Continuation(tiny()[1]))
-    rows = [scorer.scoring.encode(row) for row in questions(3)]
-    gradient, noise = s_gradients(scorer, rows, 4, seed=5)
-    sizes = [leaf.out_features for leaf in layers.values()]
-    found = parameter_gradients([leaf.posterior for leaf in layers.values()], gradient, noise)  # type: ignore[misc]
-    batch = scorer.scoring.collate(rows)
-    for k in range(4):
-        for leaf, z in zip(layers.values(), noise[:, k].split(sizes, -1), strict=True):
-            leaf.state = Particles(z)
-            leaf.posterior.requires_grad_(True)
-        loss = -scorer.class_log_probs(batch).gather(-1, batch.answers[:, None]).mean()
-        for kind, name in PARAMETERS.items():
-            parameters = [leaf.posterior.get_parameter(name) for leaf in layers.values()]
-            expected = torch.cat(torch.autograd.grad(loss, parameters, retain_graph=True)).double()
-            torch.testing.assert_close(found[kind][:, k].mean(dim=0), expected, rtol=2e-3, atol=2e-5)
-            assert expected.abs().max() > 1e-3
-    assert len({tuple(z) for z in noise.flatten(0, 1).tolist()}) == 12  # each row and draw has its own
-    _, shared = s_gradients(scorer, rows, 2, seed=5, shared=True)
-    assert torch.equal(shared[0], shared[1]) and not torch.equal(shared[:, 0], shared[:, 1])
-
-
-def test_signal_and_noise_of_gradients_that_are_known() -> None:
-    """Rows differ by 3, draws by 2, around 0.5: noise of draws 2 / sqrt(B), of rows 3 / sqrt(B)."""
-    generator = torch.Generator().manual_seed(0)
-    rows, draws, numbers = 16, 64, 400
-    of_rows = 3 * torch.randn(rows, 1, numbers, generator=generator, dtype=torch.float64)
-    of_rows = of_rows - of_rows.mean(dim=0)
-    noise = 2 * torch.randn(rows, draws, numbers, generator=generator, dtype=torch.float64)
-    kl = torch.full((numbers,), 0.1, dtype=torch.float64)
-    each = {"mean": 0.4 + of_rows + noise, "std": noise, "off-diagonal": torch.zeros(rows, draws, 0)}
-    found, ratios = figures(each, {"mean": kl, "std": 0 * kl, "off-diagonal": kl[:0]})
-    signal, silent = found
-    assert [row["kind"] for row in found] == ["mean", "std"]
-    assert signal["signal"] == pytest.approx(0.5, rel=0.03) and signal["noise_of_draws"] == pytest.approx(0.5, rel=0.02)
-    assert signal["noise_of_rows"] == pytest.approx(3 / rows**0.5, rel=0.03)
-    assert signal["snr"] == pytest.approx(1.0, rel=0.05)
-    # a parameter without a signal shows the ratio of noise alone, and no signal
-    assert silent["snr"] < 0.04 and silent["median_ratio"] == pytest.approx(silent["median_ratio_of_noise"], rel=0.1)
-    assert signal["noise_share"] == pytest.approx(0.5, abs=0.01) and signal["signal_share"] > 0.99
-    assert ratios["mean"].shape == (numbers,)
 
 
 def test_the_null_tells_learnt_correlations_from_chance() -> None:

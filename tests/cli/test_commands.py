@@ -235,8 +235,8 @@ def test_inspect_shows_a_posterior_and_says_where_there_is_none(
     assert (said.code, said.err) == (0, "")
     found = json.loads((tmp_path / "found.json").read_text())
     assert found.keys() == {
-        "base_model", "target_modules", "stochastic_modules", "r", "lora_alpha", "covariance", "prior", "lora_parameters",
-        "variational_parameters", "kl", "layers", "warnings",
+        "base_model", "target_modules", "stochastic_modules", "stochastic_layers", "r", "lora_alpha", "covariance",
+        "prior", "lora_parameters", "variational_parameters", "kl", "layers", "warnings",
     }  # fmt: skip
     record = json.loads((scalabl_run / "scalabl.json").read_text())
     assert found["lora_parameters"] == record["parameters"]["lora"]
