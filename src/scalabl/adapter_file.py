@@ -43,8 +43,8 @@ def describe_adapter(directory: Path) -> dict[str, Any]:
     """What `scalabl inspect` shows.
 
     Returns:
-        base_model, target_modules, stochastic_modules, stochastic_layers (None for all), r, lora_alpha, covariance, prior,
-        lora_parameters, variational_parameters, kl, layers (those with a posterior: name, r, mean, sigma, noise,
+        base_model, target_modules, stochastic_modules, stochastic_layers (None for all), r, lora_alpha, covariance,
+        prior, lora_parameters, variational_parameters, kl, layers (those with a posterior: name, r, mean, sigma, noise,
         prior_std, kl, effect; of a plain LoRA all, with None for what a posterior has), warnings.
 
     Raises:

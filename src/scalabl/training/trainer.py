@@ -46,7 +46,8 @@ class ChoiceTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         batch = Batch(**inputs)
-        class_logits = self.scoring.class_logits(token_logits(model, batch, self.trunk, self.scoring.positions(batch)), batch)
+        logits = token_logits(model, batch, self.trunk, self.scoring.positions(batch))
+        class_logits = self.scoring.class_logits(logits, batch)
         loss = F.cross_entropy(class_logits, batch.answers)
         return (loss, {"logits": class_logits}) if return_outputs else loss
 
