@@ -2,6 +2,7 @@
 
 import csv
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from scalabl.benchmark.benchmark import facts_of, write_results
 from scalabl.benchmark.cells import finished
 from scalabl.benchmark.layout import NOTES, Document, layout
 from scalabl.benchmark.render import html, latex, markdown
-from scalabl.benchmark.results import SCHEMA
+from scalabl.benchmark.results import SCHEMA, tidy
 from scalabl.benchmark.study import Variant
 from scalabl.benchmark.summary import OTHERS, RIVALS, Figure, Gap, Line, Table, _mark_best, figure, summarize
 from scalabl.benchmark.work import read_predictions
@@ -31,6 +32,19 @@ def test_there_is_a_row_for_each_entry_set_and_temperature(done: Done) -> None:
     assert {(r["task"], r["n"]) for r in done.rows} == {(done.task, 12), (done.other, 10)}
     assert {r["particles"] for r in done.rows if r["method"].startswith("scalabl mean")} == {1}
     assert {r["seeds"] for r in done.rows if r["method"] == "ensemble"} == {"0 1"}
+
+
+def test_a_fit_that_was_deleted_takes_its_rows_out_until_it_is_done_again(done: Done, tmp_path: Path) -> None:
+    for cell in (done.output / "cells").iterdir():
+        if (cell / "finished.json").exists():
+            (tmp_path / "cells" / cell.name).mkdir(parents=True)
+            for file in ("finished.json", "predictions.safetensors", "settings.json"):
+                if (cell / file).exists():
+                    shutil.copyfile(cell / file, tmp_path / "cells" / cell.name / file)
+    entry = next(e for e in done.plan.entries if e.post_hoc is not None and e.variant.method != "ensemble")
+    (tmp_path / "cells" / str(entry.post_hoc) / "finished.json").unlink()
+    left = tidy(done.study, done.plan, tmp_path)
+    assert {r["cell"] for r in done.rows} - {r["cell"] for r in left} == {entry.prediction}
 
 
 def test_the_columns_begin_with_what_a_reader_looks_for(done: Done) -> None:

@@ -120,7 +120,8 @@ def tidy(study: Study, plan: Plan, output: Path) -> list[dict[str, Any]]:
     rows = []
     for entry in plan.entries:
         done = finished(output, entry.prediction)
-        if done is None:
+        # a cell that was deleted to be done again takes its entry out of the table until then
+        if done is None or any(finished(output, address) is None for address in entry.addresses):
             continue
         facts = {
             "trained_on": entry.task,
@@ -150,7 +151,7 @@ def _extra_parameters(entry: Entry, output: Path) -> int:
 def _costs(entry: Entry, mle: Entry | None, output: Path) -> dict[str, float | None]:
     cells = [_done(output, address) for address in entry.addresses]
     costs: dict[str, float | None] = {"peak_memory": max(cell["peak_memory"] for cell in cells)}
-    if mle is None or finished(output, mle.prediction) is None:
+    if mle is None or any(finished(output, address) is None for address in mle.addresses):
         return costs
     training, prediction = _done(output, mle.training[0])["seconds"], _done(output, mle.prediction)["seconds"]
     return costs | {
