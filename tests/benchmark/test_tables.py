@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow.parquet
 import pytest
 import torch
-from tiny_study import Done
+from tiny_study import Done, content, snapshot, write
 
 from scalabl.benchmark.benchmark import facts_of, write_results
 from scalabl.benchmark.cells import finished
@@ -19,6 +19,8 @@ from scalabl.benchmark.results import SCHEMA, tidy
 from scalabl.benchmark.study import Variant
 from scalabl.benchmark.summary import OTHERS, RIVALS, Figure, Gap, Line, Table, _mark_best, figure, summarize
 from scalabl.benchmark.work import read_predictions
+from scalabl.cli.benchmark import benchmark
+from scalabl.errors import UserError
 from scalabl.methods.temperature import apply_temperature
 from scalabl.metrics import METRICS, evaluate, ood_auroc
 from scalabl.uncertainty import average, decompose
@@ -298,3 +300,16 @@ def test_every_table_says_what_it_is_of(done: Done) -> None:
         text = (done.output / name).read_text(encoding="utf-8")
         assert "scalabl benchmark tiny.yaml" in text
     assert not list(Path(done.output).glob(".*"))
+
+
+def test_tables_alone_are_made_of_what_is_finished(
+    done: Done, base_directory: Path, task_directory: Path, tmp_path: Path
+) -> None:
+    recipe = write(tmp_path / "tiny.yaml", content(base_directory, task_directory, shift={done.task: [done.other]}))
+    before = snapshot(done.output)
+    benchmark(recipe, output=done.output, results=tmp_path / "tables", tables_only=True)
+    assert snapshot(done.output) == before
+    assert (tmp_path / "tables" / "results.csv").read_bytes() == (done.output / "results.csv").read_bytes()
+    assert (tmp_path / "tables" / "README.md").is_file()
+    with pytest.raises(UserError, match="No prediction of this study is finished"):
+        benchmark(recipe, output=tmp_path / "empty", results=tmp_path / "tables", tables_only=True)

@@ -31,6 +31,9 @@ def benchmark(
         typer.Option(metavar="ADDRESS", help="Use a Ray cluster that shares the output: its address, or local."),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the cells and what is finished.")] = False,
+    tables_only: Annotated[
+        bool, typer.Option("--tables-only", help="Do no cell; write the tables of those that are finished.")
+    ] = False,
 ) -> None:
     """Compare methods: train, predict, and write tables with intervals and paired comparisons."""
     from scalabl.benchmark.plan import make_plan
@@ -53,7 +56,11 @@ def benchmark(
             directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"{directory} cannot be written ({error.strerror}); choose another --{option}.") from error
-    _run(study, plan, output, results, workers, ray, shlex.join(["scalabl", "benchmark", str(recipe)]))
+    command = shlex.join(["scalabl", "benchmark", str(recipe)])
+    if tables_only:
+        _tables(study, plan, output, results, command)
+    else:
+        _run(study, plan, output, results, workers, ray, command)
 
 
 def _run(study: Study, plan: Plan, output: Path, results: Path, workers: int, ray: str | None, command: str) -> None:
@@ -81,6 +88,17 @@ def _run(study: Study, plan: Plan, output: Path, results: Path, workers: int, ra
     left = len(open_cells(plan, output, ""))
     if left:
         fail(f"{left} cells are not done; another call may hold them. Run the same command again.", code=1)
+
+
+def _tables(study: Study, plan: Plan, output: Path, results: Path, command: str) -> None:
+    from scalabl.benchmark.benchmark import write_results
+    from scalabl.benchmark.results import tidy
+
+    rows = tidy(study, plan, output)
+    if not rows:
+        raise UserError(f"No prediction of this study is finished in {output}; run it without --tables-only first.")
+    write_results(study, plan, output, results, rows, command)
+    typer.echo(f"{len(rows):,} rows in {results}/results.csv; tables and pictures in README.md and results.html")
 
 
 def _list(plan: Plan, output: Path) -> None:
