@@ -212,6 +212,7 @@ def picture(rows: Sequence[dict[str, Any]], batch: int) -> str:
             axes.set_ylabel(words)
         panels[0, column].set_yscale("log")
         panels[0, column].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        panels[0, column].yaxis.set_minor_formatter(NullFormatter())
         panels[0, column].set_title(f"{classes} classes, batch {batch}", fontsize=9)
         panels[1, column].set_xlabel("cost, plain forwards")
     drawing.legend(loc="outside right center", frameon=False, fontsize=7)
