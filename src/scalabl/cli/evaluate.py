@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from scalabl.cli import options
 from scalabl.cli.main import app
 from scalabl.errors import UserError
 from scalabl.methods import SAMPLED
@@ -19,30 +20,22 @@ def evaluate(
     run: Annotated[Path, typer.Argument(metavar="DIR", help="A run directory.")],
     data: Annotated[str, typer.Option(help="A benchmark's name, a JSONL file, or a directory of them.")],
     split: Annotated[str | None, typer.Option(help="test if there is one, else every row.")] = None,
-    predictive: Annotated[str | None, typer.Option(help="mean, mc, linearized or auto, the default.")] = None,
-    samples: Annotated[int, typer.Option(help="Particles of mc.")] = 10,
-    seed: Annotated[int, typer.Option(help="Of the particles.")] = 0,
-    draws: Annotated[
-        str, typer.Option(help="independent, antithetic, sobol or moments: how they are drawn.")
-    ] = "independent",
-    adaptive: Annotated[
-        bool, typer.Option("--adaptive", help="Stop a row early when its decision is settled.")
-    ] = False,
-    confidence: Annotated[
-        float, typer.Option(help="Of --adaptive: that all particles decide alike; of --max-error: that it is kept.")
-    ] = 0.95,
-    bound: Annotated[str, typer.Option(help="Of --adaptive: t (near normal) or betting (any distribution).")] = "t",
-    stochastic_layers: Annotated[
-        str | None, typer.Option(help="Draw s in the top layers alone: last:K, last:0.25 or variance:0.9.")
-    ] = None,
+    predictive: options.Predictive = None,
+    samples: options.Samples = 10,
+    seed: options.Seed = 0,
+    draws: options.Draws = "independent",
+    adaptive: options.Adaptive = False,
+    confidence: options.Confidence = 0.95,
+    bound: options.Bound = "t",
+    stochastic_layers: options.StochasticLayers = None,
     ood: Annotated[list[str] | None, typer.Option(help="A shifted data set to tell apart; may repeat.")] = None,
     calibrate: Annotated[str | None, typer.Option(help="Fit a temperature on this data's validation rows.")] = None,
     max_error: Annotated[
         float | None, typer.Option(help="Mark the threshold that promises this error rate among answers.")
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Take so many rows.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Questions at a time.")] = 8,
-    model: Annotated[str | None, typer.Option(help="The base model, if it has moved.")] = None,
+    batch_size: options.BatchSize = 8,
+    model: options.BaseModel = None,
     json: Annotated[Path | None, typer.Option(help="Write the figures here.")] = None,
     report: Annotated[Path | None, typer.Option(help="Write an HTML report here.")] = None,
 ) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from scalabl.cli import options
 from scalabl.cli.main import app
 from scalabl.errors import UserError
 
@@ -21,23 +22,15 @@ def predict(
     run: Annotated[Path, typer.Argument(metavar="DIR", help="A run directory.")],
     input: Annotated[Path, typer.Option("--input", help="JSONL rows; answers in them are ignored.")],
     output: Annotated[Path, typer.Option("--output", help="JSONL answers, in the order of the rows.")],
-    predictive: Annotated[str | None, typer.Option(help="mean, mc, linearized or auto, the default.")] = None,
-    samples: Annotated[int, typer.Option(help="Particles of mc.")] = 10,
-    seed: Annotated[int, typer.Option(help="Of the particles.")] = 0,
-    draws: Annotated[
-        str, typer.Option(help="independent, antithetic, sobol or moments: how they are drawn.")
-    ] = "independent",
-    adaptive: Annotated[
-        bool, typer.Option("--adaptive", help="Stop a row early when its decision is settled.")
-    ] = False,
-    confidence: Annotated[
-        float, typer.Option(help="Of --adaptive: that all particles decide alike; of --max-error: that it is kept.")
-    ] = 0.95,
-    bound: Annotated[str, typer.Option(help="Of --adaptive: t (near normal) or betting (any distribution).")] = "t",
-    stochastic_layers: Annotated[
-        str | None, typer.Option(help="Draw s in the top layers alone: last:K, last:0.25 or variance:0.9.")
-    ] = None,
-    batch_size: Annotated[int, typer.Option(help="Questions at a time.")] = 8,
+    predictive: options.Predictive = None,
+    samples: options.Samples = 10,
+    seed: options.Seed = 0,
+    draws: options.Draws = "independent",
+    adaptive: options.Adaptive = False,
+    confidence: options.Confidence = 0.95,
+    bound: options.Bound = "t",
+    stochastic_layers: options.StochasticLayers = None,
+    batch_size: options.BatchSize = 8,
     abstain: Annotated[float | None, typer.Option(help="Answer null below this confidence.")] = None,
     max_error: Annotated[
         float | None, typer.Option(help="Promise this error rate among answers; null where it could not be kept.")
@@ -48,7 +41,7 @@ def predict(
     guarantee: Annotated[
         str, typer.Option(help="Of --max-error: exact, or conformal (of all rows, on average).")
     ] = "exact",
-    model: Annotated[str | None, typer.Option(help="The base model, if it has moved.")] = None,
+    model: options.BaseModel = None,
 ) -> None:
     """Answer rows: label, probs, confidence, entropy, aleatoric and epistemic (nats) for each.
 
