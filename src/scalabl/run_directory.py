@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +28,14 @@ JOINT = "joint_covariance.safetensors"
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON whole or not at all."""
+    write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, content: str) -> None:
+    """Write a text file whole or not at all."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        unfinished.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        unfinished.write_text(content, encoding="utf-8")
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
@@ -100,8 +107,18 @@ def finished_record(directory: Path) -> dict[str, Any]:
     return record
 
 
-def claim(directory: Path, recipe: dict[str, Any]) -> bool:
+def claim(
+    directory: Path, recipe: dict[str, Any], defaults: Mapping[str, Any] | None = None, processes: int = 1
+) -> bool:
     """Make a directory ready for a run; True if it already holds this very run, finished.
+
+    A run of other processes is the same one where batch size, accumulation and processes make the same rows a step.
+
+    Args:
+        directory: the run's.
+        recipe: its settings.
+        defaults: what a setting was before there was one: a record that lacks it was made with this.
+        processes: how many train.
 
     Raises:
         UserError: it holds another run or other files, or cannot be written.
@@ -110,11 +127,16 @@ def claim(directory: Path, recipe: dict[str, Any]) -> bool:
         raise UserError(f"{directory} is a file; choose another --output.")
     if (directory / RECORD).exists():
         record = read_record(directory)
-        different = [name for name, value in recipe.items() if record["recipe"].get(name) != value]
+        before = {**(defaults or {}), **record["recipe"]}
+        different = [name for name, value in recipe.items() if before.get(name) != value]
+        trained_by = record.get("processes", 1)
+        if processes != trained_by:
+            _require_same_rows(directory, before, trained_by, recipe, processes)
+            different = [name for name in different if name not in _CUT]
         if different:
             name = different[0]
             raise UserError(
-                f"{directory} holds another run ({name} was {record['recipe'].get(name)}, now {recipe[name]}); "
+                f"{directory} holds another run ({name} was {before.get(name)}, now {recipe[name]}); "
                 "choose another --output or delete it."
             )
         return record.get("status") == "finished"
@@ -128,3 +150,19 @@ def claim(directory: Path, recipe: dict[str, Any]) -> bool:
     except OSError as error:
         raise UserError(f"{directory} cannot be written ({error.strerror}); choose another --output.") from error
     return False
+
+
+_CUT = ("batch_size", "gradient_accumulation")  # how the rows of a step are cut, beside the processes
+
+
+def _require_same_rows(
+    directory: Path, before: Mapping[str, Any], trained_by: int, now: Mapping[str, Any], processes: int
+) -> None:
+    was, wanted = (math.prod(recipe[name] for name in _CUT) for recipe in (before, now))
+    was, wanted = was * trained_by, wanted * processes
+    if was != wanted:
+        cut = f"batch_size {now['batch_size']} x gradient_accumulation {now['gradient_accumulation']}"
+        raise UserError(
+            f"{directory} holds a run of {was} rows a step (in {trained_by} processes), but {cut} x {processes} "
+            f"processes are {wanted}; choose a batch size that makes {was}, or another --output."
+        )
