@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -43,7 +44,7 @@ class Decoded:
     @property
     def average_log_probs(self) -> Tensor:
         """(T,) log-probability of each token under the average over particles."""
-        return self.log_probs.logsumexp(dim=0) - torch.tensor(float(self.log_probs.shape[0])).log()
+        return self.log_probs.logsumexp(dim=0) - math.log(self.log_probs.shape[0])
 
 
 class _Recorder:
@@ -112,6 +113,8 @@ def decode(
     inputs = _left_padded(ids, tokenizer.pad_token_id or 0, _device(model))
     recorder, length = _Recorder(), inputs["input_ids"].shape[1]
     generation.setdefault("pad_token_id", tokenizer.pad_token_id)
+    if generation.get("stop_strings"):
+        generation["tokenizer"] = tokenizer
     was_training = model.training
     model.eval()
     try:

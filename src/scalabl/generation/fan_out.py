@@ -7,11 +7,11 @@ particles. Sampling, stopping criteria, streaming: all of transformers' own deco
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 
 from scalabl.errors import UserError
@@ -78,7 +78,7 @@ def averaged(model: nn.Module, draws: Draws, seen: Averaged | None = None) -> It
         if number == 1:
             out.logits = logits[0]
         else:
-            mean = log_probs.logsumexp(dim=0) - torch.tensor(float(number)).log().item()
+            mean = log_probs.logsumexp(dim=0) - math.log(number)
             out.logits = (mean + normaliser.mean(dim=0)).to(logits.dtype)
         return out
 

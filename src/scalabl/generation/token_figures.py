@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -35,7 +36,7 @@ def token_figures(log_probs: Tensor) -> TokenFigures:
     Sources: Houlsby et al. 2011 (BALD, eq. 2) for the split; Cuzzolin 2009 for the intersection probability.
     """
     number = log_probs.shape[0]
-    mean = log_probs.logsumexp(dim=0) - torch.tensor(float(number)).log().item()
+    mean = log_probs.logsumexp(dim=0) - math.log(number)
     total = _entropy(mean)
     aleatoric = torch.minimum(torch.stack([_entropy(one) for one in log_probs]).mean(dim=0), total)
     return TokenFigures(total, aleatoric, total - aleatoric, _entropy(intersection_probability(log_probs)))

@@ -1,0 +1,186 @@
+"""Which score of a free-text answer tells that it is wrong, and what does it cost: every method, on real questions.
+
+    python benchmarks/open_answers.py
+
+For each task, method and seed: a LoRA is trained on the same questions, answers validation and test questions greedily
+(with N particles where the method has some), and every score is held against exact match. Plain LoRA also samples
+answers, for self-consistency and semantic entropy. The confidence is chosen on validation questions among the scores
+that one decode gives. Resumable: a finished run is not trained again, finished figures are not made again.
+Needs the development environment (make dev) and the rows: scalabl data get nq-open triviaqa sciq.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from _common import RESULTS, ROOT, facts, load_average, write_text
+from open_answers_results import write
+
+from scalabl.errors import UserError
+from scalabl.generation.draws import EnsembleDraws
+from scalabl.generation.evaluation import Judged, answer_questions, fit_on, judge
+from scalabl.generation.generate import Sampling, decoded_with_samples, draws_of
+from scalabl.generation.loading import LanguageRun, load_language_run
+from scalabl.tasks.open_question import OpenQuestion
+from scalabl.tasks.open_tasks import load_open_task
+from scalabl.training.recipe import make_recipe
+from scalabl.training.run import train
+
+TASKS = ("triviaqa", "nq-open", "sciq")
+METHODS = ("mle", "mc_dropout", "ensemble", "blob", "scalabl")
+TARGETS = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
+# each method's own settings, chosen on validation questions; everything else is shared
+OWN: dict[str, dict[str, Any]] = {"scalabl": {"variational_learning_rate": 5e-2, "empirical_prior": True}}
+
+
+def main() -> None:
+    """Train and answer what is missing, and write open_answers.json, .csv, .md and .svg."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), help="names, or files of open questions")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--model", default="smollm2-135m-instruct")
+    parser.add_argument("--layers", default="last:6")
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--train-rows", type=int, default=600)
+    parser.add_argument("--validation-rows", type=int, default=150)
+    parser.add_argument("--test-rows", type=int, default=300)
+    parser.add_argument("--samples", type=int, default=10, help="particles, and sampled answers of plain LoRA")
+    parser.add_argument("--max-new-tokens", type=int, default=16)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=5, help="paired timings of decoding")
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "open-answers")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    a = parser.parse_args()
+    rows = [of_cell(a, task, method, seed) for seed in a.seeds for task in a.tasks for method in a.methods]
+    timings = costs(a)
+    known = facts(
+        model=a.model,
+        data=f"{', '.join(a.tasks)} (validation rows of the official sets, cut 60/10/30 by a seeded order): "
+        f"{a.train_rows} trained on, {a.validation_rows} for the confidence, {a.test_rows} answered",
+        budget=f"{a.steps} steps of 8, adapters (r = 8, all linear) on {a.layers}, N = {a.samples}, "
+        f"{a.max_new_tokens} tokens at most",
+        seeds=", ".join(map(str, a.seeds)),
+        load=load_average(),
+    )
+    write(a.output, {"facts": known, "costs": timings, "rows": rows})
+
+
+def run_of(a: argparse.Namespace, task: str, method: str, seed: int) -> Path:
+    """A finished run; trained if there is none."""
+    directory: Path = a.runs / Path(task).stem / f"{method}-{seed}"
+    recipe = make_recipe(
+        {
+            "model": a.model, "data": task, "method": method, "seed": seed, "steps": a.steps, "batch_size": 8,
+            "layers": a.layers, "target_modules": TARGETS, "r": 8, "lora_alpha": 16, "train_rows": a.train_rows,
+            "validation_rows": a.validation_rows, "learning_rate": 1e-3, **OWN.get(method, {}),
+        }
+    )  # fmt: skip
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    train(recipe, directory)
+    return directory
+
+
+def loaded(a: argparse.Namespace, task: str, method: str, seed: int) -> LanguageRun:
+    """The run of a method; for an ensemble plain LoRA's of every seed, as adapters of one model."""
+    if method != "ensemble":
+        return load_language_run(run_of(a, task, method, seed))
+    first, *others = [run_of(a, task, "mle", (seed + i) % 2**32) for i in members(a)]
+    run = load_language_run(first)
+    for i, other in enumerate(others, start=1):
+        run.model.load_adapter(str(other), adapter_name=f"member{i}")
+    return run
+
+
+def members(a: argparse.Namespace) -> range:
+    """Of an ensemble: as many as there are seeds, three at least; member 0 is plain LoRA of the same seed."""
+    return range(max(3, len(a.seeds)))
+
+
+def of_cell(a: argparse.Namespace, task: str, method: str, seed: int) -> dict[str, Any]:
+    """The figures of one method on one task with one seed, kept in a file together with their settings."""
+    kept = a.runs / Path(task).stem / f"{method}-{seed}.json"
+    names = ("model", "layers", "steps", "train_rows", "validation_rows", "test_rows", "samples", "max_new_tokens")
+    settings = {name: getattr(a, name) for name in names} | {"own": OWN.get(method, {})}
+    if kept.is_file():
+        known: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8"))
+        if known["settings"] == settings:
+            return known
+    splits = load_open_task(task).splits
+    validation, test = splits["validation"][: a.validation_rows], splits["test"][: a.test_rows]
+    run = loaded(a, task, method, seed)
+    print(f"answering {task}: {method}, seed {seed}", flush=True)
+    held_out, judged = (answers(a, run, method, seed, questions) for questions in (validation, test))
+    try:
+        fitted, why = fit_on(held_out), None
+    except UserError as error:
+        fitted, why = None, str(error)
+    found = {"task": Path(task).stem, "method": method, "seed": seed, "settings": settings, "why": why}
+    found |= judge(judged, fitted)
+    write_text(kept, json.dumps(found, indent=1, allow_nan=False) + "\n")
+    return found
+
+
+def answers(
+    a: argparse.Namespace, run: LanguageRun, method: str, seed: int, questions: tuple[OpenQuestion, ...]
+) -> Judged:
+    """Answers to questions; plain LoRA's with sampled ones beside them."""
+    ensemble = EnsembleDraws(["default", *(f"member{i}" for i in members(a) if i)]) if method == "ensemble" else None
+    return answer_questions(
+        run, questions, samples=a.samples, seed=seed, max_new_tokens=a.max_new_tokens, batch_size=a.batch_size,
+        sampling=Sampling(a.samples) if method == "mle" else None, draws=ensemble,
+    )  # fmt: skip
+
+
+def costs(a: argparse.Namespace) -> dict[str, Any]:
+    """What answering costs beside plain LoRA's greedy decode: medians of paired rounds, all on one task.
+
+    "mle + samples" is the answer and the sampled ones, what semantic entropy takes.
+    """
+    kept = a.runs / "costs.json"
+    if kept.is_file():
+        known: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8"))
+        if known["settings"] == [a.samples, a.max_new_tokens, a.batch_size, a.rounds, a.methods]:
+            return known
+    task, seed = a.tasks[0], a.seeds[0]
+    prompts = [row.prompt for row in load_open_task(task).split("test")[: a.batch_size]]
+    runs = {method: loaded(a, task, method, seed) for method in a.methods}
+    names = [*a.methods, *(["mle + samples"] if "mle" in a.methods else [])]
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for _ in range(1 + a.rounds):
+        for name in names:
+            method = name.partition(" ")[0]
+            draws: Any = draws_of(runs[method], a.samples, seed)
+            if method == "ensemble":
+                draws = EnsembleDraws(["default", *(f"member{i}" for i in members(a) if i)])
+            torch.manual_seed(0)
+            begin = time.perf_counter()
+            # a fixed number of tokens, so that no method gains by ending early
+            decoded_with_samples(
+                runs[method], prompts, draws, chat=None, stop=(), max_new_tokens=a.max_new_tokens,
+                sampling=Sampling(a.samples if "samples" in name else 0), min_new_tokens=a.max_new_tokens,
+            )  # fmt: skip
+            seconds[name].append(time.perf_counter() - begin)
+    ratios = {
+        name: [own / plain for own, plain in zip(values[1:], seconds[names[0]][1:], strict=True)]
+        for name, values in seconds.items()
+    }
+    found = {
+        "settings": [a.samples, a.max_new_tokens, a.batch_size, a.rounds, a.methods],
+        "beside": names[0],
+        "ratios": ratios,
+        "medians": {name: statistics.median(values) for name, values in ratios.items()},
+        "load": load_average(),
+    }
+    write_text(kept, json.dumps(found, indent=1) + "\n")
+    return found
+
+
+if __name__ == "__main__":
+    main()

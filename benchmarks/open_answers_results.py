@@ -1,0 +1,158 @@
+"""The table and the picture of `open_answers.py`: AUROC, PRR and cost of each score, over seeds."""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+from typing import Any
+
+from _common import markdown_facts, markdown_table, write_results, write_text
+from over_seeds import mean_with_interval
+
+METRICS = {"auroc": "AUROC ↑", "prr": "PRR ↑", "aurc": "AURC ↓"}
+# what each method's answers are scored by in the table; every score is in the JSON file
+SCORES = {
+    "mle": ("log_probability", "mean_log_probability", "mean_entropy", "self_consistency", "semantic_entropy",
+            "discrete_semantic_entropy"),
+    None: ("log_probability", "mean_log_probability", "mean_entropy", "mean_epistemic", "mean_intersection",
+           "first_token_epistemic", "std_mean_log_probability"),
+}  # fmt: skip
+SAMPLED = ("self_consistency", "semantic_entropy", "discrete_semantic_entropy")
+
+
+def write(directory: Path, content: dict[str, Any]) -> None:
+    """Write open_answers.json, .csv, .md and .svg."""
+    table = summarized(content)
+    page = markdown(content, table)
+    write_results(directory, "open_answers", content, page)
+    write_text(directory / "open_answers.csv", as_csv(table))
+    picture(table, directory / "open_answers.svg")
+    print(page)
+
+
+def summarized(content: dict[str, Any]) -> list[dict[str, Any]]:
+    """One row a task, method and score, with every figure's mean, sd and interval over seeds."""
+    table = []
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in content["rows"]:
+        groups.setdefault((row["task"], row["method"]), []).append(row)
+    medians = content["costs"]["medians"]
+    for (task, method), seeds in groups.items():
+        shared = {
+            "task": task,
+            "method": method,
+            "accuracy": mean_with_interval([row["accuracy"] for row in seeds]),
+            "f1": mean_with_interval([row["f1"] for row in seeds]),
+        }
+        for score in seeds[0]["scores"]:
+            figures = {m: mean_with_interval([row["scores"][score][m]["value"] for row in seeds]) for m in METRICS}
+            cost = medians[f"{method} + samples" if score in _sampled(seeds[0]) else method]
+            tokens = mean_with_interval([row["scores"][score]["tokens"] for row in seeds])
+            table.append({**shared, "score": score, **figures, "ece": None, "cost": cost, "tokens": tokens})
+        if all("confidence" in row for row in seeds):
+            figures = {
+                m: mean_with_interval([row["confidence"][m]["value"] for row in seeds]) for m in (*METRICS, "ece")
+            }
+            tokens = mean_with_interval([row["tokens_an_answer"] for row in seeds])
+            table.append({**shared, "score": "confidence", **figures, "cost": medians[method], "tokens": tokens})
+    return table
+
+
+def _sampled(row: dict[str, Any]) -> set[str]:
+    """Scores that took more tokens than the answer."""
+    return {name for name, figures in row["scores"].items() if figures["tokens"] > row["tokens_an_answer"] + 1e-9}
+
+
+def markdown(content: dict[str, Any], table: list[dict[str, Any]]) -> str:
+    """The results as a page."""
+    parts = ["# Open answers: which score tells that an answer is wrong", "![AUROC and cost](open_answers.svg)"]
+    for task in dict.fromkeys(row["task"] for row in table):
+        rows = [row for row in table if row["task"] == task and _is_shown(row)]
+        best = max((row["auroc"]["mean"] for row in rows if row["auroc"]["mean"] is not None), default=None)
+        lines = [
+            [
+                f"{row['method']}, {row['score'].replace('_', ' ')}",
+                _number(row["accuracy"], 100, 1),
+                *(_bold(row, m, best) for m in METRICS),
+                _number(row["ece"], 100, 1) if row["ece"] else "",
+                f"{row['cost']:.2f}",
+                f"{row['tokens']['mean']:.0f}",
+            ]
+            for row in rows
+        ]
+        header = ["method, score", "ACC % ↑", *METRICS.values(), "ECE % ↓", "cost", "tokens"]
+        parts += [f"## {task}", markdown_table(header, lines)]
+    parts += [
+        "Mean ± standard deviation over seeds; bold: the highest mean AUROC of a task. ACC: exact match with one of "
+        "the answers that count. Cost: time beside plain LoRA's greedy decode, medians of paired rounds with a fixed "
+        'number of tokens; "tokens": generated for an answer with its score. confidence: of the scores that one decode '
+        "gives, the one (isotonic or Platt) with the lowest left-out NLL on validation questions.",
+        markdown_facts(content["facts"]),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _is_shown(row: dict[str, Any]) -> bool:
+    return row["score"] == "confidence" or row["score"] in SCORES.get(row["method"], SCORES[None])
+
+
+def _bold(row: dict[str, Any], metric: str, best: float | None) -> str:
+    text = _number(row[metric], 1, 3)
+    return f"**{text}**" if metric == "auroc" and best is not None and row["auroc"]["mean"] == best else text
+
+
+def _number(figure: dict[str, float | None], scale: float, digits: int) -> str:
+    mean, sd = figure["mean"], figure["sd"]
+    if mean is None:
+        return "–"
+    return f"{scale * mean:.{digits}f}" + ("" if sd is None else f" ± {scale * sd:.{digits}f}")
+
+
+def as_csv(table: list[dict[str, Any]]) -> str:
+    """One line a task, method and score."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    figures = ("accuracy", "f1", *METRICS, "ece", "tokens")
+    writer.writerow(["task", "method", "score", "cost", *(f"{n}{end}" for n in figures for end in ("", "_sd"))])
+    for row in table:
+        pairs = [(row[name] or {"mean": None, "sd": None}) for name in figures]
+        line = [pair[key] for pair in pairs for key in ("mean", "sd")]
+        writer.writerow([row["task"], row["method"], row["score"], row["cost"], *line])
+    return text.getvalue()
+
+
+def picture(table: list[dict[str, Any]], path: Path) -> None:
+    """AUROC against cost, a panel a task; the scores of sampled answers as squares."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    tasks = list(dict.fromkeys(row["task"] for row in table))
+    colours = dict(zip(dict.fromkeys(row["method"] for row in table), plt.cm.tab10.colors, strict=False))
+    figure, axes = plt.subplots(1, len(tasks), figsize=(4.2 * len(tasks), 3.6), sharey=True, squeeze=False)
+    for axis, task in zip(axes[0], tasks, strict=True):
+        for method, colour in colours.items():
+            for sampled, marker in ((False, "o"), (True, "s")):
+                rows = [
+                    row
+                    for row in table
+                    if (row["task"], row["method"]) == (task, method)
+                    and (row["score"] in SAMPLED) == sampled
+                    and _is_shown(row)
+                    and row["auroc"]["mean"] is not None
+                ]
+                if rows:
+                    label = method + (", 10 samples" if sampled else "")
+                    x, y = [row["cost"] for row in rows], [row["auroc"]["mean"] for row in rows]
+                    axis.scatter(x, y, color=colour, marker=marker, s=28, alpha=0.8, label=label)
+        axis.axhline(0.5, color="0.7", linewidth=0.8)
+        axis.set_title(task)
+        axis.set_xlabel("cost, greedy decodes of plain LoRA")
+        axis.set_xscale("log")
+    axes[0][0].set_ylabel("AUROC of wrong answers")
+    axes[0][-1].legend(fontsize=7, frameon=False)
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)

@@ -1,0 +1,108 @@
+"""`scalabl generate`: prompts in, answers out, shaded by what the posterior does not know."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from scalabl.cli import options
+from scalabl.cli.main import app
+from scalabl.errors import UserError
+
+
+@app.command()
+def generate(
+    run: Annotated[Path, typer.Argument(metavar="DIR", help="A run directory.")],
+    prompt: Annotated[list[str] | None, typer.Option(help="A prompt; may be given again.")] = None,
+    input: Annotated[Path | None, typer.Option("--input", help="JSONL prompts: {prompt} or {question}.")] = None,
+    samples: Annotated[int, typer.Option(help="Particles; 0 is the posterior mean.")] = 10,
+    seed: options.Seed = 0,
+    max_new_tokens: Annotated[int, typer.Option(help="The limit of an answer's tokens.")] = 64,
+    temperature: Annotated[float | None, typer.Option(help="Sample at it; greedy if left out.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Sample from the most probable tokens that hold so much.")] = None,
+    chat: Annotated[bool | None, typer.Option("--chat/--no-chat", help="Use the chat template.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="A text that ends an answer; \\n is a line's end.")] = None,
+    answers: Annotated[int, typer.Option(help="Further, sampled answers, for semantic entropy.")] = 0,
+    equivalence: Annotated[
+        str, typer.Option(help="Which answers mean the same: exact, normalised, embedding[:MODEL], entailment:MODEL.")
+    ] = "normalised",
+    batch_size: Annotated[int, typer.Option(help="Prompts at a time.")] = 8,
+    json: Annotated[Path | None, typer.Option(help="Write text, confidence, scores and token figures here.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a page with figures for each token here.")] = None,
+    model: options.BaseModel = None,
+) -> None:
+    """Answer prompts with the average over the posterior; each token's ground is its epistemic uncertainty.
+
+    The confidence is a probability of being right where `scalabl evaluate` has fitted one on validation answers of an
+    open task, else the length-normalised probability of the text.
+    """
+    from scalabl.run_directory import finished_record, require_writable, write_json
+
+    prompts = _prompts(prompt, input)
+    require_writable(json, html)
+    finished_record(run)
+    sampled = _sampled(temperature, top_p)
+
+    from scalabl.cli.quiet import quiet
+
+    quiet()
+    from rich.console import Console
+
+    from scalabl.generation.generate import Sampling, check
+    from scalabl.generation.generate import generate as answer_prompts
+    from scalabl.generation.loading import load_language_run
+    from scalabl.generation.page import write_page
+    from scalabl.generation.shading import in_terminal
+    from scalabl.progress import progress_bar
+
+    sampling = Sampling(answers, equivalence=equivalence)
+    check(samples, max_new_tokens, batch_size, sampling)
+    loaded = load_language_run(run, model=model)
+    with progress_bar() as progress:
+        bar = progress.add_task("generating", total=len(prompts), detail="")
+        found = answer_prompts(
+            loaded, prompts, samples=samples, seed=seed, max_new_tokens=max_new_tokens, chat=chat,
+            stop=[text.replace("\\n", "\n") for text in stop or ()], sampling=sampling, batch_size=batch_size,
+            advance=lambda done: progress.advance(bar, done), **sampled,
+        )  # fmt: skip
+    if json is not None:
+        write_json(json, [answer.as_dict() for answer in found])
+    if html is not None:
+        recipe = loaded.record["recipe"]
+        kind = f"{samples} particles" if samples and loaded.is_sampled else "one pass"
+        made = f"{recipe['model']}, {recipe['method']} trained on {recipe['data']}, {kind}, seed {seed}"
+        write_page(found, html, title="Answers with their uncertainty", made=made)
+    Console().print(in_terminal(found))
+
+
+def _prompts(given: list[str] | None, file: Path | None) -> list[str]:
+    """The prompts of the options.
+
+    Raises:
+        UserError: none, both, or a row without one.
+    """
+    if bool(given) == (file is not None):
+        raise UserError('Give prompts by --prompt "..." or by --input rows.jsonl, one of the two.')
+    if file is None:
+        prompts = list(given or ())
+    else:
+        from scalabl.tasks.prompts import load_prompts
+
+        prompts = load_prompts(file)
+    if any(not text.strip() for text in prompts):
+        raise UserError("A prompt is blank; write what is asked.")
+    return prompts
+
+
+def _sampled(temperature: float | None, top_p: float | None) -> dict[str, object]:
+    """What of transformers' generation decides between greedy decoding and sampling."""
+    if temperature is None and top_p is None:
+        return {}
+    temperature, top_p = 1.0 if temperature is None else temperature, 1.0 if top_p is None else top_p
+    if temperature <= 0:
+        raise UserError(f"--temperature is {temperature}; it must be above 0, leave it out for greedy decoding.")
+    if not 0 < top_p <= 1:
+        raise UserError(f"--top-p is {top_p}; it must be above 0 and at most 1.")
+    return {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}

@@ -1,0 +1,173 @@
+"""Open questions judged: how often a run is right, and how well each score tells when it is not, at its cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scalabl.errors import UserError
+from scalabl.generation.answer import Answer
+from scalabl.generation.calibration import choose_confidence
+from scalabl.generation.clusters import equivalence
+from scalabl.generation.confidence import Confidence
+from scalabl.generation.correctness import MEASURES, correctness
+from scalabl.generation.fan_out import Draws
+from scalabl.generation.generate import Sampling, decoded_with_samples, draws_of, make_answer
+from scalabl.generation.loading import LanguageRun
+from scalabl.generation.ranking import judge_confidence, judge_ranking, rejection_curve
+from scalabl.generation.sampled_scores import SAMPLED_SCORES
+from scalabl.generation.score import Score
+from scalabl.generation.sequence_scores import SEQUENCE_SCORES
+from scalabl.metrics.bootstrap import Metric
+from scalabl.tasks.open_question import OpenQuestion
+
+SCORES: dict[str, Score] = {**SEQUENCE_SCORES, **SAMPLED_SCORES}
+Advance = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Answers to n questions, and how right they are.
+
+    Attributes:
+        questions, answers: n each.
+        right: (n,) correctness by the measure, 0 to 1.
+        f1: (n,) token F1.
+        answer_tokens: generated for the answers themselves, in all.
+        sampled_tokens: generated for the further answers, in all.
+    """
+
+    questions: Sequence[OpenQuestion]
+    answers: Sequence[Answer]
+    right: NDArray[np.float64]
+    f1: NDArray[np.float64]
+    answer_tokens: int
+    sampled_tokens: int
+
+    def scores(self) -> dict[str, NDArray[np.float64]]:
+        """Name -> (n,) values of every score that the answers have."""
+        return {name: np.array([answer.scores[name] for answer in self.answers]) for name in self.answers[0].scores}
+
+
+def answer_questions(
+    run: LanguageRun,
+    questions: Sequence[OpenQuestion],
+    *,
+    samples: int = 10,
+    seed: int = 0,
+    max_new_tokens: int = 32,
+    sampling: Sampling | None = None,
+    measure: str = "exact_match",
+    batch_size: int = 8,
+    advance: Advance | None = None,
+    draws: Draws | None = None,
+) -> Judged:
+    """Answer questions greedily with the average over particles, and hold the answers against those that count.
+
+    Args:
+        run: a finished run.
+        questions: at least one.
+        samples: N particles; 0 is the mean.
+        seed: of the particles and of sampled answers.
+        max_new_tokens: of an answer.
+        sampling: further answers, for the scores that need them.
+        measure: of `correctness.MEASURES`.
+        batch_size: questions at a time.
+        advance: called with the number of questions done.
+        draws: other particles than those of the run's method (`EnsembleDraws`).
+
+    Raises:
+        UserError: no question, no such measure, a model that generates NaN.
+    """
+    import torch
+
+    if not questions:
+        raise UserError("There is no question to answer; give at least one row.")
+    if measure not in MEASURES:
+        raise UserError(f"There is no measure {measure!r} of an answer; choose one of {', '.join(MEASURES)}.")
+    sampling = sampling or Sampling()
+    same = equivalence(sampling.equivalence) if sampling.number else None
+    stop = () if measure == "number" else ("\n",)
+    draws = draws or draws_of(run, samples, seed)
+    torch.manual_seed(seed)
+    answers: list[Answer] = []
+    tokens = [0, 0]
+    for start in range(0, len(questions), batch_size):
+        chunk = questions[start : start + batch_size]
+        for prompt, decoded, others in decoded_with_samples(
+            run, [row.prompt for row in chunk], draws, chat=None, stop=stop, sampling=sampling,
+            max_new_tokens=max_new_tokens,
+        ):  # fmt: skip
+            answers.append(make_answer(prompt, decoded, others, same, None))
+            tokens[0] += len(decoded.token_ids)
+            tokens[1] += sum(len(other.token_ids) for other in others)
+        if advance is not None:
+            advance(len(chunk))
+
+    def held(by: str) -> NDArray[np.float64]:
+        pairs = zip(answers, questions, strict=True)
+        return np.array([correctness(answer.text, row.answers, by, stops=stop) for answer, row in pairs])
+
+    return Judged(questions, answers, held(measure), held("f1"), tokens[0], tokens[1])
+
+
+def fit_on(judged: Judged, names: Sequence[str] | None = None) -> Confidence:
+    """The confidence of the lowest left-out NLL on validation answers, from scores that one decode gives.
+
+    Args:
+        judged: validation answers.
+        names: the scores to choose from; all of one decode if None.
+
+    Raises:
+        UserError: too few of them, or too few right or wrong ones.
+    """
+    scores = judged.scores()
+    chosen = names if names is not None else [name for name in scores if not SCORES[name].sampled]
+    chosen = [name for name in chosen if np.ptp(scores[name]) > 0]  # the same for every answer says nothing
+    directions = {name: SCORES[name].higher_is_uncertain for name in chosen}
+    fitted, _ = choose_confidence({name: scores[name] for name in chosen}, judged.right, directions)
+    return fitted
+
+
+def judge(judged: Judged, fitted: Confidence | None, *, seed: int = 0) -> dict[str, Any]:
+    """Every figure of an evaluation, as plain values.
+
+    Args:
+        judged: test answers.
+        fitted: the confidence that was fitted on validation answers.
+        seed: of the bootstrap.
+
+    Returns:
+        n, accuracy, f1, tokens and, by score, auroc, prr, aurc (each {value, low, high}) and decodes; the confidence's
+        own ece, brier and nll; the risk-coverage curve of its ranking.
+    """
+    scores, n = judged.scores(), len(judged.answers)
+    per_answer = (judged.answer_tokens / n, judged.sampled_tokens / n)
+    found: dict[str, Any] = {
+        "n": n,
+        "accuracy": float(judged.right.mean()),
+        "f1": float(judged.f1.mean()),
+        "tokens_an_answer": per_answer[0],
+        "scores": {},
+    }
+    for name, values in scores.items():
+        score = SCORES[name]
+        figures = judge_ranking(score.uncertainty(values), judged.right, seed=seed)
+        cost = per_answer[0] + (per_answer[1] if score.sampled else 0.0)
+        found["scores"][name] = {**_plain(figures), "tokens": cost}
+    if fitted is not None:
+        confidence = fitted(scores)
+        found["confidence"] = {"kind": fitted.kind, "scores": list(fitted.scores), "fitted_on": fitted.rows}
+        found["confidence"] |= _plain(judge_confidence(confidence, judged.right, seed=seed))
+        found["confidence"] |= _plain(judge_ranking(-confidence, judged.right, seed=seed))
+        coverage, risk = rejection_curve(-confidence, judged.right)
+        found["curve"] = {"coverage": coverage.tolist(), "risk": risk.tolist()}
+    return found
+
+
+def _plain(figures: Mapping[str, Metric]) -> dict[str, Any]:
+    return {name: {"value": m.value, "low": m.low, "high": m.high, "reason": m.reason} for name, m in figures.items()}

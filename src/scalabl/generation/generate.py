@@ -1,0 +1,199 @@
+"""`scalabl.generate`: prompts in, answers out, each with a confidence and with figures for every token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from scalabl.errors import UserError
+from scalabl.generation.answer import Answer, tokens_of
+from scalabl.generation.answer_span import answer_span
+from scalabl.generation.clusters import Equivalence, equivalence
+from scalabl.generation.confidence import Confidence
+from scalabl.generation.decoding import Decoded, decode
+from scalabl.generation.draws import MeanDraws
+from scalabl.generation.fan_out import Draws
+from scalabl.generation.loading import LanguageRun, load_language_run
+from scalabl.generation.sampled_scores import sampled_scores
+from scalabl.generation.sequence_scores import sequence_scores
+from scalabl.methods import load_method
+
+CONFIDENCE = "confidence.json"  # in a run's directory: what `scalabl evaluate` fitted on validation answers
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How further answers are sampled for the scores that need them.
+
+    Attributes:
+        number: k further answers to each prompt, 0 for none, else 2 or more.
+        temperature, top_p: of the samples.
+        equivalence: which answers mean the same, a name of `clusters`.
+    """
+
+    number: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    equivalence: str = "normalised"
+
+
+def generate(
+    run: LanguageRun | Path | str,
+    prompts: Sequence[str],
+    *,
+    samples: int = 10,
+    seed: int = 0,
+    max_new_tokens: int = 64,
+    chat: bool | None = None,
+    stop: Sequence[str] = (),
+    sampling: Sampling | None = None,
+    batch_size: int = 8,
+    advance: Callable[[int], None] | None = None,
+    **generation: Any,
+) -> list[Answer]:
+    """Answer prompts with the average over particles.
+
+    Args:
+        run: a finished run, or its directory.
+        prompts: texts.
+        samples: N particles; 0 is the posterior mean. A plain LoRA has one, itself.
+        seed: of the particles, and of the texts where they are sampled.
+        max_new_tokens: the limit of an answer's tokens.
+        chat: put prompts into the model's chat template; None is what the run was trained with.
+        stop: texts that end an answer, for example a line's end.
+        sampling: further answers for self-consistency and semantic entropy; none by default.
+        batch_size: prompts at a time.
+        advance: called with the number of prompts done.
+        **generation: of transformers' `generate` (do_sample, temperature, top_p, ...); greedy if it says nothing.
+
+    Returns:
+        one answer a prompt. Its confidence is the fitted one where the run's directory holds `confidence.json`.
+
+    Raises:
+        UserError: not a finished run, no prompt, an empty prompt, numbers out of range.
+    """
+    run = run if isinstance(run, LanguageRun) else load_language_run(Path(run))
+    sampling = sampling or Sampling()
+    check(samples, max_new_tokens, batch_size, sampling)
+    same = equivalence(sampling.equivalence) if sampling.number else None
+    fitted = fitted_confidence(run)
+    draws = draws_of(run, samples, seed)
+    torch.manual_seed(seed)
+    answers: list[Answer] = []
+    for start in range(0, len(prompts), batch_size):
+        chunk = list(prompts[start : start + batch_size])
+        for prompt, decoded, others in decoded_with_samples(
+            run, chunk, draws, chat=chat, stop=stop, sampling=sampling, max_new_tokens=max_new_tokens, **generation
+        ):
+            answers.append(make_answer(prompt, decoded, others, same, fitted))
+        if advance is not None:
+            advance(len(chunk))
+    return answers
+
+
+def decoded_with_samples(
+    run: LanguageRun,
+    prompts: Sequence[str],
+    draws: Draws,
+    *,
+    chat: bool | None,
+    stop: Sequence[str],
+    sampling: Sampling,
+    max_new_tokens: int,
+    **generation: Any,
+) -> list[tuple[str, Decoded, list[Decoded]]]:
+    """Each prompt with its answer and k further, sampled ones, all cut behind the first stop text."""
+    tokens = [prompt_tokens(run, prompt, chat) for prompt in prompts]
+    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": False}
+    if stop:
+        settings |= {"stop_strings": list(stop)}
+    first = decode(run.model, run.tokenizer, tokens, draws, **settings | generation)
+    further: list[list[Decoded]] = [[] for _ in prompts]
+    if sampling.number:
+        sampled = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+        shared = {"min_new_tokens": generation["min_new_tokens"]} if "min_new_tokens" in generation else {}
+        settings |= {**sampled, **shared, "num_return_sequences": sampling.number}
+        further = decode(run.model, run.tokenizer, tokens, draws, **settings)
+
+    def cut(decoded: Decoded) -> Decoded:
+        return answer_span(decoded, stop) if stop else decoded
+
+    rows = zip(prompts, first, further, strict=True)
+    return [(prompt, cut(answer[0]), [cut(other) for other in others]) for prompt, answer, others in rows]
+
+
+def make_answer(
+    prompt: str,
+    decoded: Decoded,
+    others: Sequence[Decoded],
+    same: Equivalence | None,
+    fitted: Confidence | None,
+) -> Answer:
+    """The answer of a decoded text: its scores, and the confidence that they give."""
+    scores = sequence_scores(decoded)
+    if same is not None:
+        scores |= sampled_scores(decoded, others, same, prompt)
+    usable = fitted is not None and all(name in scores for name in fitted.scores)
+    if fitted is not None and usable:
+        confidence = float(fitted(scores)[0])
+    else:
+        confidence = float(torch.tensor(scores["mean_log_probability"]).exp())
+    return Answer(prompt, decoded.text.strip(), confidence, usable, scores, tokens_of(decoded), decoded.finished)
+
+
+def check(samples: int, max_new_tokens: int, batch_size: int, sampling: Sampling) -> None:
+    """Refuse numbers out of range before anything is loaded.
+
+    Raises:
+        UserError: the sentence names it.
+    """
+    for name, value, least in (
+        ("samples", samples, 0),
+        ("max_new_tokens", max_new_tokens, 1),
+        ("batch_size", batch_size, 1),
+    ):
+        if value < least:
+            raise UserError(f"{name} is {value}; it must be at least {least}.")
+    if sampling.number < 0 or sampling.number == 1:
+        raise UserError(f"The number of further answers is {sampling.number}; it must be 0 or at least 2, 10 is usual.")
+    if not sampling.temperature > 0 or not 0 < sampling.top_p <= 1:
+        raise UserError("Further answers need a temperature above 0 and a top_p between 0 and 1.")
+
+
+def fitted_confidence(run: LanguageRun) -> Confidence | None:
+    """The confidence that was fitted on the run's validation answers, if there is one."""
+    path = None if run.directory is None else run.directory / CONFIDENCE
+    return Confidence.load(path) if path is not None and path.exists() else None
+
+
+def draws_of(run: LanguageRun, samples: int, seed: int) -> Draws:
+    """The particles of the run's own method; its mean for N = 0, and for a method that draws none."""
+    if samples == 0 or not run.is_sampled:
+        return MeanDraws()
+    # the predictives of sampled methods all average over particles that are rows of a batch
+    method: Any = load_method(run.record["recipe"]["method"])
+    draws: Draws = method.predictive(run, samples=samples, seed=seed)
+    return draws
+
+
+def prompt_tokens(run: LanguageRun, prompt: str, chat: bool | None) -> list[int]:
+    """A prompt as tokens, in the chat template's user turn where `chat` says so.
+
+    Raises:
+        UserError: it is empty, or there is no chat template.
+    """
+    if not prompt.strip():
+        raise UserError("A prompt is empty; give at least one word.")
+    if chat is None:
+        chat = bool(run.record.get("scoring", {}).get("chat", False))
+    if not chat:
+        return list(run.tokenizer(prompt)["input_ids"])
+    if getattr(run.tokenizer, "chat_template", None) is None:
+        raise UserError("This model's tokenizer has no chat template; leave out --chat.")
+    turns = [{"role": "user", "content": prompt}]
+    found = run.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=False)
+    return list(found)  # type: ignore[arg-type]

@@ -1,0 +1,66 @@
+"""A finished run as something that generates: base model, adapter and tokenizer, without a classifier's scoring."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
+
+from scalabl.loading import load_adapter, require_base
+from scalabl.methods import SAMPLED
+from scalabl.models import held, load_base
+from scalabl.run_directory import finished_record
+from scalabl.scoring import Text
+
+
+@dataclass
+class LanguageRun:
+    """A trained model, ready to generate.
+
+    Attributes:
+        record: what `scalabl.json` says.
+        model: the base model with its adapter, in evaluation mode.
+        tokenizer: the base model's.
+        directory: where it was loaded from.
+    """
+
+    record: dict[str, Any]
+    model: PeftModel
+    tokenizer: PreTrainedTokenizerBase
+    directory: Path | None = None
+
+    @property
+    def is_bayesian(self) -> bool:
+        """Whether the adapter has a posterior over s."""
+        return bool(self.record["recipe"]["method"] == "scalabl")
+
+    @property
+    def is_sampled(self) -> bool:
+        """Whether the run's method averages over particles."""
+        return self.record["recipe"]["method"] in SAMPLED
+
+    @property
+    def text(self) -> Text:
+        """Prompts and rows as the tokens that the run was trained on."""
+        settings = self.record["scoring"]
+        return Text(self.tokenizer, chat=settings["chat"], max_length=settings["max_length"])
+
+
+def load_language_run(directory: Path, *, model: str | None = None) -> LanguageRun:
+    """Load a finished run for generation; one that was trained on questions with choices generates too.
+
+    Args:
+        directory: made by `scalabl train`.
+        model: the base model, if it has moved since.
+
+    Raises:
+        UserError: not a finished run, altered files, another base model.
+    """
+    record = finished_record(directory)
+    recipe = record["recipe"]
+    base, tokenizer = load_base(model or recipe["model"], **held(recipe))
+    require_base(base, record)
+    return LanguageRun(record, load_adapter(base, directory), tokenizer, directory)

@@ -1,0 +1,132 @@
+"""`scalabl generate` and `scalabl evaluate` on open questions, on finished runs of seconds."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+from tiny_base import write_jsonl
+
+import scalabl
+from scalabl.generation.confidence import Confidence
+from scalabl.generation.generate import CONFIDENCE, Sampling
+
+
+@pytest.fixture
+def own_run(scalabl_run: Path, tmp_path: Path) -> Path:
+    """A copy that a confidence may be written into."""
+    return Path(shutil.copytree(scalabl_run, tmp_path / "run"))
+
+
+@pytest.fixture
+def open_rows(tmp_path: Path) -> Path:
+    """Open questions; every other one counts any text that has a letter of the tiny model's as right."""
+    for split, number in (("train", 4), ("validation", 8), ("test", 6)):
+        rows = [{"question": f"{split} {i} red or blue?", "answers": ["red", "blue"]} for i in range(number)]
+        write_jsonl(tmp_path / "open" / f"{split}.jsonl", rows)
+    return tmp_path / "open"
+
+
+def test_answers_as_json_and_page(program, scalabl_run, tmp_path):
+    said = program(
+        "generate", scalabl_run, "--prompt", "red blue", "--prompt", "stone <b>", "--max-new-tokens", 5, "--samples", 4,
+        "--json", tmp_path / "a.json", "--html", tmp_path / "a.html",
+    )  # fmt: skip
+    assert said.code == 0 and "confidence" in said.out and "epistemic" in said.out
+    answers = json.loads((tmp_path / "a.json").read_text())
+    assert [answer["prompt"] for answer in answers] == ["red blue", "stone <b>"]
+    for answer in answers:
+        probabilities = [token["probability"] for token in answer["tokens"]]
+        assert answer["confidence"] == pytest.approx(math.prod(probabilities) ** (1 / len(probabilities)), rel=1e-4)
+        assert not answer["calibrated"]
+        for token in answer["tokens"]:
+            assert token["total"] == pytest.approx(token["aleatoric"] + token["epistemic"], abs=1e-5)
+    page = (tmp_path / "a.html").read_text()
+    assert "stone &lt;b&gt;" in page and "<b>" not in page  # what a model or a user says is no markup
+    assert page.count('class="t l') == sum(len(answer["tokens"]) for answer in answers)
+
+
+def test_the_call_and_the_command_agree(program, scalabl_run, tmp_path):
+    program("generate", scalabl_run, "--prompt", "red blue", "--max-new-tokens", 6, "--json", tmp_path / "a.json")
+    [found] = scalabl.generate(scalabl_run, ["red blue"], max_new_tokens=6)
+    assert json.loads((tmp_path / "a.json").read_text())[0] == json.loads(json.dumps(found.as_dict()))
+
+
+def test_a_plain_lora_and_the_mean_have_one_particle(program, mle_run, scalabl_run):
+    for run, samples in ((mle_run, 10), (scalabl_run, 0)):
+        [answer] = scalabl.generate(run, ["red blue"], samples=samples, max_new_tokens=4)
+        assert max(token.epistemic for token in answer.tokens) == 0
+        assert answer.scores["variance_log_probability"] == 0
+
+
+def test_batches_do_not_change_answers(scalabl_run):
+    prompts = ["red blue", "stone", "a long answer yes no", "bee"]
+    together = scalabl.generate(scalabl_run, prompts, max_new_tokens=5)
+    for prompt, answer in zip(prompts, together, strict=True):
+        [alone] = scalabl.generate(scalabl_run, [prompt], max_new_tokens=5)
+        assert alone.text == answer.text
+        assert alone.confidence == pytest.approx(answer.confidence, rel=1e-4)
+
+
+def test_further_answers_give_semantic_scores(scalabl_run):
+    [answer] = scalabl.generate(scalabl_run, ["red"], max_new_tokens=4, sampling=Sampling(3))
+    assert 0 <= answer.scores["semantic_entropy"] <= math.log(3) + 1e-9
+    assert 0 <= answer.scores["self_consistency"] <= 1
+
+
+def test_sampling_repeats_by_its_seed(scalabl_run):
+    settings = {"max_new_tokens": 8, "do_sample": True, "temperature": 2.0}
+    first, again = (scalabl.generate(scalabl_run, ["red"], seed=5, **settings)[0].text for _ in range(2))
+    assert first == again
+
+
+def test_questions_of_a_file(program, scalabl_run, tmp_path):
+    file = write_jsonl(tmp_path / "p.jsonl", [{"question": "red?"}, {"prompt": "blue"}])
+    program("generate", scalabl_run, "--input", file, "--max-new-tokens", 2, "--json", tmp_path / "a.json")
+    prompts = [answer["prompt"] for answer in json.loads((tmp_path / "a.json").read_text())]
+    assert prompts == ["Question: red?\nAnswer:", "blue"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        ((), "Give prompts"),
+        (("--prompt", " "), "blank"),
+        (("--prompt", "red", "--temperature", "0"), "above 0"),
+        (("--prompt", "red", "--top-p", "1.5"), "at most 1"),
+        (("--prompt", "red", "--max-new-tokens", "0"), "at least 1"),
+        (("--prompt", "red", "--answers", "1"), "at least 2"),
+        (("--prompt", "red", "--chat"), "no chat template"),
+        (("--prompt", "red", "--json", "nowhere/a.json"), "cannot be written"),
+        (("--input", "missing.jsonl"), "does not exist"),
+    ],
+)
+def test_bad_input(program, scalabl_run, arguments, word):
+    assert word in program("generate", scalabl_run, *arguments).sentence()
+
+
+def test_open_questions_are_judged_and_a_confidence_is_kept(program, own_run, open_rows, tmp_path):
+    said = program(
+        "evaluate", own_run, "--data", open_rows, "--max-new-tokens", 3, "--answers", 3, "--samples", 3,
+        "--json", tmp_path / "e.json",
+    )  # fmt: skip
+    assert said.code == 0 and "no confidence was fitted" in said.out and "20 validation answers" in said.out
+    found = json.loads((tmp_path / "e.json").read_text())
+    assert found["n"] == 6 and found["accuracy"] == 0
+    assert found["scores"]["semantic_entropy"]["tokens"] > found["scores"]["mean_entropy"]["tokens"]
+    assert found["scores"]["mean_entropy"]["auroc"]["reason"]
+    assert not (own_run / CONFIDENCE).exists()
+
+
+def test_a_fitted_confidence_is_used(program, own_run, tmp_path):
+    Confidence("isotonic", ("mean_entropy",), (-1,), 0.1, 0.9, 20, 8, knots=(-20.0, 0.0), heights=(0.25, 0.25)).save(
+        own_run / CONFIDENCE
+    )
+    [answer] = scalabl.generate(own_run, ["red"], max_new_tokens=3)
+    assert answer.calibrated and answer.confidence == 0.25
+
+
+@pytest.mark.parametrize("measure", ["f1", "bleu"])
+def test_measures_that_are_no_right_or_wrong(program, scalabl_run, open_rows, measure):
+    assert "--measure" in program("evaluate", scalabl_run, "--data", open_rows, "--measure", measure).sentence()
