@@ -1,0 +1,45 @@
+"""`scalabl export`: particles of a run as plain LoRAs, and the line that serves them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from scalabl.cli.main import app
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(metavar="DIR", help="A run directory with a posterior.")],
+    particles: Annotated[int, typer.Option(help="How many plain LoRAs.")],
+    format: Annotated[str, typer.Option(help="peft: plain LoRAs that PEFT and vLLM load.")] = "peft",
+    output: Annotated[Path | None, typer.Option(help="Their directory OUT; DIR itself if left out.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the particles.")] = 0,
+    draws: Annotated[str, typer.Option(help="independent, antithetic, sobol or moments.")] = "independent",
+    name: Annotated[str, typer.Option(help="They are served as NAME-0, NAME-1, ...")] = "particle",
+    model: Annotated[str | None, typer.Option(help="The base model on the server, if it lies elsewhere.")] = None,
+    host: Annotated[str, typer.Option(help="Of the printed command: where the server listens.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Of the printed command.")] = 8000,
+) -> None:
+    """Write N particles as plain LoRAs into OUT/particles, and print the vllm serve line for them.
+
+    The same call again writes nothing and prints the line.
+    """
+    from scalabl.serving.command import MAX_LORA_RANKS, as_shell, vllm_command
+    from scalabl.serving.export import export as write
+    from scalabl.serving.export import prepare
+
+    prepare(run, particles, output or run, form=format, seed=seed, draws=draws, name=name)
+
+    from scalabl.cli.quiet import quiet
+
+    quiet()
+    manifest = write(run, particles, output, form=format, seed=seed, draws=draws, name=name)
+    directory = (output or run) / "particles"
+    typer.echo(f"{particles:,} particles in {directory}")
+    for warning in manifest.warnings:
+        typer.echo(f"warning: {warning}")
+    if (model or manifest.base_model) and manifest.rank <= MAX_LORA_RANKS[-1]:
+        typer.echo(as_shell(vllm_command(manifest, directory, base=model, host=host, port=port)))
