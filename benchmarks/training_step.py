@@ -15,7 +15,7 @@ import resource
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,19 @@ from methods import METHODS, RANK, TARGETS
 from peft import LoraConfig, MontecloraConfig, PeftModel, get_peft_model
 from shapes import SHAPES
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 import scalabl
+from scalabl.methods.blob import KLStepCallback, cycle_steps
 from scalabl.models import DTYPES, load_base
+from scalabl.tuner_blob import BLoBConfig
 
 Step = Callable[[], None]
 ROWS = 1000  # N of the evidence lower bound; it scales the KL's gradient and costs nothing
@@ -43,10 +52,12 @@ def load(model: str, shape: str | None, device: str, dtype: str, seed: int) -> P
         return AutoModelForCausalLM.from_config(SHAPES[shape].config(), dtype=DTYPES[dtype])
 
 
-def adapt(base: PreTrainedModel, method: str) -> PeftModel:
+def adapt(base: PreTrainedModel, method: str, targets: Sequence[str] = TARGETS) -> PeftModel:
     """The base with the adapter of a method, the base's tensors being shared between all that are made."""
     own = copy.deepcopy(base, {id(tensor): tensor for tensor in (*base.parameters(), *base.buffers())})
-    shared: dict[str, Any] = {"r": RANK, "lora_alpha": 2 * RANK, "target_modules": list(TARGETS)}
+    shared: dict[str, Any] = {"r": RANK, "lora_alpha": 2 * RANK, "target_modules": list(targets)}
+    if method == "blob":
+        return get_peft_model(own, BLoBConfig(**shared))
     if method.startswith("scalabl"):
         shared["covariance"] = "full" if method == "scalabl-full" else "diagonal"
         return get_peft_model(own, scalabl.ScalaBLConfig(**shared))
@@ -59,17 +70,24 @@ def adapt(base: PreTrainedModel, method: str) -> PeftModel:
 
 def make_step(base: PreTrainedModel, method: str, batch: Tensor, directory: Path) -> Step:
     """A function that does one optimiser step of a method."""
-    model: Any = adapt(base, method).train()
+    return step_of(adapt(base, method), method, batch, directory)
+
+
+def step_of(model: Any, method: str, batch: Tensor, directory: Path) -> Step:
+    """The same for an adapted model."""
+    model.train()
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=1e-4)
     arguments = TrainingArguments(
         output_dir=str(directory), max_steps=10**6, report_to=[], use_cpu=batch.device.type == "cpu"
     )
     state, control = TrainerState(max_steps=arguments.max_steps), TrainerControl()
-    callback = None
+    callback: TrainerCallback = TrainerCallback()  # does nothing
     if method.startswith("scalabl"):
         callback = scalabl.ELBOCallback(num_examples=ROWS)
-        callback.on_train_begin(arguments, state, control, model=model, optimizer=optimizer, train_dataloader=None)
+    if method == "blob":
+        callback = KLStepCallback(cycle_steps(ROWS, len(batch)), learning_rate=0.01)
+    callback.on_train_begin(arguments, state, control, model=model, optimizer=optimizer, train_dataloader=None)
 
     def step() -> None:
         loss = model(input_ids=batch, labels=batch).loss
@@ -77,9 +95,9 @@ def make_step(base: PreTrainedModel, method: str, batch: Tensor, directory: Path
             loss = loss + model.base_model._get_monteclora_loss()  # as PEFT's MontecloraTrainerMixin does
         loss.backward()
         nn.utils.clip_grad_norm_(trainable, 1.0)
-        if callback is not None:
-            callback.on_pre_optimizer_step(arguments, state, control, optimizer=optimizer)
+        callback.on_pre_optimizer_step(arguments, state, control, optimizer=optimizer)
         optimizer.step()
+        callback.on_optimizer_step(arguments, state, control, optimizer=optimizer)
         optimizer.zero_grad()
 
     return step

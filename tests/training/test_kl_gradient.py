@@ -1,9 +1,14 @@
 """Layers computed together get exactly what each would get alone."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from scalabl.posterior import POSTERIORS, DiagonalGaussian, Gaussian, Prior, forward_kl_gradient
 from scalabl.training.kl_gradient import add_kl_gradients, with_parameters
@@ -87,3 +92,61 @@ def test_other_parameters_leave_the_original_as_it_is() -> None:
     assert torch.equal(other.mean, torch.ones(3)) and torch.equal(other.covariance(), torch.eye(3))
     assert all(torch.equal(p, before[name]) for name, p in posterior.named_parameters())
     assert type(other) is type(posterior)
+
+
+@pytest.fixture
+def mesh() -> Iterator[DeviceMesh]:
+    """Two ranks, of which this process is the second; nothing is sent."""
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=1, world_size=2)
+    yield DeviceMesh("cpu", torch.arange(2))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("present", [True, False])
+def test_shards_together_get_their_part_of_what_the_whole_gets(
+    mesh: DeviceMesh, present: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards, whole = layers(*MIXED, gradients=present), layers(*MIXED, gradients=present)
+
+    def shard(tensor: torch.Tensor) -> DTensor:
+        part = tensor.detach().chunk(2)[1].clone() if tensor.shape[0] > 1 else tensor.detach()[:0]
+        return DTensor.from_local(part, mesh, [Shard(0)], run_check=False, shape=tensor.shape, stride=(1,))
+
+    for posterior in shards:
+        for name, parameter in list(posterior.named_parameters()):
+            sharded = torch.nn.Parameter(shard(parameter))
+            sharded.grad = None if parameter.grad is None else shard(parameter.grad)
+            posterior.register_parameter(name, sharded)
+    calls: list[Gaussian] = []
+    for kind in POSTERIORS.values():
+        original: Any = kind.kl_gradient
+        monkeypatch.setattr(
+            kind, "kl_gradient", lambda self, prior, original=original: calls.append(self) or original(self, prior)
+        )
+    add_kl_gradients(shards, Prior(0.2, 0.7), 1 / 7)
+    assert len(calls) == 4  # not one a layer
+    add_kl_gradients(whole, Prior(0.2, 0.7), 1 / 7)
+    for found, wanted in zip(gradients_of(shards), gradients_of(whole), strict=True):
+        assert isinstance(found, DTensor) and wanted is not None and found.shape == wanted.shape
+        assert torch.equal(found.to_local(), wanted.chunk(2)[1]) and found.to_local().numel() > 0
+
+
+def test_the_number_of_operations_does_not_grow_with_the_layers() -> None:
+    def operations(number: int) -> int:
+        counted = Counter()
+        posteriors = layers(*[("diagonal", 8)] * number)
+        with counted:
+            add_kl_gradients(posteriors, Prior(), 1.0)
+        return counted.number
+
+    assert operations(2) == operations(60) > 0
+
+
+class Counter(TorchDispatchMode):
+    """Counts what computes numbers; a view does not."""
+
+    number = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.number += not func.is_view
+        return func(*args, **(kwargs or {}))

@@ -1,6 +1,6 @@
 """What one rank of a distributed test does; started by test_callback_distributed.py, with or without torchrun.
 
-two_ranks.py ddp OUTPUT BATCH: train with Trainer on BATCH rows a rank, in the mean state, and write the weights.
+two_ranks.py ddp OUTPUT BATCH: train with Trainer on BATCH rows a rank, and write the weights.
 two_ranks.py fsdp OUTPUT: for every posterior and prior of CASES, shard with FSDP 2, add the gradient of the KL alone,
 and write gradients and log values.
 """
@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from tiny_run import arguments, tiny_model, trainer, weights
 
-import scalabl
 from scalabl.training.callback import ELBOCallback
 from scalabl.training.kl_gradient import add_kl_gradients
 from scalabl.tuner import prior_of, stochastic_layers
@@ -40,12 +39,13 @@ def unlike(model: Any) -> Any:
 
 
 class Noise(ELBOCallback):
-    """Also keeps the noise that the rank would draw first."""
+    """Also keeps the noise of the rank's first rows in one layer."""
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         super().on_train_begin(*args, **kwargs)
         state = torch.get_rng_state()
-        self.first_noise = torch.randn(4)
+        leaf = next(iter(stochastic_layers(kwargs["model"]).values()))
+        self.first_noise = leaf.draw(4, torch.device("cpu")).detach()
         torch.set_rng_state(state)
 
 
@@ -53,8 +53,7 @@ def ddp(output: Path, batch: int) -> None:
     rank = int(os.environ.get("RANK", "0"))
     model, callback = tiny_model(), Noise(8, learning_rate=0.05)
     args = arguments(output / "run", per_device_train_batch_size=batch, ddp_backend="gloo", max_grad_norm=0.1)
-    with scalabl.mean(model):
-        trainer(model, args, [callback]).train()
+    trainer(model, args, [callback]).train()
     torch.save({"weights": weights(model), "noise": callback.first_noise}, output / f"rank{rank}.pt")
 
 

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from scalabl.posterior import DiagonalGaussian, Gaussian, Prior, forward_kl_gradient
 
@@ -53,18 +53,29 @@ def _gradient(posterior: Gaussian, prior: Prior, kl: str) -> dict[str, Tensor]:
 def _stacked_gradients(alike: Sequence[Gaussian], prior: Prior, kl: str) -> dict[str, Tensor]:
     """The gradients of L posteriors of one shape, by parameter name: (L, ...)."""
     first = alike[0]
-    stacked = {name: torch.stack([p.get_parameter(name) for p in alike]) for name, _ in first.named_parameters()}
+    stacked = {name: torch.stack([_local(_parameters(p)[name]) for p in alike]) for name in _parameters(first)}
     gradients: dict[str, Tensor] = torch.vmap(lambda one: _gradient(with_parameters(first, one), prior, kl))(stacked)
     return gradients
 
 
 def _shape(posterior: Gaussian, prior: Prior) -> Hashable:
-    """Equal for posteriors that can be stacked; shards cannot, nor can what an empirical prior sums over a layer: the
-    order of a sum, and so its last bit, would be another one."""
-    parameters = list(posterior.parameters())
-    if prior.empirical or any(hasattr(parameter, "full_tensor") for parameter in parameters):
+    """Equal for posteriors that can be stacked. What an empirical prior sums over a layer cannot: the order of a sum,
+    and so its last bit, would be another one. Else the gradient is elementwise, so that of shards this rank's own parts
+    are stacked."""
+    if prior.empirical:
         return id(posterior)
-    return type(posterior), *((p.shape, p.dtype, p.device) for p in parameters)
+    parts = [_local(parameter) for parameter in _parameters(posterior).values()]
+    return type(posterior), *((p.shape, p.dtype, p.device) for p in parts)
+
+
+def _parameters(posterior: Gaussian) -> dict[str, nn.Parameter]:
+    """By name, without a walk over submodules, of which a posterior has none: this is done in every step."""
+    return posterior._parameters  # type: ignore[return-value]
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This rank's part of a shard (FSDP 2); the tensor itself otherwise."""
+    return tensor.to_local() if hasattr(tensor, "full_tensor") else tensor  # type: ignore[attr-defined, no-any-return]
 
 
 def _add(posteriors: Sequence[Gaussian], gradients: Mapping[str, Sequence[Tensor]]) -> None:
@@ -73,13 +84,15 @@ def _add(posteriors: Sequence[Gaussian], gradients: Mapping[str, Sequence[Tensor
         present: list[Tensor] = []
         added: list[Tensor] = []
         for posterior, gradient in zip(posteriors, of_each, strict=True):
-            parameter = posterior.get_parameter(name)
+            parameter = _parameters(posterior)[name]
             if not parameter.requires_grad:
                 continue
-            if parameter.grad is None:
+            if parameter.grad is None and type(gradient) is type(parameter.data):
                 parameter.grad = gradient.to(parameter.dtype, copy=True)
-            else:
-                present.append(parameter.grad)
-                added.append(gradient.to(parameter.grad.dtype))
+                continue
+            if parameter.grad is None:  # a shard, of which this gradient is a part
+                parameter.grad = torch.zeros_like(parameter)
+            present.append(_local(parameter.grad))
+            added.append(_local(gradient).to(parameter.grad.dtype))
         if present:
             torch._foreach_add_(present, added)

@@ -8,16 +8,19 @@ from collections.abc import Iterable
 from torch import nn
 
 from scalabl.errors import UserError
+from scalabl.tuner.language_side import language_side
 from scalabl.tuner.layers import bare, unwrap
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The model's list of decoder layers: its longest ModuleList of like modules.
+    """The model's list of decoder layers: its (language side's) longest ModuleList of like modules.
 
     Raises:
         UserError: there is none.
     """
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len({type(x) for x in m}) == 1]
+    lists = [
+        m for m in language_side(model).modules() if isinstance(m, nn.ModuleList) and len({type(x) for x in m}) == 1
+    ]
     if not lists:
         raise UserError("This model has no list of decoder layers, so nothing can be told about their depth.")
     most = max(map(len, lists))

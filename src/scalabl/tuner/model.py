@@ -16,6 +16,7 @@ from scalabl.top_layers import top_layers
 from scalabl.tuner.config import ScalaBLConfig
 from scalabl.tuner.depth import depths
 from scalabl.tuner.fingerprint import fingerprint, same_base
+from scalabl.tuner.language_side import beside_language
 from scalabl.tuner.projection import Particles, StochasticProjection
 
 
@@ -35,6 +36,11 @@ class ScalaBLModel(LoraModel):
         config = cast(ScalaBLConfig, copy.copy(self.peft_config[adapter_name]))
         self.peft_config[adapter_name] = config
         self._stochastic: set[str] | None = None
+        # by the end of its path a target may be in an image tower too; a regular expression says what it means
+        if config.exclude_modules is None and (
+            config.target_modules == "all-linear" or not isinstance(config.target_modules, str)
+        ):
+            config.exclude_modules = beside_language(model)
         found = fingerprint(model)
         if config.base_fingerprint is None:
             config.base_fingerprint = found

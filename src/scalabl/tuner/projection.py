@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from scalabl.errors import UserError
 from scalabl.posterior import POSTERIORS, Gaussian
+from scalabl.tuner.mean_weight import mean_weight
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ class StochasticProjection(nn.Module):
         self.unit_rows = unit_rows
         self.draws = draws
         self.state: State = "auto"
+        self.share = (0, 1)  # while training: (rank, ranks) between which a batch is split; its rows are drawn as one
         rows, singular_values, sigma = _initial(weight, init_sigma)
         self.direction = nn.Parameter(rows.to(weight.dtype))
         self.posterior: Gaussian = POSTERIORS[covariance](singular_values, sigma)
@@ -74,7 +76,13 @@ class StochasticProjection(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """(r, d_in) diag(s_mu) A, the mean: what merging, exporting and PEFT's dtype checks read."""
+        """(r, d_in) diag(s_mu) A, the mean: what merging and exporting read, and PEFT's forward pass for its dtype."""
+        # a compiler drops what is not used; shards and other kinds of tensors have ways of their own
+        if torch.compiler.is_compiling() or type(self.direction) is not nn.Parameter:
+            return self._mean_weight()
+        return mean_weight(self._mean_weight, self.direction)
+
+    def _mean_weight(self) -> Tensor:
         return (self.posterior.mean[:, None] * self.rows()).to(self.direction.dtype)
 
     def draw(self, rows: int, device: torch.device) -> Tensor:
@@ -92,8 +100,10 @@ class StochasticProjection(nn.Module):
             s = self.posterior.sample(state.noise.to(device))
             return s.repeat_interleave(rows // number, dim=0)
         if state == "sample" or (state == "auto" and self.training):
-            number = 1 if state == "auto" and self.draws == "batch" else rows
-            return self.posterior.sample(torch.randn(number, self.out_features, device=device))
+            one_for_all = state == "auto" and self.draws == "batch"  # for the rows of all ranks too
+            number, (rank, ranks) = (1, (0, 1)) if one_for_all else (rows, self.share)
+            noise = torch.randn(ranks * number, self.out_features, device=device)
+            return self.posterior.sample(noise[rank * number : (rank + 1) * number])
         return self.posterior.mean
 
     def forward(self, x: Tensor) -> Tensor:
@@ -107,7 +117,8 @@ class StochasticProjection(nn.Module):
         if s.dim() == 2:
             s = s.view(s.shape[0], *([1] * (x.dim() - 2)), s.shape[1])
         projected = F.linear(x, self.rows())
-        return projected * s.to(projected.dtype)
+        # s is float32 and stays so: under bfloat16 only the product is rounded, not s
+        return (projected * s).to(projected.dtype)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, unit_rows={self.unit_rows}"
