@@ -46,6 +46,7 @@ PROGRAM = {
     "scalabl evaluate missing --data arc-easy": 2,
     "scalabl predict missing --input missing.jsonl --output answers.jsonl": 2,
     "scalabl inspect missing": 2,
+    "scalabl plan --model missing --card 24XB": 2,
     "scalabl demo --steps 0": 2,
 }
 IMPORTS = {

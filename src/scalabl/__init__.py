@@ -23,11 +23,13 @@ _PUBLIC = {
     "stochastic_layers": "scalabl.tuner",
     "ELBOCallback": "scalabl.training.callback",
     "Classifier": "scalabl.classifier",
+    "generate": "scalabl.generation.generate",
     "load_task": "scalabl.tasks",
 }
 
 if TYPE_CHECKING:
     from scalabl.classifier import Classifier as Classifier
+    from scalabl.generation.generate import generate as generate
     from scalabl.tasks import load_task as load_task
     from scalabl.training.callback import ELBOCallback as ELBOCallback
     from scalabl.tuner import ScalaBLConfig as ScalaBLConfig

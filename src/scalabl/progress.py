@@ -5,6 +5,8 @@ from __future__ import annotations
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from scalabl.ranks import is_main
+
 
 def progress_bar(console: Console | None = None) -> Progress:
     """A bar on standard error: what, how many of how many, time gone, time left."""
@@ -19,5 +21,6 @@ def progress_bar(console: Console | None = None) -> Progress:
         TextColumn("{task.fields[detail]}"),
         console=console,
         transient=True,
-        disable=not console.is_terminal,  # a log file would be left an empty line
+        # a log file would be left an empty line; of several processes one shows it
+        disable=not console.is_terminal or not is_main(),
     )

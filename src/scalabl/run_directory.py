@@ -24,6 +24,7 @@ from scalabl.mapping_file import read_json
 RECORD = "scalabl.json"
 ADAPTER = "adapter_model.safetensors"
 JOINT = "joint_covariance.safetensors"
+CHOICES, LANGUAGE = "choices", "language"  # kinds of runs: questions with choices, rows of text
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -104,6 +105,20 @@ def finished_record(directory: Path) -> dict[str, Any]:
     joint = record.get("joint_sha256")
     if joint is not None and (not (directory / JOINT).is_file() or sha256(directory / JOINT) != joint):
         raise UserError(f"{directory / JOINT} was lost or altered; restore the file or call scalabl bayesianize again.")
+    return record
+
+
+def classifier_record(directory: Path) -> dict[str, Any]:
+    """The record of a finished run that was trained on questions with choices.
+
+    Raises:
+        UserError: not a finished run, altered files, or one that was trained on rows of text.
+    """
+    record = finished_record(directory)
+    if record.get("kind", CHOICES) != CHOICES:
+        raise UserError(
+            f"{directory} was trained on rows of text, so it has no choices to score; use scalabl generate {directory}."
+        )
     return record
 
 

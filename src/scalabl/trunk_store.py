@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +18,7 @@ import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from scalabl.cache import cache_directory
 from scalabl.progress import progress_bar
@@ -107,12 +108,25 @@ def _key(scorer: Scorer, rows: Sequence[Encoded], dtype: torch.dtype) -> str:
 def _weights(module: nn.Module) -> bytes:
     """A digest of a module's weights: sums that no training step leaves unchanged, and a sample of the values."""
     digest = hashlib.sha256()
-    for name, parameter in module.named_parameters():
-        value = parameter.detach().reshape(-1)
+    for name, tensor in _plain_tensors(module):
+        value = tensor.reshape(-1)
         sample = value[:: max(1, value.numel() // 1024)].float().cpu().numpy().tobytes()
         sums = (value.double().sum().item(), value.double().square().sum().item())
-        digest.update(f"{name}|{tuple(parameter.shape)}|{parameter.dtype}|{sums}".encode() + sample)
+        digest.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}|{sums}".encode() + sample)
     return digest.digest()
+
+
+def _plain_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """A module's parameters; those of quantised weights with their scales."""
+    named = dict(module.named_parameters())
+    for name, parameter in named.items():
+        if is_traceable_wrapper_subclass(parameter):  # torchao's: integers and scales inside one tensor
+            for inner in parameter.__tensor_flatten__()[0]:
+                yield f"{name}.{inner}", getattr(parameter, inner).detach()
+        else:
+            yield name, parameter.detach()
+    if any(not parameter.is_floating_point() for parameter in named.values()):  # bitsandbytes': scales beside them
+        yield from ((name, tensor) for name, tensor in module.state_dict().items() if name not in named)
 
 
 def _read(path: Path) -> Tensor | None:

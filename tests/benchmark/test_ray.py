@@ -8,10 +8,11 @@ import torch
 from tiny_study import Done, content, finished_addresses, snapshot
 
 from scalabl.benchmark.plan import make_plan
-from scalabl.benchmark.ray_cluster import require_ray, run_ray
+from scalabl.benchmark.ray_cluster import run_ray
 from scalabl.benchmark.study import make_study
 from scalabl.benchmark.work import read_predictions
 from scalabl.errors import UserError
+from scalabl.ray_address import require_ray
 
 
 def test_a_local_ray_does_every_cell_once(

@@ -1,10 +1,15 @@
 """What the program says, and the arguments of a short training run."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import pytest
 from tiny_base import tiny_base
+
+import scalabl.predictive.over_ranks as predicting
 
 
 @dataclass(frozen=True)
@@ -16,9 +21,10 @@ class Said:
     err: str
 
     def sentence(self) -> str:
-        """Its one sentence on standard error, after exit code 2 and silence on standard output."""
+        """Its one sentence on standard error, after exit code 2 and no result on standard output."""
         assert self.code == 2, self
-        assert self.out == ""
+        # a training has said what it takes before it began
+        assert not self.out or (self.out.startswith("memory: ") and self.out.count("\n") == 1)
         lines = self.err.splitlines()
         assert len(lines) == 1 and lines[0].startswith("scalabl: "), self.err
         return lines[0].removeprefix("scalabl: ")
@@ -30,3 +36,19 @@ Program = Callable[..., Said]
 def train_arguments(data: object, output: Path, *more: object) -> tuple[object, ...]:
     """Two steps on the tiny model."""
     return ("train", "--model", tiny_base(), "--data", data, "--output", output, "--steps", 2, "--rank", 4, *more)
+
+
+@contextmanager
+def batches_of(monkeypatch: pytest.MonkeyPatch, *, killed_at: int | None = None) -> Iterator[list[int]]:
+    """How many rows are predicted in each call of `predict`; Ctrl-C comes in call `killed_at`, counted from 1."""
+    predict, calls = predicting.predict, []
+
+    def counted(scorer: Any, rows: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.append(len(rows))
+        if len(calls) == killed_at:
+            raise KeyboardInterrupt
+        return predict(scorer, rows, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(predicting, "predict", counted)
+        yield calls

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from program import Program
+from program import Program, batches_of
 from tiny_base import as_json, questions, tiny_base, write_jsonl
 
 from scalabl import __version__
@@ -182,22 +182,11 @@ def test_predict_and_evaluate_agree(program: Program, scalabl_run: Path, task_di
 def test_predict_resumes_behind_its_last_whole_line(
     program: Program, scalabl_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import scalabl.batch_prediction as module
-
     rows = write_jsonl(tmp_path / "rows.jsonl", map(as_json, questions(9)))
     arguments = ("predict", scalabl_run, "--input", rows, "--batch-size", 2, "--output")
     program(*arguments, tmp_path / "whole.jsonl")
-    predict_rows, calls = module.predict_rows, []
-
-    def killed_at_the_third(*args: Any, **kwargs: Any) -> Any:
-        calls.append(len(args[1]))
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return predict_rows(*args, **kwargs)
-
     output = tmp_path / "answers.jsonl"
-    with monkeypatch.context() as patch:
-        patch.setattr(module, "predict_rows", killed_at_the_third)
+    with batches_of(monkeypatch, killed_at=3):
         said = program(*arguments, output)
     assert said.code == 130 and said.err == "scalabl: Interrupted; run the same command again to go on.\n"
     assert not output.exists()
@@ -205,9 +194,7 @@ def test_predict_resumes_behind_its_last_whole_line(
     content = unfinished.read_bytes()
     assert content.count(b"\n") == 4
     unfinished.write_bytes(content + b'{"id": "q4", "lab')  # a kill in the middle of a line
-    calls.clear()
-    with monkeypatch.context() as patch:
-        patch.setattr(module, "predict_rows", lambda *a, **k: (calls.append(len(a[1])), predict_rows(*a, **k))[1])
+    with batches_of(monkeypatch) as calls:
         assert program(*arguments, output).code == 0
     assert calls == [2, 2, 1]
     assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes() and not unfinished.exists()

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import short
-from program import Program
+from program import Program, batches_of
 from tiny_base import as_json, questions, write_jsonl
 
 from scalabl.evaluation import answers, log_probabilities
@@ -116,28 +116,15 @@ def test_a_promise_that_cannot_be_kept_answers_nothing_and_says_so(
 def test_a_killed_prediction_goes_on_with_its_threshold(
     program: Program, run: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import scalabl.batch_prediction as module
-
     log_probs, wrong = held_out(run)
     rate = rate_that_splits(confidence_score(log_probs), wrong)
     options = ("--samples", 4, "--predictive", "mc", "--batch-size", 4, "--max-error", rate, "--confidence", 0.6)
     arguments = ("predict", run, "--input", rows, *options, "--output")
     program(*arguments, tmp_path / "whole.jsonl")
-    predict_rows, calls = module.predict_rows, []
-
-    def killed_at_the_third(*args: Any, **kwargs: Any) -> Any:
-        calls.append(len(args[1]))
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return predict_rows(*args, **kwargs)
-
     output = tmp_path / "answers.jsonl"
-    with monkeypatch.context() as patch:
-        patch.setattr(module, "predict_rows", killed_at_the_third)
+    with batches_of(monkeypatch, killed_at=3):
         assert program(*arguments, output).code == 130
-    calls.clear()
-    with monkeypatch.context() as patch:
-        patch.setattr(module, "predict_rows", lambda *a, **k: (calls.append(len(a[1])), predict_rows(*a, **k))[1])
+    with batches_of(monkeypatch) as calls:
         assert program(*arguments, output).code == 0
     assert calls == [4, 4, 4]
     assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()

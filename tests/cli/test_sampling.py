@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from program import Program
+from program import Program, batches_of
 from tiny_base import as_json, questions, write_jsonl
 
 from scalabl.classifier import Classifier
@@ -58,8 +58,6 @@ def test_evaluate_adaptively(program: Program, scalabl_run: Path, task_directory
 def test_predict_adaptively_says_how_many_particles_and_goes_on_after_a_kill(
     program: Program, scalabl_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import scalabl.batch_prediction as module
-
     rows = write_jsonl(tmp_path / "rows.jsonl", map(as_json, questions(9)))
     arguments = ("predict", scalabl_run, "--input", rows, "--batch-size", 2, "--samples", 20, "--predictive", "mc")
     program(*arguments, "--output", tmp_path / "all.jsonl")
@@ -71,16 +69,7 @@ def test_predict_adaptively_says_how_many_particles_and_goes_on_after_a_kill(
     assert said.out == f"9 answers from {sum(taken) / 9:.1f} of at most 20 particles each, on average\n"
     assert [answer["label"] for answer in found] == [answer["label"] for answer in answers(tmp_path / "all.jsonl")]
 
-    predict_rows, calls = module.predict_rows, []
-
-    def killed_at_the_third(*args: Any, **kwargs: Any) -> Any:
-        calls.append(len(args[1]))
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return predict_rows(*args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(module, "predict_rows", killed_at_the_third)
+    with batches_of(monkeypatch, killed_at=3):
         assert program(*arguments, tmp_path / "answers.jsonl").code == 130
     again = program(*arguments, tmp_path / "answers.jsonl")
     assert again.out == said.out

@@ -25,7 +25,7 @@ from scalabl.bayesianize.variational import fit_variational
 from scalabl.diagnostics import unconverged
 from scalabl.errors import UserError
 from scalabl.loading import load_adapter, require_base
-from scalabl.models import load_base
+from scalabl.models import held, load_base
 from scalabl.run_directory import ADAPTER, RECORD, sha256, write_json
 from scalabl.scoring import Encoded, Scorer, Scoring, make_scoring
 from scalabl.tasks import Example, Task
@@ -90,7 +90,7 @@ def _build(
 ) -> dict[str, Any]:
     recipe = settings.recipe
     config, tensors = _converted(source, recipe)
-    base, tokenizer = load_base(recipe.model, dtype=recipe.dtype, bits=recipe.bits)
+    base, tokenizer = load_base(recipe.model, **held(recipe.as_dict()))
     if source.record:
         require_base(base, source.record)
     config.base_fingerprint = fingerprint(base)

@@ -15,7 +15,7 @@ STRUCTURES = ("joint", "layer", "diagonal")
 # settings of a run's recipe that its adapter keeps; how it was trained is over
 _KEPT = (
     "r", "lora_alpha", "target_modules", "layers", "scoring", "normalization", "chat", "max_length", "seed", "dtype",
-    "bits",
+    "bits", "quantization",
 )  # fmt: skip
 _VARIATIONAL = {"steps", "variational_learning_rate", "prior_std", "init_sigma", "schedule", "beta"}
 

@@ -12,7 +12,7 @@ from typing import Any
 from scalabl.adapter_file import CONFIG
 from scalabl.errors import UserError
 from scalabl.rows import with_labels
-from scalabl.run_directory import ADAPTER, RECORD, finished_record
+from scalabl.run_directory import ADAPTER, RECORD, classifier_record
 from scalabl.tasks import Example, Task, load_task
 
 # ways of drawing A and B that take the draw out of the base's weights: the adapter fits no base that can be loaded
@@ -73,7 +73,7 @@ def read_source(directory: Path, model: str | None = None) -> Source:
             f"{directory} was started with init_lora_weights={start!r}, which changes the base model's weights; "
             "convert it to a plain LoRA first (path_initial_model_for_weight_conversion of save_pretrained)."
         )
-    record = finished_record(directory) if (directory / RECORD).is_file() else None
+    record = classifier_record(directory) if (directory / RECORD).is_file() else None
     named = model or (record["recipe"]["model"] if record else config.get("base_model_name_or_path"))
     if not named:
         raise UserError(f"{directory / CONFIG} does not name the base model; give it with --model.")

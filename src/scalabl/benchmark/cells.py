@@ -67,7 +67,7 @@ def digest(content: Any) -> str:
 
 def rows_digest(rows: Sequence[Example]) -> str:
     """SHA-256 of rows, in their order, without their ids."""
-    return digest([[row.question, row.choices, row.answer] for row in rows])
+    return digest([[row.question, row.choices, row.answer, *row.content[2:]] for row in rows])
 
 
 def finished(output: Path, address: str) -> dict[str, Any] | None:

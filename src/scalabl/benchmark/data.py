@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from scalabl.errors import UserError
 from scalabl.rows import rows_of
@@ -34,8 +35,13 @@ def tuning_rows(task: Task) -> tuple[Example, ...]:
 
 def overlap(test: Sequence[Example], tuning: Sequence[Example]) -> int:
     """How many test rows are also tuning rows, by their content."""
-    known = {(row.question, frozenset(row.choices)) for row in tuning}
-    return sum((row.question, frozenset(row.choices)) in known for row in test)
+    known = set(map(_asked, tuning))
+    return sum(_asked(row) in known for row in test)
+
+
+def _asked(row: Example) -> tuple[Any, ...]:
+    """What a row asks, in whichever order its choices stand."""
+    return row.question, frozenset(row.choices), *row.content[2:]
 
 
 def _labelled(rows: list[Example], task: str) -> list[Example]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import socket
 import uuid
 from pathlib import Path
 from typing import Any
@@ -11,17 +9,7 @@ from typing import Any
 from scalabl.benchmark.cells import Cell, finished
 from scalabl.benchmark.plan import Plan
 from scalabl.benchmark.run import WAIT, Report, attempt, open_cells
-from scalabl.errors import UserError
-
-
-def require_ray() -> None:
-    """Refuse before any work.
-
-    Raises:
-        UserError: Ray is not installed.
-    """
-    if importlib.util.find_spec("ray") is None:
-        raise UserError('--ray needs a package that is not installed: pip install "scalabl[ray]"')
+from scalabl.ray_address import connected, gpus_each
 
 
 def run_ray(plan: Plan, output: Path, address: str, *, report: Report | None = None) -> None:
@@ -36,33 +24,9 @@ def run_ray(plan: Plan, output: Path, address: str, *, report: Report | None = N
     Raises:
         UserError: Ray is not installed, or the cluster cannot be reached.
     """
-    require_ray()
-    import ray
-
-    _require_answer(address)
-    try:
-        ray.init(address=address, log_to_driver=False, include_dashboard=False if address == "local" else None)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise UserError(f"The Ray cluster {address} cannot be reached: {str(error).splitlines()[0]}") from error
-    try:
-        gpus = 1 if ray.cluster_resources().get("GPU") else 0
-        task = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=2)(_do)
+    with connected(address) as ray:
+        task = ray.remote(num_cpus=1, num_gpus=gpus_each(ray), max_retries=2)(_do)
         _submit(ray, task, plan, output.resolve(), uuid.uuid4().hex, report)
-    finally:
-        ray.shutdown()
-
-
-def _require_answer(address: str) -> None:
-    """Ray itself would try for many minutes."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not port.isdigit():
-        return  # "local", "auto"
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
-    except (OSError, OverflowError) as error:
-        raise UserError(
-            f"The Ray cluster {address} cannot be reached ({error}); give HOST:PORT of its head, or local."
-        ) from error
 
 
 def _submit(ray: Any, task: Any, plan: Plan, output: Path, invocation: str, report: Report | None) -> None:

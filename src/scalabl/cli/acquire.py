@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from scalabl.cli import options
 from scalabl.cli.main import app
 from scalabl.errors import UserError
 
@@ -30,17 +31,16 @@ def acquire(
     """The k rows to label next, most informative first: each as it stands in the pool, with its score (nats)."""
     from scalabl.acquisition import STRATEGIES
     from scalabl.acquisition import acquire as chosen_rows
-    from scalabl.cli.evaluate import check_predictive
     from scalabl.methods import SAMPLED
     from scalabl.rows import with_labels
-    from scalabl.run_directory import finished_record, require_writable
+    from scalabl.run_directory import classifier_record, require_writable
     from scalabl.tasks import load_rows
-    from scalabl.tasks.json_lines import read_objects
+    from scalabl.tasks.jsonl import read_fields
 
     if by not in STRATEGIES:
         raise UserError(f"--by is {by!r}; it must be one of {', '.join(STRATEGIES)}.")
-    record = finished_record(run)
-    check_predictive(None, samples, batch_size, None, record)
+    record = classifier_record(run)
+    options.check_predictive(None, samples, batch_size, None, record)
     if by == "bald" and (record["recipe"]["method"] not in SAMPLED or samples == 1):
         raise UserError(
             "BALD ranks by what particles disagree about, and here is a single prediction; use --by entropy, or a run "
@@ -51,7 +51,7 @@ def acquire(
     rows = with_labels(load_rows(pool, labels=labels, require_answer=False), labels, pool)
     if not 1 <= k <= len(rows):
         raise UserError(f"-k is {k}; it must be between 1 and the {len(rows)} rows of {pool}.")
-    originals = [original for _, original in read_objects(pool)]
+    originals = [original for _, _, original in read_fields(pool)]
 
     if by != "random":
         import scalabl.evaluation  # noqa: F401  (torch and transformers, before they are turned down)
@@ -59,7 +59,9 @@ def acquire(
 
         quiet()
     chosen = chosen_rows(run, rows, k, by=by, samples=samples, seed=seed, batch_size=batch_size, model=model)
-    _write(({**originals[i], "score": score} for i, score in chosen), output)
+    # images by whole paths: the rows may be written to another directory
+    images = [{"image": list(row.images)} if row.images else {} for row in rows]
+    _write(({**originals[i], **images[i], "score": score} for i, score in chosen), output)
 
 
 def _write(rows: Iterable[dict[str, Any]], output: Path | None) -> None:

@@ -31,7 +31,8 @@ def bayesianize(
     prior_std: Annotated[float | None, typer.Option(help="Of vi, on s relative to 1.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of vi's draws.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
-    bits: Annotated[int | None, typer.Option(help="Load the base in 4 or 8 bit (bitsandbytes).")] = None,
+    bits: Annotated[int | None, typer.Option(help="Load the base in 4 or 8 bit.")] = None,
+    quantization: Annotated[str | None, typer.Option(help="Of --bits: bitsandbytes or torchao (8 bit).")] = None,
     json: Annotated[Path | None, typer.Option(help="Write the run's record here too.")] = None,
 ) -> None:
     """Give a finished plain LoRA a posterior, without training it again."""
@@ -44,6 +45,7 @@ def bayesianize(
         source, data, method, structure=structure, prior_precision=prior_precision, scoring=scoring, chat=chat,
         max_length=max_length, train_rows=train_rows, batch_size=batch_size, steps=steps,
         variational_learning_rate=variational_learning_rate, prior_std=prior_std, seed=seed, dtype=dtype, bits=bits,
+        quantization=quantization,
     )  # fmt: skip
     require_free(output)
     require_writable(json)

@@ -37,8 +37,8 @@ def benchmark(
 ) -> None:
     """Compare methods: train, predict, and write tables with intervals and paired comparisons."""
     from scalabl.benchmark.plan import make_plan
-    from scalabl.benchmark.ray_cluster import require_ray
     from scalabl.benchmark.study import read_study
+    from scalabl.ray_address import require_ray
 
     if workers < 1:
         raise UserError(f"--workers is {workers}; it must be at least 1.")

@@ -12,9 +12,9 @@ from scalabl.cli.main import data
 @data.command("list")
 def list_benchmarks() -> None:
     """The benchmarks that are known by name."""
-    from scalabl.tasks import BENCHMARKS
+    from scalabl.tasks import BENCHMARKS, OPEN_BENCHMARKS
 
-    for name in BENCHMARKS:
+    for name in (*BENCHMARKS, *OPEN_BENCHMARKS):
         typer.echo(name)
 
 

@@ -7,12 +7,11 @@ from typing import Annotated, Any
 
 import typer
 
+from scalabl import ranks
 from scalabl.cli import options
 from scalabl.cli.main import app
-from scalabl.errors import UserError
-from scalabl.methods import SAMPLED
-from scalabl.sampling import Sampling
-from scalabl.top_layers import check_spec
+
+_OPEN = "Open questions"
 
 
 @app.command()
@@ -38,15 +37,36 @@ def evaluate(
     model: options.BaseModel = None,
     json: Annotated[Path | None, typer.Option(help="Write the figures here.")] = None,
     report: Annotated[Path | None, typer.Option(help="Write an HTML report here.")] = None,
+    measure: Annotated[str, typer.Option(help="Of right: exact_match, contains, number.", rich_help_panel=_OPEN)] = (
+        "exact_match"
+    ),
+    max_new_tokens: Annotated[int, typer.Option(help="Of an answer.", rich_help_panel=_OPEN)] = 32,
+    answers: Annotated[int, typer.Option(help="Further, sampled ones to a question.", rich_help_panel=_OPEN)] = 0,
+    equivalence: Annotated[
+        str, typer.Option(help="Which answers mean the same, as in generate.", rich_help_panel=_OPEN)
+    ] = "normalised",
 ) -> None:
-    """Accuracy, NLL, ECE, Brier, AUROC and AURC, each with its interval."""
-    from scalabl.rows import rows_of
-    from scalabl.run_directory import finished_record, require_writable, write_json
+    """Accuracy, NLL, ECE, Brier, AUROC and AURC, each with its interval.
 
-    record = finished_record(run)
-    check_predictive(predictive, samples, batch_size, limit, record)
-    sampling = check_sampling(draws, adaptive, confidence, bound, predictive, samples, record)
-    check_layers(stochastic_layers, predictive, record)
+    On open questions (nq-open, triviaqa, sciq, or JSONL rows with "answers"): how often answers are right, and for each
+    score how well it tells which are wrong; the confidence fitted on validation questions is kept for generate.
+    """
+    from scalabl.tasks.open_tasks import is_open
+
+    if is_open(data):
+        from scalabl.cli.open_questions import evaluate_open
+
+        return evaluate_open(
+            run, data, samples=samples, seed=seed, split=split, limit=limit, batch_size=batch_size, measure=measure,
+            max_new_tokens=max_new_tokens, answers=answers, equivalence=equivalence, json=json, model=model,
+        )  # fmt: skip
+    from scalabl.rows import rows_of
+    from scalabl.run_directory import classifier_record, require_writable, write_json
+
+    record = classifier_record(run)
+    options.check_predictive(predictive, samples, batch_size, limit, record)
+    sampling = options.check_sampling(draws, adaptive, confidence, bound, predictive, samples, record)
+    options.check_layers(stochastic_layers, predictive, record)
     promise = None
     if max_error is not None:
         from scalabl.promise import Promise
@@ -70,62 +90,14 @@ def evaluate(
         run, rows, shifted, held_out, predictive=predictive, samples=samples, seed=seed, sampling=sampling,
         stochastic_layers=stochastic_layers, batch_size=batch_size, promise=promise, model=model, data=data,
     )  # fmt: skip
+    if not ranks.is_main():
+        return
     figures = table(made)
     print_table(figures, Console())
     if json is not None:
         write_json(json, _as_json(figures, record, data, seed))
     if report is not None:
         write(made, report)
-
-
-def check_predictive(
-    predictive: str | None, samples: int, batch_size: int, limit: int | None, record: dict[str, Any]
-) -> None:
-    if predictive not in (None, "mean", "mc", "linearized", "auto"):
-        raise UserError(f"--predictive is {predictive!r}; it must be mean, mc or linearized, or auto, the default.")
-    if predictive == "linearized" and record["recipe"]["method"] != "scalabl":
-        raise UserError("Only ScalaBL runs have a linearised predictive; use --predictive mean or mc.")
-    if predictive == "mc" and record["recipe"]["method"] not in SAMPLED:
-        raise UserError("This run is a plain LoRA without a posterior; use --predictive mean.")
-    for name, value in (("--samples", samples), ("--batch-size", batch_size), ("--limit", limit)):
-        if value is not None and value < 1:
-            raise UserError(f"{name} is {value}; it must be at least 1.")
-
-
-def check_sampling(
-    draws: str,
-    adaptive: bool,
-    confidence: float,
-    bound: str,
-    predictive: str | None,
-    samples: int,
-    record: dict[str, Any],
-) -> Sampling:
-    """The draws and adaptive N that the options ask for.
-
-    Raises:
-        UserError: bad values, or a run or a predictive that has no such particles.
-    """
-    sampling = Sampling(draws=draws, confidence=confidence if adaptive else None, bound=bound)
-    sampled = predictive == "mc" or (predictive in (None, "auto") and record["recipe"]["method"] in SAMPLED)
-    if adaptive and not sampled:
-        raise UserError("--adaptive is for the mc predictive of runs that draw particles; leave it out here.")
-    if draws != "independent" and not (sampled and record["recipe"]["method"] == "scalabl"):
-        raise UserError(f"--draws {draws} is for the mc predictive of ScalaBL runs; leave it out here.")
-    if draws == "moments" and samples < 2:
-        raise UserError("--draws moments needs at least 2 --samples: one particle has no variance to match.")
-    return sampling
-
-
-def check_layers(stochastic_layers: str | None, predictive: str | None, record: dict[str, Any]) -> None:
-    """Refuse --stochastic-layers that name nothing, or where no s is drawn."""
-    if stochastic_layers is None:
-        return
-    check_spec(stochastic_layers, variance=True)
-    if predictive == "mean" or record["recipe"]["method"] != "scalabl":
-        raise UserError(
-            "--stochastic-layers is for the mc and linearized predictives of ScalaBL runs; leave it out here."
-        )
 
 
 def _as_json(figures: list[dict[str, Any]], record: dict[str, Any], data: str, seed: int) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import NoReturn
 
 import typer
 
-from scalabl import __version__
+from scalabl import __version__, ranks
 from scalabl.cli.quiet import quiet_imports
 from scalabl.errors import UserError
 
@@ -23,6 +23,8 @@ app = typer.Typer(
 data = typer.Typer(help="Benchmarks that are known by name.", no_args_is_help=True)
 app.add_typer(data, name="data")
 
+_SEVERAL = ("train", "evaluate", "predict")  # commands that several processes share
+
 _FULL = "the disk is full; free some space and run the same command again"
 _DISK = {
     errno.ENOSPC: _FULL,
@@ -35,10 +37,15 @@ _DISK = {
 
 
 @app.callback(invoke_without_command=True)
-def _version(version: bool = typer.Option(False, "--version", help="Print the version.")) -> None:
+def _version(
+    context: typer.Context, version: bool = typer.Option(False, "--version", help="Print the version.")
+) -> None:
     if version:
         typer.echo(__version__)
         raise typer.Exit
+    command = context.invoked_subcommand
+    if ranks.count() > 1 and command is not None and command not in _SEVERAL:
+        raise UserError(f"{command} runs in one process; several are for {', '.join(_SEVERAL)}.")
 
 
 def main() -> None:
@@ -49,7 +56,10 @@ def main() -> None:
     from scalabl.cli import data as _data  # noqa: F401  (each module adds its command to the app)
     from scalabl.cli import demo as _demo  # noqa: F401
     from scalabl.cli import evaluate as _evaluate  # noqa: F401
+    from scalabl.cli import export as _export  # noqa: F401
+    from scalabl.cli import generate as _generate  # noqa: F401
     from scalabl.cli import inspect as _inspect  # noqa: F401
+    from scalabl.cli import plan as _plan  # noqa: F401
     from scalabl.cli import predict as _predict  # noqa: F401
     from scalabl.cli import train as _train  # noqa: F401
 
@@ -60,9 +70,9 @@ def main() -> None:
         code = 130
     except Exception as error:
         sentence = explain(error)
-        if sentence is None:
+        if sentence is None and ranks.is_first_to_fail():
             raise
-        fail(sentence)
+        fail(sentence or "")
     if code == 130:
         fail("Interrupted; run the same command again to go on.", code=130)
     sys.exit(code or 0)
@@ -91,7 +101,7 @@ def explain(error: Exception) -> str | None:
 
 
 def fail(sentence: str, code: int = 2) -> NoReturn:
-    """End the program with one sentence on standard error."""
-    if sentence:  # else the help was printed instead
+    """End the program with one sentence on standard error, said by one of its processes."""
+    if sentence and ranks.is_first_to_fail():  # without a sentence, the help was printed instead
         print(f"scalabl: {' '.join(sentence.split())}", file=sys.stderr)
     sys.exit(code)

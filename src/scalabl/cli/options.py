@@ -1,8 +1,13 @@
-"""Options that `evaluate` and `predict` share: how a run's posterior is turned into predictions."""
+"""Options that `evaluate` and `predict` share, and their checks: how a run's posterior is turned into predictions."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+from scalabl.errors import UserError
+from scalabl.methods import SAMPLED
+from scalabl.sampling import Sampling
+from scalabl.top_layers import check_spec
 
 Predictive = Annotated[str | None, typer.Option(help="mean, mc, linearized or auto, the default.")]
 Samples = Annotated[int, typer.Option(help="Particles of mc.")]
@@ -18,3 +23,54 @@ StochasticLayers = Annotated[
 ]
 BatchSize = Annotated[int, typer.Option(help="Questions at a time.")]
 BaseModel = Annotated[str | None, typer.Option(help="The base model, if it has moved.")]
+
+
+def check_predictive(
+    predictive: str | None, samples: int, batch_size: int, limit: int | None, record: dict[str, Any]
+) -> None:
+    """Refuse a predictive that there is not or that the run does not have, and numbers below 1."""
+    if predictive not in (None, "mean", "mc", "linearized", "auto"):
+        raise UserError(f"--predictive is {predictive!r}; it must be mean, mc or linearized, or auto, the default.")
+    if predictive == "linearized" and record["recipe"]["method"] != "scalabl":
+        raise UserError("Only ScalaBL runs have a linearised predictive; use --predictive mean or mc.")
+    if predictive == "mc" and record["recipe"]["method"] not in SAMPLED:
+        raise UserError("This run is a plain LoRA without a posterior; use --predictive mean.")
+    for name, value in (("--samples", samples), ("--batch-size", batch_size), ("--limit", limit)):
+        if value is not None and value < 1:
+            raise UserError(f"{name} is {value}; it must be at least 1.")
+
+
+def check_sampling(
+    draws: str,
+    adaptive: bool,
+    confidence: float,
+    bound: str,
+    predictive: str | None,
+    samples: int,
+    record: dict[str, Any],
+) -> Sampling:
+    """The draws and adaptive N that the options ask for.
+
+    Raises:
+        UserError: bad values, or a run or a predictive that has no such particles.
+    """
+    sampling = Sampling(draws=draws, confidence=confidence if adaptive else None, bound=bound)
+    sampled = predictive == "mc" or (predictive in (None, "auto") and record["recipe"]["method"] in SAMPLED)
+    if adaptive and not sampled:
+        raise UserError("--adaptive is for the mc predictive of runs that draw particles; leave it out here.")
+    if draws != "independent" and not (sampled and record["recipe"]["method"] == "scalabl"):
+        raise UserError(f"--draws {draws} is for the mc predictive of ScalaBL runs; leave it out here.")
+    if draws == "moments" and samples < 2:
+        raise UserError("--draws moments needs at least 2 --samples: one particle has no variance to match.")
+    return sampling
+
+
+def check_layers(stochastic_layers: str | None, predictive: str | None, record: dict[str, Any]) -> None:
+    """Refuse --stochastic-layers that name nothing, or where no s is drawn."""
+    if stochastic_layers is None:
+        return
+    check_spec(stochastic_layers, variance=True)
+    if predictive == "mean" or record["recipe"]["method"] != "scalabl":
+        raise UserError(
+            "--stochastic-layers is for the mc and linearized predictives of ScalaBL runs; leave it out here."
+        )

@@ -1,4 +1,4 @@
-"""`scalabl predict`: rows in, answers with their uncertainty out, one JSON line each."""
+"""`scalabl predict`: rows in, answers with their uncertainty out, one JSON line each; shards of them with --ray."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from scalabl import ranks
 from scalabl.cli import options
 from scalabl.cli.main import app
 from scalabl.errors import UserError
 
 if TYPE_CHECKING:
+    from scalabl.answering import Asked, Decision
     from scalabl.promise import Promise
     from scalabl.selective import Threshold
 
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 @app.command()
 def predict(
     run: Annotated[Path, typer.Argument(metavar="DIR", help="A run directory.")],
-    input: Annotated[Path, typer.Option("--input", help="JSONL rows; answers in them are ignored.")],
+    input: Annotated[Path, typer.Option("--input", help="JSONL or Parquet rows; answers are ignored.")],
     output: Annotated[Path, typer.Option("--output", help="JSONL answers, in the order of the rows.")],
     predictive: options.Predictive = None,
     samples: options.Samples = 10,
@@ -42,6 +44,12 @@ def predict(
         str, typer.Option(help="Of --max-error: exact, or conformal (of all rows, on average).")
     ] = "exact",
     model: options.BaseModel = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS", help="Use a Ray cluster that shares the files: its address, auto, or local."),
+    ] = None,
+    format: Annotated[str | None, typer.Option(help="Of --ray: jsonl or parquet; as the rows are.")] = None,
+    block_rows: Annotated[int, typer.Option(help="Of --ray: rows that a worker answers at a time.")] = 512,
 ) -> None:
     """Answer rows: label, probs, confidence, entropy, aleatoric and epistemic (nats) for each.
 
@@ -49,16 +57,18 @@ def predict(
 
     With --max-error the label is null where the run is not sure enough to keep that error rate; the threshold comes
     from the run's own held-out rows, which are predicted first.
+
+    With --ray, --input is a file, a directory of shards or a pattern such as 'rows/*.parquet', and --output a directory
+    with a file of answers for each of them. The same command goes on after a kill, with what is missing.
     """
-    from scalabl.cli.evaluate import check_layers, check_predictive, check_sampling
     from scalabl.rows import with_labels
-    from scalabl.run_directory import finished_record, require_writable
+    from scalabl.run_directory import classifier_record, require_writable
     from scalabl.tasks import load_rows
 
-    record = finished_record(run)
-    check_predictive(predictive, samples, batch_size, None, record)
-    sampling = check_sampling(draws, adaptive, confidence, bound, predictive, samples, record)
-    check_layers(stochastic_layers, predictive, record)
+    record = classifier_record(run)
+    options.check_predictive(predictive, samples, batch_size, None, record)
+    sampling = options.check_sampling(draws, adaptive, confidence, bound, predictive, samples, record)
+    options.check_layers(stochastic_layers, predictive, record)
     if abstain is not None and not 0 <= abstain <= 1:
         raise UserError(f"--abstain is {abstain}; it must be between 0 and 1.")
     promise = None
@@ -69,6 +79,16 @@ def predict(
 
         promise = Promise(max_error, confidence, score, guarantee)
         promise.require(record, predictive)
+    if ray is not None:
+        if ranks.count() > 1:
+            raise UserError("--ray shares the work by itself; start it without accelerate launch.")
+        from scalabl.answering import Asked
+
+        asked = Asked(predictive, samples, seed, sampling, stochastic_layers, abstain, promise)
+        _predict_shards(run, input, output, ray, asked, format, batch_size, block_rows, model)
+        return
+    if format is not None:
+        raise UserError("--format is for --ray; without it the answers are JSONL.")
     require_writable(output)
     labels = record["task"]["labels"]
     rows = with_labels(load_rows(input, labels=labels, require_answer=False), labels, input)
@@ -82,12 +102,47 @@ def predict(
         stochastic_layers=stochastic_layers, batch_size=batch_size, abstain=abstain, promise=promise,
         tell=lambda threshold: _tell(promise, threshold), say=typer.echo, model=model,
     )  # fmt: skip
+    if not ranks.is_main():
+        return
     if taken is not None:
         typer.echo(f"{len(rows):,} answers from {taken:.1f} of at most {samples} particles each, on average")
     if promise is not None:
         with output.open(encoding="utf-8") as file:
             given = [loads(line)["label"] is not None for line in file]
         typer.echo(f"answered   {sum(given):,} of {len(given):,} rows ({sum(given) / len(given):.1%}) in {output}")
+
+
+def _predict_shards(
+    run: Path,
+    input: Path,
+    output: Path,
+    address: str,
+    asked: Asked,
+    format: str | None,
+    batch_size: int,
+    block_rows: int,
+    model: str | None,
+) -> None:
+    from scalabl.ray_address import require_ray
+
+    require_ray()
+    from scalabl.ray_prediction import predict_shards
+
+    def tell(decision: Decision) -> None:
+        if decision.why is not None:
+            typer.echo(decision.why)
+        if decision.threshold is not None:
+            _tell(asked.promise, decision.threshold)
+
+    done = predict_shards(
+        run, input, output, address, asked, format=format, batch_size=batch_size, block_rows=block_rows, model=model,
+        tell=tell,
+    )  # fmt: skip
+    typer.echo(f"{done.rows:,} answers to {done.shards:,} shards in {output}")
+    if done.particles is not None:
+        typer.echo(f"from {done.particles:.1f} of at most {asked.samples} particles each, on average")
+    if done.answered < done.rows:
+        typer.echo(f"answered   {done.answered:,} of {done.rows:,} rows ({done.answered / done.rows:.1%})")
 
 
 def _tell(promise: Promise | None, threshold: Threshold) -> None:

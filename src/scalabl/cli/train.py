@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from scalabl import ranks
 from scalabl.cli.main import app, fail
 from scalabl.training.recipe import Recipe, make_recipe
 
@@ -15,7 +16,9 @@ from scalabl.training.recipe import Recipe, make_recipe
 def train(
     output: Annotated[Path, typer.Option(help="The run's directory; the same command resumes it.")],
     model: Annotated[str | None, typer.Option(help="A directory, a Hub id, or smollm2-135m-instruct.")] = None,
-    data: Annotated[str | None, typer.Option(help="A benchmark's name, a JSONL file, or a directory of them.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="A benchmark or nq-open, triviaqa, sciq; a JSONL file, or a directory of them.")
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="A recipe (YAML) of these settings; options win.")] = None,
     method: Annotated[str | None, typer.Option(help="scalabl, mle, map, mc_dropout, blob or monteclora.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,
@@ -24,6 +27,9 @@ def train(
     learning_rate: Annotated[float | None, typer.Option(help="For A and B.")] = None,
     variational_learning_rate: Annotated[float | None, typer.Option(help="For means and sigmas of s.")] = None,
     beta: Annotated[float | None, typer.Option(help="Multiplies the KL; 1 is the exact ELBO.")] = None,
+    kl_normalization: Annotated[
+        str | None, typer.Option(help="Of rows of text: KL / trained tokens (token, exact) or rows (sequence).")
+    ] = None,
     schedule: Annotated[str | None, typer.Option(help="Of the KL's weight: elbo, warmup or minibatch.")] = None,
     covariance: Annotated[str | None, typer.Option(help="diagonal or full.")] = None,
     prior_std: Annotated[float | None, typer.Option(help="Of the prior on each s.")] = None,
@@ -42,42 +48,66 @@ def train(
     train_rows: Annotated[int | None, typer.Option(help="Take so many training rows.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of initialisation, order and draws.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
-    bits: Annotated[int | None, typer.Option(help="Load the base in 4 or 8 bit (bitsandbytes).")] = None,
+    bits: Annotated[int | None, typer.Option(help="Load the base in 4 or 8 bit.")] = None,
+    quantization: Annotated[str | None, typer.Option(help="Of --bits: bitsandbytes or torchao (8 bit).")] = None,
+    optimizer: Annotated[str | None, typer.Option(help="As Trainer names it, for example paged_adamw_8bit.")] = None,
     gradient_checkpointing: Annotated[
         bool | None, typer.Option("--gradient-checkpointing/--no-gradient-checkpointing", help="Less memory.")
     ] = None,
     save_steps: Annotated[int | None, typer.Option(help="Steps between checkpoints.")] = None,
+    ignore_memory: Annotated[bool, typer.Option("--ignore-memory", help="Begin even if it cannot fit.")] = False,
     json: Annotated[Path | None, typer.Option(help="Write the run's record here too.")] = None,
 ) -> None:
     """Train a LoRA adapter with a posterior (or without, --method mle)."""
-    settings = {k: v for k, v in locals().items() if k not in ("output", "config", "json")}
+    settings = {k: v for k, v in locals().items() if k not in ("output", "config", "ignore_memory", "json")}
     from scalabl.run_directory import claim, finished_record, require_writable, write_json
-    from scalabl.tasks import load_task
+    from scalabl.tasks import load_training_task
 
     recipe = make_recipe(settings, config)
     require_writable(json)
-    load_task(recipe.data)
-    finished = claim(output, recipe.as_dict())
-    record = finished_record(output) if finished else _train(recipe, output)
+    load_training_task(recipe.data)
+    finished = ranks.on_main(lambda: claim(output, recipe.as_dict(), Recipe.defaults(), ranks.count()))
+    record = ranks.on_main(lambda: finished_record(output)) if finished else _train(recipe, output, ignore_memory)
+    if not ranks.is_main():
+        return
     if json is not None:
         write_json(json, record)
     _print(record, output)
 
 
-def _train(recipe: Recipe, output: Path) -> dict[str, Any]:
+def _train(recipe: Recipe, output: Path, ignore_memory: bool) -> dict[str, Any]:
     try:
         from scalabl.cli.quiet import quiet
         from scalabl.training.run import Interrupted, train
 
         quiet()
+        _plan(recipe, ignore_memory)
         try:
             return train(recipe, output)
         except Interrupted as stopped:
             fail(f"Interrupted, {stopped}; run the same command again to go on.", code=130)
     finally:
         # whatever stopped it before it could write anything (Ctrl-C while torch is imported)
-        if output.is_dir() and not any(output.iterdir()):
+        if ranks.is_main() and output.is_dir() and not any(output.iterdir()):
             output.rmdir()
+
+
+def _plan(recipe: Recipe, ignore_memory: bool) -> None:
+    """Say what the run takes, and refuse one that cannot fit; whole models alone are planned, no shards of one."""
+    if ranks.is_sharded() or ranks.uses_deepspeed():
+        return
+    from scalabl.planning.plan import CannotPlanError
+    from scalabl.planning.training_run import plan_run
+
+    def said() -> str:
+        try:
+            return plan_run(recipe, ignore_memory=ignore_memory).in_words()
+        except CannotPlanError as error:
+            return f"memory: not planned. {error}"
+
+    line = ranks.on_main(said)
+    if ranks.is_main():
+        typer.echo(line)
 
 
 def _print(record: dict, output: Path) -> None:  # type: ignore[type-arg]
@@ -91,13 +121,26 @@ def _print(record: dict, output: Path) -> None:  # type: ignore[type-arg]
         ("run", str(output)),
         ("rows", f"{record['rows']['train']:,} trained on, {record['rows']['validation']:,} held out"),
         ("scoring", record["scoring_name"] + _why(record["scoring_nll"])),
+        ("tokens", _tokens(record)),
         ("parameters", f"{parameters['lora']:,} LoRA, {parameters['variational']:,} variational"),
     ):
-        table.add_row(name, value)
+        if value:
+            table.add_row(name, value)
     console = Console()
     console.print(table)
     for warning in record.get("warnings", []):
         console.print(Text(f"warning: {warning}", "bold yellow"))
+
+
+def _tokens(record: dict[str, Any]) -> str:
+    counts = record.get("tokens")
+    if counts is None:
+        return ""
+    said = f"{counts['trained']:,} trained on of {counts['all']:,}"
+    if counts["cut_rows"]:
+        longest = record["recipe"]["max_length"]
+        said += f"; {counts['cut_rows']:,} rows longer than {longest:,} lost the beginning of their prompt"
+    return said
 
 
 def _why(nll: dict[str, float]) -> str:

@@ -21,9 +21,9 @@ from scalabl.methods.mle import shared_options
 from scalabl.posterior import Prior
 from scalabl.predictive import MeanPredictive, Predictive
 from scalabl.predictive.weight_noise import blob_draws
-from scalabl.training.callback import separate_noise_of_ranks
 from scalabl.training.log_values import LogContributor
 from scalabl.training.parameter_group import innermost
+from scalabl.training.rank_noise import separate_noise
 from scalabl.training.recipe import Recipe
 from scalabl.training.refusals import refuse_flattened_batches, refuse_hidden_gradients
 from scalabl.training.schedule import Schedule, kl_weight
@@ -56,7 +56,7 @@ def callbacks(recipe: Recipe, num_examples: int) -> list[TrainerCallback]:
 
 def predictive(run: Run, *, samples: int = 10, seed: int = 0) -> Predictive:
     """The average over N draws of A, with neither flipout nor fresh noise; N = 0 is the posterior mean."""
-    return blob_draws(run.scorer.model, samples=samples, seed=seed) if samples else MeanPredictive()
+    return blob_draws(run.model, samples=samples, seed=seed) if samples else MeanPredictive()
 
 
 def cycle_steps(num_examples: int, batch_size: int, gamma: float = GAMMA) -> int:
@@ -98,7 +98,7 @@ class KLStepCallback(LogContributor):
         self._prior = prior_of(kwargs["model"])
         refuse_hidden_gradients(args, kwargs["model"], kwargs["optimizer"])
         refuse_flattened_batches(args, kwargs.get("train_dataloader"))
-        separate_noise_of_ranks(args)
+        separate_noise(args)
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

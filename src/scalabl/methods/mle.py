@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from scalabl.errors import UserError
 from scalabl.predictive import MeanPredictive, Predictive
 from scalabl.training.recipe import Recipe, layer_fraction
+from scalabl.tuner.language_side import beside_language
 
 if TYPE_CHECKING:
     from scalabl.loading import Run
@@ -53,6 +54,9 @@ def shared_options(recipe: Recipe, model: PreTrainedModel) -> dict:  # type: ign
         "target_modules": recipe.targets,
         "task_type": "CAUSAL_LM",
     }
+    beside = beside_language(model)
+    if beside is not None:
+        options["exclude_modules"] = beside
     last = layer_fraction(recipe.layers)
     if last is not None:
         total = model.config.get_text_config().num_hidden_layers

@@ -62,9 +62,13 @@ def risk_coverage(probs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         UserError: as `evaluate`.
     """
     probs, labels = checked(probs, labels)
-    n = len(labels)
     confidence, answer = probs.max(dim=1)
-    errors = (answer != labels).double()
+    return risk_by_coverage(confidence, (answer != labels).double())
+
+
+def risk_by_coverage(confidence: Tensor, errors: Tensor) -> tuple[Tensor, Tensor]:
+    """`risk_coverage` of any score: confidence (n,), higher is surer, and errors (n,) float64, 0 to 1 a row."""
+    n = len(errors)
     ranking = Ranking(confidence)
     ends = ranking.ends
     through = errors[ranking.order].cumsum(0)

@@ -18,9 +18,7 @@ class Rows:
         self.nll = -label_prob.clamp(min=torch.finfo(torch.float64).tiny).log()
         # sum_c (p_c - y_c)^2 = sum_c p_c^2 - 2 p_label + 1: a choice that is missing (p = 0) adds nothing.
         self.brier = probs.square().sum(dim=1) - 2 * label_prob + 1
-        self.bin = bin_of(self.confidence, num_bins)
-        self.gap = torch.zeros(len(labels), num_bins, dtype=torch.float64)
-        self.gap[torch.arange(len(labels)), self.bin] = self.correct - self.confidence
+        self.gap = gap_by_bin(self.confidence, self.correct, num_bins)
         self.by_confidence = Ranking(self.confidence)
 
 
@@ -44,6 +42,13 @@ def bin_of(confidence: Tensor, num_bins: int) -> Tensor:
     return (torch.bucketize(confidence, edges, right=True) - 1).clamp(0, num_bins - 1)
 
 
+def gap_by_bin(confidence: Tensor, correct: Tensor, num_bins: int) -> Tensor:
+    """correct - confidence of n rows, (n, num_bins): each row's in the column of its bin, zeros elsewhere."""
+    gap = torch.zeros(len(confidence), num_bins, dtype=torch.float64)
+    gap[torch.arange(len(confidence)), bin_of(confidence, num_bins)] = correct - confidence
+    return gap
+
+
 def accuracy(rows: Rows, counts: Tensor) -> Tensor:
     """Share of rows whose most probable choice is right; of equal choices the first is the answer."""
     return counts @ rows.correct / counts.sum(dim=1)
@@ -61,7 +66,12 @@ def brier(rows: Rows, counts: Tensor) -> Tensor:
 
 def ece(rows: Rows, counts: Tensor) -> Tensor:
     """sum_b n_b / n |accuracy_b - confidence_b| over bins of top-label confidence (Guo et al. 2017)."""
-    return (counts @ rows.gap).abs().sum(dim=1) / counts.sum(dim=1)
+    return calibration_error(rows.gap, counts)
+
+
+def calibration_error(gap: Tensor, counts: Tensor) -> Tensor:
+    """ECE of the gaps (n, num_bins) of `gap_by_bin`; counts (k, n)."""
+    return (counts @ gap).abs().sum(dim=1) / counts.sum(dim=1)
 
 
 def auroc(rows: Rows, counts: Tensor) -> Tensor:
@@ -81,21 +91,27 @@ def separation(ranking: Ranking, positives: Tensor, negatives: Tensor) -> Tensor
 
 
 def aurc(rows: Rows, counts: Tensor) -> Tensor:
-    """Area under the risk-coverage curve, 1/n sum_k risk(k surest rows), 0 (best) to 1 (Geifman et al. 2019).
+    """Area under the risk-coverage curve, 1/n sum_k risk(k surest rows), 0 (best) to 1 (Geifman et al. 2019)."""
+    return risk_area(rows.by_confidence, 1 - rows.correct, counts)
+
+
+def risk_area(ranking: Ranking, errors: Tensor, counts: Tensor, fewest: int = 1) -> Tensor:
+    """Mean over k = fewest..n of the risk of the k surest rows; errors (n,) from 0 to 1 a row, counts (k, n).
 
     Equally sure rows may be answered in any order; the area is the expectation over all of these orders. In
     a group of m rows with e errors that follows M surer rows with E errors, the j-th place has the expected
-    risk (E + e j / m) / (M + j); summed over j with harmonic numbers H:
-    E (H(M + m) - H(M)) + e / m (m - M (H(M + m) - H(M))).
+    risk (E + e j / m) / (M + j); summed over j = a+1..m with harmonic numbers H:
+    E (H(M + m) - H(M + a)) + e / m (m - a - M (H(M + m) - H(M + a))).
     """
     n = int(counts[0].sum())
     steps = torch.arange(n + 1, dtype=torch.float64).clamp(min=1).reciprocal()
     harmonic = steps.cumsum(0) - 1  # H(0) = 0, H(1) = 1, ...
-    through = rows.by_confidence.through(counts)
-    errors_through = rows.by_confidence.through(counts * (1 - rows.correct))
+    through = ranking.through(counts)
+    errors_through = ranking.through(counts * errors)
     size = through.diff(dim=1, prepend=torch.zeros_like(through[:, :1]))
-    errors = errors_through.diff(dim=1, prepend=torch.zeros_like(errors_through[:, :1]))
-    before, errors_before = through - size, errors_through - errors
-    span = harmonic[through.long()] - harmonic[before.long()]
-    area = errors_before * span + errors / size.clamp(min=1) * (size - before * span)
-    return area.sum(dim=1) / n
+    here = errors_through.diff(dim=1, prepend=torch.zeros_like(errors_through[:, :1]))
+    before, errors_before = through - size, errors_through - here
+    first = torch.minimum(before.clamp(min=fewest - 1), through)  # the places before it are not counted
+    span = harmonic[through.long()] - harmonic[first.long()]
+    area = errors_before * span + here / size.clamp(min=1) * (through - first - before * span)
+    return area.sum(dim=1) / (n - fewest + 1)

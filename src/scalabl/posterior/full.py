@@ -4,6 +4,9 @@ The paper's full covariance is parametrised by eigenvalues and eigenvectors; the
 of covariances, is positive definite by construction, and needs no orthogonality to be kept up.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -32,13 +35,16 @@ class FullGaussian(Gaussian):
 
     def covariance(self) -> Tensor:
         factor = self.cholesky()
-        return factor @ factor.T
+        with exact_products(factor):
+            return factor @ factor.T
 
     def marginal_std(self) -> Tensor:
         return self.cholesky().square().sum(dim=1).sqrt()
 
     def perturb(self, noise: Tensor) -> Tensor:
-        return noise @ self.cholesky().T
+        # automatic mixed precision would multiply these few numbers in bfloat16
+        with exact_products(noise):
+            return noise @ self.cholesky().T
 
     def kl(self, prior: Prior) -> Tensor:
         """(tr(L L^T) + |mu - p_mean|^2) / (2 p_std^2) - r/2 + r log p_std - sum_j log L_jj."""
@@ -66,3 +72,9 @@ class FullGaussian(Gaussian):
     def reset(self, mean: Tensor, std: Tensor) -> None:
         super().reset(mean, std)
         self.lower.zero_()
+
+
+def exact_products(like: Tensor) -> AbstractContextManager[Any]:
+    """Context without automatic mixed precision on a tensor's device; the meta device has none."""
+    kind = like.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()

@@ -109,6 +109,12 @@ class AutoPredictive:
             self._made_for = present if len(rows) >= TRIAL_ROWS else ()
         return self.choice.predictive
 
+    def made(self, name: str, layers: str | None) -> Predictive:
+        """What this or another process has chosen, by the predictive's name and the layers that it draws."""
+        if self.choice is not None:
+            return self.choice.predictive
+        return self._mc if name == self._mc.name else LinearizedPredictive(seed=self.seed, stochastic_layers=layers)
+
     def _choose(self, scorer: Scorer, rows: Sequence[Encoded], batch_size: int) -> Choice:
         drawn = drawn_layers(scorer.model, self.stochastic_layers)
         if not drawn:

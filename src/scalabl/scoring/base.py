@@ -6,6 +6,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from scalabl.errors import UserError
+from scalabl.scoring.images import ImageReader, RowImages, image_fields, image_reader
 from scalabl.tasks import Example
 
 if TYPE_CHECKING:
@@ -29,6 +31,7 @@ class Encoded:
     num_choices: int
     answer: int | None
     trunk: Tensor | None = None  # (T, d) the frozen trunk's output, where it is cached
+    images: RowImages | None = None
 
 
 @dataclass
@@ -41,6 +44,9 @@ class Batch:
     `start` is the decoder layer that `trunk` enters, None for the one below which everything is frozen. `prefix` is
     what stands before every row; it is encoded once for each of `particles`, which equal parts of the rows carry in
     this order (None: the model's state without particles).
+
+    `image_of` (B, T) is 0 for text and k for the k-th image of a row, whose pixels are those of row `picture` (B,) in
+    `pixels` (see `scoring.images`): copies of a row share them. `both_ways`: an image's tokens all see each other.
     """
 
     input_ids: Tensor
@@ -53,6 +59,10 @@ class Batch:
     start: int | None = None
     prefix: SharedPrefix | None = None
     particles: tuple[Hashable, ...] = (None,)
+    image_of: Tensor | None = None
+    picture: Tensor | None = None
+    pixels: dict[str, Tensor] | None = None
+    both_ways: bool = False
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
@@ -62,7 +72,10 @@ class Batch:
         return replace(self, **{name: f(tensor) for name, tensor in tensors.items()})
 
     def to(self, device: torch.device | str) -> Batch:
-        return self._map(lambda t: t.to(device))
+        moved = self._map(lambda t: t.to(device))
+        if self.pixels is not None:
+            moved.pixels = {name: tensor.to(device) for name, tensor in self.pixels.items()}
+        return moved
 
     def select(self, rows: Tensor) -> Batch:
         """Some of the rows, by their indices, at the same padded length."""
@@ -130,37 +143,59 @@ class Scoring(ABC):
             for i, row in enumerate(rows):
                 assert row.trunk is not None
                 trunk[i, length - len(row.input_ids) :] = row.trunk
+        input_ids = padded([row.input_ids for row in rows], pad_id)
         return Batch(
-            input_ids=padded([row.input_ids for row in rows], pad_id),
+            input_ids=input_ids,
             position_ids=padded([row.position_ids for row in rows], 0),
             segments=padded([row.segments for row in rows], -1),
             num_choices=torch.tensor([row.num_choices for row in rows]),
             answers=torch.tensor([-100 if row.answer is None else row.answer for row in rows]),
             keep=max(1 + sum(segment > 0 for segment in row.segments) for row in rows),
             trunk=trunk,
+            **image_fields([row.images for row in rows], input_ids),
         )
 
-    def prompt_ids(self, question: str) -> list[int]:
-        """The prompt's tokens, through the chat template if asked for."""
-        question = self.prefix + question
+    def images_of(self, example: Example) -> RowImages | None:
+        """The row's images and how they are read; None for a row of text.
+
+        Raises:
+            UserError: the model has no image side that is known here.
+        """
+        return RowImages(example.images, example.id, self._image_reader) if example.images else None
+
+    @cached_property
+    def _image_reader(self) -> ImageReader:
+        return image_reader(self.tokenizer)
+
+    def prompt_ids(self, question: str, images: RowImages | None = None) -> list[int]:
+        """The prompt's tokens, through the chat template if asked for; images stand in front of the question.
+
+        Raises:
+            UserError: an image cannot be read.
+        """
+        content: Any = self.prefix + question
+        if images is not None and self.chat:
+            content = [*[{"type": "image"}] * len(images.paths), {"type": "text", "text": content}]
+        elif images is not None:
+            content = f"{self.prefix}{images.reader.marks(len(images.paths))}\n{question}"
         if self.chat:
-            message = [{"role": "user", "content": question}]
-            text = self.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-            return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-        return list(self.tokenizer(question)["input_ids"])
+            message = [{"role": "user", "content": content}]
+            content = self.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+        if images is not None:
+            content = images.reader.expand(content, images.paths, images.row)
+        return list(self.tokenizer(content, add_special_tokens=not self.chat)["input_ids"])
 
     def continuation_ids(self, text: str) -> list[int]:
         """The tokens of an answer that follows a prompt: after a space, or after the chat template's own turn."""
         lead, anchor = ("", "\n") if self.chat else (" ", ":")
-        # behind what ends the prompt: SentencePiece tokenizers put a space of their own in front of a lone text
-        before = list(self.tokenizer(anchor, add_special_tokens=False)["input_ids"])
-        together = list(self.tokenizer(anchor + lead + text.strip(), add_special_tokens=False)["input_ids"])
-        if together[: len(before)] == before:
-            return together[len(before) :]
-        return list(self.tokenizer(lead + text.strip(), add_special_tokens=False)["input_ids"])
+        return tokens_behind(self.tokenizer, anchor, lead + text.strip())
 
-    def clip(self, prompt: list[int], tail: int) -> list[int]:
-        """Drop the prompt's beginning where the row would be longer than `max_length`, keeping a leading BOS."""
+    def clip(self, prompt: list[int], tail: int, images: RowImages | None = None) -> list[int]:
+        """Drop the prompt's beginning where the row would be longer than `max_length`, keeping a leading BOS.
+
+        Raises:
+            UserError: the choices alone are longer, or the row has images, which cannot be cut.
+        """
         room = self.max_length - tail
         if room < 1:
             raise UserError(
@@ -168,9 +203,24 @@ class Scoring(ABC):
             )
         if len(prompt) <= room:
             return prompt
+        if images is not None:
+            raise UserError(
+                f"Row {images.row} takes {len(prompt) + tail} tokens with its images, which cannot be cut to the limit "
+                f"of {self.max_length}; raise --max-length, or make the images smaller."
+            )
         if prompt[0] == self.tokenizer.bos_token_id and room > 1:
             return [prompt[0], *prompt[-(room - 1) :]]
         return prompt[-room:]
+
+
+def tokens_behind(tokenizer: PreTrainedTokenizerBase, anchor: str, text: str) -> list[int]:
+    """The tokens of a text that follows another one, of which `anchor` is the end; the two share no token."""
+    # behind what ends the prompt: SentencePiece tokenizers put a space of their own in front of a lone text
+    before = list(tokenizer(anchor, add_special_tokens=False)["input_ids"])
+    together = list(tokenizer(anchor + text, add_special_tokens=False)["input_ids"])
+    if together[: len(before)] == before:
+        return together[len(before) :]
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def attention_mask(batch: Batch, dtype: torch.dtype, window: int | None = None) -> Tensor:
@@ -191,8 +241,13 @@ def attention_mask(batch: Batch, dtype: torch.dtype, window: int | None = None) 
     prefix = torch.arange(before, device=segments.device).expand(rows, -1)
     key = torch.cat([torch.zeros_like(prefix), segments], dim=1)[:, None, :]
     allowed = causal & (key >= 0) & ((key == 0) | (key == segments[:, :, None]))
+    if batch.both_ways and batch.image_of is not None:
+        allowed = allowed | (
+            (batch.image_of > 0)[:, None, :] & (batch.image_of[:, None, :] == batch.image_of[:, :, None])
+        )
     if window is not None:
-        allowed = allowed & (positions[:, :, None] - torch.cat([prefix, positions], dim=1)[:, None, :] < window)
+        near = positions[:, :, None] - torch.cat([prefix, positions], dim=1)[:, None, :] < window
+        allowed = allowed & near
     # a padded position sees itself, so that no row of the softmax is empty
     itself = torch.eye(length, dtype=torch.bool, device=segments.device)
     allowed = allowed | torch.nn.functional.pad(itself, (before, 0))

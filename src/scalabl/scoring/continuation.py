@@ -62,14 +62,15 @@ class Continuation(Scoring):
         choices = [self.continuation_ids(choice) for choice in example.choices]
         if any(not ids for ids in choices):
             raise UserError(f"Row {example.id} has an empty choice; give every choice a text.")
-        prompt = self.clip(self.prompt_ids(self.prompt(example)), sum(len(ids) for ids in choices))
+        images = self.images_of(example)
+        prompt = self.clip(self.prompt_ids(self.prompt(example), images), sum(len(ids) for ids in choices), images)
         start = len(prompt)
         input_ids, position_ids, segments = list(prompt), list(range(start)), [0] * start
         for number, ids in enumerate(choices, start=1):
             input_ids += ids
             position_ids += range(start, start + len(ids))
             segments += [number] * len(ids)
-        return Encoded(input_ids, position_ids, segments, len(choices), example.answer)
+        return Encoded(input_ids, position_ids, segments, len(choices), example.answer, images=images)
 
     def positions(self, batch: Batch) -> tuple[Tensor, Tensor]:
         segments = batch.segments

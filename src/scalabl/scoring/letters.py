@@ -91,8 +91,10 @@ class Letters(Scoring):
                 f"Prompt {example.id} ends in white space, but a label is scored with the space in front of it; "
                 "take the white space off the prompt's end."
             )
-        ids = self.clip(self.prompt_ids(prompt), 0)
-        return Encoded(ids, list(range(len(ids))), [0] * len(ids), len(example.choices), example.answer)
+        images = self.images_of(example)
+        ids = self.clip(self.prompt_ids(prompt, images), 0, images)
+        positions, segments = list(range(len(ids))), [0] * len(ids)
+        return Encoded(ids, positions, segments, len(example.choices), example.answer, images=images)
 
     def positions(self, batch: Batch) -> tuple[Tensor, Tensor]:
         rows = torch.arange(len(batch), device=batch.input_ids.device)

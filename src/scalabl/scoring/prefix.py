@@ -58,6 +58,8 @@ class SharedPrefix:
 
     def begins(self, row: Encoded) -> bool:
         """Whether a row can be cut behind the prefix: it begins with it, and a token of its prompt is left."""
+        if row.images is not None:  # its positions are the model's own, of a whole row
+            return False
         alike = (row.trunk is None) == (self.row.trunk is None) and common_length([self.row, row]) == self.length
         return alike and row.segments[self.length : self.length + 1] == [0]
 
@@ -117,7 +119,7 @@ def shared_prefix(scorer: Scorer, rows: Sequence[Encoded]) -> SharedPrefix | Non
         scorer: the model with its scoring.
         rows: the encoded rows.
     """
-    if len(rows) < 2 or scorer.shares_prefix is False:
+    if len(rows) < 2 or scorer.shares_prefix is False or any(row.images is not None for row in rows):
         return None
     # each row keeps a token of its prompt: its logits are the first that are read
     length = min(common_length(rows), *(row.segments.count(0) - 1 for row in rows))

@@ -14,7 +14,9 @@ from transformers import PreTrainedModel
 from scalabl.errors import UserError
 from scalabl.scoring.base import Batch, Encoded, Scoring
 from scalabl.scoring.continuation import Continuation, choice_log_likelihoods
+from scalabl.scoring.image_inputs import gap_to_own_reading
 from scalabl.scoring.token_logits import token_logits
+from scalabl.tuner.language_side import reads_images
 
 if TYPE_CHECKING:
     from scalabl.trunk import Trunk
@@ -26,7 +28,8 @@ class Scorer:
     Args:
         model: a causal language model, with an adapter or without.
         scoring: how rows become class logits.
-        trunk: the lower layers, or None to run every layer every time.
+        trunk: the lower layers, or None to run every layer every time, as image-text models always do (what their
+            image side saw may enter between the layers).
 
     Attributes:
         shares_prefix: whether the model gives the same answers behind a shared prefix; None before it was tried.
@@ -35,7 +38,7 @@ class Scorer:
     def __init__(self, model: PreTrainedModel | PeftModel, scoring: Scoring, trunk: Trunk | None = None) -> None:
         self.model: Any = model
         self.scoring = scoring
-        self.trunk = trunk
+        self.trunk = None if reads_images(model) else trunk
         self.shares_prefix: bool | None = None
 
     @property
@@ -81,15 +84,18 @@ class Scorer:
         return replace(batch, trunk=trunk.encode(self.model, batch, start, cache), start=start)
 
     def check_packing(self, encoded: Encoded, tolerance: float = 5e-2) -> None:
-        """Refuse a model that does not honour the mask which keeps the choices of one row apart.
+        """Refuse a model that does not honour the mask which keeps the choices of one row apart, or whose images are
+        read in another way here than by the model itself.
 
         Args:
             encoded: a row whose choices are of several tokens: what a single token says, no other choice can change.
             tolerance: relative, for rounding between a row of its own and a packed one.
 
         Raises:
-            UserError: the choices scored in one row and one by one differ, or one choice changes another's score.
+            UserError: the choices scored in one row and one by one differ, or one choice changes another's score; the
+                logits behind images are not the model's own.
         """
+        self._check_images(encoded, tolerance)
         if not isinstance(self.scoring, Continuation):
             return
         alone = []
@@ -102,6 +108,7 @@ class Scorer:
                     [min(encoded.segments[i], 1) for i in kept],
                     1,
                     None,
+                    images=encoded.images,
                 )
             )
         other_first = [
@@ -121,6 +128,23 @@ class Scorer:
             raise UserError(
                 f"This model does not keep choices in one row apart (scores differ by {max(gap, leak):.1%}); load it "
                 'with attn_implementation="sdpa" or "eager", or use --scoring letters.'
+            )
+
+    def _check_images(self, encoded: Encoded, tolerance: float) -> None:
+        if encoded.images is None:
+            return
+        prompt = encoded.segments.count(0)
+        alone = replace(
+            encoded,
+            input_ids=encoded.input_ids[:prompt],
+            position_ids=encoded.position_ids[:prompt],
+            segments=encoded.segments[:prompt],
+        )
+        gap = gap_to_own_reading(self.model, self.scoring.collate([alone]).to(self.device))
+        if not gap <= tolerance:
+            raise UserError(
+                f"This model reads images in another way than is known here (logits differ by {gap:.2g} of their "
+                "spread); use rows without images, or a Qwen-VL or Gemma-3 model."
             )
 
     def _scored(self, rows: Sequence[Encoded]) -> tuple[Tensor, Batch]:

@@ -10,6 +10,8 @@ from torch import Tensor
 from transformers import Cache
 
 from scalabl.scoring.base import Batch, attention_masks
+from scalabl.scoring.image_inputs import image_inputs
+from scalabl.tuner.layers import unwrap
 
 if TYPE_CHECKING:
     from scalabl.trunk import Trunk
@@ -34,8 +36,9 @@ def token_logits(
     Returns:
         (M, V), or (B, keep, V) without positions.
     """
+    inner = unwrap(model)
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-    output_layer = model.get_output_embeddings()  # type: ignore[operator]
+    output_layer = inner.get_output_embeddings()  # type: ignore[operator]
     at = None
     if positions is not None:
         at = (positions[0], positions[1] - (batch.input_ids.shape[1] - batch.keep))
@@ -46,11 +49,11 @@ def token_logits(
     with resume, gather:
         logits: Tensor = model(
             input_ids=batch.input_ids,
-            attention_mask=attention_masks(batch, dtype, _text_config(model)),
-            position_ids=batch.position_ids,
+            attention_mask=attention_masks(batch, dtype, _text_config(inner)),
             logits_to_keep=batch.keep,
             past_key_values=cache,
             use_cache=cache is not None,
+            **{"position_ids": batch.position_ids, **image_inputs(inner, batch)},
         ).logits
     if at is None:
         return logits

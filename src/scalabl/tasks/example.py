@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from scalabl.errors import UserError
+from scalabl.tasks.images import image_digest
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
@@ -19,12 +21,21 @@ class Example:
         question: what is asked, without the choices.
         choices: 2 to 26 distinct texts, none of them blank.
         answer: index into ``choices``; ``None`` for an unlabelled row (prediction only).
+        images: paths of the images that the question is about.
     """
 
     id: str
     question: str
     choices: tuple[str, ...]
     answer: int | None
+    images: tuple[str, ...] = ()
+
+    @property
+    def content(self) -> tuple[Any, ...]:
+        """What the row asks, without its name and its answer; images by what is in them, not by where they lie."""
+        if not self.images:
+            return self.question, self.choices
+        return self.question, self.choices, tuple(image_digest(path) for path in self.images)
 
 
 def check(example: Example, where: str) -> Example:

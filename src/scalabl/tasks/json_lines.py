@@ -10,8 +10,13 @@ from typing import Any, NoReturn
 from scalabl.errors import UserError
 
 
-def read_objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield ``("file:line", object)`` for every non-blank line.
+def read_objects(path: Path, *, place: int = 0, line: int = 1) -> Iterator[tuple[int, int, dict[str, Any]]]:
+    """Yield (byte offset, line number, object) for every non-blank line.
+
+    Args:
+        path: the file.
+        place: the byte offset to begin at, where a line begins.
+        line: the number of that line.
 
     Raises:
         UserError: the file is missing, unreadable, empty, not UTF-8, or has a line that is not a JSON object
@@ -20,12 +25,14 @@ def read_objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     rows = 0
     try:
         with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
+            file.seek(place)
+            for number, content in enumerate(file, start=line):
                 where = f"{path}:{number}"
-                text = _decode(line, where, first=number == 1)
+                text = _decode(content, where, first=number == 1)
                 if text.strip():
                     rows += 1
-                    yield where, _parse(text, where)
+                    yield place, number, _parse(text, where)
+                place += len(content)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; give the path of a .jsonl file.") from None
     except IsADirectoryError:

@@ -1,20 +1,24 @@
 """The user's own rows as JSONL: ``{"question", "choices", "answer"}`` or ``{"text", "label"}``.
 
-Either kind may carry an ``"id"``; without one the row is called ``stem:line``. One file holds one kind.
+Either kind may carry an ``"id"``; without one the row is called ``stem:line``. One file holds one kind. A file that is
+called ``.parquet`` holds the same fields as columns. An ``"image"`` of either kind is a path, or a list of paths,
+relative to the file.
 A ``"score"``, which ``scalabl acquire`` adds, is read over.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from scalabl.errors import UserError
 from scalabl.tasks.example import Example, check, first_duplicate
+from scalabl.tasks.images import images_of
 from scalabl.tasks.json_lines import read_objects
-from scalabl.tasks.jsonl_fields import answer_index, check_keys, choices_of, is_text_row, label_of, text_of
+from scalabl.tasks.jsonl_fields import answer_index, check_keys, choices_of, is_text_row, label_of, row_id, text_of
+from scalabl.tasks.parquet import read_parquet_objects
 from scalabl.tasks.task import Task
 
 SPLITS = ("train", "validation", "test")
@@ -30,15 +34,16 @@ class _Row:
     choices: tuple[str, ...] | None  # None: a text row
     answer: int | None
     label: str | None
+    images: tuple[str, ...] = ()
 
 
 def load_rows(
     path: str | Path, labels: Sequence[str] | None = None, require_answer: bool = True
 ) -> tuple[Example, ...]:
-    """Read one JSONL file.
+    """Read one JSONL or Parquet file.
 
     Args:
-        path: a ``.jsonl`` file.
+        path: a ``.jsonl`` or ``.parquet`` file.
         labels: the class words of text rows, in the order of their indices; without them the sorted distinct
             labels of the file.
         require_answer: ``False`` for prediction rows, which may leave out ``answer`` or ``label``.
@@ -48,6 +53,53 @@ def load_rows(
     """
     rows = _parse_file(Path(path), require_answer)
     return _finish(rows, _label_set(rows, labels, Path(path)))
+
+
+@dataclass(frozen=True)
+class PlacedRow:
+    """An unlabelled or labelled row and where it stands.
+
+    Attributes:
+        place: where reading may begin again: the byte offset of its line, or the row of a Parquet file.
+        number: its line or row, counted from 1.
+        example: the row.
+    """
+
+    place: int
+    number: int
+    example: Example
+
+
+def stream_rows(
+    path: Path, labels: Sequence[str] | None, *, name: str | None = None, place: int = 0, number: int = 1
+) -> Iterator[PlacedRow]:
+    """Read the prediction rows of a file one by one, from its beginning or from a row's place on.
+
+    Args:
+        path: a ``.jsonl`` or ``.parquet`` file.
+        labels: the class words of text rows.
+        name: what rows without an id are called after, as ``name:number``; the file's stem if left out.
+        place: where to begin, as a :class:`PlacedRow` says it.
+        number: the number of the row there.
+
+    Raises:
+        UserError: see :func:`load_jsonl_task`; also text rows where there are no labels.
+    """
+    for at, row in _parse(path, path.stem if name is None else name, require_answer=False, place=place, line=number):
+        if row.choices is None and labels is None:
+            raise UserError(f'{row.where}: a text row, but there are no labels; write "question" and "choices".')
+        yield PlacedRow(at, int(row.where.rpartition(":")[2]), _example(row, None if labels is None else tuple(labels)))
+
+
+def read_fields(path: Path, *, place: int = 0, line: int = 1) -> Iterator[tuple[int, int, dict[str, Any]]]:
+    """Yield (place, number, fields) of every row of a ``.jsonl`` or ``.parquet`` file, unchecked.
+
+    Raises:
+        UserError: the file cannot be read, or is empty, truncated or of another kind.
+    """
+    if path.suffix == ".parquet":
+        return read_parquet_objects(path, place=place)
+    return read_objects(path, place=place, line=line)
 
 
 def load_jsonl_task(path: str | Path) -> Task:
@@ -64,7 +116,7 @@ def load_jsonl_task(path: str | Path) -> Task:
             choices, labels or ids, a label that the train split does not have.
     """
     path = Path(path)
-    files = _split_files(path)
+    files = split_files(path)
     parsed = {split: _parse_file(file, require_answer=True) for split, file in files.items()}
     kinds = {split: rows[0].choices is None for split, rows in parsed.items()}
     if len(set(kinds.values())) > 1:
@@ -76,7 +128,12 @@ def load_jsonl_task(path: str | Path) -> Task:
     return Task(name=name, splits=splits, labels=labels, source=str(path), licence="unknown")
 
 
-def _split_files(path: Path) -> dict[str, Path]:
+def split_files(path: Path) -> dict[str, Path]:
+    """The file of each split that there is; a file alone is the train split.
+
+    Raises:
+        UserError: there is nothing, or none of the splits.
+    """
     if not path.exists():
         raise UserError(f"{path} does not exist; give a .jsonl file or a directory that holds train.jsonl.")
     if not path.is_dir():
@@ -88,33 +145,37 @@ def _split_files(path: Path) -> dict[str, Path]:
 
 
 def _parse_file(path: Path, require_answer: bool) -> list[_Row]:
-    rows: list[_Row] = []
-    seen: dict[str, str] = {}
-    for number, (where, raw) in enumerate(read_objects(path)):
-        row = _parse_row(raw, where, f"{path.stem}:{where.rpartition(':')[2]}", require_answer)
+    return [row for _, row in _parse(path, path.stem, require_answer)]
+
+
+def _parse(path: Path, name: str, require_answer: bool, *, place: int = 0, line: int = 1) -> Iterator[tuple[int, _Row]]:
+    seen: dict[str, int] = {}
+    text_rows: bool | None = None
+    for at, number, raw in read_fields(path, place=place, line=line):
+        where = f"{path}:{number}"
+        row = _parse_row(raw, where, f"{name}:{number}", require_answer, path.parent)
         if row.id in seen:
-            raise UserError(f"{where}: the id {row.id!r} is also that of {seen[row.id]}; give every row its own.")
-        if number and (row.choices is None) != (rows[0].choices is None):
+            raise UserError(
+                f"{where}: the id {row.id!r} is also that of {path}:{seen[row.id]}; give every row its own."
+            )
+        if text_rows is not None and (row.choices is None) != text_rows:
             raise UserError(f"{where}: text rows and question rows in one file; keep to one kind of row.")
-        seen[row.id] = where
-        rows.append(row)
-    return rows
+        seen[row.id], text_rows = number, row.choices is None
+        yield at, row
 
 
-def _parse_row(raw: dict[str, Any], where: str, name: str, require_answer: bool) -> _Row:
+def _parse_row(raw: dict[str, Any], where: str, name: str, require_answer: bool, folder: Path) -> _Row:
     text_row = is_text_row(raw, where)
     check_keys(raw, where, text_row, require_answer)
-    if "id" in raw:
-        # a whole number is a fair id; everything else has to be a text
-        name = str(raw["id"]) if type(raw["id"]) is int else text_of(raw, "id", where)
+    name = row_id(raw, where, name)
     if text_row:
         label = label_of(raw, where) if "label" in raw else None
-        return _Row(where, name, text_of(raw, "text", where), None, None, label)
+        return _Row(where, name, text_of(raw, "text", where), None, None, label, images_of(raw, folder, where))
     choices = choices_of(raw, where)
     question = text_of(raw, "question", where)
     check(Example(name, question, choices, None), where)
     answer = answer_index(raw["answer"], choices, where) if "answer" in raw else None
-    return _Row(where, name, question, choices, answer, None)
+    return _Row(where, name, question, choices, answer, None, images_of(raw, folder, where))
 
 
 def _label_set(rows: Iterable[_Row], given: Sequence[str] | None, path: Path) -> tuple[str, ...] | None:
@@ -139,11 +200,12 @@ def _finish(rows: Iterable[_Row], labels: tuple[str, ...] | None) -> tuple[Examp
 
 def _example(row: _Row, labels: tuple[str, ...] | None) -> Example:
     if row.choices is not None:
-        return Example(row.id, row.question, row.choices, row.answer)
+        return Example(row.id, row.question, row.choices, row.answer, row.images)
     assert labels is not None  # text rows always come with their label set
     if row.label is not None and row.label not in labels:
         raise UserError(
             f"{row.where}: the label {row.label!r} is none of {', '.join(map(repr, labels))}; "
             "mend the label or add training rows that have it."
         )
-    return Example(row.id, row.question, labels, None if row.label is None else labels.index(row.label))
+    answer = None if row.label is None else labels.index(row.label)
+    return Example(row.id, row.question, labels, answer, row.images)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from typing import Any
 
 from scalabl.errors import UserError
 from scalabl.tasks.example import LETTERS
+from scalabl.tasks.images import KEY
 
 _QUESTION_KEYS = ("question", "choices", "answer")
 _TEXT_KEYS = ("text", "label")
@@ -28,7 +30,7 @@ def check_keys(raw: dict[str, Any], where: str, text_row: bool, require_answer: 
     """Refuse missing and unknown keys; the last key of a kind is its answer."""
     keys = _TEXT_KEYS if text_row else _QUESTION_KEYS
     for key in raw:
-        if key not in (*keys, *_IGNORED, "id"):
+        if key not in (*keys, *_IGNORED, KEY, "id"):
             close = difflib.get_close_matches(key, [k for k in keys if k not in raw], n=1)
             mend = f'did you mean "{close[0]}"?' if close else f"leave it out; a row has {', '.join(keys)} and id."
             raise UserError(f"{where}: unknown key {key!r}; {mend}")
@@ -40,6 +42,13 @@ def check_keys(raw: dict[str, Any], where: str, text_row: bool, require_answer: 
 def text_of(raw: dict[str, Any], key: str, where: str) -> str:
     """The text of one key, stripped; blank or not a text: refused."""
     return _text(raw[key], f'"{key}"', where)
+
+
+def row_id(raw: Mapping[str, Any], where: str, name: str) -> str:
+    """The row's own id, else `name`; a whole number is a fair id, everything else has to be a text."""
+    if "id" not in raw:
+        return name
+    return str(raw["id"]) if type(raw["id"]) is int else _text(raw["id"], '"id"', where)
 
 
 def label_of(raw: dict[str, Any], where: str) -> str:
@@ -95,6 +104,11 @@ def answer_index(answer: Any, choices: tuple[str, ...], where: str) -> int:
 
 
 def _text(value: Any, what: str, where: str) -> str:
+    return unstripped_text(value, what, where).strip()
+
+
+def unstripped_text(value: Any, what: str, where: str) -> str:
+    """A text as it stands; blank or not a text: refused."""
     if not isinstance(value, str):
         raise UserError(f"{where}: {what} is {_kind(value)}, not a text; write it in quotes.")
     if not value.strip():
@@ -103,7 +117,7 @@ def _text(value: Any, what: str, where: str) -> str:
         value.encode()
     except UnicodeEncodeError:  # a lone surrogate, \ud800, which no tokenizer can read
         raise UserError(f"{where}: {what} has half a character (a lone surrogate); write it as UTF-8.") from None
-    return value.strip()
+    return value
 
 
 def _kind(value: Any) -> str:

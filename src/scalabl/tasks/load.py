@@ -41,12 +41,13 @@ def load_task(name_or_path: str, *, cache_dir: Path | None = None, source: str =
     """
     if source not in SOURCES:
         raise UserError(f"no source is called {source!r}; use one of {', '.join(SOURCES)}.")
-    if name_or_path not in BENCHMARKS and _is_path(name_or_path):
+    if name_or_path not in BENCHMARKS and is_path(name_or_path):
         return load_jsonl_task(Path(name_or_path).expanduser())
     return _load_benchmark(find(name_or_path), cache_dir or cache_directory(), source)
 
 
-def _is_path(text: str) -> bool:
+def is_path(text: str) -> bool:
+    """Whether a text is meant as a path rather than as a name."""
     path = Path(text).expanduser()
     if path.suffix in {".jsonl", ".json"} or "/" in text or "\\" in text:
         return True

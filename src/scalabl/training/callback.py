@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import operator
-from typing import Any, Literal
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, Self
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
@@ -21,13 +22,12 @@ from scalabl.posterior import DiagonalGaussian, Gaussian, Prior
 from scalabl.training.kl_gradient import add_kl_gradients, with_parameters
 from scalabl.training.log_values import LogContributor
 from scalabl.training.parameter_group import VariationalGroup, innermost
+from scalabl.training.rank_noise import share_noise
 from scalabl.training.refusals import refuse_flattened_batches, refuse_hidden_gradients, refuse_untrained
 from scalabl.training.schedule import SCHEDULES, Schedule, kl_weight
-from scalabl.tuner import prior_of, stochastic_layers
+from scalabl.training.trained_tokens import count_trained_tokens
+from scalabl.tuner import StochasticProjection, prior_of, stochastic_layers
 from scalabl.tuner.layers import active_adapters, unwrap
-
-# a prime far apart from the small seeds that people give: the streams of two ranks and two runs never meet
-_SEEDS_BETWEEN_RANKS = 1_000_003
 
 
 class ELBOCallback(LogContributor):
@@ -39,13 +39,13 @@ class ELBOCallback(LogContributor):
     from p in nats after the step, whichever is trained on), "nll" (the trainer's loss), "kl_weight" (of the last step),
     "sigma_mean" and "s_mean" (means over all numbers of all layers of the posterior std and of |mean|).
 
-    With several data-parallel ranks each rank gets its own stream of noise at the start of training (Trainer seeds
-    all ranks alike, which would draw the same s for different sequences).
+    With several data-parallel ranks the draws of s are those that one process would make for the same global batch,
+    each rank taking its rows (`scalabl.training.rank_noise`); with dropout each rank has a stream of its own instead.
 
     Args:
         num_examples: N, the number of terms that the trainer's loss is a mean of over one epoch. For a loss that is
             a mean over rows it is the number of training rows; for a mean over tokens (Trainer's and SFTTrainer's
-            default for causal language models) the number of trained tokens of the training set.
+            default for causal language models) the number of trained tokens of the training set (`for_tokens`).
         beta: multiplier of the KL, at least 0; 1 is the ELBO.
         schedule: "elbo" (KL / N at every step), "warmup" (linear from 0 to KL / N) or "minibatch" (the paper's
             pi_i, KL / N on average); see `scalabl.training.schedule`.
@@ -98,18 +98,40 @@ class ELBOCallback(LogContributor):
         self.cycle = None if cycle is None else _positive_integer(cycle, "cycle", "a number of optimiser steps")
         self.learning_rate = learning_rate
         self.adapter = adapter
+        self._leaves: list[StochasticProjection] = []
         self._posteriors: dict[str, Gaussian] = {}
         self._prior = Prior()
         self._group: VariationalGroup | None = None
         self._cycle = 1
         self._last_weight = 0.0
 
+    @classmethod
+    def for_tokens(cls, dataset: Iterable[Mapping[str, Any]], **options: Any) -> Self:
+        """The callback of the exact ELBO for a loss that is a mean over tokens: N is the number of trained tokens.
+
+            trainer = SFTTrainer(model, arguments, train_dataset=rows)
+            trainer.add_callback(ELBOCallback.for_tokens(trainer.train_dataset))
+
+        `ELBOCallback(len(rows))` weighs the KL as if a whole sequence were one observation instead: as many times
+        heavier as a sequence has trained tokens, with posteriors that stay closer to the prior.
+
+        Args:
+            dataset: tokenised rows with "labels", -100 where a token is not trained on.
+            options: the callback's other arguments.
+
+        Raises:
+            UserError: rows without labels, without length, or without a trained token.
+        """
+        return cls(count_trained_tokens(dataset), **options)
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         model, optimizer, dataloader = kwargs["model"], kwargs["optimizer"], kwargs.get("train_dataloader")
         self._remove_group()
-        self._posteriors = {name: leaf.posterior for name, leaf in stochastic_layers(model, self.adapter).items()}
+        leaves = stochastic_layers(model, self.adapter)
+        self._leaves = list(leaves.values())
+        self._posteriors = {name: leaf.posterior for name, leaf in leaves.items()}
         priors = {
             prior_of(model, name) for name in ([self.adapter] if self.adapter else active_adapters(unwrap(model)))
         }
@@ -135,7 +157,7 @@ class ELBOCallback(LogContributor):
             learning_rate=self.learning_rate,
             base_learning_rate=args.learning_rate,
         )
-        separate_noise_of_ranks(args)
+        share_noise(args, model, self._leaves)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -159,6 +181,8 @@ class ELBOCallback(LogContributor):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._remove_group()
+        for leaf in self._leaves:
+            leaf.share = (0, 1)
 
     @torch.no_grad()
     def log_values(self, logs: dict[str, Any]) -> dict[str, float]:
@@ -226,13 +250,6 @@ def _whole(posterior: Gaussian) -> Gaussian:
         for name, parameter in posterior.named_parameters()
     }
     return with_parameters(posterior, gathered)
-
-
-def separate_noise_of_ranks(args: TrainingArguments) -> None:
-    """A noise stream of its own for every data-parallel rank; ranks that share a sequence keep sharing its draw."""
-    ranks_of_a_replica = getattr(args.parallelism_config, "non_data_parallel_size", 1)
-    if args.world_size // ranks_of_a_replica > 1:
-        torch.manual_seed(args.seed + _SEEDS_BETWEEN_RANKS * (args.process_index // ranks_of_a_replica))
 
 
 def _positive_integer(value: Any, name: str, what: str) -> int:

@@ -14,21 +14,30 @@ from transformers import PreTrainedTokenizerBase
 from scalabl.errors import UserError
 from scalabl.methods.temperature import negative_log_likelihood
 from scalabl.predictive import predict
-from scalabl.scoring import Batch, Continuation, Letters, Scorer, Scoring
-from scalabl.tasks import Example
+from scalabl.scoring import Batch, Continuation, Letters, Scorer, Scoring, Text
+from scalabl.scoring.conversation import require_template
+from scalabl.tasks import Example, TextRow
 from scalabl.training.recipe import Recipe
 from scalabl.trunk import Trunk
 from scalabl.trunk_store import with_stored_trunk
 
 
 def candidates(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Example], labels: tuple[str, ...] | None
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Any],
+    labels: tuple[str, ...] | None,
 ) -> list[Scoring]:
-    """The scorings that a recipe allows for these rows.
+    """The scorings that a recipe allows for these rows, `Example`s or `TextRow`s.
 
     Raises:
         UserError: letters were asked for, but a label is not one token.
     """
+    if isinstance(rows[0], TextRow):
+        of_messages = not isinstance(rows[0].prompt, str)  # then a prompt of its own is a turn too
+        if of_messages:
+            require_template(tokenizer, f"Row {rows[0].id}")
+        return [Text(tokenizer, chat=recipe.chat or of_messages, max_length=recipe.max_length)]
     common: dict[str, Any] = {"chat": recipe.chat, "max_length": recipe.max_length}
     found: list[Scoring] = []
     if recipe.scoring in ("auto", "letters"):

@@ -12,6 +12,7 @@ from scalabl.errors import UserError
 from scalabl.mapping_file import read_yaml
 from scalabl.methods import SETTINGS
 from scalabl.methods import TRAINED as METHODS
+from scalabl.quantization import QUANTIZATIONS, check_bits
 from scalabl.top_layers import check_spec
 
 SCORINGS = ("auto", "letters", "continuation")
@@ -20,6 +21,7 @@ COVARIANCES = ("diagonal", "full")
 DRAWS = ("sequence", "batch")
 KLS = ("reverse", "forward")
 NORMALIZATIONS = ("auto", "sum", "token")
+KL_NORMALIZATIONS = ("token", "sequence")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -76,6 +78,9 @@ class Recipe:
     dtype: str = "auto"
     bits: int | None = None
     save_steps: int = 50
+    quantization: str = "bitsandbytes"
+    # rows of text: what the KL is divided by, trained tokens (the exact ELBO) or rows
+    kl_normalization: str = "token"
 
     def __post_init__(self) -> None:
         for name, choices in (
@@ -87,6 +92,8 @@ class Recipe:
             ("kl", KLS),
             ("normalization", NORMALIZATIONS),
             ("dtype", DTYPES),
+            ("quantization", QUANTIZATIONS),
+            ("kl_normalization", KL_NORMALIZATIONS),
         ):
             if getattr(self, name) not in choices:
                 raise UserError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(choices)}.")
@@ -103,7 +110,7 @@ class Recipe:
         _require("lora_dropout", self.lora_dropout, 0 <= self.lora_dropout < 1, "between 0 and 1")
         _require("validation_rows", self.validation_rows, self.validation_rows >= 0, "zero or more")
         _require("train_rows", self.train_rows, self.train_rows is None or self.train_rows >= 1, "at least 1")
-        _require("bits", self.bits, self.bits in (None, 4, 8), "4, 8 or left out")
+        check_bits(self.quantization, self.bits)
         _require("seed", self.seed, 0 <= self.seed < 2**32, "between 0 and 2^32 - 1")
         layer_fraction(self.layers)
         if not self.targets:
@@ -137,6 +144,11 @@ class Recipe:
     def as_dict(self) -> dict[str, Any]:
         """The recipe as plain values."""
         return asdict(self)
+
+    @staticmethod
+    def defaults() -> dict[str, Any]:
+        """Every setting's default."""
+        return {field.name: field.default for field in fields(Recipe)}
 
 
 def _names(listed: str) -> list[str]:

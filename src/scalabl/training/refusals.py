@@ -18,7 +18,8 @@ def refuse_hidden_gradients(args: TrainingArguments, model: nn.Module, optimizer
     """Refuse engines that do not leave whole gradients in `.grad` until `optimizer.step()`.
 
     Raises:
-        UserError: DeepSpeed, the first FSDP, or an optimiser that updates during the backward pass.
+        UserError: DeepSpeed, the first FSDP, checkpointing that redraws the noise, or an optimiser that updates during
+            the backward pass.
     """
     if args.deepspeed or getattr(args, "deepspeed_plugin", None) or isinstance(optimizer, DeepSpeedOptimizerWrapper):
         raise UserError(
@@ -30,6 +31,12 @@ def refuse_hidden_gradients(args: TrainingArguments, model: nn.Module, optimizer
             "The first version of FSDP flattens the variational parameters into others, so the KL's gradient cannot be "
             "added to them; set version 2 in fsdp_config."
         )
+    recomputed = [getattr(getattr(module, "checkpoint_fn", None), "keywords", {}) for module in model.modules()]
+    if any(options.get("preserve_rng_state") is False for options in [*recomputed, _checkpointing(args)]):
+        raise UserError(
+            "Checkpointing with preserve_rng_state=False, as FSDP's is, draws other noise in the backward pass than "
+            "in the forward pass; set fsdp_activation_checkpointing to false, gradient_checkpointing=True will do."
+        )
     in_backward = str(getattr(args.optim, "value", args.optim))
     names = {type(optimizer).__name__, type(innermost(optimizer)).__name__}
     if in_backward.endswith("_layerwise") or names & {"LayerWiseDummyOptimizer", "Lomo", "AdaLomo"}:
@@ -37,6 +44,12 @@ def refuse_hidden_gradients(args: TrainingArguments, model: nn.Module, optimizer
             f"The optimiser {in_backward} updates during the backward pass, before the KL's gradient could be added; "
             "choose another one in TrainingArguments.optim, for instance adamw_torch."
         )
+
+
+def _checkpointing(args: TrainingArguments) -> dict[str, Any]:
+    """How a trainer recomputes activations; empty where it does not, or says nothing about it."""
+    options: Any = args.gradient_checkpointing_kwargs
+    return options if args.gradient_checkpointing and isinstance(options, dict) else {}
 
 
 def refuse_flattened_batches(args: TrainingArguments, train_dataloader: Any) -> None:

@@ -4,46 +4,51 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
-from transformers import PrinterCallback, TrainingArguments, set_seed
+from torch import Tensor
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.training_args import OptimizerNames
 
-from scalabl import __version__
+from scalabl import __version__, ranks
 from scalabl.diagnostics import unconverged
 from scalabl.errors import UserError
 from scalabl.methods import load_method
-from scalabl.models import load_base
-from scalabl.run_directory import ADAPTER, RECORD, claim, finished_record, read_record, sha256, write_json
+from scalabl.models import EMBEDDED, embedded_directory, held, load_base
+from scalabl.run_directory import (
+    ADAPTER,
+    CHOICES,
+    LANGUAGE,
+    RECORD,
+    claim,
+    finished_record,
+    read_record,
+    sha256,
+    write_json,
+)
 from scalabl.scoring import Encoded, Scorer, Scoring
-from scalabl.tasks import Example, Task, holdout, load_task
+from scalabl.tasks import Task, TextTask, load_training_task
 from scalabl.training.choose_scoring import candidates, choose_scoring, describe
 from scalabl.training.guard import NonFiniteError, NonFiniteGuard
+from scalabl.training.language import check_rows, token_counts, trainer_of, weighing_the_kl
+from scalabl.training.launched import check_launch, fit_checkpoint, require_rows
+from scalabl.training.optimizers import require_optimizer
 from scalabl.training.progress import ProgressBar, StopOnInterrupt
+from scalabl.training.rank_noise import SeparateNoise, has_dropout
 from scalabl.training.recipe import Recipe
-from scalabl.training.trainer import ChoiceTrainer
+from scalabl.training.rows import Rows as Rows
+from scalabl.training.rows import select_rows as select_rows
+from scalabl.training.whole_adapter import whole_adapter
 from scalabl.trunk import Trunk
 from scalabl.trunk_store import with_stored_trunk
 from scalabl.tuner.fingerprint import fingerprint
 
 LOG = "training_log.json"
-
-
-@dataclass(frozen=True)
-class Rows:
-    """The rows of a run: trained on, and held out for every choice that is made before the test."""
-
-    train: tuple[Example, ...]
-    validation: tuple[Example, ...]
 
 
 class Interrupted(Exception):
@@ -52,6 +57,8 @@ class Interrupted(Exception):
 
 def train(recipe: Recipe, output: Path) -> dict[str, Any]:
     """Train, and write a finished run directory; resumes what an earlier call left unfinished.
+
+    In several processes (`scalabl.ranks`) the main one chooses and writes; all of them get the record.
 
     Args:
         recipe: what to train.
@@ -64,25 +71,27 @@ def train(recipe: Recipe, output: Path) -> dict[str, Any]:
         UserError: bad data, model or settings; another run in `output`.
         Interrupted: Ctrl-C; the same call goes on from the checkpoint.
     """
-    task = load_task(recipe.data)
-    rows = select_rows(task, recipe)
-    if claim(output, recipe.as_dict()):
-        return finished_record(output)
+    task = load_training_task(recipe.data)
+    check_rows(recipe, task)
+    rows: Rows[Any] = select_rows(task, recipe)
+    check_launch(recipe)
+    require_rows(recipe, len(rows.train))
+    if ranks.on_main(lambda: claim(output, recipe.as_dict(), Recipe.defaults(), ranks.count())):
+        return ranks.on_main(lambda: finished_record(output))
     try:
-        return _train(recipe, output, task, rows)
-    except BaseException as error:
-        # what failed before its first checkpoint leaves no trace, what failed later a run that can be resumed
-        last = last_checkpoint(output)
-        if last is None and not _is_finished(output):
-            shutil.rmtree(output, ignore_errors=True)
-        if isinstance(error, NonFiniteError):
-            kept = f" and choose another --output ({last} is the last good checkpoint)" if last else ""
-            raise UserError(f"{str(error).partition(';')[0]}; lower --learning-rate{kept}.") from error
-        raise
+        with ranks.cleaning_up(lambda: _remove_traces(output)):
+            return _train(recipe, output, task, rows)
+    except NonFiniteError as error:
+        last = last_checkpoint(output) if ranks.is_main() else None
+        kept = f" and choose another --output ({last} is the last good checkpoint)" if last else ""
+        raise UserError(f"{str(error).partition(';')[0]}; lower --learning-rate{kept}.") from error
 
 
-def _is_finished(output: Path) -> bool:
-    return (output / RECORD).exists() and read_record(output).get("status") == "finished"
+def _remove_traces(output: Path) -> None:
+    """What failed before its first checkpoint leaves no trace, what failed later a run that can be resumed."""
+    is_finished = (output / RECORD).exists() and read_record(output).get("status") == "finished"
+    if last_checkpoint(output) is None and not is_finished:
+        shutil.rmtree(output, ignore_errors=True)
 
 
 def last_checkpoint(output: Path) -> Path | None:
@@ -100,22 +109,32 @@ def last_checkpoint(output: Path) -> Path | None:
     return max(found)[1] if found else None
 
 
-def _train(recipe: Recipe, output: Path, task: Task, rows: Rows) -> dict[str, Any]:
-    if recipe.optimizer not in list(OptimizerNames):
-        raise UserError(f"optimizer is {recipe.optimizer!r}; it must be one of {', '.join(OptimizerNames)}.")
-    model, tokenizer = load_base(recipe.model, dtype=recipe.dtype, bits=recipe.bits)
+def _train(recipe: Recipe, output: Path, task: Task | TextTask, rows: Rows[Any]) -> dict[str, Any]:
+    if recipe.optimizer != Recipe.optimizer:
+        require_optimizer(recipe.optimizer, "cuda" if torch.cuda.is_available() else "cpu")
+    ranks.connect()
+    if recipe.model == EMBEDDED:
+        ranks.first_on_each_machine(embedded_directory)
+    model, tokenizer = load_base(recipe.model, **_placed(held(recipe.as_dict())))
     options = candidates(recipe, tokenizer, (*rows.train, *rows.validation), task.labels)
     longest = max((options[-1].encode(row) for row in rows.train[:50]), key=lambda row: sum(map(bool, row.segments)))
-    Scorer(model, options[-1]).check_packing(longest)
+    ranks.on_main(lambda: Scorer(model, options[-1]).check_packing(longest))
 
     method = load_method(recipe.method)
     set_seed(recipe.seed)
     adapted = get_peft_model(model, method.adapter_config(recipe, model))
     trunk = Trunk(adapted) if not recipe.gradient_checkpointing else None
-    scoring, nll = choose_scoring(options, adapted, trunk, rows.validation)
+
+    def choose() -> tuple[int, dict[str, float]]:
+        best, nll = choose_scoring(options, adapted, trunk, rows.validation)
+        return options.index(best), nll
+
+    chosen, nll = ranks.on_main(choose)
+    scoring = options[chosen]
     record: dict[str, Any] = {
         "scalabl": __version__,
         "status": "running",
+        "kind": LANGUAGE if isinstance(task, TextTask) else CHOICES,
         "recipe": recipe.as_dict(),
         "task": {"name": task.name, "source": task.source, "licence": task.licence, "labels": task.labels},
         "rows": {"train": len(rows.train), "validation": len(rows.validation)},
@@ -125,41 +144,45 @@ def _train(recipe: Recipe, output: Path, task: Task, rows: Rows) -> dict[str, An
         "base_fingerprint": fingerprint(model),
         "versions": {name: version(name) for name in ("torch", "transformers", "peft", "accelerate")},
         "device": str(next(adapted.parameters()).device),
+        "processes": ranks.count(),
     }
-    write_json(output / RECORD, record)
-    encoded = with_stored_trunk(Scorer(adapted, scoring, trunk), [scoring.encode(row) for row in rows.train])
+    ranks.on_main(lambda: write_json(output / RECORD, record))
+    if not output.is_dir():
+        raise UserError(f"{output} is not seen by every machine; give a directory on a file system that they share.")
+    rows_of_run = [scoring.encode(row) for row in rows.train]
+    if isinstance(task, TextTask):
+        record["tokens"] = token_counts(rows_of_run)
+    encoded = ranks.first_on_each_machine(lambda: with_stored_trunk(Scorer(adapted, scoring, trunk), rows_of_run))
     log = optimise(recipe, output, adapted, scoring, trunk, encoded)
 
-    _publish(adapted, output)
-    write_json(output / LOG, log)
-    record |= {
-        "status": "finished",
-        "adapter_sha256": sha256(output / ADAPTER),
-        "scoring_name": describe(scoring),
-        "warnings": unconverged(log),
-    }
-    write_json(output / RECORD, record)
-    shutil.rmtree(output / "checkpoints", ignore_errors=True)
-    return record
+    tensors = whole_adapter(adapted)
+
+    def finish() -> dict[str, Any]:
+        _publish(adapted, output, tensors)
+        write_json(output / LOG, log)
+        finished = record | {
+            "status": "finished",
+            "adapter_sha256": sha256(output / ADAPTER),
+            "scoring_name": describe(scoring),
+            "warnings": unconverged(log),
+        }
+        write_json(output / RECORD, finished)
+        shutil.rmtree(output / "checkpoints", ignore_errors=True)
+        return finished
+
+    return ranks.on_main(finish)
 
 
-def select_rows(task: Task, recipe: Recipe) -> Rows:
-    """Training and validation rows: the task's own, or a tenth of training rows held out.
-
-    Which rows are taken depends on the recipe's sizes, never on its seed: seeds share their data.
-    """
-    train_rows = task.split("train")
-    if "validation" in task.splits:
-        validation = task.split("validation")
-    else:
-        train_rows, validation = holdout(train_rows, fraction=0.1, seed=0)
-    return Rows(_subset(train_rows, recipe.train_rows), _subset(validation, recipe.validation_rows))
-
-
-def _subset(rows: Sequence[Example], number: int | None) -> tuple[Example, ...]:
-    if number is None or number >= len(rows):
-        return tuple(rows)
-    return tuple(random.Random(0).sample(list(rows), number))
+def _placed(held_as: dict[str, Any]) -> dict[str, Any]:
+    """Where this process of several loads the base: on its own device; on the CPU, where it is to be sharded."""
+    if ranks.count() == 1:
+        return held_as
+    device = ranks.own_device()
+    if ranks.is_sharded():
+        if held_as["dtype"] == "auto":
+            held_as = held_as | {"dtype": "float32" if device == "cpu" else "bfloat16"}
+        device = "cpu"
+    return held_as | {"device": device}
 
 
 def optimise(
@@ -185,28 +208,36 @@ def optimise(
         logging_steps=max(1, min(10, recipe.steps // 10)),
         logging_nan_inf_filter=False,
         dataloader_drop_last=len(rows) >= recipe.batch_size,
+        ddp_find_unused_parameters=False,
         dataloader_pin_memory=torch.cuda.is_available(),
         remove_unused_columns=False,
         disable_tqdm=True,
         report_to=[],
-        bf16=recipe.dtype == "bfloat16" and torch.cuda.is_available(),
-        use_cpu=next(model.parameters()).device.type == "cpu",
+        # autocast of a sharded model would round s
+        bf16=recipe.dtype == "bfloat16" and torch.cuda.is_available() and not ranks.is_sharded(),
+        use_cpu=not _on_accelerator(model),
     )
     bar, interrupt = ProgressBar(f"training {recipe.method}"), StopOnInterrupt()
+    shown = [bar] if ranks.is_main() else []
     method: Any = load_method(recipe.method)
-    trainer_class = method.trainer_class(ChoiceTrainer) if hasattr(method, "trainer_class") else ChoiceTrainer
+    base = trainer_of(scoring)
+    trainer_class = method.trainer_class(base) if hasattr(method, "trainer_class") else base
+    of_method = method.callbacks(weighing_the_kl(recipe, rows), len(rows))
+    ranks.let_cpus_shard()
     trainer = trainer_class(
         model,
         arguments,
         train_dataset=rows,  # type: ignore[arg-type]
-        callbacks=[*method.callbacks(recipe, len(rows)), NonFiniteGuard(), bar, interrupt],
+        callbacks=[*_of_ranks(recipe), *of_method, NonFiniteGuard(), *shown, interrupt],
         scoring=scoring,
         trunk=trunk,
     )
+    if trainer.is_fsdp_enabled != ranks.is_sharded():
+        raise UserError("FSDP was asked for, but Accelerate does not shard on this machine; launch with ddp.yaml.")
     trainer.remove_callback(PrinterCallback)
-    last = last_checkpoint(output)
+    last = ranks.on_main(lambda: _checkpoint_to_resume(output, has_dropout(model)))
     try:
-        trainer.train(resume_from_checkpoint=str(last) if last else None)
+        trainer.train(resume_from_checkpoint=last)
     finally:
         bar.close()
         interrupt.restore()
@@ -215,11 +246,34 @@ def optimise(
     return [{k: v for k, v in entry.items() if isinstance(v, int | float)} for entry in trainer.state.log_history]
 
 
-def _publish(model: PeftModel, output: Path) -> None:
-    """Save beside, then move into place: a reader never meets half an adapter."""
+def _checkpoint_to_resume(output: Path, dropout: bool) -> str | None:
+    last = last_checkpoint(output)
+    if last is not None:
+        fit_checkpoint(last, dropout=dropout)
+    return None if last is None else str(last)
+
+
+def _on_accelerator(model: PeftModel) -> bool:
+    """Whether the model is trained on one: it is there, or waits on the CPU to be sharded."""
+    return next(model.parameters()).device.type != "cpu" or (ranks.is_sharded() and torch.cuda.is_available())
+
+
+def _of_ranks(recipe: Recipe) -> list[TrainerCallback]:
+    """What several processes need beside: ours and BLoB's callbacks see to their noise themselves."""
+    return [SeparateNoise()] if ranks.count() > 1 and recipe.method not in ("scalabl", "blob") else []
+
+
+def _publish(model: PeftModel, output: Path, tensors: dict[str, Tensor] | None = None) -> None:
+    """Save beside, then move into place: a reader never meets half an adapter.
+
+    Args:
+        model: what was trained.
+        output: the run's directory.
+        tensors: the weights, gathered; None where they are whole.
+    """
     unfinished = output / ".unfinished"
     shutil.rmtree(unfinished, ignore_errors=True)
-    model.save_pretrained(str(unfinished))
+    model.save_pretrained(str(unfinished), state_dict=tensors)
     for item in unfinished.iterdir():
         target = output / item.name
         if target.is_dir():
@@ -233,5 +287,5 @@ def count_parameters(model: PeftModel) -> dict[str, int]:
     own = (".posterior.", "_sampler.")
     variational = sum(p.numel() for n, p in model.named_parameters() if any(part in n for part in own))
     adapter = sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
-    total = sum(p.numel() for p in model.parameters())
+    total = model.get_nb_trainable_parameters()[1]  # two 4-bit weights are one number of their tensor
     return {"base": total - adapter, "lora": adapter - variational, "variational": variational}

@@ -14,6 +14,7 @@ from transformers import Trainer
 from scalabl.scoring import Batch, Encoded, Scoring
 from scalabl.scoring.token_logits import token_logits
 from scalabl.training.sampler import LengthGroupedOrder
+from scalabl.training.whole_adapter import whole_adapter
 from scalabl.trunk import Trunk
 
 
@@ -37,6 +38,20 @@ class ChoiceTrainer(Trainer):
         rows: Any = train_dataset if train_dataset is not None else self.train_dataset
         together = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         return LengthGroupedOrder([len(row.input_ids) for row in rows], together, seed=self.args.data_seed or 0)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The adapter alone: of shards (FSDP 2) the trained ones are gathered, never the frozen base."""
+        model: Any = self.model
+        tensors = whole_adapter(model)
+        if tensors is None:
+            super().save_model(output_dir, _internal_call)
+        elif self.args.should_save:
+            self._save(output_dir, state_dict=tensors)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        # the main process writes the trainer's state next, which says that the checkpoint is whole
+        self.accelerator.wait_for_everyone()
 
     def compute_loss(
         self,

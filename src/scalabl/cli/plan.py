@@ -1,0 +1,153 @@
+"""`scalabl plan`: memory by part, operations and the largest batch, from a model's configuration alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from scalabl.cli.main import app
+from scalabl.errors import UserError
+from scalabl.training.recipe import make_recipe
+
+if TYPE_CHECKING:
+    from scalabl.planning.plan import Plan
+
+_BATCH = 4  # the paper's
+
+
+@app.command()
+def plan(
+    model: Annotated[
+        str | None, typer.Option(help="A Hub id, smollm2-135m-instruct, or a directory with a config.json.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="A recipe (YAML) of scalabl train; options win.")] = None,
+    target_modules: Annotated[
+        str | None, typer.Option("--targets", "--target-modules", help="For example q_proj,v_proj,lm_head.")
+    ] = None,
+    layers: Annotated[str | None, typer.Option(help="all, or last:K.")] = None,
+    r: Annotated[int | None, typer.Option("--rank", "-r", help="LoRA's rank.")] = None,
+    bits: Annotated[int | None, typer.Option(help="Of the base's weights: 16 (as in --dtype), 8 or 4.")] = None,
+    quantization: Annotated[str | None, typer.Option(help="Of --bits: bitsandbytes or torchao (8 bit).")] = None,
+    covariance: Annotated[str | None, typer.Option(help="diagonal or full.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
+    batch_size: Annotated[int | None, typer.Option("--batch", "--batch-size", help="Rows a step.")] = None,
+    max_length: Annotated[int | None, typer.Option("--seq", "--max-length", help="Tokens a row.")] = None,
+    scored: Annotated[
+        int, typer.Option(help="Tokens of a row whose logits are read, of all its choices together.")
+    ] = 32,
+    loss: Annotated[
+        str | None, typer.Option(help="letters, continuation, or tokens: of every token, plain fine-tuning.")
+    ] = None,
+    samples: Annotated[int, typer.Option(help="N of the predictions.")] = 10,
+    method: Annotated[str | None, typer.Option(help="scalabl, mle, map, mc_dropout or blob.")] = None,
+    optimizer: Annotated[str | None, typer.Option(help="As Trainer names it, for example paged_adamw_8bit.")] = None,
+    gradient_checkpointing: Annotated[
+        bool | None, typer.Option("--gradient-checkpointing/--no-gradient-checkpointing", help="Less memory.")
+    ] = None,
+    card: Annotated[str | None, typer.Option(help="A GPU's memory, for example 24GB; else this machine's.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; cuda where --card is given.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the figures here.")] = None,
+) -> None:
+    """Memory, operations and the largest batch of a training, before any weight is read."""
+    own = ("config", "scored", "loss", "samples", "card", "device", "json")
+    settings = {name: value for name, value in locals().items() if name not in own and name != "own"}
+    from scalabl.planning.memory import machine_device, machine_memory, parse_bytes
+    from scalabl.run_directory import require_writable, write_json
+
+    if config is None and batch_size is None:
+        settings["batch_size"] = _BATCH
+    recipe = make_recipe(settings | {"bits": None if bits == 16 else bits}, config)
+    if bits == 16:
+        recipe = replace(recipe, bits=None, quantization="bitsandbytes")
+    for name, value, least in (("scored", scored, 1), ("samples", samples, 1)):
+        if value < least:
+            raise UserError(f"--{name} is {value}; it must be at least {least}.")
+    if loss not in (None, "letters", "continuation", "tokens"):
+        raise UserError(f"--loss is {loss!r}; it must be letters, continuation or tokens.")
+    if device not in (None, "cpu", "cuda"):
+        raise UserError(f"--device is {device!r}; it must be cpu or cuda.")
+    size = None if card is None else parse_bytes(card)
+    require_writable(json)
+
+    device = device or ("cuda" if card is not None else machine_device())
+    if size is None:
+        if device != machine_device():
+            raise UserError(f"This machine has no {device}; say how much memory there is with --card, as in 24GB.")
+        size = machine_memory(device)
+    from rich.console import Console
+
+    from scalabl.cli.quiet import quiet
+    from scalabl.planning.plan import make_plan
+    from scalabl.planning.rows import Rows
+
+    quiet()
+    read = loss or ("letters" if recipe.scoring == "letters" else "continuation")
+    rows = Rows(recipe.batch_size, recipe.max_length, loss=read, scored=scored)
+    with Console(stderr=True).status("planning"):
+        made = make_plan(recipe, rows, device=device, card=size, samples=samples)
+    _print(made, Console())
+    if json is not None:
+        write_json(json, made.as_dict())
+
+
+def _print(made: Plan, console: Any) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    from scalabl.planning.memory import in_words
+
+    recipe, rows, counts = made.recipe, made.rows, made.counts
+    plain, saved = made.training[False], made.training[True]
+    drawn, mean = made.prediction[made.samples], made.prediction[0]
+    columns = (plain, saved, drawn, mean)
+    bits = "" if recipe.bits is None else f", weights of {recipe.bits} bit ({recipe.quantization})"
+    facts = Table.grid(padding=(0, 2))
+    facts.add_row("model", Text(f"{recipe.model}, {made.dtype} on {made.device}{bits}"))
+    facts.add_row("adapter", f"{recipe.method}, r = {recipe.r}, {recipe.target_modules}, layers {recipe.layers}")
+    numbers = f"{counts.base:,} base, {counts.lora:,} LoRA, {counts.variational:,} variational"
+    facts.add_row("parameters", numbers)
+    facts.add_row("memory", in_words(made.card))
+    facts.add_row("rows", f"{rows.batch} of {rows.length} tokens, logits of {_positions(made)}")
+    console.print(facts)
+
+    table = Table(box=None, header_style="bold")
+    n = f"N = {made.samples}"
+    for heading in ("", "training", "with checkpointing", f"prediction, {n}", "its mean"):
+        table.add_column(heading, justify="right" if heading else "left")
+    shared = (("weights", counts.weights), ("adapter", counts.adapter))
+    for name, size in shared:
+        table.add_row(name, *[in_words(size)] * 4)
+    for name, size in (("gradients", counts.gradients), ("optimiser", made.optimizer)):
+        table.add_row(name, *[in_words(size)] * 2, "", "")
+    table.add_row("activations", *(in_words(part.activations) for part in columns))
+    table.add_row("temporary", in_words(plain.temporary), in_words(saved.temporary), "", "")
+    table.add_row("peak", *(in_words(part.peak) for part in columns), style="bold", end_section=True)
+    table.add_row("operations", *(f"{part.flops / 1e12:,.3g} TFLOP" for part in columns))
+    largest = made.largest
+    batches = [largest[name] for name in ("training", "training_checkpointed", "prediction")]
+    table.add_row("largest batch", *map(_at_most, batches), "")
+    console.print(table)
+    particles = made.particles
+    console.print(
+        f"Generation keeps {in_words(made.cache)} of keys and values for {rows.batch} rows of {rows.length} tokens"
+        + (f" and {particles} particles each." if particles > 1 else ".")
+    )
+    if made.peak > made.card:
+        console.print(Text(f"This recipe does not fit: {in_words(made.peak)} of {in_words(made.card)}.", "bold yellow"))
+
+
+def _positions(made: Plan) -> str:
+    return {
+        "letters": "the last token",
+        "continuation": f"{made.rows.in_a_row} tokens a row",
+        "tokens": "every token",
+    }[made.rows.loss]
+
+
+def _at_most(batch: int) -> str:
+    from scalabl.planning.plan import LARGEST
+
+    return f"{batch:,} or more" if batch == LARGEST else f"{batch:,}"

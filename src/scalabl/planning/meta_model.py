@@ -1,0 +1,145 @@
+"""The model of a recipe without its weights: built from its configuration on the meta device and adapted there."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from scalabl.errors import UserError
+from scalabl.methods import load_method
+from scalabl.models import DTYPES, EMBEDDED, embedded_directory
+from scalabl.planning.kernels import DeviceKernels
+from scalabl.planning.quantized import quantize
+from scalabl.training.recipe import Recipe
+
+_VARIATIONAL = (".posterior.", "_sampler.")  # parts of names, as in a run's record
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Parameters, and the bytes of what stays as long as the model does.
+
+    Attributes:
+        base, lora, variational: numbers, as in a run's record.
+        weights: bytes of the base model, its quantisation's constants and its buffers included.
+        adapter: bytes of the adapter.
+        gradients: bytes of the gradients of all that is trained.
+    """
+
+    base: int
+    lora: int
+    variational: int
+    weights: int
+    adapter: int
+    gradients: int
+
+
+def read_config(name: str) -> PretrainedConfig:
+    """The configuration of a model: the embedded one, a directory that holds its config.json, or a name on the Hub.
+
+    Raises:
+        UserError: there is none.
+    """
+    path = str(embedded_directory()) if name == EMBEDDED else os.path.expanduser(name)
+    if not Path(path).is_dir() and path.startswith((".", "/")):
+        raise UserError(f"There is no model directory {path}; give a directory with a config.json, or a Hub id.")
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"The configuration of {name} cannot be read: {why}") from error
+    return config
+
+
+def compute_dtype(recipe: Recipe, device: str) -> torch.dtype:
+    """The precision that a recipe's model has on a device."""
+    automatic = "float32" if device == "cpu" else "bfloat16"
+    return DTYPES[automatic if recipe.dtype == "auto" else recipe.dtype]
+
+
+def autocast_dtype(recipe: Recipe, device: str) -> torch.dtype | None:
+    """The precision of automatic mixed precision while training, which a run turns on as its Trainer is told to."""
+    return torch.bfloat16 if recipe.dtype == "bfloat16" and device != "cpu" else None
+
+
+def build(recipe: Recipe, config: PretrainedConfig, device: str) -> tuple[PeftModel, Counts]:
+    """The adapted model on the meta device, and what it holds.
+
+    Args:
+        recipe: what is to be trained.
+        config: of the base model.
+        device: "cpu" or "cuda", where it is to be trained.
+
+    Raises:
+        UserError: it is no causal language model, or the adapter does not fit it.
+    """
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            base: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=compute_dtype(recipe, device))
+        except ValueError as error:
+            why = f"{getattr(config, 'model_type', type(config).__name__)} is no causal language model"
+            raise UserError(f"The model {recipe.model} cannot be loaded: {why}.") from error
+        number = sum(parameter.numel() for parameter in base.parameters())
+        if recipe.bits is not None:
+            quantize(base, recipe.bits, recipe.quantization, device)
+        model: Any = get_peft_model(base, load_method(recipe.method).adapter_config(recipe, base))
+    if recipe.gradient_checkpointing:
+        use_checkpointing(model, recipe, device)
+    return model, _count(model, number)
+
+
+def use_checkpointing(model: PeftModel, recipe: Recipe, device: str) -> None:
+    """Gradient checkpointing as the Trainer turns it on; what is computed anew has the device's kernels."""
+
+    def contexts() -> tuple[AbstractContextManager[None], DeviceKernels]:
+        return nullcontext(), DeviceKernels(device, autocast_dtype(recipe, device))
+
+    base: Any = model.get_base_model()
+    enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        # the state of a random generator takes no memory that counts, and the meta device has none
+        enable({"use_reentrant": False, "preserve_rng_state": False, "context_fn": contexts})
+
+
+def model_dtype(model: PeftModel) -> torch.dtype:
+    """The precision of the model's activations."""
+    return next(p.dtype for p in model.parameters() if p.is_floating_point())
+
+
+def hidden_size(model: PeftModel) -> int:
+    """Numbers of a token's hidden state."""
+    width: int = model.config.get_text_config().hidden_size
+    return width
+
+
+def storage_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of all storages of some tensors, each once."""
+    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())
+
+
+def _count(model: PeftModel, base: int) -> Counts:
+    named = dict(model.named_parameters())
+    adapter = {name: p for name, p in named.items() if "lora_" in name}
+    variational = sum(p.numel() for name, p in adapter.items() if any(part in name for part in _VARIATIONAL))
+    held = named | dict(model.named_buffers())
+    return Counts(
+        base=base,
+        lora=sum(p.numel() for p in adapter.values()) - variational,
+        variational=variational,
+        weights=storage_bytes(tensor for name, tensor in held.items() if "lora_" not in name),
+        adapter=storage_bytes(tensor for name, tensor in held.items() if "lora_" in name),
+        gradients=sum(p.numel() * p.element_size() for p in named.values() if p.requires_grad),
+    )

@@ -1,0 +1,287 @@
+"""The memory and the operations that a recipe will take, before any of its weights are read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from scalabl.errors import UserError
+from scalabl.planning.depth import layer_kinds, over_depth
+from scalabl.planning.meta_model import Counts, build, compute_dtype, hidden_size, model_dtype, read_config
+from scalabl.planning.optimizer import optimizer_bytes
+from scalabl.planning.rows import Rows
+from scalabl.planning.step import MetaRun, particles_of
+from scalabl.training.recipe import Recipe
+from scalabl.tuner.depth import decoder_layers
+
+LARGEST = 8192  # rows, above which no larger batch is looked for
+
+
+class CannotPlanError(UserError):
+    """What a step takes depends on numbers, so that it cannot be run without any."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """Bytes and operations of a training step.
+
+    Attributes:
+        activations: bytes of a batch and of what autograd saves of it for the backward pass.
+        temporary: bytes beyond weights, adapter, gradients, optimiser, stored rows and activations, when most is used.
+        peak: all of them together.
+        flops: operations of a forward and a backward pass, recomputation included.
+    """
+
+    activations: int
+    temporary: int
+    peak: int
+    flops: int
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Bytes and operations of the prediction of a batch.
+
+    Attributes:
+        activations: bytes of the batch and its hidden states, when most is used.
+        peak: with weights and adapter.
+        flops: of all particles.
+    """
+
+    activations: int
+    peak: int
+    flops: int
+
+
+class Planner:
+    """Asks one recipe's model, on the meta device, what it takes at any number of rows.
+
+    Args:
+        recipe: what is to be trained.
+        device: "cpu" or "cuda".
+        config: of the base model; read by its name if None.
+
+    Attributes:
+        counts: of parameters, and the bytes of what stays.
+        optimizer: bytes of the optimiser's states.
+        dtype: the model's precision, by name.
+
+    Raises:
+        UserError: the model, or the adapter on it, is not one that can be trained.
+        CannotPlanError: here or later: a step of it cannot be run without numbers.
+    """
+
+    def __init__(self, recipe: Recipe, device: str, config: PretrainedConfig | None = None) -> None:
+        if recipe.method == "monteclora":
+            raise CannotPlanError("What monteclora takes depends on the numbers that it draws and cannot be planned.")
+        self.recipe = recipe
+        self.device = device
+        config = read_config(recipe.model) if config is None else config
+        model, self.counts = build(recipe, config, device)
+        self.optimizer = optimizer_bytes(recipe.optimizer, model.parameters())
+        self.dtype = str(compute_dtype(recipe, device)).removeprefix("torch.")
+        self._run = MetaRun.of(model, recipe, device)
+        self._layers = decoder_layers(model)
+        types = getattr(config.get_text_config(), "layer_types", None)
+        marks = (self._run.trunk.depth, self._run.trunk.depth if self._run.start is None else self._run.start)
+        self._kinds = layer_kinds(self._layers, types, marks)
+
+    @property
+    def stores_rows(self) -> bool:
+        """Whether a run keeps what the layers below all adapters give for its rows."""
+        return self._run.trunk.depth > 0 and not self.recipe.gradient_checkpointing
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Of a hidden state."""
+        return hidden_size(self._run.model) * model_dtype(self._run.model).itemsize
+
+    def training(self, rows: Rows, batch: int | None = None) -> Training:
+        """A training step of these rows, or of another number of them."""
+        size = rows.batch if batch is None else batch
+
+        def measure() -> tuple[int, ...]:
+            forward, whole = self._run.training_step(rows, size)
+            return forward.kept, whole.peak, whole.flops
+
+        activations, step, flops = self._over_depth(measure)
+        counts = self.counts
+        staying = counts.weights + counts.adapter + self.optimizer + rows.stored
+        # in a very small batch the gradients of all layers are more than what is saved of one
+        step = max(step, counts.gradients)
+        return Training(activations, step - activations - counts.gradients, staying + step, flops)
+
+    def prediction(self, rows: Rows, samples: int, batch: int | None = None) -> Prediction:
+        """A prediction with N particles at once."""
+        size = rows.batch if batch is None else batch
+
+        def measure() -> tuple[int, ...]:
+            use = self._run.prediction(rows, size, samples)
+            return use.peak, use.flops
+
+        activations, flops = self._over_depth(measure)
+        return Prediction(activations, self.counts.weights + self.counts.adapter + activations, flops)
+
+    def key_value_cache(self, length: int) -> int:
+        """Bytes of the keys and values of one row."""
+        return self._over_depth(lambda: (self._run.key_value_cache(length),))[0]
+
+    def _over_depth(self, measure: Callable[[], tuple[int, ...]]) -> tuple[int, ...]:
+        try:
+            return over_depth(self._layers, self._kinds, measure)
+        except (RuntimeError, NotImplementedError, TypeError) as error:  # an operation that asks for numbers
+            why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise CannotPlanError(f"The memory of {self.recipe.model} cannot be planned: {why}") from error
+
+
+def largest_batch(card: int, peak: Callable[[int], int]) -> int:
+    """The most rows whose peak is no more than a card has; 0 where not even one fits, at most `LARGEST`.
+
+    Args:
+        card: bytes.
+        peak: bytes of a batch, which grow with it, nearly linearly.
+    """
+    fits, over = 0, LARGEST + 1
+    tried = 1
+    known: dict[int, int] = {}
+    while over - fits > 1:
+        known[tried] = peak(tried)
+        if known[tried] <= card:
+            fits = tried
+        else:
+            over = tried
+        points = sorted(known.items(), key=lambda point: abs(point[1] - card))[:2]
+        if len(points) < 2:
+            tried = min(2, over - 1)
+        else:
+            (one, of_one), (other, of_other) = points
+            slope = (of_one - of_other) / (one - other)
+            tried = one + int((card - of_one) // slope) if slope > 0 else over - 1
+        tried = min(max(tried, fits + 1), over - 1)
+    return fits
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a recipe takes.
+
+    Attributes:
+        recipe, rows: what is planned.
+        device, dtype: where, and in which precision.
+        card: bytes that there are.
+        samples: N of the predictions.
+        counts, optimizer: as `Planner` has them.
+        training: a step, with `recipe.gradient_checkpointing` False and True.
+        prediction: with N particles, and with the mean alone.
+        cache: bytes of the keys and values of all particles of a batch.
+        largest: rows of the largest batch that fits the card: training (without, with checkpointing), prediction.
+    """
+
+    recipe: Recipe
+    rows: Rows
+    device: str
+    dtype: str
+    card: int
+    samples: int
+    counts: Counts
+    optimizer: int
+    training: dict[bool, Training]
+    prediction: dict[int, Prediction]
+    cache: int
+    largest: dict[str, int]
+
+    @property
+    def peak(self) -> int:
+        """Bytes of the recipe's training."""
+        return self.training[self.recipe.gradient_checkpointing].peak
+
+    @property
+    def particles(self) -> int:
+        """Rows that a question takes in a prediction."""
+        return particles_of(self.recipe.method, self.samples)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        plain, saved = self.training[False], self.training[True]
+        drawn, mean = self.prediction[self.samples], self.prediction[0]
+        return {
+            "recipe": self.recipe.as_dict(),
+            "device": self.device,
+            "dtype": self.dtype,
+            "batch": self.rows.batch,
+            "sequence": self.rows.length,
+            "loss": self.rows.loss,
+            "scored_tokens": self.rows.in_a_row,
+            "samples": self.samples,
+            "base_parameters": self.counts.base,
+            "lora_parameters": self.counts.lora,
+            "variational_parameters": self.counts.variational,
+            "bytes": {
+                "weights": self.counts.weights,
+                "adapter": self.counts.adapter,
+                "gradients": self.counts.gradients,
+                "optimizer": self.optimizer,
+                "stored_rows": self.rows.stored,
+                "activations": plain.activations,
+                "activations_checkpointed": saved.activations,
+                "temporary": plain.temporary,
+                "temporary_checkpointed": saved.temporary,
+                "training_peak": plain.peak,
+                "training_peak_checkpointed": saved.peak,
+                "prediction_activations": drawn.activations,
+                "prediction_activations_mean": mean.activations,
+                "prediction_peak": drawn.peak,
+                "prediction_peak_mean": mean.peak,
+                "key_value_cache": self.cache,
+            },
+            "flops": {
+                "training_step": plain.flops,
+                "training_step_checkpointed": saved.flops,
+                "prediction": drawn.flops,
+                "prediction_mean": mean.flops,
+            },
+            "card": self.card,
+            "fits": self.peak <= self.card,
+            "largest_batch": self.largest,
+        }
+
+
+def make_plan(recipe: Recipe, rows: Rows, *, device: str, card: int, samples: int = 10) -> Plan:
+    """Everything about a recipe, from its model's configuration alone.
+
+    Args:
+        recipe: what is to be trained.
+        rows: what its batches are like.
+        device: "cpu" or "cuda".
+        card: bytes that there are.
+        samples: N of predictions.
+
+    Raises:
+        UserError: as `Planner`; or a number is out of its range.
+    """
+    if samples < 1:
+        raise UserError(f"samples is {samples}; it must be at least 1.")
+    config = read_config(recipe.model)
+    planners = {on: Planner(replace(recipe, gradient_checkpointing=on), device, config) for on in (False, True)}
+    plain = planners[False]
+    return Plan(
+        recipe=recipe,
+        rows=rows,
+        device=device,
+        dtype=plain.dtype,
+        card=card,
+        samples=samples,
+        counts=plain.counts,
+        optimizer=plain.optimizer,
+        training={on: planner.training(rows) for on, planner in planners.items()},
+        prediction={number: plain.prediction(rows, number) for number in (samples, 0)},
+        cache=rows.batch * particles_of(recipe.method, samples) * plain.key_value_cache(rows.length),
+        largest={
+            "training": largest_batch(card, lambda batch: plain.training(rows, batch).peak),
+            "training_checkpointed": largest_batch(card, lambda batch: planners[True].training(rows, batch).peak),
+            "prediction": largest_batch(card, lambda batch: plain.prediction(rows, samples, batch).peak),
+        },
+    )

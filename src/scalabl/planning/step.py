@@ -1,0 +1,157 @@
+"""A training step, a prediction and a generation on the meta device, with the library's and the model's own code."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from torch import Tensor
+
+from scalabl.planning.kernels import DeviceKernels
+from scalabl.planning.live_bytes import LiveBytes, Use
+from scalabl.planning.meta_model import autocast_dtype, hidden_size, model_dtype, storage_bytes
+from scalabl.planning.rows import Rows
+from scalabl.predictive.drawn_layers import first_difference
+from scalabl.predictive.lora_particles import input_masks, lora_parts, weight_noise
+from scalabl.scoring import Batch, Continuation
+from scalabl.scoring.token_logits import token_logits
+from scalabl.training.recipe import Recipe
+from scalabl.trunk import Trunk
+from scalabl.tuner import stochastic_layers
+from scalabl.tuner.projection import StochasticProjection
+from scalabl.tuner.state import noise_particles
+
+DRAWN = ("scalabl", "blob", "mc_dropout")  # methods whose particles are rows of a batch
+
+
+@dataclass(frozen=True)
+class MetaRun:
+    """A model on the meta device, ready to be run.
+
+    Args:
+        model: adapted.
+        recipe: of its training.
+        device: "cpu" or "cuda", whose kernels are meant.
+        trunk: its lower layers.
+        start: the lowest decoder layer in which particles differ, None where nothing is stochastic.
+    """
+
+    model: PeftModel
+    recipe: Recipe
+    device: str
+    trunk: Trunk
+    start: int | None
+
+    @classmethod
+    def of(cls, model: PeftModel, recipe: Recipe, device: str) -> Self:
+        """As the model is adapted."""
+        for leaf in (x for x in model.modules() if isinstance(x, StochasticProjection)):
+            _ = leaf.weight  # what it keeps from its first use on is no step's
+        return cls(model, recipe, device, Trunk(model), first_difference(model, None))
+
+    def training_step(self, rows: Rows, batch: int) -> tuple[Use, Use]:
+        """The forward pass of one training step, whose kept bytes are inputs and activations, and the whole step."""
+        self.model.train()
+        # checkpointing has every layer's backward pass run, so that a run stores nothing then
+        trunk = None if self.recipe.gradient_checkpointing else self.trunk
+        inputs = rows.of(batch)
+        with self._live() as live, DeviceKernels(self.device, autocast_dtype(self.recipe, self.device)):
+            on_meta = inputs.to("meta")
+            if trunk is not None and trunk.depth and rows.loss != "tokens":
+                shape = (*on_meta.input_ids.shape, hidden_size(self.model))
+                on_meta.trunk = torch.empty(shape, dtype=model_dtype(self.model), device="meta")
+            loss = _loss(self.model, inputs, on_meta, trunk, rows)
+            forward = live.use()
+            loss.backward()
+            whole = live.use()
+        self.model.zero_grad(set_to_none=True)
+        return forward, whole
+
+    @torch.no_grad()
+    def prediction(self, rows: Rows, batch: int, samples: int) -> Use:
+        """The average over N particles, all at once: N B rows; B rows where a method draws none, or N is 0."""
+        self.model.eval()
+        inputs = rows.of(batch)
+        if rows.loss == "tokens":
+            inputs = replace(inputs, keep=rows.length)
+        with self._live() as live, DeviceKernels(self.device):
+            on_meta = inputs.to("meta")
+            start = self.trunk.depth if self.start is None else self.start
+            if start:
+                hidden = self.trunk.encode(self.model, on_meta, start)
+                on_meta = replace(on_meta, trunk=hidden, start=start)
+                del hidden
+            number, context = _particles(self.model, self.recipe, samples)
+            if number > 1:
+                on_meta, inputs = on_meta.repeat(number), inputs.repeat(number)
+            with context:
+                _log_probs(self.model, inputs, on_meta, self.trunk, rows)
+        return live.use()
+
+    @torch.no_grad()
+    def key_value_cache(self, length: int) -> int:
+        """Bytes of the keys and values of one row of a length, as generation keeps them."""
+        self.model.eval()
+        with self._live(), DeviceKernels(self.device):
+            ids = torch.zeros(1, length, dtype=torch.long, device="meta")
+            cache = self.model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+            return storage_bytes(t for layer in getattr(cache, "layers", ()) for t in vars(layer).values() if _is(t))
+
+    def _live(self) -> LiveBytes:
+        return LiveBytes([*self.model.parameters(), *self.model.buffers()])
+
+
+def particles_of(method: str, samples: int) -> int:
+    """How many rows a question takes while a method predicts with N samples."""
+    return max(1, samples) if method in DRAWN else 1
+
+
+def _loss(model: Any, inputs: Batch, on_meta: Batch, trunk: Trunk | None, rows: Rows) -> Tensor:
+    if rows.loss == "tokens":
+        loss: Tensor = model(input_ids=on_meta.input_ids, labels=on_meta.input_ids, use_cache=False).loss
+        return loss
+    return F.cross_entropy(_class_logits(model, inputs, on_meta, trunk, rows), on_meta.answers)
+
+
+def _log_probs(model: Any, inputs: Batch, on_meta: Batch, trunk: Trunk | None, rows: Rows) -> Tensor:
+    if rows.loss == "tokens":
+        return token_logits(model, on_meta, trunk).float().log_softmax(dim=-1)
+    return _class_logits(model, inputs, on_meta, trunk, rows).log_softmax(dim=-1)
+
+
+def _class_logits(model: Any, inputs: Batch, on_meta: Batch, trunk: Trunk | None, rows: Rows) -> Tensor:
+    """(B, C), as the scorings make them; which positions they read is decided on the CPU, where numbers are known."""
+    if rows.loss == "letters":
+        number, last = len(inputs), inputs.input_ids.shape[1] - 1
+        at = torch.arange(number), torch.full((number,), last)
+        return token_logits(model, on_meta, trunk, at)[:, torch.arange(rows.choices)].float()
+    scoring = Continuation(None, normalization="token")  # type: ignore[arg-type]  # encodes nothing here
+    logits = token_logits(model, on_meta, trunk, scoring.positions(inputs))
+    return scoring.class_logits(logits, replace(inputs, input_ids=on_meta.input_ids))
+
+
+def _particles(model: PeftModel, recipe: Recipe, samples: int) -> tuple[int, AbstractContextManager[None]]:
+    """How many rows a question takes, and the context in which these are particles."""
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, device="meta")
+
+    if samples < 1:
+        return 1, nullcontext()
+    if recipe.method == "scalabl":
+        layers = stochastic_layers(model)
+        return samples, noise_particles(model, {name: empty(samples, x.out_features) for name, x in layers.items()})
+    if recipe.method == "blob":
+        return samples, weight_noise(model, {name: empty(samples, *p.a.shape) for name, p in lora_parts(model).items()})
+    if recipe.method == "mc_dropout":
+        masks = {name: empty(samples, parts.a.shape[1]) for name, parts in lora_parts(model).items()}
+        return samples, input_masks(model, masks)
+    return 1, nullcontext()
+
+
+def _is(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_meta

@@ -1,0 +1,171 @@
+"""Images in front of a question: their places in the prompt, their pixels in a batch, what the model is given.
+
+A row with images is a prompt in which each image has a run of image tokens; the model puts what its image side sees
+into their places. Read are the families whose prompts, positions and masks are known here: Qwen-VL (2, 2.5, 3), whose
+tokens have a position for time, height and width, and Gemma 3, whose image tokens see each other in both directions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoImageProcessor
+
+from scalabl.errors import UserError
+from scalabl.tasks.images import open_image
+
+QWEN, GEMMA = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), ("gemma3",)
+
+
+@dataclass(frozen=True)
+class ImageReader:
+    """How a model's prompts hold images.
+
+    Attributes:
+        processor: the model's image processor.
+        mark: stands for an image in a prompt's text, once an image.
+        token: the word of one image token.
+        token_id: its number.
+        mark_is_framed: whether the mark stands between `before` and `after` already.
+        before, after: what frames the tokens of an image.
+        tokens: how many an image has; None where that depends on its size.
+        both_ways: whether the tokens of an image see each other in both directions.
+    """
+
+    processor: Any
+    mark: str
+    token: str
+    token_id: int
+    mark_is_framed: bool
+    before: str
+    after: str
+    tokens: int | None
+    both_ways: bool
+
+    def marks(self, number: int) -> str:
+        """What stands for so many images in a prompt that no chat template makes."""
+        return (f"{self.before}{self.mark}{self.after}" if self.mark_is_framed else self.mark) * number
+
+    def expand(self, text: str, images: Sequence[str], row: str) -> str:
+        """The prompt with as many image tokens in the place of each mark as its image has.
+
+        Raises:
+            UserError: an image cannot be read, or the text has other marks than those of its images.
+        """
+        parts = text.split(self.mark)
+        if len(parts) != len(images) + 1:
+            raise UserError(
+                f"Row {row} has {len(images)} images, but {len(parts) - 1} marks {self.mark} in its prompt; take the "
+                "marks out of its text, or give a chat template that knows images."
+            )
+        whole = parts[0]
+        for count, part in zip(self.counts(images, row), parts[1:], strict=True):
+            tokens = self.token * count
+            whole += (tokens if self.mark_is_framed else f"{self.before}{tokens}{self.after}") + part
+        return whole
+
+    def counts(self, images: Sequence[str], row: str) -> list[int]:
+        """How many tokens each image has."""
+        pixels = self.pixels(images, row)
+        if self.tokens is not None:
+            return [self.tokens] * len(images)
+        return [int(grid.prod()) // self.processor.merge_size**2 for grid in pixels["image_grid_thw"]]
+
+    def pixels(self, images: Sequence[str], row: str) -> dict[str, Tensor]:
+        """What the image side reads, images behind each other.
+
+        Raises:
+            UserError: an image cannot be read.
+        """
+        opened = [open_image(path, row) for path in images]
+        try:
+            made = self.processor(images=opened, return_tensors="pt")
+        except ValueError as error:  # a strip of one pixel's height
+            raise UserError(f"Row {row}: an image cannot be processed ({error}); give another one.") from error
+        return {name: made[name] for name in ("pixel_values", "image_grid_thw") if name in made}
+
+
+def _reader(path: str, config: Any, tokenizer: Any) -> ImageReader:
+    try:
+        # without torchvision this is the slower one of Pillow, which is enough
+        processor = AutoImageProcessor.from_pretrained(path)
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(
+            f"The image processor of {path} cannot be loaded ({str(error).strip().splitlines()[0]}); save it there "
+            "with processor.save_pretrained."
+        ) from error
+
+    def word(number: int) -> str:
+        return str(tokenizer.convert_ids_to_tokens(number))
+
+    token = word(config.image_token_id)
+    if config.model_type in QWEN:
+        before, after = word(config.vision_start_token_id), word(config.vision_end_token_id)
+        return ImageReader(processor, token, token, config.image_token_id, True, before, after, None, False)
+    mark = word(config.boi_token_index)
+    before, after = f"\n\n{mark}", f"{word(config.eoi_token_index)}\n\n"
+    tokens = config.mm_tokens_per_image
+    return ImageReader(processor, mark, token, config.image_token_id, False, before, after, tokens, True)
+
+
+def image_reader(tokenizer: Any) -> ImageReader:
+    """How the model of a tokenizer, loaded from the same place, reads images.
+
+    Raises:
+        UserError: it has no image side, one that is not known here, or no image processor.
+    """
+    path = str(tokenizer.name_or_path)
+    config: Any = AutoConfig.from_pretrained(path)
+    if config.model_type not in (*QWEN, *GEMMA):
+        raise UserError(
+            f"The rows have images, but {path} ({config.model_type}) reads text alone, or images in a way that is not "
+            f"known here; give a model of {', '.join((*QWEN, *GEMMA))}, or take the images out of the rows."
+        )
+    return _reader(path, config, tokenizer)
+
+
+@dataclass(frozen=True)
+class RowImages:
+    """The images of an encoded row.
+
+    Attributes:
+        paths: of the images.
+        row: the row's name, for messages.
+        reader: of the model.
+    """
+
+    paths: tuple[str, ...]
+    row: str
+    reader: ImageReader
+
+
+def image_fields(rows: Sequence[RowImages | None], input_ids: Tensor) -> dict[str, Any]:
+    """The fields of a batch whose rows have images; none where no row has any.
+
+    Args:
+        rows: B rows' images.
+        input_ids: (B, T).
+
+    Returns:
+        image_of (B, T), 0 for text and k for the k-th image of the row; picture (B,), the row's place among the pixels;
+        pixels: the image side's inputs with the number of images of each row, "counts" (B,).
+    """
+    present = [row for row in rows if row is not None]
+    if not present:
+        return {}
+    reader = present[0].reader
+    is_image = input_ids == reader.token_id
+    begins = is_image & ~torch.nn.functional.pad(is_image, (1, 0))[:, :-1]
+    parts = [row.reader.pixels(row.paths, row.row) for row in present]
+    pixels = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    pixels["counts"] = torch.tensor([0 if row is None else len(row.paths) for row in rows])
+    return {
+        "image_of": begins.cumsum(dim=1) * is_image,
+        "picture": torch.arange(len(rows)),
+        "pixels": pixels,
+        "both_ways": reader.both_ways,
+    }

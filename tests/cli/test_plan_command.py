@@ -1,0 +1,144 @@
+"""`scalabl plan`, and the plan that `scalabl train` begins with."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from program import Program, train_arguments
+from tiny_base import tiny_base
+
+from scalabl.planning import training_run
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def configured(tmp_path: Path) -> Path:
+    """A directory that holds a model's config.json alone."""
+    directory = tmp_path / "configured"
+    directory.mkdir()
+    shutil.copy(tiny_base(layers=6) / "config.json", directory)
+    return directory
+
+
+def figures(program: Program, tmp_path: Path, *arguments: object) -> dict[str, Any]:
+    said = program("plan", *arguments, "--json", tmp_path / "plan.json")
+    assert said.code == 0, said
+    found: dict[str, Any] = json.loads((tmp_path / "plan.json").read_text())
+    return found | {"out": said.out}
+
+
+def test_a_configuration_is_enough(program: Program, configured: Path, tmp_path: Path) -> None:
+    found = figures(program, tmp_path, "--model", configured, "--rank", 4, "--seq", 40)
+    assert (found["batch"], found["sequence"], found["samples"]) == (4, 40, 10)
+    assert found["lora_parameters"] == 6 * (4 * 32 * 2 + 4 * (32 + 16)) and found["variational_parameters"] == 6 * 2 * 8
+    sizes = found["bytes"]
+    parts = ("weights", "adapter", "gradients", "optimizer", "stored_rows")
+    for kind in ("", "_checkpointed"):
+        own = sum(sizes[name] for name in (*parts, f"activations{kind}", f"temporary{kind}"))
+        assert sizes[f"training_peak{kind}"] == own
+    assert sizes["activations_checkpointed"] < sizes["activations"]
+    assert sizes["prediction_peak"] > sizes["prediction_peak_mean"] > sizes["weights"]
+    assert sizes["optimizer"] == 2 * sizes["gradients"] == 2 * sizes["adapter"]
+    assert sizes["key_value_cache"] == 10 * 4 * 6 * 2 * 16 * 40 * 4  # particles, rows, layers, keys and values
+    assert found["flops"]["training_step_checkpointed"] > found["flops"]["training_step"] > 0
+    assert found["fits"] is True and set(found["largest_batch"]) == {"training", "training_checkpointed", "prediction"}
+    for word in ("parameters", "activations", "optimiser", "peak", "TFLOP", "largest batch", "keys and values"):
+        assert word in found["out"], word
+
+
+def test_published_shapes(program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from shapes import SHAPES
+
+    shape = SHAPES["qwen2.5-7b"]
+    shape.config().save_pretrained(tmp_path / "qwen")
+    arguments = ("--model", tmp_path / "qwen", "--targets", "q_proj,v_proj,lm_head", "--card", "24GB")
+    found = figures(program, tmp_path, *arguments, "--bits", 4)
+    assert found["base_parameters"] == shape.parameters
+    assert (found["lora_parameters"], found["variational_parameters"]) == (3_768_320, 912)
+    assert (found["device"], found["dtype"], found["card"]) == ("cuda", "bfloat16", 24 * 10**9)
+    # the linear layers of the decoder hold half a byte a number and their scales, the rest two bytes a number
+    linear = 28 * (2 * 3584 * 3584 + 2 * 3584 * 512 + 3 * 3584 * 18944)
+    assert found["bytes"]["weights"] == pytest.approx(
+        linear * (0.5 + 1 / 64) + 2 * (shape.parameters - linear), rel=1e-3
+    )
+    assert found["bytes"]["training_peak"] <= found["card"] and found["largest_batch"]["training"] >= 4
+    assert not list((tmp_path / "qwen").glob("*.safetensors"))
+
+
+def test_a_recipe_is_planned_and_options_win(program: Program, configured: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    lines = ("method: mle", "batch_size: 7", "max_length: 33", f"model: {configured}", "bits: 8", "scoring: letters")
+    recipe.write_text("\n".join(lines))
+    found = figures(program, tmp_path, "--config", recipe, "--dtype", "bfloat16", "--card", "1GB")
+    assert (found["batch"], found["sequence"], found["loss"]) == (7, 33, "letters")
+    assert found["variational_parameters"] == 0 and found["recipe"]["bits"] == 8
+    whole = figures(program, tmp_path, "--config", recipe, "--bits", 16, "--batch", 2, "--card", "1GB")
+    assert whole["recipe"]["bits"] is None and whole["batch"] == 2
+    assert whole["bytes"]["weights"] > found["bytes"]["weights"]
+    tight = figures(program, tmp_path, "--config", recipe, "--card", "10kB")
+    assert tight["fits"] is False and tight["largest_batch"]["training"] == 0
+    assert "does not fit" in tight["out"]
+
+
+def test_plain_fine_tuning_reads_every_token(program: Program, configured: Path, tmp_path: Path) -> None:
+    of = {}
+    for loss in ("letters", "continuation", "tokens"):
+        arguments = ("--model", configured, "--seq", 64, "--loss", loss, "--card", "1GB")
+        of[loss] = figures(program, tmp_path, *arguments)["bytes"]["training_peak"]
+    assert of["letters"] < of["continuation"] < of["tokens"]
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (("--card", "24XB"), "for example 24GB"),
+        (("--samples", 0), "--samples is 0; it must be at least 1"),
+        (("--scored", 0), "--scored is 0; it must be at least 1"),
+        (("--loss", "words"), "it must be letters, continuation or tokens"),
+        (("--device", "tpu"), "it must be cpu or cuda"),
+        (("--device", "cuda"), "This machine has no cuda"),
+        (("--bits", 3), "bits is 3; it must be 4, 8 or left out"),
+        (("--batch", 0), "batch_size is 0; it must be at least 1"),
+        (("--model", "./nowhere"), "There is no model directory ./nowhere"),
+        (("--targets", "query"), "target_modules names query, but this model has"),
+        (("--layers", "last:9"), "layers is last:9, but the model has 6; lower it"),
+        (("--method", "monteclora"), "What monteclora takes depends on the numbers"),
+        (("--json", "/nowhere/plan.json"), "give a file in a directory that exists"),
+    ],
+)
+def test_bad_values_are_refused_in_one_sentence(
+    options: tuple[object, ...], sentence: str, program: Program, configured: Path
+) -> None:
+    assert sentence in program("plan", "--model", configured, *options).sentence()
+
+
+def test_a_training_says_what_it_takes(program: Program, task_directory: Path, tmp_path: Path) -> None:
+    said = program(*train_arguments(task_directory, tmp_path / "run", "--scoring", "letters"))
+    assert said.code == 0
+    first = said.out.splitlines()[0]
+    assert first.startswith("memory: about ") and "weights" in first and "at 8 rows of" in first
+
+
+def test_a_training_that_cannot_fit_is_refused_before_its_weights_are_read(
+    program: Program, configured: Path, task_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for file in tiny_base().glob("*token*"):
+        shutil.copy(file, configured)
+    monkeypatch.setattr(training_run, "machine_memory", lambda device: 200_000)
+    output = tmp_path / "run"
+    arguments = ("train", "--model", configured, "--data", task_directory, "--output", output, "--rank", 4)
+    sentence = program(*arguments).sentence()
+    assert sentence.startswith("This training needs about") and "200.0 kB are available" in sentence
+    assert "--batch-size 4" in sentence and not output.exists()
+    # there are no weights: now it gets as far as that
+    assert "cannot be loaded" in program(*arguments, "--ignore-memory").err
+
+
+def test_what_cannot_be_planned_is_trained_all_the_same(program: Program, task_directory: Path, tmp_path: Path) -> None:
+    said = program(*train_arguments(task_directory, tmp_path / "run", "--scoring", "letters", "--method", "monteclora"))
+    assert said.code == 0
+    assert said.out.startswith("memory: not planned. What monteclora takes")

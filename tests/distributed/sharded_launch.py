@@ -1,0 +1,56 @@
+"""What each of two processes under FSDP 2 does for test_sharded.py: the command line, then a Trainer of one's own.
+
+sharded_launch.py OUTPUT ARGUMENTS...: `scalabl ARGUMENTS...`, then `own_trainer` into OUTPUT.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from tiny_base import adapted, tiny_base
+from transformers import Trainer, TrainingArguments
+
+from scalabl import ELBOCallback, ranks
+
+
+def own_trainer(output: Path, batch_size: int) -> list[dict[str, float]]:
+    """Four steps of language modelling with draws of s, saved by `save_model`; returns the log."""
+    model = adapted(target_modules=["q_proj", "down_proj"]).train()
+    tokens = torch.randint(3, 300, (16, 10), generator=torch.Generator().manual_seed(0))
+    arguments = TrainingArguments(
+        output_dir=str(output.with_suffix(".trainer")),
+        per_device_train_batch_size=batch_size,
+        max_steps=4,
+        learning_rate=1e-2,
+        logging_steps=1,
+        save_strategy="no",
+        disable_tqdm=True,
+        report_to=[],
+        use_cpu=True,
+    )
+    ranks.let_cpus_shard()
+    rows = [{"input_ids": row, "labels": row} for row in tokens]
+    trainer = Trainer(model, arguments, train_dataset=rows, callbacks=[ELBOCallback(16)])  # type: ignore[arg-type]
+    assert trainer.is_fsdp_enabled == (ranks.count() > 1)
+    trainer.train()
+    trainer.save_model(str(output))
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+def main(output: Path) -> None:
+    from scalabl.cli import main as program
+
+    tiny_base("llama", layers=3)  # the one of `adapted`: in a process group it would be saved by the main one alone
+    try:
+        program()
+    except SystemExit as ended:
+        if ended.code:
+            raise
+    own_trainer(output, batch_size=2)
+
+
+if __name__ == "__main__":
+    output = sys.argv.pop(1)
+    main(Path(output))

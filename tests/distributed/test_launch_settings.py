@@ -1,0 +1,189 @@
+"""What several processes share, and what a launcher's settings are refused for, in one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.utils import DistributedType
+from peft import get_peft_model
+from tiny_base import adapted, loaded
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from transformers import TrainingArguments
+from two_processes import CONFIGS, recipe
+
+import scalabl
+from scalabl import ranks
+from scalabl.errors import UserError
+from scalabl.predictive.over_ranks import share
+from scalabl.run_directory import claim, write_json
+from scalabl.training.launched import check_launch, fit_checkpoint, require_rows
+from scalabl.training.rank_noise import has_dropout
+from scalabl.training.refusals import refuse_hidden_gradients
+from scalabl.tuner import stochastic_layers
+
+
+@pytest.fixture
+def two(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """The environment of rank 0 of two."""
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    return monkeypatch
+
+
+@pytest.mark.parametrize("config", ["ddp", "fsdp2", "zero3"])
+def test_accelerate_reads_the_configurations(config: str) -> None:
+    read: Any = load_config_from_file(str(CONFIGS / f"{config}.yaml"))
+    expected = {"ddp": "MULTI_GPU", "fsdp2": "FSDP", "zero3": "DEEPSPEED"}[config]
+    assert read.distributed_type == DistributedType[expected] and read.num_processes == 2
+    if config == "fsdp2":
+        assert read.fsdp_config["fsdp_version"] == 2 and read.mixed_precision == "no"
+
+
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+REFUSED: dict[str, tuple[dict[str, str], dict[str, Any], str]] = {
+    "first version": ({**FSDP, "FSDP_VERSION": "1"}, {}, "set fsdp_version to 2"),
+    "mixed precision": ({**FSDP, "ACCELERATE_MIXED_PRECISION": "bf16"}, {}, "would round the posterior"),
+    "checkpointing": ({**FSDP, "FSDP_ACTIVATION_CHECKPOINTING": "true"}, {}, "draws other noise in the backward pass"),
+    "empty bases": ({**FSDP, "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, {}, "fsdp_cpu_ram_efficient_loading to false"),
+    "4 bit": (FSDP, {"bits": 4}, "is not sharded"),
+    "a rival": (FSDP, {"method": "blob"}, "blob was not tried with FSDP"),
+}
+
+
+@pytest.mark.parametrize("case", list(REFUSED))
+def test_what_fsdp_cannot_train_is_refused_before_any_work(case: str, two: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    environment, changes, words = REFUSED[case]
+    for name, value in environment.items():
+        two.setenv(name, value)
+    with pytest.raises(UserError, match=words):
+        check_launch(recipe(tmp_path, **changes))
+    for name, value in {**FSDP, "ACCELERATE_MIXED_PRECISION": "no"}.items():
+        two.setenv(name, value)
+    for name in ("FSDP_ACTIVATION_CHECKPOINTING", "FSDP_CPU_RAM_EFFICIENT_LOADING"):
+        two.setenv(name, "false")
+    check_launch(recipe(tmp_path))
+
+
+def test_deepspeed_is_refused_where_it_is_missing_and_where_it_would_hide_the_kl(
+    two: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    two.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    two.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="DeepSpeed is not installed; pip install deepspeed"):
+        check_launch(recipe(tmp_path, method="mle"))
+    two.setattr("importlib.util.find_spec", lambda name: object())
+    check_launch(recipe(tmp_path, method="mle"))
+    with pytest.raises(UserError, match="keeps gradients to itself, so the KL of scalabl cannot"):
+        check_launch(recipe(tmp_path))
+
+
+def test_a_batch_over_all_processes_needs_as_many_rows(two: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    require_rows(recipe(tmp_path, batch_size=4), 8)
+    with pytest.raises(UserError, match="take 8 rows at a time, but there are 7"):
+        require_rows(recipe(tmp_path, batch_size=4), 7)
+
+
+def test_commands_of_one_process_are_refused_in_several(two: pytest.MonkeyPatch) -> None:
+    from typer.testing import CliRunner
+
+    from scalabl.cli import inspect  # noqa: F401  (adds its command)
+    from scalabl.cli.main import app
+
+    ended = CliRunner().invoke(app, ["inspect", "nowhere"])
+    assert str(ended.exception) == "inspect runs in one process; several are for train, evaluate, predict."
+
+
+@pytest.mark.parametrize("number", [0, 1, 5, 10, 64])
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+def test_every_particle_belongs_to_one_rank_and_the_shares_are_even(number: int, count: int) -> None:
+    shares = [share(number, rank, count) for rank in range(count)]
+    assert [particle for own in shares for particle in own] == list(range(number))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_ranks_draw_the_rows_of_one_process_and_a_draw_of_the_batch_is_one_for_all() -> None:
+    for draws in ("sequence", "batch"):
+        leaves = list(stochastic_layers(adapted(draws=draws).train()).values())
+
+        def drawn(rows: int, share: tuple[int, int], leaves: Any = leaves) -> list[torch.Tensor]:
+            torch.manual_seed(5)
+            for leaf in leaves:
+                leaf.share = share
+            return [leaf.draw(rows, torch.device("cpu")).detach() for leaf in leaves]
+
+        whole, parts = drawn(6, (0, 1)), [drawn(2, (rank, 3)) for rank in range(3)]
+        for layer, of_all in enumerate(whole):
+            of_each = [part[layer] for part in parts]
+            if draws == "sequence":
+                assert torch.equal(torch.cat(of_each), of_all) and len(of_all.unique(dim=0)) == 6
+            else:
+                assert all(torch.equal(one, of_all) for one in of_each)
+
+
+def test_dropout_is_seen_in_modules_and_in_the_configuration() -> None:
+    assert not has_dropout(adapted())
+    assert has_dropout(adapted(lora_dropout=0.1))
+    base, _ = loaded()
+    base.config.attention_dropout = 0.1
+    assert has_dropout(get_peft_model(base, scalabl.ScalaBLConfig(r=4, target_modules=["q_proj"])))
+
+
+def test_a_layer_that_redraws_its_noise_in_the_backward_pass_is_refused(tmp_path: Path) -> None:
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[])
+    optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters())
+    redraws = TrainingArguments(
+        output_dir=str(tmp_path),
+        use_cpu=True,
+        report_to=[],
+        gradient_checkpointing=True,
+        gradient_checkpointing_kwargs={"preserve_rng_state": False},
+    )
+    with pytest.raises(UserError, match="draws other noise in the backward pass"):
+        refuse_hidden_gradients(redraws, nn.Linear(2, 2), optimizer)
+    for preserves in (True, False):
+        model = nn.Sequential(checkpoint_wrapper(nn.Linear(2, 2), preserve_rng_state=preserves))
+        if preserves:
+            refuse_hidden_gradients(arguments, model, optimizer)
+        else:
+            with pytest.raises(UserError, match="draws other noise in the backward pass"):
+                refuse_hidden_gradients(arguments, model, optimizer)
+
+
+def test_a_run_continues_in_other_processes_where_its_steps_keep_their_rows(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    settings = recipe(tmp_path, batch_size=4, gradient_accumulation=3).as_dict()
+    run.mkdir()
+    write_json(run / "scalabl.json", {"recipe": settings, "status": "running", "processes": 2})
+    for batch_size, accumulation, processes in ((4, 3, 2), (8, 3, 1), (4, 6, 1), (2, 3, 4), (1, 4, 6)):
+        other = settings | {"batch_size": batch_size, "gradient_accumulation": accumulation}
+        assert claim(run, other, processes=processes) is False
+    with pytest.raises(
+        UserError, match="run of 24 rows a step .* x 3 processes are 36; choose a batch size that makes 24"
+    ):
+        claim(run, settings, processes=3)
+    with pytest.raises(UserError, match="seed was 0, now 1"):
+        claim(run, settings | {"batch_size": 8, "seed": 1}, processes=1)
+
+
+def test_a_checkpoint_gets_the_random_states_that_its_next_processes_look_for(
+    two: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "rng_state.pth").write_text("of one process")
+    fit_checkpoint(tmp_path, dropout=True)
+    assert len(list(tmp_path.iterdir())) == 1  # the ranks' streams differ: one process's is nobody's
+    fit_checkpoint(tmp_path, dropout=False)
+    assert {(tmp_path / f"rng_state_{rank}.pth").read_text() for rank in range(2)} == {"of one process"}
+    (tmp_path / "pytorch_model_fsdp.bin").touch()
+    with pytest.raises(UserError, match="written under FSDP and cannot be resumed without it"):
+        fit_checkpoint(tmp_path, dropout=False)
+
+
+def test_in_one_process_nothing_is_shared() -> None:
+    assert ranks.count() == 1 and ranks.is_main() and ranks.own_device() is None and not ranks.is_sharded()
+    assert ranks.on_main(lambda: [1]) == [1] and ranks.first_on_each_machine(lambda: "done") == "done"
+    assert ranks.anywhere(True) and not ranks.anywhere(False) and ranks.is_first_to_fail()

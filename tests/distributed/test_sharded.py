@@ -1,0 +1,131 @@
+"""FSDP 2 through Accelerate on two CPU processes: one process's run, killed and resumed, saved as whole tensors."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from sharded_launch import own_trainer
+from tiny_base import tiny_base, write_task
+from two_processes import HERE, command, environment, launch, recipe
+
+from scalabl.evaluation import log_probabilities
+from scalabl.loading import load_run
+from scalabl.models import load_base
+from scalabl.predictive import MonteCarloPredictive
+from scalabl.rows import rows_of
+from scalabl.run_directory import read_record
+from scalabl.training.run import train
+
+pytestmark = pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+
+# every layer, the output layer too; noise that has to be the same again when a checkpointed layer is run once more
+CHANGES: dict[str, Any] = {
+    "target_modules": "q_proj,v_proj,lm_head",
+    "layers": "all",
+    "covariance": "full",
+    "gradient_checkpointing": True,
+    "gradient_accumulation": 2,
+    "steps": 20,
+    "scoring": "continuation",
+    "normalization": "token",
+}
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a run of one process, "one", and one of two, "two", one of which was killed on the way."""
+    path = tmp_path_factory.mktemp("sharded")
+    shutil.copytree(tiny_base(), path / "base")
+    write_task(path / "task")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SCALABL_CACHE", str(path / "cache"))
+        train(recipe(path, batch_size=4, **CHANGES), path / "one")
+        config = path / "recipe.yaml"
+        config.write_text(json.dumps(recipe(path, batch_size=2, **CHANGES).as_dict()))  # JSON is YAML
+        program = ["-m", "scalabl", "train", "--config", str(config), "--output", str(path / "two")]
+        kill_a_rank(subprocess.Popen(command("fsdp2", *program), env=environment(), stderr=subprocess.PIPE), path)
+        ended = launch("fsdp2", str(HERE / "sharded_launch.py"), str(path / "own"), *program[2:])
+        own_trainer(path / "own_one", batch_size=4)
+    assert ended.returncode == 0, "\n".join(line for line in ended.stderr.splitlines() if line.startswith("[rank"))
+    assert ended.stdout.count("LoRA") == 1  # the main process alone prints
+    return path
+
+
+def kill_a_rank(launcher: subprocess.Popen[bytes], path: Path) -> None:
+    """SIGKILL rank 1 as soon as there is a whole checkpoint; the launcher ends the other."""
+    deadline = time.monotonic() + 900
+    while not list(path.glob("two/checkpoints/checkpoint-*/trainer_state.json")):
+        if launcher.poll() is not None or time.monotonic() > deadline:
+            assert launcher.stderr is not None
+            raise AssertionError(f"no checkpoint was written: {launcher.stderr.read().decode()[-5000:]}")
+        time.sleep(0.01)
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    ranks = {dict(_variables(pid)).get("RANK"): int(pid) for pid in children}
+    os.kill(ranks["1"], signal.SIGKILL)
+    launcher.communicate()
+    record = read_record(path / "two")
+    assert record["status"] == "running" and not (path / "two" / "adapter_model.safetensors").exists()
+
+
+def _variables(pid: str) -> list[tuple[str, str]]:
+    """The environment that a process was started with."""
+    lines = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace").split("\0")
+    return [(name, value) for name, _, value in (line.partition("=") for line in lines)]
+
+
+def test_the_adapter_is_one_process_s_in_whole_tensors(work: Path) -> None:
+    one, two = (load_file(work / run / "adapter_model.safetensors") for run in ("one", "two"))
+    # where lm_head is adapted and everything whole, PEFT adds the frozen output layer
+    one = {name: tensor for name, tensor in one.items() if "lora_" in name}
+    assert one.keys() == two.keys() and any("posterior.lower" in name for name in one)
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=0, atol=1e-4, msg=name)
+    moved = [name for name, tensor in one.items() if "lora_B" in name and tensor.abs().max() > 0.01]
+    assert any("lm_head" in name for name in moved) and any("layers.0" in name for name in moved)
+
+
+def test_the_loss_and_the_kl_are_one_process_s(work: Path) -> None:
+    one, two = (
+        [entry for entry in json.loads((work / run / "training_log.json").read_text()) if "loss" in entry]
+        for run in ("one", "two")
+    )
+    assert [entry["step"] for entry in two] == [entry["step"] for entry in one]
+    for ours, theirs in zip(two, one, strict=True):
+        assert ours["kl"] == pytest.approx(theirs["kl"], rel=1e-4), ours["step"]
+    # the first log after resuming is a mean over fewer steps
+    assert [e["loss"] for e in two[-3:]] == pytest.approx([e["loss"] for e in one[-3:]], rel=1e-3)
+
+
+def test_what_was_sharded_loads_in_one_process_and_its_mean_in_peft_alone(work: Path) -> None:
+    rows = rows_of(str(work / "task" / "test.jsonl"), limit=5)
+    one, two = (log_probabilities(load_run(work / run), rows, MonteCarloPredictive(3)) for run in ("one", "two"))
+    torch.testing.assert_close(two.exp(), one.exp(), rtol=0, atol=1e-3)
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        means = [
+            PeftModel.from_pretrained(load_base(str(work / "base"))[0], str(work / run / "mean"))(ids).logits
+            for run in ("one", "two")
+        ]
+    torch.testing.assert_close(means[1], means[0], rtol=0, atol=1e-3)
+    record = read_record(work / "two")
+    assert record["processes"] == 2 and record["status"] == "finished" and not (work / "two" / "checkpoints").exists()
+
+
+def test_a_trainer_of_one_s_own_under_fsdp_saves_one_process_s_adapter(work: Path) -> None:
+    one, two = (load_file(work / run / "adapter_model.safetensors") for run in ("own_one", "own"))
+    means = [load_file(work / run / "mean" / "adapter_model.safetensors") for run in ("own_one", "own")]
+    assert one.keys() == two.keys() and means[0].keys() == means[1].keys()
+    for ours, theirs in ((two, one), (means[1], means[0])):
+        for name, tensor in theirs.items():
+            torch.testing.assert_close(ours[name], tensor, rtol=0, atol=2e-5, msg=name)

@@ -1,0 +1,73 @@
+"""Runs on tiny models in several processes started by `accelerate launch`: what the tests here share."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import scalabl
+from scalabl.training.progress import StopOnInterrupt
+from scalabl.training.recipe import Recipe
+
+HERE = Path(__file__).parent
+CONFIGS = HERE.parents[1] / "recipes" / "accelerate"
+STEPS = 12
+
+
+def recipe(work: Path, **changes: Any) -> Recipe:
+    """Twelve steps on `work`/base and `work`/task, a checkpoint after every fifth; the trunk below is frozen."""
+    settings: dict[str, Any] = {
+        "model": str(work / "base"),
+        "data": str(work / "task"),
+        "steps": STEPS,
+        "save_steps": 5,
+        "r": 4,
+        "learning_rate": 1e-2,
+        "validation_rows": 4,
+        "layers": "last:2",
+    }
+    return Recipe(**{**settings, **changes})
+
+
+def command(config: str, *program: str) -> list[str]:
+    """`accelerate launch` of a script, or of a module after "-m", in two processes."""
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / f"{config}.yaml")]
+    return [*launcher, "--num_processes", "2", "--main_process_port", "0", *program]
+
+
+def environment() -> dict[str, str]:
+    source = str(Path(scalabl.__file__).parents[1])
+    paths = [source, str(HERE), str(HERE.parent)]
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths), "CUDA_VISIBLE_DEVICES": ""}
+
+
+def launch(config: str, *program: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(config, *program), env=environment(), capture_output=True, text=True)
+
+
+class Killed(BaseException):
+    """As sudden as a kill, but in this process."""
+
+
+@contextmanager
+def killed_after(step: int) -> Iterator[None]:
+    """Within it, every process of a run dies after a step."""
+    original = StopOnInterrupt.on_step_end
+
+    def on_step_end(self: StopOnInterrupt, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == step:
+            raise Killed
+        original(self, args, state, control, **kwargs)
+
+    StopOnInterrupt.on_step_end = on_step_end  # type: ignore[method-assign]
+    try:
+        yield
+    except Killed:
+        pass
+    finally:
+        StopOnInterrupt.on_step_end = original  # type: ignore[method-assign]

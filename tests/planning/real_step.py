@@ -1,0 +1,95 @@
+"""The same step on the meta device and with numbers, and the bytes that autograd saves in each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model
+from tiny_base import tiny_base
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from scalabl.methods import load_method
+from scalabl.models import held, load_base
+from scalabl.planning.meta_model import build, read_config
+from scalabl.planning.rows import Rows
+from scalabl.planning.step import MetaRun, _loss
+from scalabl.training.recipe import Recipe, make_recipe
+from scalabl.trunk import Trunk
+
+ROWS = Rows(3, 24, scored=8, choices=3)
+
+
+def recipe_of(architecture: str = "llama", *, depth: int = 3, **settings: Any) -> Recipe:
+    """A recipe on a tiny base."""
+    base = str(tiny_base(architecture, layers=depth))
+    return make_recipe({"model": base, "r": 4, "batch_size": ROWS.batch, "dtype": "float32", **settings})
+
+
+def meta_run(recipe: Recipe, device: str = "cpu") -> MetaRun:
+    """Its model on the meta device."""
+    model, _ = build(recipe, read_config(recipe.model), device)
+    return MetaRun.of(model, recipe, device)
+
+
+def real_model(recipe: Recipe) -> PeftModel:
+    """Its model with numbers."""
+    base, _ = load_base(recipe.model, **held(recipe.as_dict()))
+    model: Any = get_peft_model(base, load_method(recipe.method).adapter_config(recipe, base))
+    if recipe.gradient_checkpointing:
+        model.get_base_model().activation_checkpointing_enable()
+    return model.train()
+
+
+class Saved:
+    """What autograd saves for the backward pass: storages by their identity, those of some tensors left out."""
+
+    def __init__(self, left_out: list[Tensor]) -> None:
+        self._left_out = {tensor.untyped_storage()._cdata for tensor in left_out}
+        self.tensors: dict[int, Tensor] = {}
+
+    def add(self, tensor: Tensor) -> None:
+        """One of them."""
+        key = tensor.untyped_storage()._cdata
+        if key not in self._left_out:
+            self.tensors[key] = tensor
+
+    def bytes(self, *, floating: bool = False) -> int:
+        """Of all of them, or of floating point ones alone."""
+        kept = [t for t in self.tensors.values() if t.is_floating_point() or not floating]
+        return sum(t.untyped_storage().nbytes() for t in kept)
+
+
+@contextmanager
+def saving(left_out: list[Tensor]) -> Iterator[Saved]:
+    """Within it, what autograd saves is kept note of."""
+    saved = Saved(left_out)
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.add(tensor.detach())
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield saved
+
+
+def state(model: PeftModel) -> list[Tensor]:
+    """Parameters and buffers."""
+    return [*model.parameters(), *model.buffers()]
+
+
+def saved_by_the_real_step(recipe: Recipe, rows: Rows) -> Saved:
+    """One forward pass with numbers, as a run has it."""
+    model = real_model(recipe)
+    inputs = rows.of(rows.batch)
+    trunk = None if recipe.gradient_checkpointing else Trunk(model)
+    if trunk is not None and trunk.depth and rows.loss != "tokens":
+        with torch.no_grad():
+            inputs.trunk = trunk.encode(model.eval(), inputs)
+        model.train()
+    with saving(state(model)) as saved:
+        _loss(model, inputs, inputs, trunk, rows)
+    return saved
