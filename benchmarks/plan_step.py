@@ -29,7 +29,7 @@ from scalabl.methods import load_method
 from scalabl.models import load_base
 from scalabl.planning.rows import Rows
 from scalabl.predictive import MeanPredictive, MonteCarloPredictive, predict
-from scalabl.scoring import Continuation, Encoded, Scorer
+from scalabl.scoring import Continuation, Encoded, Letters, Scorer, Scoring
 from scalabl.training.recipe import Recipe
 from scalabl.training.run import optimise
 from scalabl.trunk import Trunk
@@ -92,7 +92,7 @@ def adapted(recipe: Recipe, device: str) -> tuple[PeftModel, Any]:
     return model, tokenizer
 
 
-def train(model: PeftModel, recipe: Recipe, rows: Rows, scoring: Continuation) -> None:
+def train(model: PeftModel, recipe: Recipe, rows: Rows, scoring: Scoring) -> None:
     """Two steps."""
     encoded = encoded_rows(rows, STEPS * rows.batch, model.config.vocab_size)
     if rows.loss == "tokens":
@@ -120,7 +120,7 @@ def train_on_tokens(model: Any, recipe: Recipe, ids: torch.Tensor, batch: int) -
         optimizer.zero_grad()
 
 
-def answer(model: PeftModel, rows: Rows, scoring: Continuation, samples: int) -> None:
+def answer(model: PeftModel, rows: Rows, scoring: Scoring, samples: int) -> None:
     """One batch."""
     predictive = MonteCarloPredictive(samples, chunk=samples) if samples else MeanPredictive()
     encoded = encoded_rows(rows, rows.batch, model.config.vocab_size)
@@ -134,7 +134,8 @@ def measure(case: dict[str, Any], device: str) -> dict[str, Any]:
     scales.reset()
     empty = scales.now()
     model, tokenizer = adapted(recipe, device)
-    scoring = Continuation(tokenizer, normalization="token")
+    letters = Letters(tokenizer, num_letters=rows.choices)
+    scoring = letters if rows.loss == "letters" else Continuation(tokenizer, normalization="token")
 
     def work(recipe: Recipe, rows: Rows) -> None:
         if case["what"] == "training":

@@ -81,15 +81,16 @@ def state(model: PeftModel) -> list[Tensor]:
     return [*model.parameters(), *model.buffers()]
 
 
-def saved_by_the_real_step(recipe: Recipe, rows: Rows) -> Saved:
+def saved_by_the_real_step(recipe: Recipe, rows: Rows, *, attention: str = "sdpa", autocast: bool = False) -> Saved:
     """One forward pass with numbers, as a run has it."""
     model = real_model(recipe)
+    model.get_base_model().set_attn_implementation(attention)
     inputs = rows.of(rows.batch)
     trunk = None if recipe.gradient_checkpointing else Trunk(model)
     if trunk is not None and trunk.depth and rows.loss != "tokens":
         with torch.no_grad():
             inputs.trunk = trunk.encode(model.eval(), inputs)
         model.train()
-    with saving(state(model)) as saved:
+    with saving(state(model)) as saved, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         _loss(model, inputs, inputs, trunk, rows)
     return saved

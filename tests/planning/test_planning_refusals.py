@@ -9,11 +9,12 @@ import pytest
 from tiny_base import questions, tiny_base, write_task
 
 from scalabl.errors import UserError
+from scalabl.models import load_tokenizer
 from scalabl.planning import training_run
 from scalabl.planning.plan import CannotPlanError, Planner
 from scalabl.planning.rows import Rows
 from scalabl.planning.training_run import plan_run
-from scalabl.scoring import Continuation
+from scalabl.scoring import Continuation, Letters
 from scalabl.training.recipe import Recipe
 
 
@@ -72,11 +73,8 @@ def test_processes_of_a_machine_share_its_memory(weightless: Path, task: Path, m
 
 
 def test_the_rows_are_the_runs_own(weightless: Path, task: Path) -> None:
-    rows = plan_run(recipe(weightless, task)).rows
+    rows = plan_run(recipe(weightless, task, validation_rows=9)).rows
     assert rows.batch == 8
-    from scalabl.models import load_tokenizer
-    from scalabl.scoring import Letters
-
     tokenizer = load_tokenizer(str(weightless))
     own = [*questions(24, seed=0), *questions(9, seed=1)]
     text = [Continuation(tokenizer, max_length=300).encode(row) for row in own]

@@ -10,17 +10,21 @@ from scalabl.planning.rows import Rows
 from scalabl.training.recipe import Recipe
 
 
-def compare(recipe: Recipe, rows: Rows = ROWS) -> None:
-    real = saved_by_the_real_step(recipe, rows)
+def compare(recipe: Recipe, rows: Rows = ROWS, *, attention: str = "sdpa", autocast: bool = False) -> None:
+    real = saved_by_the_real_step(recipe, rows, attention=attention, autocast=autocast)
     run = meta_run(recipe)
+    run.model.get_base_model().set_attn_implementation(attention)
     with saving(state(run.model)) as planned:
         forward, whole = run.training_step(rows, rows.batch)
     # indices are numbers in both, so that they are left out here
     assert planned.bytes(floating=True) == real.bytes(floating=True) > 0
     # what stays is what was saved, the batch's five tensors of integers, its hidden states, and the loss
-    integers = 3 * rows.batch * rows.length * 8 + 2 * rows.batch * 8
-    hidden = rows.batch * rows.length * 32 * 4 if run.trunk.depth and rows.loss != "tokens" else 0
-    assert planned.bytes() <= forward.kept <= planned.bytes() + integers + hidden + 4
+    others = 3 * rows.batch * rows.length * 8 + 2 * rows.batch * 8 + 4
+    if run.trunk.depth and rows.loss != "tokens":
+        others += rows.batch * rows.length * 32 * 4
+    if recipe.gradient_checkpointing:  # the mask, cosines and sines of two kinds, for the layers that are run again
+        others += rows.batch * rows.length * (rows.length + 2 * 2 * 8) * 4
+    assert planned.bytes() <= forward.kept <= planned.bytes() + others
     assert forward.kept <= whole.peak
 
 
@@ -52,28 +56,34 @@ def test_other_losses(loss: str) -> None:
     compare(recipe_of(), Rows(3, 24, loss))
 
 
-def test_eager_attention_saves_its_probabilities() -> None:
-    """The model's own code is run: a plan of another attention is another plan."""
-    run, eager = meta_run(recipe_of()), meta_run(recipe_of())
-    eager.model.get_base_model().set_attn_implementation("eager")
-    (sdpa, _), (own, _) = run.training_step(ROWS, 3), eager.training_step(ROWS, 3)
-    one = 3 * 4 * 24 * 24 * 4  # (B, H, T, T) float32 in each of 3 layers
-    assert own.kept - sdpa.kept > 2 * 3 * one
+@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
+def test_eager_attention_saves_its_probabilities(architecture: str) -> None:
+    compare(recipe_of(architecture), attention="eager")
 
 
-def test_automatic_mixed_precision_casts_as_torch_does() -> None:
-    recipe = recipe_of(dtype="bfloat16", method="mle")
+@pytest.mark.parametrize("method", ["scalabl", "mle"])
+def test_automatic_mixed_precision_casts_as_torch_does(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("scalabl.planning.step.autocast_dtype", lambda recipe, device: torch.bfloat16)
+    compare(recipe_of(method=method, dtype="bfloat16"), autocast=True)
+    assert not torch.is_autocast_enabled("cpu")
+
+
+@pytest.mark.parametrize("rows", [ROWS, Rows(3, 24, "tokens")])
+def test_cudas_kernels_save_what_they_are_given(rows: Rows) -> None:
+    """Its masks are copied to rows of a multiple of eight in each layer, where the length is none; else nothing is."""
+    recipe = recipe_of(dtype="float16")
     run = meta_run(recipe, "cuda")
     with saving(state(run.model)) as planned:
-        run.training_step(ROWS, 3)
-    # under autocast PEFT hands the adapter its input as it is, in bfloat16; the masks' copies are CUDA's own
-    assert not torch.is_autocast_enabled("cuda")
-    wide = [t for t in planned.tensors.values() if t.dtype == torch.float32 and t.shape == (3, 24, 32)]
-    plain = meta_run(recipe)
-    with saving(state(plain.model)) as without:
-        plain.training_step(ROWS, 3)
-    without_autocast = [t for t in without.tensors.values() if t.dtype == torch.float32 and t.shape == (3, 24, 32)]
-    assert len(without_autocast) - len(wide) == 6  # q and v of three layers
+        run.training_step(rows, 3)
+    on_cpu = saved_by_the_real_step(recipe, rows).bytes(floating=True)
+    masks = 3 * 24 * 24 * 2
+    assert abs(planned.bytes(floating=True) - on_cpu) <= masks
+    odd = Rows(3, 25, rows.loss)
+    with saving(state(run.model)) as longer:
+        run.training_step(odd, 3)
+    masks_of = [t for t in longer.tensors.values() if t.shape[-2:] == (25, 25)]
+    sizes = [t.untyped_storage().nbytes() for t in masks_of]
+    assert sizes == ([] if rows.loss == "tokens" else [3 * 25 * 32 * 2] * 3)
 
 
 def test_the_choices_of_a_row_stand_at_its_end() -> None:

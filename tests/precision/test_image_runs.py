@@ -85,6 +85,15 @@ def test_continuation_is_trained_with_checkpointing(architecture: str, images: P
     assert found.shape == (3, 9, 4) and found.exp().sum(dim=-1).allclose(torch.ones(3, 9), atol=1e-5)
 
 
+def test_images_are_read_on_a_4_bit_base(architecture: str, images: Path, tmp_path: Path) -> None:
+    train(recipe(architecture, images, steps=2, bits=4), tmp_path / "run")
+    made = load_run(tmp_path / "run")
+    weight = made.scorer.model.get_submodule("base_model.model.model.language_model.layers.0.mlp.down_proj").weight
+    assert type(weight).__name__ == "Params4bit"
+    found = log_probabilities(made, rows(images), MonteCarloPredictive(4)).exp()
+    assert found.std(dim=0).amax() > 1e-5 and found.sum(dim=-1).allclose(torch.tensor(1.0))
+
+
 @pytest.fixture
 def quiet_program(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     chatty = ("torch", "torchao", "torch.utils._pytree", "bitsandbytes", "accelerate", "peft")

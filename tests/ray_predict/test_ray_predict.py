@@ -118,7 +118,7 @@ def test_a_killed_worker_costs_nothing_but_its_block(cluster: str, run: Path, tm
     assert sorted(blocks) == [1, 1, *[2] * 11]  # of 7, 12 and 5 rows
     assert done == [Summary(3, 24, 24, None)]
     said: list[str] = []
-    alone = by_one_process(run, tmp_path, **settings, say=said.append)
+    alone = by_one_process(run, tmp_path, **settings, batch_size=1, say=said.append)
     assert_equal(answers_in(output, "jsonl"), alone)
     assert [decision.why for decision in decisions] == said and alone[0]["predictive"] == decisions[0].name
     assert times(output).keys() == {"manifest.json", *(f"{name}.jsonl" for name in SIZES)}

@@ -75,9 +75,6 @@ def _attention(
     enable_gqa: bool = False,
 ) -> Tensor:
     """(B, H, T, d) what the fused kernel that a device takes gives, with what it saves."""
-    if enable_gqa and device == "cpu":
-        groups = query.shape[1] // key.shape[1]
-        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill(~attn_mask, -torch.inf)
     aten = torch.ops.aten
@@ -89,6 +86,9 @@ def _attention(
     elif attn_mask is None and query.dtype != torch.float32:
         out = aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, False, scale=scale)[0]
     else:
+        if enable_gqa:  # the kernels before know groups of heads
+            groups = query.shape[1] // key.shape[1]
+            key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
         if attn_mask is not None:
             length = attn_mask.shape[-1]
             if length % _MASK_ALIGNMENT:
