@@ -193,10 +193,11 @@ def markdown(content: dict[str, Any]) -> str:
 Planned by `scalabl plan` from the model's configuration: the recipe's own step is run on torch's meta device, where a
 tensor has a shape and no memory, and the bytes that are alive are followed. No figure of it is fitted to the
 measurements. Measured: two steps of a training (the Trainer, its callbacks and AdamW), or the prediction of one batch
-with all particles at once, each in a process of its own. "Work" is the peak beyond the loaded model with its adapter;
-"whole" has both. On a CPU it is the growth of the process, whose freed tensors go back to the system at once
-(`MALLOC_MMAP_THRESHOLD_` and `MALLOC_TRIM_THRESHOLD_` at 65536), after the same work on one row of 4 tokens, with which
-libraries load and set up what they use.
+with all particles at once, each in a process of its own. "Work" is the peak beyond the loaded model with its adapter.
+On a CPU it is the growth of the process, whose freed tensors go back to the system at once (`MALLOC_MMAP_THRESHOLD_`
+and `MALLOC_TRIM_THRESHOLD_` at 65536), after the same work on one row of 4 tokens, with which libraries load and set up
+what they use. "Whole" is work and model together, since the libraries were imported: what they and the tokenizer take
+is in what was measured, and not in the plan.
 
 {markdown_facts(content["facts"])}
 """

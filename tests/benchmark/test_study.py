@@ -15,7 +15,9 @@ from scalabl.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 TRAINING = "arc-easy"  # of `scalabl train`
-RECIPES = sorted(path for path in (ROOT / "recipes").rglob("*.yaml") if path.stem != TRAINING)
+RECIPES = sorted(
+    path for path in (ROOT / "recipes").rglob("*.yaml") if path.stem != TRAINING and path.parent.name != "accelerate"
+)
 ABLATIONS = sorted((ROOT / "recipes" / "ablations").glob("*.yaml"))
 BASE, TASK = Path("/base"), Path("/task")
 

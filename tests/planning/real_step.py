@@ -16,7 +16,7 @@ from scalabl.methods import load_method
 from scalabl.models import held, load_base
 from scalabl.planning.meta_model import build, read_config
 from scalabl.planning.rows import Rows
-from scalabl.planning.step import MetaRun, _loss
+from scalabl.planning.step import MetaRun, training_loss
 from scalabl.training.recipe import Recipe, make_recipe
 from scalabl.trunk import Trunk
 
@@ -92,5 +92,5 @@ def saved_by_the_real_step(recipe: Recipe, rows: Rows, *, attention: str = "sdpa
             inputs.trunk = trunk.encode(model.eval(), inputs)
         model.train()
     with saving(state(model)) as saved, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        _loss(model, inputs, inputs, trunk, rows)
+        training_loss(model, inputs, inputs, trunk, rows)
     return saved

@@ -51,6 +51,16 @@ def test_other_methods_and_precisions(settings: dict[str, Any]) -> None:
     compare(recipe_of(**settings))
 
 
+@pytest.mark.parametrize("settings", [{"bits": 4}, {"bits": 8}, {"bits": 8, "quantization": "torchao"}])
+def test_quantised_layers_save_what_the_real_ones_do(settings: dict[str, Any]) -> None:
+    recipe = recipe_of(dtype="bfloat16", **settings)
+    real = saved_by_the_real_step(recipe, ROWS)
+    run = meta_run(recipe)
+    with saving(state(run.model)) as planned:
+        run.training_step(ROWS, 3)
+    assert planned.bytes(floating=True) == real.bytes(floating=True) > 0
+
+
 @pytest.mark.parametrize("loss", ["letters", "tokens"])
 def test_other_losses(loss: str) -> None:
     compare(recipe_of(), Rows(3, 24, loss))

@@ -3,7 +3,8 @@
 4 bit, nf4 with double quantisation [QLoRA, 2305.14314]: half a byte a number; a scale of 8 bit for each block of 64
 numbers; a scale of 32 bit for each 256 of those, with their mean; two code books a layer.
 8 bit [LLM.int8(), 2208.07339]: a byte a number, a scale of 32 bit a row. Its step keeps every layer's input.
-8 bit (torchao): a byte a number, a scale of 32 bit and a zero point of 8 bit a row.
+8 bit (torchao): a byte a number, a scale of 32 bit and a zero point of 8 bit a row. Its step keeps the unpacked weight
+of every layer that a gradient goes through: the whole model in its own precision.
 """
 
 from __future__ import annotations
@@ -59,12 +60,17 @@ class QuantizedLinear(nn.Linear):
                 scales["zero_point"] = (self.out_features, torch.int8)
         for name, (size, dtype) in scales.items():
             self.register_buffer(name, torch.empty(size, dtype=dtype, device="meta"))
+        self.keeps_weight = library == "torchao"
         self.keeps_input = bits == 8 and library == "bitsandbytes"
         # on a GPU LLM.int8() quantises the input and multiplies in 8 bit; everywhere else the weight is unpacked
         self.unpacks = not (self.keeps_input and device == "cuda")
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., d_in) -> (..., d_out)."""
+        if self.keeps_weight:
+            product = torch.mm(x.reshape(-1, self.in_features), x.new_empty(self.out_features, self.in_features).t())
+            scaled = (product * x.new_empty(self.out_features)).view(*x.shape[:-1], self.out_features)
+            return scaled if self.bias is None else scaled + self.bias
         made: Tensor = _Product.apply(x, self.bias, (self.out_features, self.in_features), self)  # type: ignore[no-untyped-call]
         return made
 

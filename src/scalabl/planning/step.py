@@ -64,7 +64,7 @@ class MetaRun:
             if trunk is not None and trunk.depth and rows.loss != "tokens":
                 shape = (*on_meta.input_ids.shape, hidden_size(self.model))
                 on_meta.trunk = torch.empty(shape, dtype=model_dtype(self.model), device="meta")
-            loss = _loss(self.model, inputs, on_meta, trunk, rows)
+            loss = training_loss(self.model, inputs, on_meta, trunk, rows)
             forward = live.use()
             loss.backward()
             whole = live.use()
@@ -110,7 +110,8 @@ def particles_of(method: str, samples: int) -> int:
     return max(1, samples) if method in DRAWN else 1
 
 
-def _loss(model: Any, inputs: Batch, on_meta: Batch, trunk: Trunk | None, rows: Rows) -> Tensor:
+def training_loss(model: Any, inputs: Batch, on_meta: Batch, trunk: Trunk | None, rows: Rows) -> Tensor:
+    """The loss of a batch; `inputs` are its numbers, `on_meta` the same batch where the model is."""
     if rows.loss == "tokens":
         loss: Tensor = model(input_ids=on_meta.input_ids, labels=on_meta.input_ids, use_cache=False).loss
         return loss
