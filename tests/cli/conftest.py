@@ -7,12 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from program import Program, Said
-from tiny_base import as_json, questions, tiny_base, write_jsonl
+from program import Program, Said, short
+from tiny_base import as_json, questions, write_jsonl
 from transformers.utils import logging as transformers_logging
 
 from scalabl.cli import main
-from scalabl.training.recipe import Recipe
 from scalabl.training.run import train
 
 
@@ -38,15 +37,6 @@ def program(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) 
     transformers_logging.set_verbosity(verbosity)
     os.environ.clear()
     os.environ.update(environment)
-
-
-def short(task: Path, **changes: object) -> Recipe:
-    """Four steps of training."""
-    settings: dict[str, object] = {
-        "model": str(tiny_base()), "data": str(task), "steps": 4, "batch_size": 4, "r": 4, "layers": "last:2",
-        "scoring": "continuation", "normalization": "token", "validation_rows": 4,
-    }  # fmt: skip
-    return Recipe(**{**settings, **changes})  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="session")

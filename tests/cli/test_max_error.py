@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import short
-from program import Program, batches_of
+from program import Program, batches_of, short
 from tiny_base import as_json, questions, write_jsonl
 
 from scalabl.evaluation import answers, log_probabilities
