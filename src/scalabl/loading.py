@@ -146,6 +146,25 @@ def require_base(model: nn.Module, record: dict[str, Any]) -> None:
         )
 
 
+def load_adapted(
+    directory: Path, record: dict[str, Any], model: str | None = None
+) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+    """The base model of a run with its adapter, held as it was trained, and the tokenizer.
+
+    Args:
+        directory: of a finished run.
+        record: what its `scalabl.json` says.
+        model: the base model, if it has moved since.
+
+    Raises:
+        UserError: altered files, another base model.
+    """
+    recipe = record["recipe"]
+    base, tokenizer = load_base(model or recipe["model"], **held(recipe), device=ranks.own_device())
+    require_base(base, record)
+    return load_adapter(base, directory), tokenizer
+
+
 def load_run(directory: Path, *, model: str | None = None) -> Run:
     """Load a finished run.
 
@@ -157,9 +176,6 @@ def load_run(directory: Path, *, model: str | None = None) -> Run:
         UserError: not a finished run, altered files, another base model.
     """
     record = classifier_record(directory)
-    recipe = record["recipe"]
-    base, tokenizer = load_base(model or recipe["model"], **held(recipe), device=ranks.own_device())
-    require_base(base, record)
-    adapted = load_adapter(base, directory)
+    adapted, tokenizer = load_adapted(directory, record, model)
     scoring = make_scoring(record["scoring"], tokenizer)
     return Run(record, Scorer(adapted, scoring, Trunk(adapted)), tokenizer, directory)

@@ -85,7 +85,7 @@ class Trunk:
             raise _Reached
 
         start = self.depth if start is None else start
-        after = self.layers[start] if start < len(self.layers) else _final_norm(model)
+        after = self.layers[start] if start < len(self.layers) else final_norm(model)
         handle = after.register_forward_pre_hook(stop, with_kwargs=True)
         try:
             token_logits(model, batch, self, cache=cache)
@@ -140,7 +140,12 @@ def lowest_adapted_layer(model: nn.Module, layers: nn.ModuleList) -> int:
     return min(depths(model, adapted).values(), default=len(layers))
 
 
-def _final_norm(model: nn.Module) -> nn.Module:
+def final_norm(model: nn.Module) -> nn.Module:
+    """The normalisation between the last decoder layer and the output layer.
+
+    Raises:
+        UserError: there is none by a known name.
+    """
     named = [(name, m) for name, m in model.named_modules() if re.search(r"(^|\.)(norm|ln_f|final_layernorm)$", name)]
     if not named:
         raise UserError("This model has no final normalisation by a known name; adapt at least one decoder layer.")

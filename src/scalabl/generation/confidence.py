@@ -11,9 +11,7 @@ A single score is turned so that higher is surer; isotonic and platt then never 
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -24,6 +22,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from scalabl.errors import UserError
 from scalabl.mapping_file import read_json
+from scalabl.run_directory import write_json
 
 KINDS = ("isotonic", "platt", "logistic")
 _VERSION = 1
@@ -80,12 +79,7 @@ class Confidence:
     def save(self, path: Path) -> None:
         """Write it as JSON, whole or not at all."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            unfinished.write_text(json.dumps({"version": _VERSION, **asdict(self)}, indent=1) + "\n", encoding="utf-8")
-            os.replace(unfinished, path)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        write_json(path, {"version": _VERSION, **asdict(self)})
 
     @classmethod
     def load(cls, path: Path) -> Confidence:

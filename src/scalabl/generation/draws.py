@@ -11,7 +11,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from scalabl.errors import UserError
-from scalabl.predictive.lora_particles import _removed_after
+from scalabl.predictive.lora_particles import removed_after
 from scalabl.tuner import stochastic_layers
 from scalabl.tuner.layers import unwrap
 from scalabl.tuner.state import mean
@@ -53,7 +53,7 @@ class EnsembleDraws:
         for module in unwrap(model).modules():
             if isinstance(module, LoraLayer) and any(name in module.lora_A for name in chosen):
                 handles.append(module.register_forward_hook(_members(chosen)))
-        with _removed_after(handles), model.disable_adapter():  # type: ignore[operator]
+        with removed_after(handles), model.disable_adapter():  # type: ignore[operator]
             yield
 
 

@@ -7,16 +7,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from scalabl.errors import UserError
 from scalabl.generation.answer import Answer
 from scalabl.generation.calibration import choose_confidence
-from scalabl.generation.clusters import equivalence
 from scalabl.generation.confidence import Confidence
 from scalabl.generation.correctness import MEASURES, correctness
 from scalabl.generation.fan_out import Draws
-from scalabl.generation.generate import Sampling, decoded_with_samples, draws_of, make_answer
+from scalabl.generation.generate import Sampling, answered, draws_of
 from scalabl.generation.loading import LanguageRun
 from scalabl.generation.ranking import judge_confidence, judge_ranking, rejection_curve
 from scalabl.generation.sampled_scores import SAMPLED_SCORES
@@ -83,28 +83,24 @@ def answer_questions(
     Raises:
         UserError: no question, no such measure, a model that generates NaN.
     """
-    import torch
-
     if not questions:
         raise UserError("There is no question to answer; give at least one row.")
     if measure not in MEASURES:
         raise UserError(f"There is no measure {measure!r} of an answer; choose one of {', '.join(MEASURES)}.")
     sampling = sampling or Sampling()
-    same = equivalence(sampling.equivalence) if sampling.number else None
     stop = () if measure == "number" else ("\n",)
     draws = draws or draws_of(run, samples, seed)
     torch.manual_seed(seed)
     answers: list[Answer] = []
     tokens = [0, 0]
-    for start in range(0, len(questions), batch_size):
-        chunk = questions[start : start + batch_size]
-        for prompt, decoded, others in decoded_with_samples(
-            run, [row.prompt for row in chunk], draws, chat=None, stop=stop, sampling=sampling,
-            max_new_tokens=max_new_tokens,
-        ):  # fmt: skip
-            answers.append(make_answer(prompt, decoded, others, same, None))
-            tokens[0] += len(decoded.token_ids)
-            tokens[1] += sum(len(other.token_ids) for other in others)
+    for chunk in answered(
+        run, [row.prompt for row in questions], draws, chat=None, stop=stop, sampling=sampling,
+        max_new_tokens=max_new_tokens, batch_size=batch_size,
+    ):  # fmt: skip
+        for answer, own, further in chunk:
+            answers.append(answer)
+            tokens[0] += own
+            tokens[1] += further
         if advance is not None:
             advance(len(chunk))
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from scalabl.errors import UserError
 from scalabl.predictive.drawn_layers import first_difference
+from scalabl.trunk import final_norm, lowest_adapted_layer
 from scalabl.tuner.depth import decoder_layers
 from scalabl.tuner.layers import unwrap
 
@@ -50,12 +51,8 @@ def averaged(model: nn.Module, draws: Draws, seen: Averaged | None = None) -> It
     """
     inner = unwrap(model)
     layers = decoder_layers(inner)
-    start = getattr(draws, "first_layer", None)
+    start = first_difference(inner, getattr(draws, "stochastic_layers", None))
     if start is None:
-        start = first_difference(inner, getattr(draws, "stochastic_layers", None))
-    if start is None:
-        from scalabl.trunk import lowest_adapted_layer
-
         start = lowest_adapted_layer(inner, layers)
     number, rows = draws.samples, [0]
     output = _output_module(inner)
@@ -82,8 +79,8 @@ def averaged(model: nn.Module, draws: Draws, seen: Averaged | None = None) -> It
             out.logits = (mean + normaliser.mean(dim=0)).to(logits.dtype)
         return out
 
-    # of several adapted layers, each begins with its own pre-hook: rows are repeated once, where the first one begins
-    entered = layers[start:] if start < len(layers) else [_final_norm_of(inner)]
+    # the first of these repeats the hidden states; masks and positions are given to each layer anew
+    entered = layers[start:] if start < len(layers) else [final_norm(inner)]
     handles = [
         output.register_forward_pre_hook(begin, with_kwargs=True),
         output.register_forward_hook(average, with_kwargs=True),
@@ -122,9 +119,3 @@ def _output_module(model: nn.Module) -> nn.Module:
     if not isinstance(base, nn.Module):
         raise UserError("This model has no causal language model inside.")
     return base
-
-
-def _final_norm_of(model: nn.Module) -> nn.Module:
-    from scalabl.trunk import _final_norm
-
-    return _final_norm(model)

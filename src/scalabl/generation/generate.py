@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from scalabl.generation.loading import LanguageRun, load_language_run
 from scalabl.generation.sampled_scores import sampled_scores
 from scalabl.generation.sequence_scores import sequence_scores
 from scalabl.methods import load_method
+from scalabl.scoring import Text
 
 CONFIDENCE = "confidence.json"  # in a run's directory: what `scalabl evaluate` fitted on validation answers
 
@@ -79,20 +80,52 @@ def generate(
     run = run if isinstance(run, LanguageRun) else load_language_run(Path(run))
     sampling = sampling or Sampling()
     check(samples, max_new_tokens, batch_size, sampling)
-    same = equivalence(sampling.equivalence) if sampling.number else None
-    fitted = fitted_confidence(run)
     draws = draws_of(run, samples, seed)
     torch.manual_seed(seed)
-    answers: list[Answer] = []
-    for start in range(0, len(prompts), batch_size):
-        chunk = list(prompts[start : start + batch_size])
-        for prompt, decoded, others in decoded_with_samples(
-            run, chunk, draws, chat=chat, stop=stop, sampling=sampling, max_new_tokens=max_new_tokens, **generation
-        ):
-            answers.append(make_answer(prompt, decoded, others, same, fitted))
+    answers = []
+    for chunk in answered(
+        run, prompts, draws, chat=chat, stop=stop, sampling=sampling, max_new_tokens=max_new_tokens,
+        batch_size=batch_size, fitted=fitted_confidence(run), **generation,
+    ):  # fmt: skip
+        answers += [answer for answer, _, _ in chunk]
         if advance is not None:
             advance(len(chunk))
     return answers
+
+
+def answered(
+    run: LanguageRun,
+    prompts: Sequence[str],
+    draws: Draws,
+    *,
+    chat: bool | None,
+    stop: Sequence[str],
+    sampling: Sampling,
+    max_new_tokens: int,
+    batch_size: int,
+    fitted: Confidence | None = None,
+    **generation: Any,
+) -> Iterator[list[tuple[Answer, int, int]]]:
+    """Batch by batch, each answer with the tokens that it took, and those of its further answers.
+
+    Args:
+        fitted: the confidence of the answers; without one it is the length-normalised probability.
+
+    The others are those of `generate`.
+    """
+    same = equivalence(sampling.equivalence) if sampling.number else None
+    for start in range(0, len(prompts), batch_size):
+        chunk = list(prompts[start : start + batch_size])
+        yield [
+            (
+                make_answer(prompt, decoded, others, same, fitted),
+                len(decoded.token_ids),
+                sum(len(other.token_ids) for other in others),
+            )
+            for prompt, decoded, others in decoded_with_samples(
+                run, chunk, draws, chat=chat, stop=stop, sampling=sampling, max_new_tokens=max_new_tokens, **generation
+            )
+        ]
 
 
 def decoded_with_samples(
@@ -190,10 +223,6 @@ def prompt_tokens(run: LanguageRun, prompt: str, chat: bool | None) -> list[int]
         raise UserError("A prompt is empty; give at least one word.")
     if chat is None:
         chat = bool(run.record.get("scoring", {}).get("chat", False))
-    if not chat:
-        return list(run.tokenizer(prompt)["input_ids"])
-    if getattr(run.tokenizer, "chat_template", None) is None:
+    if chat and not getattr(run.tokenizer, "chat_template", None):
         raise UserError("This model's tokenizer has no chat template; leave out --chat.")
-    turns = [{"role": "user", "content": prompt}]
-    found = run.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=False)
-    return list(found)  # type: ignore[arg-type]
+    return Text(run.tokenizer, chat=chat).prompt_tokens(prompt)

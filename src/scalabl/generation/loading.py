@@ -9,9 +9,8 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from scalabl.loading import load_adapter, require_base
+from scalabl.loading import load_adapted
 from scalabl.methods import SAMPLED
-from scalabl.models import held, load_base
 from scalabl.run_directory import finished_record
 from scalabl.scoring import Text
 
@@ -60,7 +59,5 @@ def load_language_run(directory: Path, *, model: str | None = None) -> LanguageR
         UserError: not a finished run, altered files, another base model.
     """
     record = finished_record(directory)
-    recipe = record["recipe"]
-    base, tokenizer = load_base(model or recipe["model"], **held(recipe))
-    require_base(base, record)
-    return LanguageRun(record, load_adapter(base, directory), tokenizer, directory)
+    adapted, tokenizer = load_adapted(directory, record, model)
+    return LanguageRun(record, adapted, tokenizer, directory)

@@ -79,7 +79,7 @@ def weight_noise(model: nn.Module, noise: Mapping[str, Tensor]) -> Iterator[None
         return hook
 
     parts = lora_parts(model)
-    with _removed_after([parts[name].down.register_forward_hook(hook_of(values)) for name, values in noise.items()]):
+    with removed_after([parts[name].down.register_forward_hook(hook_of(values)) for name, values in noise.items()]):
         yield
 
 
@@ -102,12 +102,13 @@ def input_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> Iterator[None]
         return hook
 
     parts = lora_parts(model)
-    with _removed_after([parts[name].down.register_forward_pre_hook(hook_of(v)) for name, v in masks.items()]):
+    with removed_after([parts[name].down.register_forward_pre_hook(hook_of(v)) for name, v in masks.items()]):
         yield
 
 
 @contextmanager
-def _removed_after(handles: list[RemovableHandle]) -> Iterator[None]:
+def removed_after(handles: list[RemovableHandle]) -> Iterator[None]:
+    """Context behind which hooks are taken out again."""
     try:
         yield
     finally:

@@ -15,12 +15,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from scalabl.errors import UserError
-from scalabl.scoring import Encoded, Scoring, Text
+from scalabl.scoring import Batch, Encoded, Scoring, Text
 from scalabl.scoring.text import EncodedText, TextBatch
-from scalabl.scoring.token_logits import token_logits
 from scalabl.tasks import Task, TextTask
 from scalabl.training.recipe import Recipe
 from scalabl.training.trainer import ChoiceTrainer
@@ -29,23 +28,16 @@ from scalabl.training.trainer import ChoiceTrainer
 class LanguageTrainer(ChoiceTrainer):
     """Mean of -log p(token | what is before it) over the trained tokens, each row with its own draw of s."""
 
+    batch_class = TextBatch
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         rows: Any = self.train_dataset
         self.tokens_a_row = tokens_a_row(rows)
 
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
-        batch = TextBatch(**inputs)
-        logits = token_logits(model, batch, self.trunk, self.scoring.positions(batch))
-        log_likelihoods = self.scoring.class_logits(logits, batch)
-        loss = -log_likelihoods.sum() / (len(batch) * self.tokens_a_row)
-        return (loss, {"logits": log_likelihoods}) if return_outputs else loss
+    def loss_of(self, class_logits: Tensor, batch: Batch) -> Tensor:
+        """The loss of the rows' log-likelihoods (B, 1), which `Text` has for class logits."""
+        return -class_logits.sum() / (len(batch) * self.tokens_a_row)
 
 
 def check_rows(recipe: Recipe, task: Task | TextTask) -> None:

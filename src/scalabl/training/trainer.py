@@ -26,6 +26,8 @@ class ChoiceTrainer(Trainer):
         trunk: the frozen lower layers, where their output is cached in the rows.
     """
 
+    batch_class: type[Batch] = Batch
+
     def __init__(self, *args: Any, scoring: Scoring, trunk: Trunk | None = None, **kwargs: Any) -> None:
         kwargs["data_collator"] = lambda rows: collate(scoring, rows)
         super().__init__(*args, **kwargs)
@@ -60,11 +62,15 @@ class ChoiceTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        batch = Batch(**inputs)
+        batch = self.batch_class(**inputs)
         logits = token_logits(model, batch, self.trunk, self.scoring.positions(batch))
         class_logits = self.scoring.class_logits(logits, batch)
-        loss = F.cross_entropy(class_logits, batch.answers)
+        loss = self.loss_of(class_logits, batch)
         return (loss, {"logits": class_logits}) if return_outputs else loss
+
+    def loss_of(self, class_logits: Tensor, batch: Batch) -> Tensor:
+        """The loss of class logits (B, C): -log p(answer | question), the mean over the batch."""
+        return F.cross_entropy(class_logits, batch.answers)
 
 
 def collate(scoring: Scoring, rows: Sequence[Encoded]) -> dict[str, Any]:
