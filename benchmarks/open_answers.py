@@ -4,8 +4,10 @@
 
 For each task, method and seed: a LoRA is trained on the same questions, answers validation and test questions greedily
 (with N particles where the method has some), and every score is held against exact match. Plain LoRA also samples
-answers, for self-consistency and semantic entropy. The confidence is chosen on validation questions among the scores
-that one decode gives. Resumable: a finished run is not trained again, finished figures are not made again.
+answers, for self-consistency and semantic entropy; its answers and samples are kept for lm-polygraph's own code, whose
+scores stand in the same table if it is installed (see polygraph_scores.py). The confidence is chosen on validation
+questions among the scores that one decode gives. Resumable: a finished run is not trained again, finished figures are
+not made again, and processes with other --tasks or --seeds may share --runs.
 Needs the development environment (make dev) and the rows: scalabl data get nq-open triviaqa sciq.
 """
 
@@ -18,22 +20,27 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import polygraph_scores
 import torch
 from _common import RESULTS, ROOT, facts, load_average, write_text
 from open_answers_results import write
 
 from scalabl.errors import UserError
+from scalabl.generation.clusters import equivalence, semantic_sets
+from scalabl.generation.decoding import Decoded
 from scalabl.generation.draws import EnsembleDraws
-from scalabl.generation.evaluation import Judged, answer_questions, fit_on, judge
+from scalabl.generation.evaluation import Judged, answer_questions, fit_on, judge, plain
 from scalabl.generation.generate import Sampling, decoded_with_samples, draws_of
 from scalabl.generation.loading import LanguageRun, load_language_run
+from scalabl.generation.ranking import judge_ranking
 from scalabl.tasks.open_question import OpenQuestion
 from scalabl.tasks.open_tasks import load_open_task
 from scalabl.training.recipe import make_recipe
 from scalabl.training.run import train
 
 TASKS = ("triviaqa", "nq-open", "sciq")
-METHODS = ("mle", "mc_dropout", "ensemble", "blob", "scalabl")
+METHODS = ("mle", "mc_dropout", "ensemble", "blob", "scalabl", "scalabl mean")
 TARGETS = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
 # each method's own settings, chosen on validation questions; everything else is shared
 OWN: dict[str, dict[str, Any]] = {"scalabl": {"variational_learning_rate": 5e-2, "empirical_prior": True}}
@@ -59,6 +66,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS)
     a = parser.parse_args()
     rows = [of_cell(a, task, method, seed) for seed in a.seeds for task in a.tasks for method in a.methods]
+    polygraph = [with_polygraph(a, row) for row in rows if row["method"] == "mle"]
     timings = costs(a)
     known = facts(
         model=a.model,
@@ -67,13 +75,15 @@ def main() -> None:
         budget=f"{a.steps} steps of 8, adapters (r = 8, all linear) on {a.layers}, N = {a.samples}, "
         f"{a.max_new_tokens} tokens at most",
         seeds=", ".join(map(str, a.seeds)),
+        polygraph=f"lm-polygraph {polygraph_scores.version()}" if all(polygraph) else "lm-polygraph not installed",
         load=load_average(),
     )
     write(a.output, {"facts": known, "costs": timings, "rows": rows})
 
 
 def run_of(a: argparse.Namespace, task: str, method: str, seed: int) -> Path:
-    """A finished run; trained if there is none."""
+    """A finished run; trained if there is none. "scalabl mean" is a way to answer, not to train."""
+    method = method.partition(" ")[0]
     directory: Path = a.runs / Path(task).stem / f"{method}-{seed}"
     recipe = make_recipe(
         {
@@ -106,8 +116,9 @@ def members(a: argparse.Namespace) -> range:
 def of_cell(a: argparse.Namespace, task: str, method: str, seed: int) -> dict[str, Any]:
     """The figures of one method on one task with one seed, kept in a file together with their settings."""
     kept = a.runs / Path(task).stem / f"{method}-{seed}.json"
+    own = OWN.get(method.partition(" ")[0], {})
     names = ("model", "layers", "steps", "train_rows", "validation_rows", "test_rows", "samples", "max_new_tokens")
-    settings = {name: getattr(a, name) for name in names} | {"own": OWN.get(method, {})}
+    settings = {name: getattr(a, name) for name in names} | {"own": own}
     if kept.is_file():
         known: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8"))
         if known["settings"] == settings:
@@ -116,26 +127,65 @@ def of_cell(a: argparse.Namespace, task: str, method: str, seed: int) -> dict[st
     validation, test = splits["validation"][: a.validation_rows], splits["test"][: a.test_rows]
     run = loaded(a, task, method, seed)
     print(f"answering {task}: {method}, seed {seed}", flush=True)
-    held_out, judged = (answers(a, run, method, seed, questions) for questions in (validation, test))
+    held_out = answers(a, run, method, seed, validation)
+    decoded: list[tuple[Decoded, list[Decoded]]] = []
+    judged = answers(a, run, method, seed, test, sampled=method == "mle", decoded=decoded)
     try:
         fitted, why = fit_on(held_out), None
     except UserError as error:
         fitted, why = None, str(error)
     found = {"task": Path(task).stem, "method": method, "seed": seed, "settings": settings, "why": why}
     found |= judge(judged, fitted)
+    if method == "mle":
+        same = equivalence(Sampling().equivalence)
+        sets = [semantic_sets([one.text for one in others], same) for _, others in decoded]
+        stats = polygraph_scores.statistics([one for one, _ in decoded], [others for _, others in decoded], sets)
+        text = json.dumps({"right": judged.right.tolist(), "statistics": stats})
+        write_text(kept.with_suffix(".answers.json"), text + "\n")
     write_text(kept, json.dumps(found, indent=1, allow_nan=False) + "\n")
     return found
 
 
 def answers(
-    a: argparse.Namespace, run: LanguageRun, method: str, seed: int, questions: tuple[OpenQuestion, ...]
+    a: argparse.Namespace,
+    run: LanguageRun,
+    method: str,
+    seed: int,
+    questions: tuple[OpenQuestion, ...],
+    *,
+    sampled: bool = False,
+    decoded: list[tuple[Decoded, list[Decoded]]] | None = None,
 ) -> Judged:
-    """Answers to questions; plain LoRA's with sampled ones beside them."""
-    ensemble = EnsembleDraws(["default", *(f"member{i}" for i in members(a) if i)]) if method == "ensemble" else None
+    """Answers to questions, with sampled ones beside them if wished; both are added to `decoded`."""
     return answer_questions(
-        run, questions, samples=a.samples, seed=seed, max_new_tokens=a.max_new_tokens, batch_size=a.batch_size,
-        sampling=Sampling(a.samples) if method == "mle" else None, draws=ensemble,
+        run, questions, samples=particles(a, method), seed=seed, max_new_tokens=a.max_new_tokens,
+        batch_size=a.batch_size, sampling=Sampling(a.samples) if sampled else None, draws=ensemble_of(a, method),
+        seen=None if decoded is None else lambda answer, others: decoded.append((answer, others)),
     )  # fmt: skip
+
+
+def particles(a: argparse.Namespace, method: str) -> int:
+    """N of a method's predictions; 0 is the posterior's mean."""
+    return 0 if method.endswith(" mean") else int(a.samples)
+
+
+def ensemble_of(a: argparse.Namespace, method: str) -> EnsembleDraws | None:
+    """The members' adapters, for an ensemble."""
+    return EnsembleDraws(["default", *(f"member{i}" for i in members(a) if i)]) if method == "ensemble" else None
+
+
+def with_polygraph(a: argparse.Namespace, row: dict[str, Any]) -> bool:
+    """Add lm-polygraph's scores of the same answers and samples to a row of plain LoRA, if it is installed."""
+    if not polygraph_scores.installed():
+        return False
+    kept = json.loads((a.runs / row["task"] / f"mle-{row['seed']}.answers.json").read_text(encoding="utf-8"))
+    tokens = max(figures["tokens"] for figures in row["scores"].values())
+    for name, values in polygraph_scores.polygraph_scores(kept["statistics"]).items():
+        sampled = name.startswith(polygraph_scores.SAMPLED)
+        figures = plain(judge_ranking(np.array(values), np.array(kept["right"]), seed=0))
+        own = tokens if sampled else row["tokens_an_answer"]
+        row["scores"][f"lm-polygraph {name}"] = {**figures, "tokens": own}
+    return True
 
 
 def costs(a: argparse.Namespace) -> dict[str, Any]:
@@ -155,10 +205,8 @@ def costs(a: argparse.Namespace) -> dict[str, Any]:
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(1 + a.rounds):
         for name in names:
-            method = name.partition(" ")[0]
-            draws: Any = draws_of(runs[method], a.samples, seed)
-            if method == "ensemble":
-                draws = EnsembleDraws(["default", *(f"member{i}" for i in members(a) if i)])
+            method = "mle" if name == "mle + samples" else name
+            draws: Any = ensemble_of(a, method) or draws_of(runs[method], particles(a, method), seed)
             torch.manual_seed(0)
             begin = time.perf_counter()
             # a fixed number of tokens, so that no method gains by ending early

@@ -9,16 +9,20 @@ from typing import Any
 
 from _common import markdown_facts, markdown_table, write_results, write_text
 from over_seeds import mean_with_interval
+from polygraph_scores import SAME
+from polygraph_scores import SAMPLED as SAMPLED_BY_POLYGRAPH
 
 METRICS = {"auroc": "AUROC ↑", "prr": "PRR ↑", "aurc": "AURC ↓"}
 # what each method's answers are scored by in the table; every score is in the JSON file
 SCORES = {
     "mle": ("log_probability", "mean_log_probability", "mean_entropy", "self_consistency", "semantic_entropy",
             "discrete_semantic_entropy"),
+    "scalabl mean": ("log_probability", "mean_log_probability", "mean_entropy"),
     None: ("log_probability", "mean_log_probability", "mean_entropy", "mean_epistemic", "mean_intersection",
            "first_token_epistemic", "std_mean_log_probability"),
 }  # fmt: skip
 SAMPLED = ("self_consistency", "semantic_entropy", "discrete_semantic_entropy")
+POLYGRAPH = "lm-polygraph "  # begins the names of its scores; those that are ours by another name are left out
 
 
 def write(directory: Path, content: dict[str, Any]) -> None:
@@ -87,14 +91,22 @@ def markdown(content: dict[str, Any], table: list[dict[str, Any]]) -> str:
         "Mean ± standard deviation over seeds; bold: the highest mean AUROC of a task. ACC: exact match with one of "
         "the answers that count. Cost: time beside plain LoRA's greedy decode, medians of paired rounds with a fixed "
         'number of tokens; "tokens": generated for an answer with its score. confidence: of the scores that one decode '
-        "gives, the one (isotonic or Platt) with the lowest left-out NLL on validation questions.",
+        "gives, the one (isotonic or Platt) with the lowest left-out NLL on validation questions. lm-polygraph: by its "
+        "own code, of plain LoRA's answers and samples; those that are ours by another name are in the JSON file only.",
         markdown_facts(content["facts"]),
     ]
     return "\n\n".join(parts) + "\n"
 
 
 def _is_shown(row: dict[str, Any]) -> bool:
-    return row["score"] == "confidence" or row["score"] in SCORES.get(row["method"], SCORES[None])
+    score = row["score"]
+    if score.startswith(POLYGRAPH):
+        return score.removeprefix(POLYGRAPH) not in SAME
+    return score == "confidence" or score in SCORES.get(row["method"], SCORES[None])
+
+
+def _took_samples(score: str) -> bool:
+    return score in SAMPLED or score.removeprefix(POLYGRAPH).startswith(SAMPLED_BY_POLYGRAPH)
 
 
 def _bold(row: dict[str, Any], metric: str, best: float | None) -> str:
@@ -130,7 +142,7 @@ def picture(table: list[dict[str, Any]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     tasks = list(dict.fromkeys(row["task"] for row in table))
-    colours = dict(zip(dict.fromkeys(row["method"] for row in table), plt.cm.tab10.colors, strict=False))
+    colours = dict(zip(dict.fromkeys(row["method"] for row in table), matplotlib.colormaps["tab10"].colors, strict=False))
     figure, axes = plt.subplots(1, len(tasks), figsize=(4.2 * len(tasks), 3.6), sharey=True, squeeze=False)
     for axis, task in zip(axes[0], tasks, strict=True):
         for method, colour in colours.items():
@@ -139,7 +151,7 @@ def picture(table: list[dict[str, Any]], path: Path) -> None:
                     row
                     for row in table
                     if (row["task"], row["method"]) == (task, method)
-                    and (row["score"] in SAMPLED) == sampled
+                    and _took_samples(row["score"]) == sampled
                     and _is_shown(row)
                     and row["auroc"]["mean"] is not None
                 ]

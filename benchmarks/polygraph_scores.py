@@ -79,6 +79,11 @@ def polygraph_scores(stats: dict[str, Any]) -> dict[str, list[float]]:
     return found
 
 
+def installed() -> bool:
+    """Whether lm-polygraph is there."""
+    return next(iter(importlib.metadata.distributions(name="lm-polygraph")), None) is not None
+
+
 def version() -> str:
     """lm-polygraph's version."""
     return importlib.metadata.version("lm-polygraph")

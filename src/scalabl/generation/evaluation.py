@@ -16,7 +16,7 @@ from scalabl.generation.calibration import choose_confidence
 from scalabl.generation.confidence import Confidence
 from scalabl.generation.correctness import MEASURES, correctness
 from scalabl.generation.fan_out import Draws
-from scalabl.generation.generate import Sampling, answered, draws_of
+from scalabl.generation.generate import Sampling, Seen, answered, draws_of
 from scalabl.generation.loading import LanguageRun
 from scalabl.generation.ranking import judge_confidence, judge_ranking, rejection_curve
 from scalabl.generation.sampled_scores import SAMPLED_SCORES
@@ -65,6 +65,7 @@ def answer_questions(
     batch_size: int = 8,
     advance: Advance | None = None,
     draws: Draws | None = None,
+    seen: Seen | None = None,
 ) -> Judged:
     """Answer questions greedily with the average over particles, and hold the answers against those that count.
 
@@ -79,6 +80,7 @@ def answer_questions(
         batch_size: questions at a time.
         advance: called with the number of questions done.
         draws: other particles than those of the run's method (`EnsembleDraws`).
+        seen: called with each decoded answer and its further ones.
 
     Raises:
         UserError: no question, no such measure, a model that generates NaN.
@@ -95,7 +97,7 @@ def answer_questions(
     tokens = [0, 0]
     for chunk in answered(
         run, [row.prompt for row in questions], draws, chat=None, stop=stop, sampling=sampling,
-        max_new_tokens=max_new_tokens, batch_size=batch_size,
+        max_new_tokens=max_new_tokens, batch_size=batch_size, seen=seen,
     ):  # fmt: skip
         for answer, own, further in chunk:
             answers.append(answer)
@@ -154,16 +156,17 @@ def judge(judged: Judged, fitted: Confidence | None, *, seed: int = 0) -> dict[s
         score = SCORES[name]
         figures = judge_ranking(score.uncertainty(values), judged.right, seed=seed)
         cost = per_answer[0] + (per_answer[1] if score.sampled else 0.0)
-        found["scores"][name] = {**_plain(figures), "tokens": cost}
+        found["scores"][name] = {**plain(figures), "tokens": cost}
     if fitted is not None:
         confidence = fitted(scores)
         found["confidence"] = {"kind": fitted.kind, "scores": list(fitted.scores), "fitted_on": fitted.rows}
-        found["confidence"] |= _plain(judge_confidence(confidence, judged.right, seed=seed))
-        found["confidence"] |= _plain(judge_ranking(-confidence, judged.right, seed=seed))
+        found["confidence"] |= plain(judge_confidence(confidence, judged.right, seed=seed))
+        found["confidence"] |= plain(judge_ranking(-confidence, judged.right, seed=seed))
         coverage, risk = rejection_curve(-confidence, judged.right)
         found["curve"] = {"coverage": coverage.tolist(), "risk": risk.tolist()}
     return found
 
 
-def _plain(figures: Mapping[str, Metric]) -> dict[str, Any]:
+def plain(figures: Mapping[str, Metric]) -> dict[str, Any]:
+    """Metrics as plain values, for JSON."""
     return {name: {"value": m.value, "low": m.low, "high": m.high, "reason": m.reason} for name, m in figures.items()}

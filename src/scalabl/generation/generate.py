@@ -23,6 +23,7 @@ from scalabl.generation.sequence_scores import sequence_scores
 from scalabl.methods import load_method
 from scalabl.scoring import Text
 
+Seen = Callable[[Decoded, list[Decoded]], None]
 CONFIDENCE = "confidence.json"  # in a run's directory: what `scalabl evaluate` fitted on validation answers
 
 
@@ -104,27 +105,33 @@ def answered(
     max_new_tokens: int,
     batch_size: int,
     fitted: Confidence | None = None,
+    seen: Seen | None = None,
     **generation: Any,
 ) -> Iterator[list[tuple[Answer, int, int]]]:
     """Batch by batch, each answer with the tokens that it took, and those of its further answers.
 
     Args:
         fitted: the confidence of the answers; without one it is the length-normalised probability.
+        seen: called with each decoded answer and its further ones.
 
     The others are those of `generate`.
     """
     same = equivalence(sampling.equivalence) if sampling.number else None
     for start in range(0, len(prompts), batch_size):
         chunk = list(prompts[start : start + batch_size])
+        rows = decoded_with_samples(
+            run, chunk, draws, chat=chat, stop=stop, sampling=sampling, max_new_tokens=max_new_tokens, **generation
+        )
+        if seen is not None:
+            for _, decoded, others in rows:
+                seen(decoded, others)
         yield [
             (
                 make_answer(prompt, decoded, others, same, fitted),
                 len(decoded.token_ids),
                 sum(len(other.token_ids) for other in others),
             )
-            for prompt, decoded, others in decoded_with_samples(
-                run, chunk, draws, chat=chat, stop=stop, sampling=sampling, max_new_tokens=max_new_tokens, **generation
-            )
+            for prompt, decoded, others in rows
         ]
 
 
