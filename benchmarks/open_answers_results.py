@@ -142,7 +142,8 @@ def picture(table: list[dict[str, Any]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     tasks = list(dict.fromkeys(row["task"] for row in table))
-    colours = dict(zip(dict.fromkeys(row["method"] for row in table), matplotlib.colormaps["tab10"].colors, strict=False))
+    tab10: Any = matplotlib.colormaps["tab10"]
+    colours = dict(zip(dict.fromkeys(row["method"] for row in table), tab10.colors, strict=False))
     figure, axes = plt.subplots(1, len(tasks), figsize=(4.2 * len(tasks), 3.6), sharey=True, squeeze=False)
     for axis, task in zip(axes[0], tasks, strict=True):
         for method, colour in colours.items():
