@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 from _common import write_text
 
 if TYPE_CHECKING:
-    from scalabl.generation import Decoded
+    from scalabl.generation.decoding import Decoded
 
 SAME = {
     "MaximumSequenceProbability": ("log_probability", -1.0),

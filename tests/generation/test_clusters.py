@@ -9,7 +9,7 @@ from tiny_base import tiny_base, tiny_tokenizer
 from transformers import BertConfig, BertForSequenceClassification
 
 from scalabl.errors import UserError
-from scalabl.generation import equivalence, semantic_sets
+from scalabl.generation.clusters import equivalence, semantic_sets
 from scalabl.generation.embedding import EmbeddingSimilarity, encoder, word_vectors
 from scalabl.generation.entailment import Entailment
 

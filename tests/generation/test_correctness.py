@@ -8,8 +8,8 @@ import torch
 from decoded_texts import at_random
 
 from scalabl.errors import UserError
-from scalabl.generation import MEASURES, answer_span, answer_text, correctness, normalise_answer
-from scalabl.generation.correctness import number
+from scalabl.generation.answer_span import answer_span
+from scalabl.generation.correctness import MEASURES, answer_text, correctness, normalise_answer, number
 
 
 @pytest.mark.parametrize(

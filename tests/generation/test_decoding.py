@@ -11,9 +11,10 @@ from transformers.generation import StoppingCriteria, StoppingCriteriaList
 
 import scalabl
 from scalabl.errors import UserError
-from scalabl.generation import averaged, decode, token_figures
+from scalabl.generation.decoding import decode
 from scalabl.generation.draws import EnsembleDraws, MeanDraws
-from scalabl.generation.token_figures import intersection_probability
+from scalabl.generation.fan_out import averaged
+from scalabl.generation.token_figures import intersection_probability, token_figures
 from scalabl.predictive.dropout import DropoutPredictive
 from scalabl.predictive.monte_carlo import MonteCarloPredictive
 from scalabl.tuner import stochastic_layers

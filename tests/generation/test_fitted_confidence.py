@@ -9,7 +9,9 @@ from sklearn.isotonic import IsotonicRegression
 from sklearn.linear_model import LogisticRegression
 
 from scalabl.errors import UserError
-from scalabl.generation import Confidence, choose_confidence, fit_confidence, judge_confidence, left_out
+from scalabl.generation.calibration import choose_confidence, fit_confidence, left_out
+from scalabl.generation.confidence import Confidence
+from scalabl.generation.ranking import judge_confidence
 
 UP = {"good": False, "unsure": True, "noise": True}
 

@@ -9,7 +9,7 @@ import torch
 from sklearn.metrics import log_loss, roc_auc_score
 
 from scalabl.errors import UserError
-from scalabl.generation import judge_confidence, judge_ranking, paired_ranking_difference, rejection_curve
+from scalabl.generation.ranking import judge_confidence, judge_ranking, paired_ranking_difference, rejection_curve
 from scalabl.metrics import evaluate
 from scalabl.selective import exact_threshold
 

@@ -8,8 +8,8 @@ import pytest
 from decoded_texts import with_probability
 
 from scalabl.errors import UserError
-from scalabl.generation import SAMPLED_SCORES, equivalence, sampled_scores
-from scalabl.generation.sampled_scores import rouge_l
+from scalabl.generation.clusters import equivalence
+from scalabl.generation.sampled_scores import SAMPLED_SCORES, rouge_l, sampled_scores
 
 NORMALISED = equivalence("normalised")
 ANSWER = with_probability("Paris", [0.5, 0.5])

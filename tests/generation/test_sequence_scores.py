@@ -8,8 +8,7 @@ import torch
 from decoded_texts import at_random, decoded, with_probability
 
 from scalabl.errors import UserError
-from scalabl.generation import SEQUENCE_SCORES, sequence_scores
-from scalabl.generation.sequence_scores import log_mean, token_log_probs
+from scalabl.generation.sequence_scores import SEQUENCE_SCORES, log_mean, sequence_scores, token_log_probs
 
 
 def two_tokens():

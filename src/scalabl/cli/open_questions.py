@@ -90,9 +90,10 @@ def evaluate_open(
 
 
 def _check(measure: str) -> None:
-    measures = ("exact_match", "f1", "contains", "number")
-    if measure not in measures:
-        raise UserError(f"--measure is {measure!r}; it must be one of {', '.join(measures)}.")
+    from scalabl.generation.correctness import MEASURES
+
+    if measure not in MEASURES:
+        raise UserError(f"--measure is {measure!r}; it must be one of {', '.join(MEASURES)}.")
     if measure == "f1":
         raise UserError("--measure f1 is no right or wrong; it is reported anyway, choose exact_match or contains.")
 
