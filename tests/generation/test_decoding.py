@@ -126,6 +126,25 @@ def test_several_texts_a_prompt_differ_and_a_seed_repeats_them(model, tokenizer)
     assert len({tuple(answer.token_ids) for answer in first[0]}) > 1
 
 
+def test_the_texts_of_a_prompt_share_its_keys_and_values(model, tokenizer):
+    """The prompts' tokens pass once, and nothing else changes: a cache of one's own is not shared."""
+    settings = {**SAMPLED, "num_return_sequences": 3, "eos_token_id": -1}
+    entered = []
+    embeddings = model.get_input_embeddings()
+    handle = embeddings.register_forward_pre_hook(lambda _module, args: entered.append(tuple(args[0].shape)))
+    found = []
+    for own in ({}, {"use_cache": True}):
+        torch.manual_seed(5)
+        found.append(decode(model, tokenizer, PROMPTS, MonteCarloPredictive(4, seed=0), **settings, **own))
+    handle.remove()
+    length = max(len(tokenizer(prompt)["input_ids"]) for prompt in PROMPTS)
+    assert entered[:2] == [(3, length - 1), (9, 1)]
+    for shared, separate in zip(*(sum(texts, []) for texts in found), strict=True):
+        assert shared.token_ids == separate.token_ids
+        torch.testing.assert_close(shared.log_probs, separate.log_probs, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(shared.epistemic, separate.epistemic, rtol=1e-3, atol=1e-5)
+
+
 def test_stopping_criteria_and_streaming(model, tokenizer, capsys):
     class AfterThree(StoppingCriteria):
         def __call__(self, input_ids, scores, **_):

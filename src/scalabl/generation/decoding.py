@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from scalabl.errors import UserError
 from scalabl.generation.fan_out import Draws, averaged
+from scalabl.generation.prompt_cache import can_share, shared_prompts
 from scalabl.generation.token_figures import TokenFigures, token_figures
 
 
@@ -118,10 +119,11 @@ def decode(
     was_training = model.training
     model.eval()
     try:
+        texts: dict[str, Any] = {**inputs, "num_return_sequences": num_return_sequences}
+        if can_share(inputs, num_return_sequences, generation):
+            texts = shared_prompts(model, draws, inputs, num_return_sequences)
         with averaged(model, draws, recorder):
-            sequences = model.generate(  # type: ignore[operator]
-                **inputs, num_return_sequences=num_return_sequences, return_dict_in_generate=False, **generation
-            )
+            sequences = model.generate(**texts, return_dict_in_generate=False, **generation)  # type: ignore[operator]
     finally:
         model.train(was_training)
     recorder.take(sequences[:, -1])
