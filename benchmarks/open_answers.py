@@ -17,6 +17,7 @@ import argparse
 import json
 import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ TARGETS = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
 OWN: dict[str, dict[str, Any]] = {"scalabl": {"variational_learning_rate": 5e-2, "empirical_prior": True}}
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Train and answer what is missing, and write open_answers.json, .csv, .md and .svg."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), help="names, or files of open questions")
@@ -64,7 +65,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="paired timings of decoding")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "open-answers")
     parser.add_argument("--output", type=Path, default=RESULTS)
-    a = parser.parse_args()
+    a = parser.parse_args(argv)
     rows = [of_cell(a, task, method, seed) for seed in a.seeds for task in a.tasks for method in a.methods]
     polygraph = [with_polygraph(a, row) for row in rows if row["method"] == "mle"]
     timings = costs(a)
