@@ -17,6 +17,7 @@ from scalabl.models import held, load_base
 from scalabl.predictive import PREDICTIVES, MeanPredictive, Predictive, make_predictive, predict
 from scalabl.predictive.adaptive import with_sampling
 from scalabl.predictive.base import chosen
+from scalabl.predictive.dropout import DropoutPredictive
 from scalabl.predictive.weight_noise import blob_draws
 from scalabl.run_directory import RECORD, classifier_record
 from scalabl.sampling import PLAIN, Sampling
@@ -41,6 +42,7 @@ class Classifier:
             (`AutoPredictive`; `classifier.predictive.choice` says which); None is auto, mc where `sampling` is given.
         prefix: in front of every prompt: an instruction, or examples with their answers. Where it is long, it is
             encoded once a particle, and kept from call to call.
+        dropout: of a plain LoRA that was trained with it: N masks are averaged (MC dropout). 0 leaves it off.
         batch_size: questions at a time.
     """
 
@@ -54,6 +56,7 @@ class Classifier:
         sampling: Sampling = PLAIN,
         predictive: str | None = None,
         prefix: str = "",
+        dropout: float = 0.0,
         batch_size: int = 8,
     ) -> None:
         if samples < 0:
@@ -73,6 +76,8 @@ class Classifier:
             )
         elif any(isinstance(module, BLoBProjection) for module in model.modules()):
             self.predictive = blob_draws(model, samples=samples, seed=seed)
+        elif dropout:
+            self.predictive = DropoutPredictive(dropout, samples=samples, seed=seed)
         self.predictive = with_sampling(self.predictive, sampling)
         self.scorer = Scorer(model, scoring.with_prefix(prefix) if prefix else scoring, Trunk(model))
         self.batch_size = batch_size
@@ -142,9 +147,11 @@ class Classifier:
         adapted = load_adapter(base, path)
         if predictive is None and record is not None and sampling.is_plain:
             predictive = record.get("predictive")
+        mc_dropout = record is not None and record["recipe"]["method"] == "mc_dropout"
+        dropout = float(record["recipe"]["lora_dropout"]) if record and mc_dropout else 0.0
         return cls(
             adapted, scoring, samples=samples, seed=seed, sampling=sampling, predictive=predictive, prefix=prefix,
-            batch_size=batch_size,
+            dropout=dropout, batch_size=batch_size,
         )  # fmt: skip
 
     def __call__(self, questions: str | Sequence[str | Mapping[str, Any] | Example]) -> Answer:

@@ -14,8 +14,11 @@ from tiny_base import loaded, questions, tiny_base
 from transformers import DataCollatorForTokenClassification, Trainer, TrainingArguments
 
 import scalabl
+from scalabl.answer import rows_of
 from scalabl.classifier import Answer, Classifier
 from scalabl.errors import UserError
+from scalabl.loading import load_run
+from scalabl.methods import mc_dropout
 from scalabl.predictive import MonteCarloPredictive, predict
 from scalabl.run_directory import ADAPTER, RECORD, sha256
 from scalabl.scoring import Letters, Scorer
@@ -117,6 +120,19 @@ def test_a_run_directory_knows_its_scoring(run: Path) -> None:
     assert all(label in row.choices for label, row in zip(answer.label, rows, strict=True))
     mappings = [{"question": row.question, "choices": list(row.choices)} for row in rows]
     np.testing.assert_array_equal(classifier(mappings).probs, answer.probs)
+
+
+def test_a_run_of_mc_dropout_keeps_its_masks(task_directory: Path, tmp_path: Path) -> None:
+    """As `evaluate` predicts with it: the method's own predictive, on the same rows."""
+    train(recipe(tiny_base(), task_directory, steps=6, method="mc_dropout", lora_dropout=0.3), tmp_path / "run")
+    rows = questions(5)
+    answer = Classifier.from_pretrained(tmp_path / "run", samples=4, seed=2)(rows)
+    found = load_run(tmp_path / "run")
+    own = mc_dropout.predictive(found, samples=4, seed=2)
+    expected = predict(found.scorer, [found.scorer.scoring.encode(row) for row in rows_of(rows, None)], own)
+    np.testing.assert_allclose(answer.particle_log_probs, expected, atol=1e-5)
+    assert answer.epistemic.max() > 0
+    assert Classifier.from_pretrained(tmp_path / "run", samples=0)(rows).epistemic.max() < 1e-6
 
 
 def test_the_same_seed_is_the_same_answer_whatever_the_batch(run: Path) -> None:
