@@ -161,6 +161,19 @@ def test_too_few_rows_are_given_to_particles_and_a_choice_is_kept_until_the_weig
     assert isinstance(auto.chosen(scorer, rows), MonteCarloPredictive)
 
 
+def test_a_backward_pass_that_does_not_fit_is_left_to_particles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device that is full cannot be had in a test: its error is raised where it would come from."""
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("no memory left")
+
+    monkeypatch.setattr("scalabl.predictive.auto.logit_jacobian", full)
+    auto, scorer = AutoPredictive(), scorer_of(model_with(0.02))
+    assert isinstance(auto.chosen(scorer, encoded()), MonteCarloPredictive)
+    assert auto.choice is not None and "do not fit into memory" in auto.choice.sentence
+    assert not scorer.model.training
+
+
 def test_the_choice_does_not_depend_on_the_batch_nor_leave_anything_behind() -> None:
     model = model_with(0.3, last=2)
     sentences = []

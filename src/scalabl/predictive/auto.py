@@ -133,7 +133,12 @@ class AutoPredictive:
             return by_mc(f"linearised, {cost.classes} choices would take {costs[linearized]:.1f}")
         if len(rows) < TRIAL_ROWS:
             return by_mc(f"{len(rows)} rows are too few to test the linearised predictive on, it takes {TRIAL_ROWS}")
-        trial = _Trial(scorer, [rows[i * len(rows) // TRIAL_ROWS] for i in range(TRIAL_ROWS)], self, batch_size)
+        try:
+            trial = _Trial(scorer, [rows[i * len(rows) // TRIAL_ROWS] for i in range(TRIAL_ROWS)], self, batch_size)
+        except torch.OutOfMemoryError:
+            return by_mc(
+                f"the backward passes of the linearised predictive do not fit into memory, {batch_size} a batch"
+            )
         layers, gap = self.stochastic_layers, trial.gap(drawn)
         if gap > trial.noise:
             return by_mc(
