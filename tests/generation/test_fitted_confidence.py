@@ -9,9 +9,12 @@ from sklearn.isotonic import IsotonicRegression
 from sklearn.linear_model import LogisticRegression
 
 from scalabl.errors import UserError
+from scalabl.generation.answer import Answer
 from scalabl.generation.calibration import choose_confidence, fit_confidence, left_out
 from scalabl.generation.confidence import Confidence
+from scalabl.generation.evaluation import Judged, fit_on
 from scalabl.generation.ranking import judge_confidence
+from scalabl.tasks.open_question import OpenQuestion
 
 UP = {"good": False, "unsure": True, "noise": True}
 
@@ -215,3 +218,28 @@ def test_a_spoilt_file_is_refused(change, tmp_path):
         Confidence.load(path)
     with pytest.raises(UserError, match="fit one on validation"):
         Confidence.load(tmp_path / "none.json")
+
+
+def judged(scores, right):
+    answers = [
+        Answer("?", "!", 0.5, False, {name: float(values[i]) for name, values in scores.items()}, (), True)
+        for i in range(len(right))
+    ]
+    questions = [OpenQuestion(str(i), "?", ("!",)) for i in range(len(right))]
+    return Judged(questions, answers, right.astype(float), right.astype(float), len(right), 0)
+
+
+def test_several_scores_are_read_together_where_one_says_too_little():
+    """Right where the text is likely and its places were narrow; each alone is half of it."""
+    generator = np.random.default_rng(0)
+    likely, open_places, noise = generator.normal(size=(3, 400))
+    right = generator.random(400) < 1 / (1 + np.exp(-3 * (likely - open_places)))
+    scores = {"mean_log_probability": likely, "mean_aleatoric": open_places, "max_entropy": noise}
+    found = fit_on(judged(scores, right))
+    assert found.kind == "logistic" and set(found.scores) == {"mean_log_probability", "mean_aleatoric"}
+    # where one score says all, it is taken by itself
+    alone = fit_on(judged({"max_entropy": noise, "mean_entropy": likely}, noise + generator.normal(size=400) < 0))
+    assert alone.scores == ("max_entropy",)
+    # a score that is the same for every answer (one particle has no epistemic part) is not read
+    constant = fit_on(judged({**scores, "mean_epistemic": np.zeros(400)}, right))
+    assert "mean_epistemic" not in constant.scores

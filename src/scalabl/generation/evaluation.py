@@ -26,6 +26,11 @@ from scalabl.metrics.bootstrap import Metric
 from scalabl.tasks.open_question import OpenQuestion
 
 SCORES: dict[str, Score] = {**SEQUENCE_SCORES, **SAMPLED_SCORES}
+# what the text's tokens had, how open their places were, and what the particles disagree about
+TOGETHER = (
+    "log_probability", "mean_log_probability", "min_log_probability", "first_token_entropy", "mean_aleatoric",
+    "mean_epistemic",
+)  # fmt: skip
 Advance = Callable[[int], None]
 
 
@@ -116,6 +121,8 @@ def answer_questions(
 def fit_on(judged: Judged, names: Sequence[str] | None = None) -> Confidence:
     """The confidence of the lowest left-out NLL on validation answers, from scores that one decode gives.
 
+    Each score by itself, and the logistic regression on those of `TOGETHER`.
+
     Args:
         judged: validation answers.
         names: the scores to choose from; all of one decode if None.
@@ -127,7 +134,9 @@ def fit_on(judged: Judged, names: Sequence[str] | None = None) -> Confidence:
     chosen = names if names is not None else [name for name in scores if not SCORES[name].sampled]
     chosen = [name for name in chosen if np.ptp(scores[name]) > 0]  # the same for every answer says nothing
     directions = {name: SCORES[name].higher_is_uncertain for name in chosen}
-    fitted, _ = choose_confidence({name: scores[name] for name in chosen}, judged.right, directions)
+    several = tuple(name for name in TOGETHER if name in chosen)
+    together = [several] if len(several) > 1 else []
+    fitted, _ = choose_confidence({name: scores[name] for name in chosen}, judged.right, directions, together=together)
     return fitted
 
 
