@@ -110,7 +110,7 @@ def test_open_questions_become_prompts_with_their_first_answer(tmp_path: Path) -
         ({"question": "a?", "answers": ["red", " "]}, "answer 1 is blank"),
         ({"question": " ", "answers": ["red"]}, '"question" is blank'),
         ({"question": "a?", "answers": ["red"], "choices": []}, "unknown key 'choices'"),
-        ({"id": "own:1", "question": "a?", "answers": ["red"]}, "there twice"),
+        ({"id": "own:1", "question": "a?", "answers": ["red"]}, "is also that of"),
     ],
 )
 def test_a_bad_open_question_is_refused_with_file_and_line(tmp_path: Path, bad: dict[str, Any], said: str) -> None:

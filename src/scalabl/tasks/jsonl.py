@@ -17,7 +17,7 @@ from scalabl.errors import UserError
 from scalabl.tasks.example import Example, check, first_duplicate
 from scalabl.tasks.images import images_of
 from scalabl.tasks.json_lines import read_objects
-from scalabl.tasks.jsonl_fields import answer_index, check_keys, choices_of, is_text_row, label_of, row_id, text_of
+from scalabl.tasks.jsonl_fields import Ids, answer_index, check_keys, choices_of, is_text_row, label_of, row_id, text_of
 from scalabl.tasks.parquet import read_parquet_objects
 from scalabl.tasks.task import Task
 
@@ -124,8 +124,7 @@ def load_jsonl_task(path: str | Path) -> Task:
     reference = parsed.get("train") or [row for rows in parsed.values() for row in rows]
     labels = _label_set(reference, None, files.get("train", path))
     splits = {split: _finish(rows, labels) for split, rows in parsed.items()}
-    name = path.resolve().name if path.is_dir() else path.stem
-    return Task(name=name, splits=splits, labels=labels, source=str(path), licence="unknown")
+    return Task(name=name_of(path), splits=splits, labels=labels, source=str(path), licence="unknown")
 
 
 def split_files(path: Path) -> dict[str, Path]:
@@ -144,23 +143,24 @@ def split_files(path: Path) -> dict[str, Path]:
     return files
 
 
+def name_of(path: Path) -> str:
+    """What the user's data are called: after their directory, or their file."""
+    return path.resolve().name if path.is_dir() else path.stem
+
+
 def _parse_file(path: Path, require_answer: bool) -> list[_Row]:
     return [row for _, row in _parse(path, path.stem, require_answer)]
 
 
 def _parse(path: Path, name: str, require_answer: bool, *, place: int = 0, line: int = 1) -> Iterator[tuple[int, _Row]]:
-    seen: dict[str, int] = {}
-    text_rows: bool | None = None
+    ids, text_rows = Ids(path), None
     for at, number, raw in read_fields(path, place=place, line=line):
         where = f"{path}:{number}"
         row = _parse_row(raw, where, f"{name}:{number}", require_answer, path.parent)
-        if row.id in seen:
-            raise UserError(
-                f"{where}: the id {row.id!r} is also that of {path}:{seen[row.id]}; give every row its own."
-            )
+        ids.add(row.id, number)
         if text_rows is not None and (row.choices is None) != text_rows:
             raise UserError(f"{where}: text rows and question rows in one file; keep to one kind of row.")
-        seen[row.id], text_rows = number, row.choices is None
+        text_rows = row.choices is None
         yield at, row
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from scalabl.errors import UserError
@@ -49,6 +50,31 @@ def row_id(raw: Mapping[str, Any], where: str, name: str) -> str:
     if "id" not in raw:
         return name
     return str(raw["id"]) if type(raw["id"]) is int else _text(raw["id"], '"id"', where)
+
+
+class Ids:
+    """The ids of a file's rows, each of which must be a row's own.
+
+    Args:
+        path: the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._line: dict[str, int] = {}
+
+    def add(self, name: str, number: int) -> None:
+        """Take note of the id of line `number`.
+
+        Raises:
+            UserError: an earlier row has it.
+        """
+        if name in self._line:
+            raise UserError(
+                f"{self._path}:{number}: the id {name!r} is also that of {self._path}:{self._line[name]}; give every "
+                "row its own."
+            )
+        self._line[name] = number
 
 
 def label_of(raw: dict[str, Any], where: str) -> str:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from scalabl.errors import UserError
-from scalabl.tasks.jsonl import read_fields, split_files
-from scalabl.tasks.jsonl_fields import row_id, text_of, unstripped_text
+from scalabl.tasks.jsonl import name_of, read_fields, split_files
+from scalabl.tasks.jsonl_fields import Ids, row_id, text_of, unstripped_text
 from scalabl.tasks.task import Splits
 from scalabl.tasks.text_rows import TextRow, TextTask
 
@@ -104,13 +104,12 @@ def load_open_questions(path: str | Path) -> tuple[OpenQuestion, ...]:
         UserError: see :func:`load_open_jsonl`.
     """
     path = Path(path)
-    rows: dict[str, OpenQuestion] = {}
+    rows: list[OpenQuestion] = []
+    ids = Ids(path)
     for _, number, raw in read_fields(path):
-        row = open_question(raw, f"{path}:{number}", f"{path.stem}:{number}")
-        if row.id in rows:
-            raise UserError(f"{path}:{number}: the id {row.id!r} is there twice; give every row its own.")
-        rows[row.id] = row
-    return tuple(rows.values())
+        rows.append(open_question(raw, f"{path}:{number}", f"{path.stem}:{number}"))
+        ids.add(rows[-1].id, number)
+    return tuple(rows)
 
 
 def load_open_jsonl(path: str | Path) -> OpenTask:
@@ -122,4 +121,4 @@ def load_open_jsonl(path: str | Path) -> OpenTask:
     """
     path = Path(path)
     splits = {split: load_open_questions(file) for split, file in split_files(path).items()}
-    return OpenTask(path.resolve().name if path.is_dir() else path.stem, splits, str(path), "unknown")
+    return OpenTask(name_of(path), splits, str(path), "unknown")

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from scalabl.errors import UserError
-from scalabl.tasks.jsonl import read_fields, split_files
-from scalabl.tasks.jsonl_fields import row_id, unstripped_text
+from scalabl.tasks.jsonl import name_of, read_fields, split_files
+from scalabl.tasks.jsonl_fields import Ids, row_id, unstripped_text
 from scalabl.tasks.task import Splits
 
 PAIR, CONVERSATION = ("prompt", "completion"), ("messages",)
@@ -85,7 +85,7 @@ def load_text_rows(path: str | Path) -> tuple[TextRow, ...]:
     """
     path = Path(path)
     rows: list[TextRow] = []
-    seen: dict[str, int] = {}
+    ids = Ids(path)
     first: tuple[str, ...] | None = None
     for _, number, raw in read_fields(path):
         where = f"{path}:{number}"
@@ -94,11 +94,7 @@ def load_text_rows(path: str | Path) -> tuple[TextRow, ...]:
             raise UserError(f"{where}: not a row of {_form(first)} as those before it; keep to one kind of row.")
         first = keys
         row = _parse(raw, keys, where, f"{path.stem}:{number}")
-        if row.id in seen:
-            raise UserError(
-                f"{where}: the id {row.id!r} is also that of {path}:{seen[row.id]}; give every row its own."
-            )
-        seen[row.id] = number
+        ids.add(row.id, number)
         rows.append(row)
     return tuple(rows)
 
@@ -112,7 +108,7 @@ def load_text_task(path: str | Path) -> TextTask:
     """
     path = Path(path)
     splits = {split: load_text_rows(file) for split, file in split_files(path).items()}
-    return TextTask(path.resolve().name if path.is_dir() else path.stem, splits, str(path), "unknown")
+    return TextTask(name_of(path), splits, str(path), "unknown")
 
 
 def text_keys(raw: Mapping[str, Any]) -> tuple[str, ...] | None:
