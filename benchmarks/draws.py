@@ -3,7 +3,8 @@
     python benchmarks/draws.py --run DIR [--rows 48] [--seeds 8] [--reference 4096]
 
 The reference is an average over independent antithetic pairs of a seed of their own: unbiased, and nearer to the
-expectation than as many independent draws, whose error would be as large as what is measured. Writes
+expectation than as many independent draws, whose error would be as large as what is measured. The linearised predictive,
+which draws nothing, stands in the same table. Writes
 docs/results/draws.{csv,json,md,svg}. Resumable: the reference grows by blocks and every figure is kept, in a directory
 named after the adapter, the rows and the settings.
 """
@@ -32,7 +33,7 @@ from torch import Tensor
 
 from scalabl.cli.quiet import quiet
 from scalabl.loading import Run, load_run
-from scalabl.predictive import MonteCarloPredictive, predict
+from scalabl.predictive import LinearizedPredictive, MonteCarloPredictive, predict
 from scalabl.progress import progress_bar
 from scalabl.rows import rows_of
 from scalabl.run_directory import ADAPTER, sha256
@@ -176,6 +177,13 @@ def summarize(figures: Sequence[dict[str, Any]], variance: float) -> list[dict[s
     return rows
 
 
+def linearized(run: Run, rows: Sequence[Encoded], exact: Reference, *, batch_size: int) -> dict[str, float]:
+    """The errors of the linearised predictive, and how many independent draws would have the first."""
+    probs = average(predict(run.scorer, rows, LinearizedPredictive(), batch_size=batch_size).double())
+    found = errors(probs, exact.probs, _present(rows, exact.probs))
+    return {**found, "worth": exact.variance / found["rmse"] ** 2}
+
+
 def as_csv(figures: Sequence[dict[str, Any]]) -> str:
     """One line a kind, N and seed."""
     text = io.StringIO()
@@ -191,7 +199,8 @@ def markdown(content: dict[str, Any]) -> str:
         [row["draws"], str(row["samples"]), *(_interval(row[name]) for name in ERRORS), f"{row['worth']:.1f}"]
         for row in content["summary"]
     ]
-    exact = content["reference"]
+    exact, linear = content["reference"], content["linearized"]
+    cells.append(["linearised", "–", *(f"{linear[name]:.2e}" for name in ERRORS), f"{linear['worth']:.1f}"])
     return "\n\n".join(
         [
             "# Kinds of draws: the error of N particles",
@@ -278,6 +287,7 @@ def main() -> None:
             "rmse": exact.rmse,
         },
         "summary": summarize(figures, exact.variance),
+        "linearized": linearized(run, rows, exact, batch_size=a.batch_size),
     }
     write_results(a.output, "draws", content, markdown(content))
     write_text(a.output / "draws.csv", as_csv(figures))

@@ -74,6 +74,10 @@ def test_results_are_written_and_what_is_known_is_not_done_again(
     squared = sum(x * x for x in own) / 2
     assert rows["sobol", 4]["worth"] == pytest.approx(content["reference"]["variance"] / squared)
 
+    linear = content["linearized"]
+    assert linear["kl"] > 0 and linear["worth"] == pytest.approx(exact["variance"] / linear["rmse"] ** 2)
+    assert f"| linearised | – | {linear['rmse']:.2e} |" in page
+
     passes.clear()
     assert call(monkeypatch, run, tmp_path)["summary"] == content["summary"] and not passes
     call(monkeypatch, run, tmp_path, "--seeds", "3")
