@@ -4,8 +4,8 @@
 
 The reference is an average over independent antithetic pairs of a seed of their own: unbiased, and nearer to the
 expectation than as many independent draws, whose error would be as large as what is measured. The linearised
-predictive, which draws nothing, stands in the same table. Writes docs/results/draws.{csv,json,md,svg}. Resumable: the reference grows by blocks and every figure is kept, in a directory
-named after the adapter, the rows and the settings.
+predictive, which draws nothing, stands in the same table. Writes docs/results/draws.{csv,json,md,svg}. Resumable: the
+reference grows by blocks and every figure is kept, in a directory named after the adapter, the rows and the settings.
 """
 
 from __future__ import annotations
