@@ -80,7 +80,8 @@ def _facts(record: dict[str, Any], test_rows: int, shifted: int, seed: int, step
         f"{record['parameters']['variational']:,} variational parameters",
         "steps": f"{steps} of {recipe['batch_size']} rows, AdamW {recipe['learning_rate']:g} for both",
         "posterior": f"variational learning rate {recipe['variational_learning_rate']:g}, exact ELBO after a warm-up "
-        f"of the KL over {recipe['kl_warmup']:.0%} of the steps, prior N(0, {recipe['prior_std']:g}^2)",
+        f"of the KL over {recipe['kl_warmup']:.0%} of the steps, prior N({recipe['prior_mean']:g}, "
+        f"{recipe['prior_std']:g}^2)",
         "seed": str(seed),
         "versions": ", ".join(f"{name} {value}" for name, value in record["versions"].items()),
         "device": f"{record['device']} ({platform.machine()})",

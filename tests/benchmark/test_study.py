@@ -19,6 +19,7 @@ RECIPES = sorted(
     path for path in (ROOT / "recipes").rglob("*.yaml") if path.stem != TRAINING and path.parent.name != "accelerate"
 )
 ABLATIONS = sorted((ROOT / "recipes" / "ablations").glob("*.yaml"))
+ON_ONE_TASK = [path for path in ABLATIONS if path.stem not in ("beta", "prior_mean")]
 BASE, TASK = Path("/base"), Path("/task")
 
 
@@ -28,6 +29,7 @@ def study(**changes: Any) -> Study:
 
 def test_there_are_recipes() -> None:
     names = {"rank", "covariance", "sensitivity", "prior_std", "kl", "draws", "unit_rows", "modules", "learning_rate"}
+    names |= {"beta", "prior_mean"}
     assert {path.stem for path in ABLATIONS} == names and {path.stem for path in RECIPES} == names | {"cpu", "paper"}
 
 
@@ -42,13 +44,27 @@ def test_the_recipes_of_the_repository_hold_up(path: Path) -> None:
             read.recipe(variant, task, read.seeds[-1])
 
 
-@pytest.mark.parametrize("path", ABLATIONS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("name", ["beta", "prior_mean"])
+def test_ablations_on_two_tasks_take_the_budget_of_the_profile(name: str) -> None:
+    profile, read = (
+        read_study(ROOT / "recipes" / "cpu.yaml"),
+        read_study(ROOT / "recipes" / "ablations" / f"{name}.yaml"),
+    )
+    assert set(read.tasks) < set(profile.tasks) and len(read.tasks) == 2
+    for setting in ("model", "samples", "test_rows", "validation_rows", "settings", "seeds"):
+        assert getattr(read, setting) == getattr(profile, setting)
+    (plain,) = [variant for variant in read.variants if variant.name == "mle"]
+    # the cells of plain LoRA are the profile's own
+    assert read.recipe(plain, "openbookqa", 0) == profile.recipe(profile.variants[0], "openbookqa", 0)
+
+
+@pytest.mark.parametrize("path", ON_ONE_TASK, ids=lambda path: path.stem)
 def test_the_ablations_plan_and_share_one_budget(path: Path) -> None:
     read = read_study(path)
     made = make_plan(read)  # the rows of their task are in the package
     assert len(made.entries) == len(read.variants) * len(read.seeds)
     assert sum(cell.kind == "training" for cell in made.cells.values()) == len(made.entries)
-    first = read_study(ABLATIONS[0])
+    first = read_study(ON_ONE_TASK[0])
     for name in ("model", "tasks", "samples", "test_rows", "validation_rows", "settings"):
         assert getattr(read, name) == getattr(first, name)
     found = grids(read)

@@ -45,6 +45,20 @@ def test_the_loss_falls_and_kl_nll_and_sigma_are_logged(finished: Path) -> None:
     assert all(entry["kl_weight"] == pytest.approx(1 / 24) for entry in log)
 
 
+def test_a_prior_centred_where_s_begins_costs_nothing_there(task_directory: Path, tmp_path: Path) -> None:
+    """The first KL is that of the noise alone: sum_j log(std / sigma_j) + sigma_j^2 / (2 std^2) - 1/2."""
+    first = {}
+    for prior_mean in (0.0, 0.577):
+        settings = recipe(tiny_base(), task_directory, steps=3, prior_mean=prior_mean, prior_std=0.3, init_sigma=0.3)
+        train(settings, tmp_path / str(prior_mean))
+        found = json.loads((tmp_path / str(prior_mean) / "adapter_config.json").read_text())
+        assert found["prior_mean"] == prior_mean
+        log = json.loads((tmp_path / str(prior_mean) / "training_log.json").read_text())
+        first[prior_mean] = next(entry["kl"] for entry in log if "kl" in entry)
+    numbers = 2 * 2 * 4
+    assert first[0.577] < 0.5 * numbers < numbers < first[0.0]
+
+
 def test_a_finished_run_is_not_trained_again(finished: Path, task_directory: Path) -> None:
     settings = recipe(tiny_base(), task_directory, scoring="auto", normalization="auto")
     before = {path: path.stat().st_mtime_ns for path in finished.iterdir()}

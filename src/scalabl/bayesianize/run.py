@@ -142,6 +142,7 @@ def _converted(source: Source, recipe: Recipe) -> tuple[ScalaBLConfig, dict[str,
     config = scalabl_config(
         plain,
         covariance=recipe.covariance,
+        prior_mean=recipe.prior_mean,
         prior_std=recipe.prior_std,
         init_sigma=recipe.init_sigma,
         empirical_prior=recipe.empirical_prior,

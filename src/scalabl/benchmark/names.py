@@ -14,6 +14,7 @@ _IN_A_NAME = {
     "variational_learning_rate": "lr of s",
     "learning_rate": "lr",
     "init_sigma": "initial sigma",
+    "prior_mean": "prior mean",
     "prior_std": "prior std",
     "stochastic_modules": "stochastic:",
     "stochastic_layers": "stochastic:",

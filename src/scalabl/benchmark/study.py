@@ -43,7 +43,7 @@ _PREDICTIVES = ("mc", "linearized", "auto")
 # settings that no plain LoRA reads: held at their defaults there, so that equal runs have equal addresses
 _OF_POSTERIORS = (
     "variational_learning_rate", "beta", "schedule", "kl_warmup", "covariance", "prior_std", "init_sigma", "unit_rows",
-    "empirical_prior", "draws", "kl", "stochastic_modules", "stochastic_layers",
+    "prior_mean", "empirical_prior", "draws", "kl", "stochastic_modules", "stochastic_layers",
 )  # fmt: skip
 _PLAIN = ("mle", "map", "mc_dropout", "monteclora")
 

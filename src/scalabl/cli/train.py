@@ -32,6 +32,7 @@ def train(
     ] = None,
     schedule: Annotated[str | None, typer.Option(help="Of the KL's weight: elbo, warmup or minibatch.")] = None,
     covariance: Annotated[str | None, typer.Option(help="diagonal or full.")] = None,
+    prior_mean: Annotated[float | None, typer.Option(help="Of the prior on each s; 0.577 is where s begins.")] = None,
     prior_std: Annotated[float | None, typer.Option(help="Of the prior on each s.")] = None,
     empirical_prior: Annotated[
         bool | None, typer.Option("--empirical-prior/--no-empirical-prior", help="Fit each layer's prior std.")

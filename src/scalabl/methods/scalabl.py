@@ -28,6 +28,7 @@ def adapter_config(recipe: Recipe, model: PreTrainedModel) -> PeftConfig:
     return ScalaBLConfig(
         **shared_options(recipe, model),
         covariance=recipe.covariance,  # type: ignore[arg-type]
+        prior_mean=recipe.prior_mean,
         prior_std=recipe.prior_std,
         init_sigma=recipe.init_sigma,
         empirical_prior=recipe.empirical_prior,

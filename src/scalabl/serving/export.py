@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 FORMATS = ("peft",)
 _OUTPUT_LAYERS = ("lm_head", "embed_out")
 _TOLD = (
-    "method", "data", "r", "lora_alpha", "target_modules", "layers", "covariance", "prior_std", "empirical_prior",
-    "stochastic_modules", "stochastic_layers", "steps", "seed", "dtype", "bits",
+    "method", "data", "r", "lora_alpha", "target_modules", "layers", "covariance", "prior_mean", "prior_std",
+    "empirical_prior", "stochastic_modules", "stochastic_layers", "steps", "seed", "dtype", "bits",
 )  # fmt: skip
 
 

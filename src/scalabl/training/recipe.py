@@ -81,6 +81,8 @@ class Recipe:
     quantization: str = "bitsandbytes"
     # rows of text: what the KL is divided by, trained tokens (the exact ELBO) or rows
     kl_normalization: str = "token"
+    # the posterior, again: 0.577 is where LoRA's draw puts every s (the singular values of A are near 1 / sqrt(3))
+    prior_mean: float = 0.0
 
     def __post_init__(self) -> None:
         for name, choices in (
@@ -105,6 +107,7 @@ class Recipe:
         for name in ("beta", "weight_decay", "max_grad_norm"):
             value = getattr(self, name)
             _require(name, value, math.isfinite(value) and value >= 0, "zero or more")
+        _require("prior_mean", self.prior_mean, math.isfinite(self.prior_mean), "a number")
         _require("kl_warmup", self.kl_warmup, 0 <= self.kl_warmup <= 1, "between 0 and 1")
         _require("warmup", self.warmup, 0 <= self.warmup < 1, "between 0 and 1")
         _require("lora_dropout", self.lora_dropout, 0 <= self.lora_dropout < 1, "between 0 and 1")
