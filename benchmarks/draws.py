@@ -206,9 +206,10 @@ def markdown(content: dict[str, Any]) -> str:
             "![The error of the averaged probabilities against N, a line a kind of draws](draws.svg)",
             markdown_table(["draws", "N", *ERRORS.values(), "worth"], cells),
             f"Against the average of {exact['particles'] // 2:,} independent antithetic pairs, whose own RMSE is "
-            f"{exact['rmse']:.2g}. Mean and 95 % interval (Student's) over seeds of the draws; the model and the rows "
-            "are the same. Worth: how many independent draws have the same mean squared error (the variance of one "
-            "particle's probabilities, from the long run, over it).",
+            f"{exact['rmse']:.2g}, that of {exact['variance'] / exact['rmse'] ** 2:,.0f} independent draws. Mean and "
+            "95 % interval (Student's) over seeds of the draws; the model and the rows are the same. Worth: how many "
+            "independent draws have the same mean squared error (the variance of one particle's probabilities, from "
+            "the long run, over it).",
             markdown_facts(content["facts"]),
         ]
     )
