@@ -1,16 +1,22 @@
 """`scalabl generate` and `scalabl evaluate` on open questions, on finished runs of seconds."""
 
+import io
 import json
 import math
 import shutil
+import unicodedata
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from tiny_base import write_jsonl
 
 import scalabl
+from scalabl.errors import UserError
+from scalabl.generation.answer import Answer, Token
 from scalabl.generation.confidence import Confidence
 from scalabl.generation.generate import CONFIDENCE, Sampling
+from scalabl.generation.shading import in_terminal
 
 
 @pytest.fixture
@@ -73,6 +79,26 @@ def test_further_answers_give_semantic_scores(scalabl_run):
     [answer] = scalabl.generate(scalabl_run, ["red"], max_new_tokens=4, sampling=Sampling(3))
     assert 0 <= answer.scores["semantic_entropy"] <= math.log(3) + 1e-9
     assert 0 <= answer.scores["self_consistency"] <= 1
+
+
+def test_a_text_does_not_steer_the_terminal():
+    token = Token("\x1b]0;own\x07[red]\x9b2J", 0.5, 0.1, 0.1, 0.3)
+    answer = Answer("\x1b[2Jwhat [/]?\n\tthis", token.text, 0.5, False, {}, (token,), True)
+    file = io.StringIO()
+    Console(file=file, width=200).print(in_terminal([answer]))
+    shown = file.getvalue()
+    assert not {c for c in shown if unicodedata.category(c) == "Cc"} - {"\n"}
+    assert "[red]" in shown and "what [/]?" in shown
+
+
+@pytest.mark.parametrize(
+    ("prompts", "word"), [([], "no prompt"), (["red", "blue", " "], "empty"), (["\udcff"], "UTF-8")]
+)
+def test_bad_prompts_are_refused_before_any_is_answered(scalabl_run, prompts, word):
+    done = []
+    with pytest.raises(UserError, match=word):
+        scalabl.generate(scalabl_run, prompts, max_new_tokens=2, batch_size=1, advance=done.append)
+    assert not done
 
 
 def test_sampling_repeats_by_its_seed(scalabl_run):

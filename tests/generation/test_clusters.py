@@ -91,6 +91,12 @@ def test_the_question_is_part_of_what_is_compared():
     assert not entailment(["a", "b"]).all() and entailment(["a", "b"], "x a b").all()
 
 
+def test_a_long_question_does_not_push_the_answers_out():
+    tokenizer = pair_tokenizer()
+    tokenizer.model_max_length = 16
+    assert Entailment(Contains(), tokenizer)(["a", "b"], "x" * 60).tolist() == [[True, False], [False, True]]
+
+
 def test_equal_texts_are_compared_once():
     model = Contains()
     assert Entailment(model, pair_tokenizer())(["a", "a", "a"]).all()

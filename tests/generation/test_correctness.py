@@ -10,6 +10,9 @@ from decoded_texts import at_random
 from scalabl.errors import UserError
 from scalabl.generation.answer_span import answer_span
 from scalabl.generation.correctness import MEASURES, answer_text, correctness, normalise_answer, number
+from scalabl.generation.evaluation import answer_questions
+from scalabl.generation.loading import LanguageRun
+from scalabl.tasks.open_question import OpenQuestion
 
 
 @pytest.mark.parametrize(
@@ -109,6 +112,19 @@ def test_an_answer_ends_at_its_first_stop(text, stops, expected):
 def test_only_the_first_line_is_judged():
     assert correctness(" Paris\nLyon", ["paris"]) == 1
     assert correctness(" Paris\nLyon", ["Lyon"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("x = --5", -5), ("-$-5", -5), ("$-5", -5), ("-$5", -5), ("$--.5", -0.5)]
+)
+def test_signs_in_a_row_are_no_error(text, expected):
+    assert float(number(text)) == expected
+
+
+def test_an_answer_that_a_measure_cannot_read_is_refused_before_any_is_generated():
+    rows = [OpenQuestion("1", "How many?", ("7",)), OpenQuestion("2", "Which?", ("red",))]
+    with pytest.raises(UserError, match="'red' holds no number"):
+        answer_questions(LanguageRun({}, None, None), rows, measure="number")
 
 
 def test_what_cannot_be_judged_is_refused():

@@ -203,6 +203,7 @@ def test_a_missing_score_is_said(fitted):
     {"kind": "beta"}, {"version": 2}, {"signs": [2]}, {"signs": []}, {"scores": []}, {"highest": 1.0},
     {"knots": [0.0, 0.0], "heights": [0.1, 0.2]}, {"heights": [0.9, 0.1], "knots": [0.0, 1.0]}, {"knots": []},
     {"knots": [0.0, "x"], "heights": [0.1, 0.2]}, {"lowest": None}, {"knots": [0.0, math.inf], "heights": [0.1, 0.2]},
+    {"knots": [0, 10**400], "heights": [0.1, 0.2]}, {"scores": [["good"]]}, {"scores": "g"},
 ])  # fmt: skip
 def test_a_spoilt_file_is_refused(change, tmp_path):
     scores, right = rows(60)

@@ -4,6 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+from transformers.generation import StoppingCriteria
 
 from scalabl.generation.correctness import answer_text
 from scalabl.generation.decoding import Decoded
@@ -22,13 +28,11 @@ def answer_span(decoded: Decoded, stops: Sequence[str] = ("\n",)) -> Decoded:
     Returns:
         the same, cut: `text` is then the answer, stripped, and it is finished.
     """
-    whole = "".join(decoded.tokens)
-    begin = len(whole) - len(whole.lstrip())
-    ends = [end + len(stop) for stop in stops if stop and (end := whole.find(stop, begin)) >= 0]
-    if not ends:
+    end = _end("".join(decoded.tokens), stops)
+    if end is None:
         return decoded
-    first, length, taken = min(ends), 0, 0
-    while length < first:
+    length, taken = 0, 0
+    while length < end:
         length += len(decoded.tokens[taken])
         taken += 1
     figures = {name: getattr(decoded, name)[:taken] for name in ("total", "aleatoric", "epistemic", "intersection")}
@@ -41,3 +45,27 @@ def answer_span(decoded: Decoded, stops: Sequence[str] = ("\n",)) -> Decoded:
         finished=True,
         **figures,
     )
+
+
+class AnswerEnd(StoppingCriteria):  # type: ignore[misc]
+    """Ends a text where `answer_span` cuts it: white space in front of an answer, a line's end too, is no end of it.
+
+    Args:
+        tokenizer: the model's.
+        stops: strings that end an answer.
+        begin: the length of the padded prompts in tokens.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str], begin: int) -> None:
+        self.tokenizer, self.stops, self.begin = tokenizer, stops, begin
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        texts = self.tokenizer.batch_decode(input_ids[:, self.begin :])
+        return torch.tensor([_end(text, self.stops) is not None for text in texts], device=input_ids.device)
+
+
+def _end(text: str, stops: Sequence[str]) -> int | None:
+    """Where the first stop string behind leading white space ends, in letters; None where there is none."""
+    begin = len(text) - len(text.lstrip())
+    ends = [end + len(stop) for stop in stops if stop and (end := text.find(stop, begin)) >= 0]
+    return min(ends, default=None)

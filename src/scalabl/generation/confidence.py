@@ -98,7 +98,7 @@ class Confidence:
         try:
             made = cls(**{field.name: _frozen(content[field.name]) for field in fields(cls)})
             sound = content.get("version") == _VERSION and _is_sound(made)
-        except (KeyError, TypeError):
+        except (KeyError, TypeError, OverflowError):  # a whole number may be too large for a float
             sound = False
         if not sound:
             raise UserError(f"{path} does not hold a fitted confidence as this version writes it; fit it again.")
@@ -139,6 +139,8 @@ def _frozen(value: Any) -> Any:
 
 def _is_sound(made: Confidence) -> bool:
     numbers = [*made.knots, *made.heights, *made.centres, *made.scales, *made.weights, made.intercept]
+    if not isinstance(made.scores, tuple) or not all(isinstance(name, str) for name in made.scores):
+        return False
     if not made.scores or len(made.signs) != len(made.scores) or set(made.signs) - {1, -1}:
         return False
     if (

@@ -17,7 +17,7 @@ from scalabl.errors import UserError
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 # thousands in groups of three, or plain digits; a decimal part; a sign that is no hyphen between words or a range
-_NUMBER = re.compile(r"(?<![\w.])-?[$£€]?-?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<!\w)-?\.\d+")
+_NUMBER = re.compile(r"(?<![\w.])(?:-?[$£€]?|[$£€]-)(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<!\w)-?\.\d+")
 _FINAL = "####"
 
 

@@ -10,11 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
+from transformers.generation import StoppingCriteria, StoppingCriteriaList, StopStringCriteria
 
 from scalabl.errors import UserError
 from scalabl.generation.fan_out import Draws, averaged
 from scalabl.generation.prompt_cache import can_share, shared_prompts
 from scalabl.generation.token_figures import TokenFigures, token_figures
+
+# what moves rows about, or passes the model more than once a token
+_REFUSED = (
+    "num_beams", "num_beam_groups", "assistant_model", "prompt_lookup_num_tokens", "custom_generate", "penalty_alpha",
+    "dola_layers", "guidance_scale", "prefill_chunk_size",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -28,7 +35,7 @@ class Decoded:
         tokens: their texts, T; joined they are the text (and the end token).
         log_probs: (N, T) log-probability of each token under each particle, given the shared text before it.
         total, aleatoric, epistemic, intersection: (T,) nats, of the distribution that the token was taken from.
-        finished: whether it ended by itself, rather than at the limit of tokens.
+        finished: whether it ended by itself or by a stopping criterion, rather than at the limit of tokens.
     """
 
     prompt: str
@@ -62,6 +69,8 @@ class _Recorder:
     def __call__(self, input_ids: Tensor, log_probs: Tensor) -> None:
         if self._last is not None:
             self.take(input_ids[:, -1])
+        if log_probs.isnan().any():
+            raise UserError("The model gives logits that are NaN or infinite; check its weights and its precision.")
         self._last = log_probs
         figures = token_figures(log_probs)
         self.figures.append(TokenFigures(*(getattr(figures, name).cpu() for name in TokenFigures.__dataclass_fields__)))
@@ -76,6 +85,25 @@ class _Recorder:
     def figure(self, name: str) -> Tensor:
         """(B, steps) of one figure."""
         return torch.stack([getattr(figures, name) for figures in self.figures], dim=1)
+
+
+class _Stops(StoppingCriteria):  # type: ignore[misc]
+    """The caller's criteria, and after how many tokens they ended each text, behind which `generate` pads."""
+
+    def __init__(self, criteria: StoppingCriteriaList, begin: int) -> None:
+        self.criteria, self.begin = criteria, begin
+        self.lengths: Tensor | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        done: Tensor = self.criteria(input_ids, scores, **kwargs)
+        if self.lengths is None:
+            self.lengths = torch.zeros_like(done, dtype=torch.long)
+        self.lengths[done & (self.lengths == 0)] = input_ids.shape[1] - self.begin
+        return done
+
+    def of(self, row: int) -> int:
+        """How many tokens a text has, 0 if none of the criteria ended it."""
+        return 0 if self.lengths is None else int(self.lengths[row])
 
 
 @torch.no_grad()
@@ -103,24 +131,25 @@ def decode(
         for each prompt its texts.
 
     Raises:
-        UserError: an empty prompt, beam search or assisted decoding, which move rows about.
+        UserError: an empty prompt; beam search, assisted decoding and others that move rows about or pass the model
+            more than once a token; logits that are NaN.
     """
-    for name in ("num_beams", "num_beam_groups", "assistant_model", "prompt_lookup_num_tokens", "custom_generate"):
-        if generation.get(name) not in (None, 1):
+    for name in _REFUSED:
+        if any(value not in (None, 1) for value in _given(generation, name)):
             raise UserError(
                 f"{name} cannot be given to Bayesian decoding: greedy decoding and sampling are what it does."
             )
+    generation["num_beams"] = 1  # whatever the model's own default is
     ids = [_tokens(tokenizer, prompt) for prompt in prompts]
     inputs = _left_padded(ids, tokenizer.pad_token_id or 0, _device(model))
     recorder, length = _Recorder(), inputs["input_ids"].shape[1]
     generation.setdefault("pad_token_id", tokenizer.pad_token_id)
-    if generation.get("stop_strings"):
-        generation["tokenizer"] = tokenizer
+    stops = _stops(tokenizer, generation, length)
     was_training = model.training
     model.eval()
     try:
         texts: dict[str, Any] = {**inputs, "num_return_sequences": num_return_sequences}
-        if can_share(inputs, num_return_sequences, generation):
+        if can_share(model, inputs, num_return_sequences, generation):
             texts = shared_prompts(model, draws, inputs, num_return_sequences)
         with averaged(model, draws, recorder):
             sequences = model.generate(**texts, return_dict_in_generate=False, **generation)  # type: ignore[operator]
@@ -133,7 +162,7 @@ def decode(
     for i, prompt in enumerate(prompts):
         out.append([])
         for row in range(i * num_return_sequences, (i + 1) * num_return_sequences):
-            taken, finished = _cut(new[row].tolist(), ends)
+            taken, finished = _cut(new[row].tolist(), ends, stops.of(row))
             steps = slice(0, len(taken))
             figures = {n: recorder.figure(n)[row, steps] for n in TokenFigures.__dataclass_fields__}
             text = str(tokenizer.decode(taken, skip_special_tokens=True))
@@ -164,19 +193,38 @@ def _device(model: nn.Module) -> torch.device:
 
 
 def _end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase, generation: dict[str, Any]) -> set[int]:
-    config = generation.get("generation_config") or getattr(model, "generation_config", None)
-    found = generation.get("eos_token_id", getattr(config, "eos_token_id", None))
-    if found is None:
-        found = tokenizer.eos_token_id
+    default = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    given = [*_given(generation, "eos_token_id"), default, tokenizer.eos_token_id]
+    found: Any = next((value for value in given if value is not None), None)
     return set(found) if isinstance(found, list | tuple) else {found}
 
 
-def _cut(tokens: list[int], ends: set[int]) -> tuple[list[int], bool]:
-    """The tokens up to the first end token, that one included, and whether there is one."""
-    for i, token in enumerate(tokens):
+def _given(generation: dict[str, Any], name: str) -> list[Any]:
+    """What the caller gave for a setting, as an argument and in a configuration, in the order that `generate` has."""
+    return [generation.get(name), getattr(generation.get("generation_config"), name, None)]
+
+
+def _stops(tokenizer: PreTrainedTokenizerBase, generation: dict[str, Any], begin: int) -> _Stops:
+    """The caller's stop strings and criteria as one criterion, which takes their place in `generation`."""
+    criteria = StoppingCriteriaList(generation.pop("stopping_criteria", None) or [])
+    strings = [value for value in _given(generation, "stop_strings") if value]
+    generation.pop("stop_strings", None)
+    if strings:
+        criteria.append(StopStringCriteria(tokenizer=tokenizer, stop_strings=strings[0]))
+        generation["tokenizer"] = tokenizer
+    stops = _Stops(criteria, begin)
+    if criteria:
+        generation["stopping_criteria"] = StoppingCriteriaList([stops])
+    return stops
+
+
+def _cut(tokens: list[int], ends: set[int], stopped: int) -> tuple[list[int], bool]:
+    """The tokens up to the first end token, that one included, or up to where a criterion `stopped` them (0 for never),
+    and whether either did."""
+    for i, token in enumerate(tokens[:stopped] if stopped else tokens):
         if token in ends:
             return tokens[: i + 1], True
-    return tokens, False
+    return (tokens[:stopped], True) if stopped else (tokens, False)
 
 
 def _pieces(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> list[str]:

@@ -69,6 +69,7 @@ class Entailment:
 
     @torch.no_grad()
     def _labels(self, premise: list[str], hypothesis: list[str]) -> list[int]:
+        self.tokenizer.truncation_side = "left"  # the answer is at the end of "question answer"
         inputs = self.tokenizer(premise, hypothesis, padding=True, truncation=True, return_tensors="pt")
         device = next(self.model.parameters()).device
         labels: list[int] = self.model(**inputs.to(device)).logits.argmax(dim=-1).tolist()

@@ -88,12 +88,14 @@ def answer_questions(
         seen: called with each decoded answer and its further ones.
 
     Raises:
-        UserError: no question, no such measure, a model that generates NaN.
+        UserError: no question, no such measure, an answer that it cannot read, a model that generates NaN.
     """
     if not questions:
         raise UserError("There is no question to answer; give at least one row.")
     if measure not in MEASURES:
         raise UserError(f"There is no measure {measure!r} of an answer; choose one of {', '.join(MEASURES)}.")
+    for row in questions:  # an answer that the measure cannot read is refused before any is generated
+        correctness("", row.answers, measure)
     sampling = sampling or Sampling()
     stop = () if measure == "number" else ("\n",)
     draws = draws or draws_of(run, samples, seed)

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from scalabl.errors import UserError
-from scalabl.predictive.drawn_layers import first_difference
+from scalabl.predictive.drawn_layers import first_difference, restricted
 from scalabl.trunk import final_norm, lowest_adapted_layer
 from scalabl.tuner.depth import decoder_layers
 from scalabl.tuner.layers import unwrap
@@ -51,7 +51,8 @@ def averaged(model: nn.Module, draws: Draws, seen: Averaged | None = None) -> It
     """
     inner = unwrap(model)
     layers = decoder_layers(inner)
-    start = first_difference(inner, getattr(draws, "stochastic_layers", None))
+    drawn = getattr(draws, "stochastic_layers", None)
+    start = first_difference(inner, drawn)
     if start is None:
         start = lowest_adapted_layer(inner, layers)
     number, rows = draws.samples, [0]
@@ -76,7 +77,7 @@ def averaged(model: nn.Module, draws: Draws, seen: Averaged | None = None) -> It
             out.logits = logits[0]
         else:
             mean = log_probs.logsumexp(dim=0) - math.log(number)
-            out.logits = (mean + normaliser.mean(dim=0)).to(logits.dtype)
+            out.logits = mean + normaliser.mean(dim=0)  # float32: rounded to bfloat16, likely tokens would tie
         return out
 
     # the first of these repeats the hidden states; masks and positions are given to each layer anew
@@ -87,7 +88,7 @@ def averaged(model: nn.Module, draws: Draws, seen: Averaged | None = None) -> It
         *(layer.register_forward_pre_hook(fan_out, with_kwargs=True) for layer in entered),
     ]
     try:
-        with draws.context(model, 0, number):
+        with draws.context(model, 0, number), restricted(model, drawn):
             yield
     finally:
         for handle in handles:

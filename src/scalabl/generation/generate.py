@@ -11,7 +11,7 @@ import torch
 
 from scalabl.errors import UserError
 from scalabl.generation.answer import Answer, tokens_of
-from scalabl.generation.answer_span import answer_span
+from scalabl.generation.answer_span import AnswerEnd, answer_span
 from scalabl.generation.clusters import Equivalence, equivalence
 from scalabl.generation.confidence import Confidence
 from scalabl.generation.decoding import Decoded, decode
@@ -24,6 +24,8 @@ from scalabl.methods import load_method
 from scalabl.scoring import Text
 
 Seen = Callable[[Decoded, list[Decoded]], None]
+# a model's own defaults (its generation_config.json) would take other tokens than the average's
+_PLAIN = {"do_sample": False, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
 CONFIDENCE = "confidence.json"  # in a run's directory: what `scalabl evaluate` fitted on validation answers
 
 
@@ -81,6 +83,8 @@ def generate(
     run = run if isinstance(run, LanguageRun) else load_language_run(Path(run))
     sampling = sampling or Sampling()
     check(samples, max_new_tokens, batch_size, sampling)
+    if not prompts:
+        raise UserError("There is no prompt to answer; give at least one.")
     draws = draws_of(run, samples, seed)
     torch.manual_seed(seed)
     answers = []
@@ -116,6 +120,8 @@ def answered(
 
     The others are those of `generate`.
     """
+    for prompt in prompts:  # none is refused after others were answered
+        _require_room(run, len(prompt_tokens(run, prompt, chat)), max_new_tokens)
     same = equivalence(sampling.equivalence) if sampling.number else None
     for start in range(0, len(prompts), batch_size):
         chunk = list(prompts[start : start + batch_size])
@@ -135,6 +141,16 @@ def answered(
         ]
 
 
+def _require_room(run: LanguageRun, tokens: int, max_new_tokens: int) -> None:
+    """Refuse a prompt and an answer that the model has no positions for: its tokens would be noise, or an error."""
+    room = getattr(run.model.config.get_text_config(), "max_position_embeddings", None)
+    if room is not None and tokens + max_new_tokens > room:
+        raise UserError(
+            f"A prompt of {tokens:,} tokens and an answer of up to {max_new_tokens:,} are more than the {room:,} that "
+            "the model has positions for; shorten the prompt or lower --max-new-tokens."
+        )
+
+
 def decoded_with_samples(
     run: LanguageRun,
     prompts: Sequence[str],
@@ -148,13 +164,20 @@ def decoded_with_samples(
 ) -> list[tuple[str, Decoded, list[Decoded]]]:
     """Each prompt with its answer and k further, sampled ones, all cut behind the first stop text."""
     tokens = [prompt_tokens(run, prompt, chat) for prompt in prompts]
-    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": False}
-    if stop:
-        settings |= {"stop_strings": list(stop)}
-    first = decode(run.model, run.tokenizer, tokens, draws, **settings | generation)
+    ends = [AnswerEnd(run.tokenizer, stop, max(map(len, tokens)))] if stop else []
+    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, **_PLAIN, "stopping_criteria": ends}
+    own = settings | generation | {"stopping_criteria": [*ends, *(generation.get("stopping_criteria") or ())]}
+    config = generation.get("generation_config")
+    if config is not None:  # it says itself how a token is taken
+        own = {name: value for name, value in own.items() if name not in _PLAIN or name in generation}
+        own.setdefault("do_sample", bool(config.do_sample))
+    first = decode(run.model, run.tokenizer, tokens, draws, **own)
     further: list[list[Decoded]] = [[] for _ in prompts]
     if sampling.number:
-        sampled = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+        sampled = {
+            "do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0, "min_p": 0.0,
+            "typical_p": 1.0,
+        }  # fmt: skip
         shared = {"min_new_tokens": generation["min_new_tokens"]} if "min_new_tokens" in generation else {}
         settings |= {**sampled, **shared, "num_return_sequences": sampling.number}
         further = decode(run.model, run.tokenizer, tokens, draws, **settings)
@@ -224,10 +247,14 @@ def prompt_tokens(run: LanguageRun, prompt: str, chat: bool | None) -> list[int]
     """A prompt as tokens, in the chat template's user turn where `chat` says so.
 
     Raises:
-        UserError: it is empty, or there is no chat template.
+        UserError: it is empty, not Unicode, or there is no chat template.
     """
     if not prompt.strip():
         raise UserError("A prompt is empty; give at least one word.")
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError as error:  # half a surrogate pair, or bytes of a command line that are no UTF-8
+        raise UserError(f"The prompt {ascii(prompt)} is not Unicode; write it in UTF-8.") from error
     if chat is None:
         chat = bool(run.record.get("scoring", {}).get("chat", False))
     if chat and not getattr(run.tokenizer, "chat_template", None):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from scalabl.generation.fan_out import Draws, averaged
 
@@ -12,9 +14,17 @@ from scalabl.generation.fan_out import Draws, averaged
 _OWN_CACHE = ("past_key_values", "use_cache", "cache_implementation", "generation_config")
 
 
-def can_share(inputs: dict[str, Tensor], texts: int, generation: dict[str, Any]) -> bool:
-    """Whether there are several texts a prompt, a token to share, and no wish for another cache."""
-    return texts > 1 and inputs["input_ids"].shape[1] > 1 and not any(name in generation for name in _OWN_CACHE)
+def can_share(model: Any, inputs: dict[str, Tensor], texts: int, generation: dict[str, Any]) -> bool:
+    """Whether there are several texts a prompt, a token to share, no wish for another cache, the model's own defaults
+    included, and a cache of keys and values alone: the states of convolutions and linear attention cannot be repeated.
+    """
+    if texts == 1 or inputs["input_ids"].shape[1] == 1 or any(name in generation for name in _OWN_CACHE):
+        return False
+    defaults = model.generation_config
+    if defaults.use_cache is False or defaults.cache_implementation not in (None, "dynamic", "hybrid"):
+        return False  # "hybrid" is an old name of the default
+    layers = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
+    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
 
 
 def shared_prompts(model: nn.Module, draws: Draws, inputs: dict[str, Tensor], texts: int) -> dict[str, Any]:

@@ -13,6 +13,8 @@ from scalabl.generation.answer import Answer
 # a light to a dark orange that black and white text can be read on; the first is no ground at all
 GROUNDS = (None, "#fff1dc", "#ffd9a8", "#fdb462", "#e6812f", "#b4480f")
 INKS = (None, "#000000", "#000000", "#000000", "#000000", "#ffffff")
+_SYMBOLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"}
+_SYMBOLS |= dict.fromkeys(range(127, 160), 0xFFFD)
 LIMITS = (0.02, 0.05, 0.1, 0.2, 0.4)  # nats of mutual information, the same in every text so that texts compare
 
 
@@ -26,8 +28,13 @@ def shaded(answer: Answer) -> Text:
     text = Text()
     for token in answer.tokens:
         ground, ink = GROUNDS[level(token.epistemic)], INKS[level(token.epistemic)]
-        text.append(token.text, style=f"{ink} on {ground}" if ground else "")
+        text.append(printable(token.text), style=f"{ink} on {ground}" if ground else "")
     return text
+
+
+def printable(text: str) -> str:
+    """A text that cannot steer the terminal: control characters but for tab and line's end as their symbols."""
+    return text.translate(_SYMBOLS)
 
 
 def legend() -> Text:
@@ -49,7 +56,7 @@ def in_terminal(answers: Sequence[Answer]) -> RenderableType:
         facts.add_row("nats a token", ", ".join(f"{name} {value:.3f}" for name, value in means.items()))
         if not answer.finished:
             facts.add_row("", "cut at the limit of tokens; raise --max-new-tokens")
-        parts += [Text(answer.prompt, style="dim"), shaded(answer), Text(""), facts, Text("")]
+        parts += [Text(printable(answer.prompt), style="dim"), shaded(answer), Text(""), facts, Text("")]
     return Group(*parts, legend())
 
 

@@ -1,0 +1,119 @@
+"""What a base model's own generation_config.json asks for, and architectures whose cache is of another kind."""
+
+import pytest
+import torch
+from peft import get_peft_model
+from tiny_base import adapted, perturb, tiny_tokenizer
+from transformers import AutoModelForCausalLM, FalconH1Config, GenerationConfig, Lfm2Config, MistralConfig
+
+import scalabl
+from scalabl.errors import UserError
+from scalabl.generation.decoding import decode
+from scalabl.generation.generate import Sampling, decoded_with_samples
+from scalabl.generation.loading import LanguageRun
+from scalabl.predictive.monte_carlo import MonteCarloPredictive
+
+PROMPTS = ["red blue green red blue green", "stone", "a long answer yes no"]
+GREEDY = {"max_new_tokens": 7, "do_sample": False}
+SAMPLED = {"max_new_tokens": 7, "do_sample": True, "eos_token_id": -1, "num_return_sequences": 3}
+SIZES = {
+    "vocab_size": 310, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+OTHER_CACHES = {
+    "window": (MistralConfig(**SIZES, sliding_window=4), "v_proj"),
+    "convolutions": (Lfm2Config(**SIZES, layer_types=["conv", "full_attention"]), "w1"),
+    "state and attention in a layer": (
+        FalconH1Config(**SIZES, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_n_groups=1, mamba_d_state=8),
+        "v_proj",
+    ),
+}
+
+
+@pytest.fixture
+def model():
+    return adapted()
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny_tokenizer()
+
+
+def answers(model, tokenizer, sampling=None, **generation):
+    run = LanguageRun({"scoring": {"chat": False}}, model, tokenizer)
+    rows = decoded_with_samples(
+        run, PROMPTS, MonteCarloPredictive(3), chat=None, stop=(), sampling=sampling or Sampling(), max_new_tokens=7,
+        **generation,
+    )  # fmt: skip
+    return [(answer.token_ids, [other.token_ids for other in others]) for _, answer, others in rows]
+
+
+def test_defaults_of_a_model_change_no_answer(model, tokenizer):
+    def both():
+        torch.manual_seed(0)
+        return answers(model, tokenizer, Sampling(2))
+
+    plain = both()
+    model.generation_config.update(
+        do_sample=True, temperature=0.2, top_k=2, repetition_penalty=1.7, no_repeat_ngram_size=1, min_p=0.4,
+        typical_p=0.3, num_beams=2,
+    )  # fmt: skip
+    assert both() == plain
+
+
+def test_a_configuration_of_the_callers_says_how_a_token_is_taken(model, tokenizer):
+    config = GenerationConfig(do_sample=True, temperature=3.0)
+    found = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        found.append(answers(model, tokenizer, generation_config=config))
+    assert found[0] == found[1] != found[2]
+    config = GenerationConfig(repetition_penalty=1.9)
+    penalised = answers(model, tokenizer, generation_config=config)
+    assert penalised == answers(model, tokenizer, repetition_penalty=1.9) != answers(model, tokenizer)
+
+
+@pytest.mark.parametrize("extra", [
+    {"generation_config": GenerationConfig(num_beams=2)}, {"guidance_scale": 1.5}, {"prefill_chunk_size": 2},
+])  # fmt: skip
+def test_what_moves_rows_or_passes_the_model_twice_is_refused(model, tokenizer, extra):
+    with pytest.raises(UserError, match=f"{next(iter(extra)).replace('generation_config', 'num_beams')} cannot"):
+        decode(model, tokenizer, PROMPTS[:1], MonteCarloPredictive(2), **GREEDY, **extra)
+
+
+def shared_and_separate(model, tokenizer):
+    found = []
+    for own in ({}, {"use_cache": True}):
+        torch.manual_seed(5)
+        found.append(decode(model, tokenizer, PROMPTS, MonteCarloPredictive(2), **SAMPLED, **own))
+    for one, other in zip(*(sum(texts, []) for texts in found), strict=True):
+        assert one.token_ids == other.token_ids
+        torch.testing.assert_close(one.log_probs, other.log_probs, rtol=1e-4, atol=1e-4)
+    return found[0]
+
+
+def test_a_cache_that_the_model_asks_for_is_not_shared(model, tokenizer):
+    plain = shared_and_separate(model, tokenizer)
+    for settings in ({"cache_implementation": "static"}, {"cache_implementation": None, "use_cache": False}):
+        model.generation_config.update(**settings)
+        torch.manual_seed(5)
+        found = decode(model, tokenizer, PROMPTS, MonteCarloPredictive(2), **SAMPLED)
+        assert [[text.token_ids for text in row] for row in found] == [[text.token_ids for text in r] for r in plain]
+
+
+@pytest.mark.parametrize("name", OTHER_CACHES)
+def test_several_texts_of_models_with_other_caches(name, tokenizer):
+    config, target = OTHER_CACHES[name]
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    adapter = scalabl.ScalaBLConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=[target])
+    model = get_peft_model(base, adapter)
+    perturb(model)
+    shared_and_separate(model.eval(), tokenizer)
+    draws = MonteCarloPredictive(2)
+    together = decode(model, tokenizer, PROMPTS, draws, **GREEDY)
+    for prompt, [found] in zip(PROMPTS, together, strict=True):
+        [[alone]] = decode(model, tokenizer, [prompt], draws, use_cache=False, **GREEDY)
+        assert alone.token_ids == found.token_ids
+        torch.testing.assert_close(alone.log_probs, found.log_probs, rtol=1e-4, atol=1e-4)
