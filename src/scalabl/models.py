@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -98,6 +99,8 @@ def _has_image_side(path: str | Path) -> bool:
 def _tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     try:
         AutoConfig.from_pretrained(path)
+    except StrictDataclassError as error:  # a value of another type
+        raise UserError(f"The model {path} cannot be loaded: {' '.join(str(error).split())}") from error
     except (OSError, ValueError) as error:
         raise UserError(f"The model {path} cannot be loaded: {_first_line(error)}") from error
     local = Path(path)
@@ -105,7 +108,7 @@ def _tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         raise UserError(f"The model directory {path} has no tokenizer; save it there with tokenizer.save_pretrained.")
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"The tokenizer of {path} cannot be loaded: {_first_line(error)}") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token

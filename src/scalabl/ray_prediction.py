@@ -32,7 +32,7 @@ from scalabl.ray_pool import Job, Pool
 from scalabl.ray_worker import Setup, Worker
 from scalabl.run_directory import classifier_record
 from scalabl.shard_answers import FORMATS, Receipt
-from scalabl.shard_manifest import WORK, Manifest, open_output, require_device
+from scalabl.shard_manifest import WORK, Manifest, decision_in, open_output, require_device
 from scalabl.shard_work import Work
 from scalabl.shards import Block, NamedRow, find_sources, first_rows
 
@@ -136,7 +136,7 @@ def _absolute(model: str | None) -> str | None:
 
 def _decision(manifest: Manifest) -> Decision:
     assert manifest.decision is not None
-    return Decision.from_dict({name: value for name, value in manifest.decision.items() if name != "weight_bytes"})
+    return decision_in(manifest.decision)
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,15 +42,24 @@ def write_text(path: Path, content: str) -> None:
         unfinished.unlink(missing_ok=True)
 
 
-def require_writable(*files: Path | None) -> None:
+def require_writable(*files: Path | None, unlike: Sequence[Path] = ()) -> None:
     """Refuse files that could not be written at the end of long work; None is left out.
 
+    Args:
+        files: what will be written.
+        unlike: what these files must not be, whether it is there or not: the rows that are read, the run's directory.
+
     Raises:
-        UserError: a file's directory does not exist or is not writable, or the file is a directory.
+        UserError: a file's directory does not exist or is not writable, the file is a directory, or it would overwrite
+            another one.
     """
+    taken = [path.resolve() for path in unlike]
     for file in files:
         if file is None:
             continue
+        if file.resolve() in taken:
+            raise UserError(f"{file} is given twice, and one would overwrite the other; choose another file.")
+        taken.append(file.resolve())
         parent = file.resolve().parent
         if file.is_dir() or not parent.is_dir():
             raise UserError(f"{file} cannot be written; give a file in a directory that exists.")
@@ -165,6 +174,35 @@ def claim(
     except OSError as error:
         raise UserError(f"{directory} cannot be written ({error.strerror}); choose another --output.") from error
     return False
+
+
+def hold(directory: Path) -> int | None:
+    """Keep a second call from training into a run's directory for as long as this process holds it.
+
+    The lock is on the directory itself, so that nothing is left of it when the process is killed.
+
+    Returns:
+        the open directory, closing which lets go of it; None where the system has no such locks.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return None
+    held = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(held)
+        raise UserError(
+            f"Another call trains into {directory}; wait for its end, or choose another --output."
+        ) from None
+    except OSError:  # a file system without locks
+        os.close(held)
+        return None
+    return held
 
 
 _CUT = ("batch_size", "gradient_accumulation")  # how the rows of a step are cut, beside the processes

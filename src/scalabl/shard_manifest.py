@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from scalabl import __version__
+from scalabl.answering import Decision
 from scalabl.errors import UserError
 from scalabl.mapping_file import read_json
 from scalabl.run_directory import write_json
@@ -63,6 +64,11 @@ class Manifest:
                 "receipts": {name: receipt.as_dict() for name, receipt in self.receipts.items()},
             },
         )
+
+
+def decision_in(noted: dict[str, Any]) -> Decision:
+    """The decision that a manifest keeps beside the size of the model's weights."""
+    return Decision.from_dict({name: value for name, value in noted.items() if name != "weight_bytes"})
 
 
 def answers_path(output: Path, name: str, format: str) -> Path:
@@ -129,8 +135,14 @@ def require_device(manifest: Manifest, output: Path, device: str) -> None:
 
 def _read(output: Path) -> Manifest:
     mend = _OTHER
-    made = read_json(output / MANIFEST, missing="", mend=mend, holds=f"a manifest of answers; {mend}", key="shards")
+    missing = f"{output / MANIFEST} is no file; {mend}."
+    made = read_json(
+        output / MANIFEST, missing=missing, mend=mend, holds=f"a manifest of answers; {mend}", key="shards"
+    )
     try:
+        if made["decision"] is not None:
+            decision_in(made["decision"])
+            int(made["decision"]["weight_bytes"])
         shards = [Shard.from_dict(shard) for shard in made["shards"]]
         return Manifest(
             adapter=made["adapter"],

@@ -11,6 +11,7 @@ import pytest
 from sharded_rows import SIZES, all_rows, read_answers, write_shards
 from tiny_base import as_json, questions, write_jsonl
 
+from scalabl.answering import Decision
 from scalabl.errors import UserError
 from scalabl.shard_answers import Receipt, join, receipt_of, write_answers
 from scalabl.shard_manifest import Manifest, open_output
@@ -229,7 +230,8 @@ def test_a_manifest_comes_back_as_it_was_written(tmp_path: Path) -> None:
     shards = write_shards(tmp_path / "rows", "jsonl")
     sources = find_sources(shards)
     work = Work.found(tmp_path, "jsonl", Manifest({"a": 1}, {"b": [2.5, None]}), sources, None, 3)
-    work.manifest.decision, work.manifest.device = {"predictive": "mc"}, "CPU"
+    work.manifest.decision = Decision("mc", None).as_dict() | {"weight_bytes": 4}
+    work.manifest.device = "CPU"
     work.manifest.receipts["a"] = Receipt(7, 3, None)
     (tmp_path / "out").mkdir()
     work.manifest.shards = work.shards

@@ -30,6 +30,7 @@ from scalabl.run_directory import ADAPTER, RECORD, sha256, write_json
 from scalabl.scoring import Encoded, Scorer, Scoring, make_scoring
 from scalabl.tasks import Example, Task
 from scalabl.training.choose_scoring import candidates, choose_scoring, describe
+from scalabl.training.log_values import finite
 from scalabl.training.recipe import Recipe
 from scalabl.training.run import LOG, count_parameters
 from scalabl.trunk import Trunk
@@ -202,7 +203,7 @@ def _variational(
     log = fit_variational(settings.recipe, directory, scorer, rows)
     shutil.rmtree(directory / "checkpoints", ignore_errors=True)
     scorer.model.save_pretrained(str(directory))
-    write_json(directory / LOG, log)
+    write_json(directory / LOG, finite(log))
     return {"bayesianized": _origin(source, settings), "warnings": unconverged(log)}
 
 

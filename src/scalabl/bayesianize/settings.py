@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
+from scalabl.adapter_file import CONFIG
 from scalabl.bayesianize.source import Source
 from scalabl.errors import UserError
-from scalabl.training.recipe import Recipe
+from scalabl.training.recipe import LARGEST, Recipe, typed_setting
 
 METHODS = ("laplace", "vi")
 STRUCTURES = ("joint", "layer", "diagonal")
@@ -46,8 +46,8 @@ class Settings:
             if value not in choices:
                 raise UserError(f"{name} is {value!r}; it must be one of {', '.join(choices)}.")
         precision = self.prior_precision
-        if precision is not None and not (math.isfinite(precision) and precision > 0):
-            raise UserError(f"prior_precision is {precision}; it must be a positive number.")
+        if precision is not None and not 0 < precision <= LARGEST:
+            raise UserError(f"prior_precision is {precision}; it must be a positive number, at most {LARGEST:g}.")
         if self.method == "vi" and (precision is not None or self.structure != "joint"):
             raise UserError("prior_precision and structure belong to laplace; leave them out for vi.")
 
@@ -80,12 +80,20 @@ def settings_for(
     else:
         targets = source.config.get("target_modules") or "all-linear"
         settings = {
-            "r": source.config["r"],
-            "lora_alpha": source.config["lora_alpha"],
+            **{name: _number(source, name) for name in ("r", "lora_alpha")},
             "target_modules": targets if isinstance(targets, str) else ",".join(sorted(targets)),
         }
+    if source.record and "scoring" not in named and (unread := sorted(named.keys() & {"chat", "max_length"})):
+        raise UserError(f"{unread[0]} belongs to a scoring, and a run keeps its own; name one with --scoring too.")
     if method == "laplace" and (unread := sorted(named.keys() & _VARIATIONAL)):
         raise UserError(f"{unread[0]} belongs to vi; leave it out for laplace, which takes one pass over the rows.")
     covariance = "full" if method == "laplace" else "diagonal"
     settings |= {"method": "scalabl", "model": source.model, "data": data, "covariance": covariance}
     return Settings(method, Recipe(**settings | named), structure, prior_precision, "scoring" in named)
+
+
+def _number(source: Source, name: str) -> Any:
+    try:
+        return typed_setting(name, source.config.get(name))
+    except UserError as error:
+        raise UserError(f"{source.directory / CONFIG}: {str(error).rstrip('.')}; restore the file.") from error

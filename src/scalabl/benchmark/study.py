@@ -176,7 +176,7 @@ def make_study(content: Mapping[str, Any], name: str) -> Study:
             raise UserError(f"shift names {task}, which is not trained on; add it to tasks.")
     limits = {name: content.get(name) for name in ("test_rows", "shift_rows")}
     name = str(content.get("name", name))
-    if Path(name).name != name or name == "..":
+    if Path(name).name != name or name in ("", "..") or not name.isprintable():
         raise UserError(f"The study is called {name!r}, but its directory is named after it; choose a plain name.")
     study = Study(
         name=name,

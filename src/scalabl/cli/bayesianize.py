@@ -48,7 +48,7 @@ def bayesianize(
         quantization=quantization,
     )  # fmt: skip
     require_free(output)
-    require_writable(json)
+    require_writable(json, unlike=(output,))
     task, rows, held_out = rows_for(source, data, train_rows)
 
     from scalabl.bayesianize.run import bayesianize as make

@@ -51,16 +51,23 @@ def benchmark(
     if dry_run:
         _list(plan, output)
         return
-    for option, directory in (("results" if chosen else "output", results), ("output", output / "cells")):
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"{directory} cannot be written ({error.strerror}); choose another --{option}.") from error
     command = shlex.join(["scalabl", "benchmark", str(recipe)])
     if tables_only:
         _tables(study, plan, output, results, command)
-    else:
-        _run(study, plan, output, results, workers, ray, command)
+        return
+    for option, directory in (("results" if chosen else "output", results), ("output", output / "cells")):
+        _make(directory, option)
+    _run(study, plan, output, results, workers, ray, command)
+
+
+def _make(directory: Path, option: str) -> None:
+    from scalabl.run_directory import require_writable
+
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{directory} cannot be written ({error.strerror}); choose another --{option}.") from error
+    require_writable(directory / "results.csv")
 
 
 def _run(study: Study, plan: Plan, output: Path, results: Path, workers: int, ray: str | None, command: str) -> None:
@@ -97,6 +104,7 @@ def _tables(study: Study, plan: Plan, output: Path, results: Path, command: str)
     rows = tidy(study, plan, output)
     if not rows:
         raise UserError(f"No prediction of this study is finished in {output}; run it without --tables-only first.")
+    _make(results, "results")
     write_results(study, plan, output, results, rows, command)
     typer.echo(f"{len(rows):,} rows in {results}/results.csv; tables and pictures in README.md and results.html")
 

@@ -54,8 +54,12 @@ def evaluate(
     from scalabl.tasks.open_tasks import is_open
 
     if is_open(data):
-        from scalabl.cli.open_questions import evaluate_open
+        from scalabl.cli.open_questions import evaluate_open, refuse_options
 
+        refuse_options(
+            predictive=predictive, draws=draws, adaptive=adaptive, bound=bound, confidence=confidence,
+            stochastic_layers=stochastic_layers, ood=ood, calibrate=calibrate, max_error=max_error, report=report,
+        )  # fmt: skip
         return evaluate_open(
             run, data, samples=samples, seed=seed, split=split, limit=limit, batch_size=batch_size, measure=measure,
             max_new_tokens=max_new_tokens, answers=answers, equivalence=equivalence, json=json, model=model,

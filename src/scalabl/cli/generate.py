@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -11,13 +12,15 @@ from scalabl.cli import options
 from scalabl.cli.main import app
 from scalabl.errors import UserError
 
+_COLDEST = 1e-3  # of --temperature
+
 
 @app.command()
 def generate(
     run: Annotated[Path, typer.Argument(metavar="DIR", help="A run directory.")],
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt; may be given again.")] = None,
     input: Annotated[Path | None, typer.Option("--input", help="JSONL prompts: {prompt} or {question}.")] = None,
-    samples: Annotated[int, typer.Option(help="Particles; 0 is the posterior mean.")] = 10,
+    samples: Annotated[int, typer.Option(max=10**6, help="Particles; 0 is the posterior mean.")] = 10,
     seed: options.Seed = 0,
     max_new_tokens: Annotated[int, typer.Option(help="The limit of an answer's tokens.")] = 64,
     temperature: Annotated[float | None, typer.Option(help="Sample at it; greedy if left out.")] = None,
@@ -101,8 +104,12 @@ def _sampled(temperature: float | None, top_p: float | None) -> dict[str, object
     if temperature is None and top_p is None:
         return {}
     temperature, top_p = 1.0 if temperature is None else temperature, 1.0 if top_p is None else top_p
-    if temperature <= 0:
-        raise UserError(f"--temperature is {temperature}; it must be above 0, leave it out for greedy decoding.")
+    # logits divided by less overflow float32
+    if not _COLDEST <= temperature < math.inf:
+        raise UserError(
+            f"--temperature is {temperature}; it must be above 0 ({_COLDEST} or more); leave it out for greedy "
+            "decoding."
+        )
     if not 0 < top_p <= 1:
         raise UserError(f"--top-p is {top_p}; it must be above 0 and at most 1.")
     return {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}

@@ -31,6 +31,9 @@ _DISK = {
     errno.EFBIG: "a file became larger than this disk or its limits (ulimit -f) allow; choose another directory",
     errno.EDQUOT: "the disk quota is used up; free some space and run the same command again",
     errno.EROFS: "the file system is read-only; choose another directory",
+    errno.EISDIR: "a directory stands where a file is to be written; choose another name, or move it away",
+    errno.ENOTEMPTY: "another call has written there meanwhile; choose another directory",
+    errno.ENAMETOOLONG: "the name is too long; choose a shorter one",
     errno.EACCES: "permission was denied; choose a directory that you may write",
     errno.EPERM: "permission was denied; choose a directory that you may write",
 }
@@ -86,7 +89,8 @@ def explain(error: Exception) -> str | None:
         sentence = str(error.format_message()).rstrip(".")
         return f"{sentence}; see scalabl --help." if sentence else ""
     if isinstance(error, OSError) and error.errno in _DISK:
-        return f"{f'{error.filename}: ' if error.filename else ''}{_DISK[error.errno]}."
+        file = error.filename2 or error.filename  # of a file that was to be put in place, its place
+        return f"{f'{file}: ' if file else ''}{_DISK[error.errno]}."
     text = str(error)
     # safetensors and torch.save report a failed write in words of their own
     for number, sentence in _DISK.items():

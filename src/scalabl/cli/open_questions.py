@@ -12,6 +12,22 @@ _SHOWN = ("log_probability", "mean_log_probability", "mean_entropy", "semantic_e
 _MOST = 8
 
 
+_OF_CHOICES = {"draws": "independent", "confidence": 0.95, "bound": "t"}  # defaults that are not empty
+
+
+def refuse_options(**given: Any) -> None:
+    """Refuse options that only questions with choices have, rather than leave them unread.
+
+    Raises:
+        UserError: one of them is not at its default.
+    """
+    for name, value in given.items():
+        if value is not None and value is not False and value != _OF_CHOICES.get(name, []):
+            raise UserError(
+                f"--{name.replace('_', '-')} is for questions with choices; leave it out for open questions."
+            )
+
+
 def evaluate_open(
     run: Path,
     data: str,
@@ -40,6 +56,8 @@ def evaluate_open(
 
     finished_record(run)
     require_writable(json)
+    if limit is not None and limit < 1:
+        raise UserError(f"--limit is {limit}; it must be at least 1.")
     task = load_open_task(data)
     name = split or ("test" if "test" in task.splits else next(iter(task.splits)))
     questions = task.split(name)[:limit]

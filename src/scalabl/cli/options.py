@@ -10,8 +10,9 @@ from scalabl.sampling import Sampling
 from scalabl.top_layers import check_spec
 
 Predictive = Annotated[str | None, typer.Option(help="mean, mc, linearized or auto, the default.")]
-Samples = Annotated[int, typer.Option(help="Particles of mc.")]
-Seed = Annotated[int, typer.Option(help="Of the particles.")]
+Samples = Annotated[int, typer.Option(max=10**6, help="Particles of mc.")]
+# the range that torch, numpy and a training take
+Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the particles.")]
 Draws = Annotated[str, typer.Option(help="independent, antithetic, sobol or moments: how they are drawn.")]
 Adaptive = Annotated[bool, typer.Option("--adaptive", help="Stop a row early when its decision is settled.")]
 Confidence = Annotated[

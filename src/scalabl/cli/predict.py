@@ -89,7 +89,7 @@ def predict(
         return
     if format is not None:
         raise UserError("--format is for --ray; without it the answers are JSONL.")
-    require_writable(output)
+    require_writable(output, unlike=(input,))
     labels = record["task"]["labels"]
     rows = with_labels(load_rows(input, labels=labels, require_answer=False), labels, input)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -61,14 +62,22 @@ def train(
 ) -> None:
     """Train a LoRA adapter with a posterior (or without, --method mle)."""
     settings = {k: v for k, v in locals().items() if k not in ("output", "config", "ignore_memory", "json")}
-    from scalabl.run_directory import claim, finished_record, require_writable, write_json
+    from scalabl.run_directory import claim, finished_record, hold, require_writable, write_json
     from scalabl.tasks import load_training_task
 
     recipe = make_recipe(settings, config)
-    require_writable(json)
+    require_writable(json, unlike=(output,))
     load_training_task(recipe.data)
     finished = ranks.on_main(lambda: claim(output, recipe.as_dict(), Recipe.defaults(), ranks.count()))
-    record = ranks.on_main(lambda: finished_record(output)) if finished else _train(recipe, output, ignore_memory)
+    if finished:
+        record = ranks.on_main(lambda: finished_record(output))
+    else:
+        held = ranks.on_main(lambda: hold(output))
+        try:
+            record = _train(recipe, output, ignore_memory)
+        finally:
+            if held is not None and ranks.is_main():
+                os.close(held)
     if not ranks.is_main():
         return
     if json is not None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from peft import PeftModel, get_peft_model
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
@@ -55,6 +56,8 @@ def read_config(name: str) -> PretrainedConfig:
         raise UserError(f"There is no model directory {path}; give a directory with a config.json, or a Hub id.")
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(path)
+    except StrictDataclassError as error:  # a value of another type
+        raise UserError(f"The configuration of {name} cannot be read: {' '.join(str(error).split())}") from error
     except (OSError, ValueError) as error:
         why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"The configuration of {name} cannot be read: {why}") from error
@@ -90,6 +93,9 @@ def build(recipe: Recipe, config: PretrainedConfig, device: str) -> tuple[PeftMo
         except ValueError as error:
             why = f"{getattr(config, 'model_type', type(config).__name__)} is no causal language model"
             raise UserError(f"The model {recipe.model} cannot be loaded: {why}.") from error
+        except (RuntimeError, ArithmeticError) as error:  # sizes that no layer can have
+            why = " ".join(str(error).split())
+            raise UserError(f"The configuration of {recipe.model} makes no model: {why}") from error
         number = sum(parameter.numel() for parameter in base.parameters())
         if recipe.bits is not None:
             quantize(base, recipe.bits, recipe.quantization, device)

@@ -12,8 +12,9 @@ from scalabl.errors import UserError
 from scalabl.planning.depth import layer_kinds, over_depth
 from scalabl.planning.meta_model import Counts, build, compute_dtype, hidden_size, model_dtype, read_config
 from scalabl.planning.optimizer import optimizer_bytes
-from scalabl.planning.rows import Rows
+from scalabl.planning.rows import MOST, Rows
 from scalabl.planning.step import MetaRun, particles_of
+from scalabl.training.optimizers import require_known
 from scalabl.training.recipe import Recipe
 from scalabl.tuner.depth import decoder_layers
 
@@ -137,14 +138,15 @@ class Planner:
             raise CannotPlanError(f"The memory of {self.recipe.model} cannot be planned: {why}") from error
 
 
-def largest_batch(card: int, peak: Callable[[int], int]) -> int:
-    """The most rows whose peak is no more than a card has; 0 where not even one fits, at most `LARGEST`.
+def largest_batch(card: int, peak: Callable[[int], int], most: int = LARGEST) -> int:
+    """The most rows whose peak is no more than a card has; 0 where not even one fits, at most `most`.
 
     Args:
         card: bytes.
         peak: bytes of a batch, which grow with it, nearly linearly.
+        most: rows, above which none is tried.
     """
-    fits, over = 0, LARGEST + 1
+    fits, over = 0, most + 1
     tried = 1
     known: dict[int, int] = {}
     while over - fits > 1:
@@ -264,9 +266,12 @@ def make_plan(recipe: Recipe, rows: Rows, *, device: str, card: int, samples: in
     """
     if samples < 1:
         raise UserError(f"samples is {samples}; it must be at least 1.")
+    require_known(recipe.optimizer)
     config = read_config(recipe.model)
     planners = {on: Planner(replace(recipe, gradient_checkpointing=on), device, config) for on in (False, True)}
     plain = planners[False]
+    most = max(1, min(LARGEST, MOST // rows.length))
+    drawn = max(1, min(LARGEST, MOST // (rows.length * particles_of(recipe.method, samples))))
     return Plan(
         recipe=recipe,
         rows=rows,
@@ -280,8 +285,8 @@ def make_plan(recipe: Recipe, rows: Rows, *, device: str, card: int, samples: in
         prediction={number: plain.prediction(rows, number) for number in (samples, 0)},
         cache=rows.batch * particles_of(recipe.method, samples) * plain.key_value_cache(rows.length),
         largest={
-            "training": largest_batch(card, lambda batch: plain.training(rows, batch).peak),
-            "training_checkpointed": largest_batch(card, lambda batch: planners[True].training(rows, batch).peak),
-            "prediction": largest_batch(card, lambda batch: plain.prediction(rows, samples, batch).peak),
+            "training": largest_batch(card, lambda batch: plain.training(rows, batch).peak, most),
+            "training_checkpointed": largest_batch(card, lambda batch: planners[True].training(rows, batch).peak, most),
+            "prediction": largest_batch(card, lambda batch: plain.prediction(rows, samples, batch).peak, drawn),
         },
     )

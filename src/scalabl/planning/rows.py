@@ -12,6 +12,7 @@ from scalabl.scoring import Batch
 from scalabl.scoring.base import Encoded
 from scalabl.scoring.text import EncodedText
 
+MOST = 2**26  # tokens at a time, which are held as numbers: no device takes so many
 LOSSES = ("letters", "continuation", "tokens")
 
 
@@ -53,8 +54,25 @@ class Rows:
             return 0
         return max(1, min(self.scored, self.length - 1))
 
+    def require_few(self, batch: int) -> None:
+        """Refuse so many of these rows that their numbers would not fit into memory.
+
+        Raises:
+            UserError: they are too many.
+        """
+        if batch * self.length > MOST:
+            raise UserError(
+                f"{batch:,} rows of {self.length:,} tokens are more than a plan is made for ({MOST:,} tokens at a "
+                "time); lower --batch, --seq or --samples."
+            )
+
     def of(self, batch: int) -> Batch:
-        """So many of these rows, on the CPU; the numbers in them mean nothing."""
+        """So many of these rows, on the CPU; the numbers in them mean nothing.
+
+        Raises:
+            UserError: they are too many.
+        """
+        self.require_few(batch)
         prompt = max(1, self.length - self.in_a_row)
         choices = max(1, min(self.choices, self.in_a_row))
         sizes = [self.in_a_row // choices + (i < self.in_a_row % choices) for i in range(choices)]

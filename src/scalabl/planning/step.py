@@ -75,7 +75,8 @@ class MetaRun:
     def prediction(self, rows: Rows, batch: int, samples: int) -> Use:
         """The average over N particles, all at once: N B rows; B rows where a method draws none, or N is 0."""
         self.model.eval()
-        inputs = rows.of(batch)
+        inputs, particles = rows.of(batch), particles_of(self.recipe.method, samples)
+        rows.require_few(particles * batch)
         if rows.loss == "tokens":
             inputs = replace(inputs, keep=rows.length)
         with self._live() as live, DeviceKernels(self.device):

@@ -92,8 +92,8 @@ class Scorer:
             tolerance: relative, for rounding between a row of its own and a packed one.
 
         Raises:
-            UserError: the choices scored in one row and one by one differ, or one choice changes another's score; the
-                logits behind images are not the model's own.
+            UserError: scores are no numbers; the choices scored in one row and one by one differ, or one choice changes
+                another's score; the logits behind images are not the model's own.
         """
         self._check_images(encoded, tolerance)
         if not isinstance(self.scoring, Continuation):
@@ -119,6 +119,8 @@ class Scorer:
             together, _ = choice_log_likelihoods(*self._scored([encoded]))
             apart, _ = choice_log_likelihoods(*self._scored(alone))
             changed, _ = choice_log_likelihoods(*self._scored([replace(encoded, input_ids=other_first)]))
+        if not apart.isfinite().all():
+            raise UserError("The model's scores are NaN or infinite; check its weights, its --dtype and --lora-alpha.")
         size = max(1.0, apart.abs().max().item())
         gap = (together[0] - apart[:, 0]).abs().max().item() / size
         leak = (together[0, 1:] - changed[0, 1:]).abs().max().item() / size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
@@ -63,6 +64,9 @@ def choose_scoring(
         model: with a fresh adapter, whose output is the base model's (B = 0).
         trunk: its frozen layers, or None.
         validation: held-out rows.
+
+    Raises:
+        UserError: the model gives no numbers.
     """
     if len(options) == 1 or not validation:
         return options[-1], {}
@@ -75,6 +79,10 @@ def choose_scoring(
         log_probs = predict(scorer, rows, _EveryScoring(alike))
         for option, of_option in zip(alike, log_probs, strict=True):
             nll[describe(option)] = float(negative_log_likelihood(of_option[None], labels))
+    if not all(map(math.isfinite, nll.values())):
+        raise UserError(
+            "The base model's log-probabilities are NaN or infinite; check its weights, its dtype and --lora-alpha."
+        )
     best = min(options, key=lambda option: nll[describe(option)])
     return best, nll
 

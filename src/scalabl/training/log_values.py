@@ -9,7 +9,9 @@ once in a process; a handler without a `LogContributor` among its callbacks beha
 from __future__ import annotations
 
 import functools
+import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -57,3 +59,14 @@ def _let_contributors_go_first() -> None:
 
     on_log.contributors_go_first = True  # type: ignore[attr-defined]
     CallbackHandler.on_log = on_log  # type: ignore[method-assign]
+
+
+def finite(log: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A log that JSON can hold: None for a number that is NaN or infinite.
+
+    The norm of the gradients is one where a loss scaler searches its scale, or where a norm alone overflows.
+    """
+    return [
+        {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in logs.items()}
+        for logs in log
+    ]

@@ -21,6 +21,16 @@ _UNFIT = ("galore", "apollo", "lomo", "adalomo")
 _SIDE = 64  # 64 x 64 numbers: the fewest of which a state is 8 bit
 
 
+def require_known(name: str) -> None:
+    """Refuse an optimiser that the Trainer does not have.
+
+    Raises:
+        UserError: there is none of this name.
+    """
+    if name not in list(OptimizerNames):
+        raise UserError(f"optimizer is {name!r}; it must be one of {', '.join(OptimizerNames)}.")
+
+
 def require_optimizer(name: str, device: str) -> None:
     """Refuse an optimiser that cannot take a step on this device.
 
@@ -32,8 +42,7 @@ def require_optimizer(name: str, device: str) -> None:
         UserError: there is no such optimiser, its package is not installed, it cannot run here, or the KL's gradient
             cannot be added to its updates.
     """
-    if name not in list(OptimizerNames):
-        raise UserError(f"optimizer is {name!r}; it must be one of {', '.join(OptimizerNames)}.")
+    require_known(name)
     if name.split("_")[0] in _UNFIT:
         raise UserError(
             f"The optimiser {name} projects or applies gradients in the backward pass, before the KL's is added to "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ DRAWS = ("sequence", "batch")
 KLS = ("reverse", "forward")
 NORMALIZATIONS = ("auto", "sum", "token")
 KL_NORMALIZATIONS = ("token", "sequence")
+LARGEST = 1e30  # of a setting: float32, in which all is trained, ends at 3e38
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -103,11 +103,13 @@ class Recipe:
             _require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
         for name in ("learning_rate", "variational_learning_rate", "prior_std", "init_sigma", "lora_alpha"):
             value = getattr(self, name)
-            _require(name, value, math.isfinite(value) and value > 0, "a positive number")
+            _require(name, value, 0 < value <= LARGEST, f"a positive number, at most {LARGEST:g}")
         for name in ("beta", "weight_decay", "max_grad_norm"):
             value = getattr(self, name)
-            _require(name, value, math.isfinite(value) and value >= 0, "zero or more")
-        _require("prior_mean", self.prior_mean, math.isfinite(self.prior_mean), "a number")
+            _require(name, value, 0 <= value <= LARGEST, f"zero or more, at most {LARGEST:g}")
+        _require(
+            "prior_mean", self.prior_mean, abs(self.prior_mean) <= LARGEST, f"a number, at most {LARGEST:g} in size"
+        )
         _require("kl_warmup", self.kl_warmup, 0 <= self.kl_warmup <= 1, "between 0 and 1")
         _require("warmup", self.warmup, 0 <= self.warmup < 1, "between 0 and 1")
         _require("lora_dropout", self.lora_dropout, 0 <= self.lora_dropout < 1, "between 0 and 1")
@@ -187,7 +189,7 @@ def make_recipe(values: dict[str, Any], config: Path | None = None) -> Recipe:
     merged = SETTINGS.get(str(merged.get("method")), {}) | merged
     for name, value in merged.items():
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
+            close = difflib.get_close_matches(str(name), known, n=1)
             hint = f"; did you mean {close[0]}?" if close else "."
             raise UserError(f"{config or 'The recipe'} names {name!r}, which is no setting{hint}")
         merged[name] = typed_setting(name, value)

@@ -37,6 +37,7 @@ from scalabl.training.choose_scoring import candidates, choose_scoring, describe
 from scalabl.training.guard import NonFiniteError, NonFiniteGuard
 from scalabl.training.language import check_rows, token_counts, trainer_of, weighing_the_kl
 from scalabl.training.launched import check_launch, fit_checkpoint, require_rows
+from scalabl.training.log_values import finite
 from scalabl.training.optimizers import require_optimizer
 from scalabl.training.progress import ProgressBar, StopOnInterrupt
 from scalabl.training.rank_noise import SeparateNoise, has_dropout
@@ -159,7 +160,7 @@ def _train(recipe: Recipe, output: Path, task: Task | TextTask, rows: Rows[Any])
 
     def finish() -> dict[str, Any]:
         _publish(adapted, output, tensors)
-        write_json(output / LOG, log)
+        write_json(output / LOG, finite(log))
         finished = record | {
             "status": "finished",
             "adapter_sha256": sha256(output / ADAPTER),
