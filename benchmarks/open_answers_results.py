@@ -135,37 +135,41 @@ def as_csv(table: list[dict[str, Any]]) -> str:
 
 
 def picture(table: list[dict[str, Any]], path: Path) -> None:
-    """AUROC against cost, a panel a task; the scores of sampled answers as squares."""
+    """AUROC of each score, a panel a task and a colour a method; bars: standard deviations over seeds."""
     import matplotlib
 
     matplotlib.use("svg")
     import matplotlib.pyplot as plt
 
-    tasks = list(dict.fromkeys(row["task"] for row in table))
+    shown = [row for row in table if _is_shown(row) and row["auroc"]["mean"] is not None]
+    tasks = list(dict.fromkeys(row["task"] for row in shown))
+    methods = list(dict.fromkeys(row["method"] for row in shown))
+    # one decode's scores first, then those of sampled answers
+    scores = sorted(dict.fromkeys(row["score"] for row in shown), key=_took_samples)
     tab10: Any = matplotlib.colormaps["tab10"]
-    colours = dict(zip(dict.fromkeys(row["method"] for row in table), tab10.colors, strict=False))
-    figure, axes = plt.subplots(1, len(tasks), figsize=(4.2 * len(tasks), 3.6), sharey=True, squeeze=False)
+    size = (3.6 * len(tasks) + 2.4, 0.42 * len(scores) + 1.3)
+    figure, axes = plt.subplots(1, len(tasks), figsize=size, sharex=True, sharey=True, squeeze=False)
     for axis, task in zip(axes[0], tasks, strict=True):
-        for method, colour in colours.items():
-            for sampled, marker in ((False, "o"), (True, "s")):
-                rows = [
-                    row
-                    for row in table
-                    if (row["task"], row["method"]) == (task, method)
-                    and _took_samples(row["score"]) == sampled
-                    and _is_shown(row)
-                    and row["auroc"]["mean"] is not None
-                ]
-                if rows:
-                    label = method + (", 10 samples" if sampled else "")
-                    x, y = [row["cost"] for row in rows], [row["auroc"]["mean"] for row in rows]
-                    axis.scatter(x, y, color=colour, marker=marker, s=28, alpha=0.8, label=label)
-        axis.axhline(0.5, color="0.7", linewidth=0.8)
+        for i, method in enumerate(methods):
+            rows = [row for row in shown if (row["task"], row["method"]) == (task, method)]
+            # a method's points lie a little below the method's before it
+            y = [scores.index(row["score"]) + 0.11 * (i - (len(methods) - 1) / 2) for row in rows]
+            x = [row["auroc"]["mean"] for row in rows]
+            bars = [row["auroc"]["sd"] or 0.0 for row in rows]
+            costs = sorted({row["cost"] for row in rows})
+            label = f"{method} ({', with samples '.join(f'{cost:.1f}' for cost in costs)} ×)" if costs else method
+            shape: dict[str, Any] = {"fmt": "o", "color": tab10.colors[i], "markersize": 4, "elinewidth": 0.8}
+            axis.errorbar(x, y, xerr=bars, label=label, **shape)
+        for line in range(1, len(scores)):
+            axis.axhline(line - 0.5, color="0.92", linewidth=0.8, zorder=0)
+        axis.axvline(0.5, color="0.7", linewidth=0.8, zorder=0)
         axis.set_title(task)
-        axis.set_xlabel("cost, greedy decodes of plain LoRA")
-        axis.set_xscale("log")
-    axes[0][0].set_ylabel("AUROC of wrong answers")
-    axes[0][-1].legend(fontsize=7, frameon=False)
-    figure.tight_layout()
+        axis.set_xlabel("AUROC of wrong answers")
+    axes[0][0].set_yticks(range(len(scores)), [name.replace("_", " ") for name in scores], fontsize=8)
+    axes[0][0].set_ylim(len(scores) - 0.5, -0.5)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    legend: dict[str, Any] = {"ncols": min(3, len(labels)), "fontsize": 8, "frameon": False, "loc": "lower center"}
+    figure.legend(handles, labels, title="method (cost in greedy decodes of plain LoRA)", title_fontsize=8, **legend)
+    figure.tight_layout(rect=(0, 0.85 / size[1], 1, 1))
     figure.savefig(path)
     plt.close(figure)
