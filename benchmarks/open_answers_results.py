@@ -142,7 +142,7 @@ def picture(table: list[dict[str, Any]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     shown = [row for row in table if _is_shown(row) and row["auroc"]["mean"] is not None]
-    tasks = list(dict.fromkeys(row["task"] for row in shown))
+    tasks = list(dict.fromkeys(row["task"] for row in table))
     methods = list(dict.fromkeys(row["method"] for row in shown))
     # one decode's scores first, then those of sampled answers
     scores = sorted(dict.fromkeys(row["score"] for row in shown), key=_took_samples)
@@ -166,9 +166,9 @@ def picture(table: list[dict[str, Any]], path: Path) -> None:
         axis.set_title(task)
         axis.set_xlabel("AUROC of wrong answers")
     axes[0][0].set_yticks(range(len(scores)), [name.replace("_", " ") for name in scores], fontsize=8)
-    axes[0][0].set_ylim(len(scores) - 0.5, -0.5)
+    axes[0][0].set_ylim(max(len(scores), 1) - 0.5, -0.5)  # the first score on top
     handles, labels = axes[0][0].get_legend_handles_labels()
-    legend: dict[str, Any] = {"ncols": min(3, len(labels)), "fontsize": 8, "frameon": False, "loc": "lower center"}
+    legend: dict[str, Any] = {"ncols": 3, "fontsize": 8, "frameon": False, "loc": "lower center"}
     figure.legend(handles, labels, title="method (cost in greedy decodes of plain LoRA)", title_fontsize=8, **legend)
     figure.tight_layout(rect=(0, 0.85 / size[1], 1, 1))
     figure.savefig(path)

@@ -19,7 +19,8 @@ RECIPES = sorted(
     path for path in (ROOT / "recipes").rglob("*.yaml") if path.stem != TRAINING and path.parent.name != "accelerate"
 )
 ABLATIONS = sorted((ROOT / "recipes" / "ablations").glob("*.yaml"))
-ON_ONE_TASK = [path for path in ABLATIONS if path.stem not in ("beta", "prior_mean")]
+ON_TWO_TASKS = ("beta", "prior_mean", "schedule")
+ON_ONE_TASK = [path for path in ABLATIONS if path.stem not in ON_TWO_TASKS]
 BASE, TASK = Path("/base"), Path("/task")
 
 
@@ -29,7 +30,7 @@ def study(**changes: Any) -> Study:
 
 def test_there_are_recipes() -> None:
     names = {"rank", "covariance", "sensitivity", "prior_std", "kl", "draws", "unit_rows", "modules", "learning_rate"}
-    names |= {"beta", "prior_mean"}
+    names |= set(ON_TWO_TASKS)
     assert {path.stem for path in ABLATIONS} == names and {path.stem for path in RECIPES} == names | {"cpu", "paper"}
 
 
@@ -44,7 +45,7 @@ def test_the_recipes_of_the_repository_hold_up(path: Path) -> None:
             read.recipe(variant, task, read.seeds[-1])
 
 
-@pytest.mark.parametrize("name", ["beta", "prior_mean"])
+@pytest.mark.parametrize("name", ON_TWO_TASKS)
 def test_ablations_on_two_tasks_take_the_budget_of_the_profile(name: str) -> None:
     profile, read = (
         read_study(ROOT / "recipes" / "cpu.yaml"),
