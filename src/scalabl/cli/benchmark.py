@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from scalabl.cli import options
 from scalabl.cli.main import app, fail
 from scalabl.errors import UserError
 
@@ -40,8 +41,7 @@ def benchmark(
     from scalabl.benchmark.study import read_study
     from scalabl.ray_address import require_ray
 
-    if workers < 1:
-        raise UserError(f"--workers is {workers}; it must be at least 1.")
+    options.require_counts(workers=workers)
     if ray is not None:
         require_ray()
     study = read_study(recipe)

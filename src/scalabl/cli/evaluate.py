@@ -57,7 +57,7 @@ def evaluate(
         from scalabl.cli.open_questions import evaluate_open, refuse_options
 
         refuse_options(
-            predictive=predictive, draws=draws, adaptive=adaptive, bound=bound, confidence=confidence,
+            evaluate, predictive=predictive, draws=draws, adaptive=adaptive, bound=bound, confidence=confidence,
             stochastic_layers=stochastic_layers, ood=ood, calibrate=calibrate, max_error=max_error, report=report,
         )  # fmt: skip
         return evaluate_open(

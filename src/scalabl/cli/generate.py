@@ -20,7 +20,7 @@ def generate(
     run: Annotated[Path, typer.Argument(metavar="DIR", help="A run directory.")],
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt; may be given again.")] = None,
     input: Annotated[Path | None, typer.Option("--input", help="JSONL prompts: {prompt} or {question}.")] = None,
-    samples: Annotated[int, typer.Option(max=10**6, help="Particles; 0 is the posterior mean.")] = 10,
+    samples: Annotated[int, options.samples_option("Particles; 0 is the posterior mean.")] = 10,
     seed: options.Seed = 0,
     max_new_tokens: Annotated[int, typer.Option(help="The limit of an answer's tokens.")] = 64,
     temperature: Annotated[float | None, typer.Option(help="Sample at it; greedy if left out.")] = None,

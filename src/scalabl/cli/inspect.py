@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from scalabl.cli import options
 from scalabl.cli.main import app
 from scalabl.errors import UserError
 
@@ -74,8 +75,7 @@ def inspect(
 def _check_variance(record: dict[str, Any], rows: int) -> None:
     if record["recipe"]["method"] != "scalabl":
         raise UserError("--variance is of a posterior over s, which this run does not have; leave it out.")
-    if rows < 1:
-        raise UserError(f"--rows is {rows}; it must be at least 1.")
+    options.require_counts(rows=rows)
 
 
 def _variance(run: Path, rows: int, model: str | None, console: Console) -> dict[str, Any]:

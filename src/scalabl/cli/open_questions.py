@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
+from scalabl.cli import options
 from scalabl.errors import UserError
 
 # beside the best of one decode, these are always shown
@@ -12,17 +15,15 @@ _SHOWN = ("log_probability", "mean_log_probability", "mean_entropy", "semantic_e
 _MOST = 8
 
 
-_OF_CHOICES = {"draws": "independent", "confidence": 0.95, "bound": "t"}  # defaults that are not empty
-
-
-def refuse_options(**given: Any) -> None:
-    """Refuse options that only questions with choices have, rather than leave them unread.
+def refuse_options(command: Callable[..., None], **given: Any) -> None:
+    """Refuse options of a command that only questions with choices have, rather than leave them unread.
 
     Raises:
         UserError: one of them is not at its default.
     """
+    parameters = signature(command).parameters
     for name, value in given.items():
-        if value is not None and value is not False and value != _OF_CHOICES.get(name, []):
+        if value not in (parameters[name].default, []):
             raise UserError(
                 f"--{name.replace('_', '-')} is for questions with choices; leave it out for open questions."
             )
@@ -56,8 +57,7 @@ def evaluate_open(
 
     finished_record(run)
     require_writable(json)
-    if limit is not None and limit < 1:
-        raise UserError(f"--limit is {limit}; it must be at least 1.")
+    options.require_counts(limit=limit)
     task = load_open_task(data)
     name = split or ("test" if "test" in task.splits else next(iter(task.splits)))
     questions = task.split(name)[:limit]

@@ -8,11 +8,23 @@ from scalabl.errors import UserError
 from scalabl.methods import SAMPLED
 from scalabl.sampling import Sampling
 from scalabl.top_layers import check_spec
+from scalabl.training.recipe import LARGEST_SEED
 
 Predictive = Annotated[str | None, typer.Option(help="mean, mc, linearized or auto, the default.")]
-Samples = Annotated[int, typer.Option(max=10**6, help="Particles of mc.")]
-# the range that torch, numpy and a training take
-Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the particles.")]
+
+
+def samples_option(help: str) -> Any:
+    """The option of N, the number of particles."""
+    return typer.Option(max=10**6, help=help)
+
+
+def seed_option(help: str) -> Any:
+    """The option of a seed."""
+    return typer.Option(min=0, max=LARGEST_SEED, help=help)
+
+
+Samples = Annotated[int, samples_option("Particles of mc.")]
+Seed = Annotated[int, seed_option("Of the particles.")]
 Draws = Annotated[str, typer.Option(help="independent, antithetic, sobol or moments: how they are drawn.")]
 Adaptive = Annotated[bool, typer.Option("--adaptive", help="Stop a row early when its decision is settled.")]
 Confidence = Annotated[
@@ -36,9 +48,14 @@ def check_predictive(
         raise UserError("Only ScalaBL runs have a linearised predictive; use --predictive mean or mc.")
     if predictive == "mc" and record["recipe"]["method"] not in SAMPLED:
         raise UserError("This run is a plain LoRA without a posterior; use --predictive mean.")
-    for name, value in (("--samples", samples), ("--batch-size", batch_size), ("--limit", limit)):
+    require_counts(samples=samples, batch_size=batch_size, limit=limit)
+
+
+def require_counts(**given: int | None) -> None:
+    """Refuse numbers below 1, by the names of their options; None is left out."""
+    for name, value in given.items():
         if value is not None and value < 1:
-            raise UserError(f"{name} is {value}; it must be at least 1.")
+            raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least 1.")
 
 
 def check_sampling(

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from peft import PeftModel, get_peft_model
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from scalabl.errors import UserError
+from scalabl.errors import UserError, one_line
 from scalabl.methods import load_method
-from scalabl.models import DTYPES, EMBEDDED, embedded_directory
+from scalabl.models import DTYPES, UNREADABLE, model_path, why_unreadable
 from scalabl.planning.kernels import DeviceKernels
 from scalabl.planning.quantized import quantize
 from scalabl.training.recipe import Recipe
@@ -51,16 +48,11 @@ def read_config(name: str) -> PretrainedConfig:
     Raises:
         UserError: there is none.
     """
-    path = str(embedded_directory()) if name == EMBEDDED else os.path.expanduser(name)
-    if not Path(path).is_dir() and path.startswith((".", "/")):
-        raise UserError(f"There is no model directory {path}; give a directory with a config.json, or a Hub id.")
+    path = model_path(name)
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(path)
-    except StrictDataclassError as error:  # a value of another type
-        raise UserError(f"The configuration of {name} cannot be read: {' '.join(str(error).split())}") from error
-    except (OSError, ValueError) as error:
-        why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"The configuration of {name} cannot be read: {why}") from error
+    except UNREADABLE as error:
+        raise UserError(f"The configuration of {name} cannot be read: {why_unreadable(error)}") from error
     return config
 
 
@@ -94,8 +86,7 @@ def build(recipe: Recipe, config: PretrainedConfig, device: str) -> tuple[PeftMo
             why = f"{getattr(config, 'model_type', type(config).__name__)} is no causal language model"
             raise UserError(f"The model {recipe.model} cannot be loaded: {why}.") from error
         except (RuntimeError, ArithmeticError) as error:  # sizes that no layer can have
-            why = " ".join(str(error).split())
-            raise UserError(f"The configuration of {recipe.model} makes no model: {why}") from error
+            raise UserError(f"The configuration of {recipe.model} makes no model: {one_line(error)}") from error
         number = sum(parameter.numel() for parameter in base.parameters())
         if recipe.bits is not None:
             quantize(base, recipe.bits, recipe.quantization, device)

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from scalabl.errors import UserError
+from scalabl.errors import UserError, first_line
 from scalabl.planning.depth import layer_kinds, over_depth
 from scalabl.planning.meta_model import Counts, build, compute_dtype, hidden_size, model_dtype, read_config
 from scalabl.planning.optimizer import optimizer_bytes
@@ -134,7 +134,7 @@ class Planner:
         try:
             return over_depth(self._layers, self._kinds, measure)
         except (RuntimeError, NotImplementedError, TypeError) as error:  # an operation that asks for numbers
-            why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            why = first_line(error)
             raise CannotPlanError(f"The memory of {self.recipe.model} cannot be planned: {why}") from error
 
 

@@ -7,7 +7,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from scalabl.errors import UserError
+from scalabl.errors import UserError, one_line
 
 KEY = "image"
 
@@ -76,5 +76,5 @@ def _digest(path: str, _size: int, _changed: int) -> str:
 
 
 def _unreadable(path: str | Path, where: str, error: BaseException) -> str:
-    why = " ".join(str(error).split()) or type(error).__name__
+    why = one_line(error)
     return f"{where}the image {path} cannot be read ({why.rstrip('.')}); replace the file or take the row out."

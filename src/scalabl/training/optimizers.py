@@ -14,7 +14,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 from transformers.training_args import OptimizerNames
 
-from scalabl.errors import UserError
+from scalabl.errors import UserError, one_line
 
 # they ask for a list of modules of their own, or update during the backward pass, before the KL's gradient is added
 _UNFIT = ("galore", "apollo", "lomo", "adalomo")
@@ -53,7 +53,7 @@ def require_optimizer(name: str, device: str) -> None:
             warnings.simplefilter("ignore")  # paged memory that a CPU has not
             _step(name, device, scratch)
     except Exception as error:  # whatever the library raises
-        why = " ".join(str(error).split()) or type(error).__name__
+        why = one_line(error)
         raise UserError(
             f"The optimiser {name} cannot take a step on this machine ({device}): {why[:200].rstrip('.')}; choose "
             "another one, for instance adamw_torch."

@@ -21,6 +21,7 @@ DRAWS = ("sequence", "batch")
 KLS = ("reverse", "forward")
 NORMALIZATIONS = ("auto", "sum", "token")
 KL_NORMALIZATIONS = ("token", "sequence")
+LARGEST_SEED = 2**32 - 1  # that torch and numpy both take
 LARGEST = 1e30  # of a setting: float32, in which all is trained, ends at 3e38
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -116,7 +117,7 @@ class Recipe:
         _require("validation_rows", self.validation_rows, self.validation_rows >= 0, "zero or more")
         _require("train_rows", self.train_rows, self.train_rows is None or self.train_rows >= 1, "at least 1")
         check_bits(self.quantization, self.bits)
-        _require("seed", self.seed, 0 <= self.seed < 2**32, "between 0 and 2^32 - 1")
+        _require("seed", self.seed, 0 <= self.seed <= LARGEST_SEED, "between 0 and 2^32 - 1")
         layer_fraction(self.layers)
         if not self.targets:
             raise UserError("target_modules is empty; name the modules to adapt, for example q_proj,v_proj.")
