@@ -32,7 +32,7 @@ def facts(**own: str) -> dict[str, str]:
 
 def versions() -> str:
     """Python's and the packages' versions, in a line."""
-    from scalabl import __version__
+    from scalabl.core import __version__
 
     found = [f"{name} {importlib.metadata.version(name)}" for name in PACKAGES]
     return ", ".join([f"scalabl {__version__}", f"Python {platform.python_version()}", *found])

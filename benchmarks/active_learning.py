@@ -21,19 +21,20 @@ from typing import Any
 from _common import RESULTS, ROOT, facts, write_text
 from active_learning_results import write
 
-from scalabl.acquisition import STRATEGIES, informativeness, most_informative, random_order
-from scalabl.cli.quiet import quiet
-from scalabl.evaluation import answers, log_probabilities
-from scalabl.loading import Run, load_run
+from scalabl.core.quiet import quiet
+from scalabl.data import Example, load_task
+from scalabl.data.assemble import shuffled
+from scalabl.data.example import LETTERS
+from scalabl.data.training_data import rows_of
+from scalabl.inference.acquisition import STRATEGIES, informativeness, most_informative, random_order
+from scalabl.inference.evaluation import answers, log_probabilities
 from scalabl.metrics import evaluate
-from scalabl.rows import rows_of
-from scalabl.tasks import Example, load_task
-from scalabl.tasks.example import LETTERS
-from scalabl.tasks.holdout import shuffled
-from scalabl.training.recipe import Recipe
+from scalabl.metrics.uncertainty import average
+from scalabl.runs.loading import load_run
+from scalabl.runs.method import Run
+from scalabl.runs.recipe import Recipe
+from scalabl.scoring.trunk_store import keep_trunk, with_stored_trunk
 from scalabl.training.run import train
-from scalabl.trunk_store import keep_trunk, with_stored_trunk
-from scalabl.uncertainty import average
 
 START = "start"
 VALIDATION_ROWS = 4  # a run has to have some; the recipe leaves nothing to choose by them
@@ -50,7 +51,7 @@ class Study:
         validation, test: the other rows.
         start, k, rounds: rows labelled at first, a round, and how many rounds.
         samples: N of the predictive.
-        strategies: of `scalabl.acquisition`.
+        strategies: of `scalabl.inference.acquisition`.
         seeds: each starts with other rows.
     """
 

@@ -23,8 +23,8 @@ from covariance_predictions import prediction_rows, predictions
 from covariance_results import as_csv, page
 from covariance_study import RUNS, Study, study_of
 
-from scalabl.cli.quiet import quiet
-from scalabl.errors import UserError
+from scalabl.core.errors import UserError
+from scalabl.core.quiet import quiet
 
 MC_ROWS, MC_OOD_ROWS = 24, 12  # 64 draws under 5 covariances are 320 passes over each row
 # facts of the page that are numbers of the command line

@@ -18,11 +18,11 @@ import torch
 from covariance_study import Made, Study, loaded
 from torch import Tensor
 
-from scalabl.loading import Run
+from scalabl.core.progress import progress_bar
 from scalabl.posterior import FullGaussian, Gaussian, standard_normal
-from scalabl.progress import progress_bar
+from scalabl.runs.method import Run
+from scalabl.runs.recipe import Recipe
 from scalabl.scoring import Encoded, Scorer
-from scalabl.training.recipe import Recipe
 from scalabl.training.run import train
 from scalabl.tuner import prior_of, stochastic_layers, values
 

@@ -17,8 +17,8 @@ from matplotlib.ticker import NullFormatter
 from scipy.stats import halfnorm
 from torch import Tensor
 
-from scalabl.benchmark.drawing import COLOURS, MUTED, RULE, blank, styled
 from scalabl.posterior.joint import JointGaussian
+from scalabl.study.drawing import COLOURS, MUTED, RULE, blank, styled
 
 MARKERS = ("o", "s", "D")
 LINES = ("solid", "dashed", "dotted")

@@ -10,15 +10,13 @@ import torch
 from covariance_study import Made, Study
 from torch import Tensor
 
-from scalabl.bayesianize.curvature import Curvature, gauss_newton
-from scalabl.bayesianize.in_place import StochasticLeaves, factors_of
-from scalabl.bayesianize.laplace import posterior_of, used_components
-from scalabl.bayesianize.svd import Factors
+from scalabl.core.progress import progress_bar
 from scalabl.posterior import FullGaussian
 from scalabl.posterior.joint import JointGaussian
-from scalabl.progress import progress_bar
+from scalabl.training.posthoc.laplace import JointCurvature, gauss_newton, posterior_of, used_components
+from scalabl.training.posthoc.svd import Factors, StochasticLeaves, factors_of
 from scalabl.tuner import prior_of, stochastic_layers
-from scalabl.tuner.depth import depths
+from scalabl.tuner.layers import depths
 
 # which prior each run's exact posterior has; the first is the one that pictures show
 PRIORS = {"mle": ("evidence",), "diagonal": ("own", "evidence"), "full": ("own", "evidence")}
@@ -41,7 +39,7 @@ class Position:
         beta: the multiplier of the KL that the run was trained with.
     """
 
-    curvature: Curvature
+    curvature: JointCurvature
     depth: dict[str, int]
     mean: Tensor
     components: int
@@ -64,7 +62,7 @@ class Position:
         """
         matrix = torch.outer(self.mean, self.mean) * self.curvature.matrix
         if prior == "evidence":
-            relative = Curvature(matrix, self.curvature.ranks, self.curvature.log_likelihood, self.curvature.rows)
+            relative = JointCurvature(matrix, self.curvature.ranks, self.curvature.log_likelihood, self.curvature.rows)
             joint, facts = posterior_of(relative, self.components)
             precision = torch.full_like(self.mean, facts["prior_precision"])
         else:
@@ -94,7 +92,7 @@ def position(study: Study, name: str) -> Position:
     tensors, facts = study.kept(f"curvature-{name}", study.identity(name, study.train), lambda: _curvature(study, name))
     ranks: dict[str, int] = facts["ranks"]
     scale = study.records[name]["rows"]["train"] / len(study.train)
-    curvature = Curvature(
+    curvature = JointCurvature(
         scale * tensors["matrix"], ranks, scale * facts["log_likelihood"], study.records[name]["rows"]["train"]
     )
     learnt = JointGaussian(tensors["learnt"], ranks) if "learnt" in tensors else None
@@ -115,7 +113,7 @@ def _curvature(study: Study, name: str) -> Made:
     run = study.run(name)
     model, rows = run.scorer.model, study.encoded(run, study.train)
 
-    def summed() -> Curvature:
+    def summed() -> JointCurvature:
         with progress_bar() as progress:
             bar = progress.add_task(f"curvature, {name}", total=len(rows), detail="")
             return gauss_newton(

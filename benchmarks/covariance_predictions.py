@@ -10,16 +10,16 @@ from covariance_posterior import RESTRICTIONS, Position
 from covariance_study import Made, Study
 from torch import Tensor
 
-from scalabl.bayesianize.in_place import StochasticLeaves
-from scalabl.evaluation import answers
+from scalabl.core.progress import progress_bar
+from scalabl.data import Example
+from scalabl.inference.evaluation import answers
 from scalabl.metrics import Metric, evaluate, ood_auroc, paired_difference, paired_ood_difference
+from scalabl.metrics.uncertainty import average, decompose
 from scalabl.posterior.joint import JointGaussian
 from scalabl.predictive import LinearizedPredictive, MonteCarloPredictive, Predictive, predict
 from scalabl.predictive.linearized import logit_jacobian
-from scalabl.progress import progress_bar
 from scalabl.scoring import Batch, Scorer
-from scalabl.tasks import Example
-from scalabl.uncertainty import average, decompose
+from scalabl.training.posthoc.svd import StochasticLeaves
 
 JOINT = ("joint", "marginal")
 STRUCTURES = (JOINT, *RESTRICTIONS)

@@ -42,7 +42,7 @@ def page(tables: Mapping[str, Rows], known: dict[str, str], sizes: Mapping[str, 
 
 _INTRODUCTION = """\
 The exact posterior here is the Gaussian whose precision is the Gauss-Newton matrix H of all s of all layers together
-plus the prior's precision, at the weights of a finished run (`scalabl.bayesianize`). For a plain LoRA, s are the
+plus the prior's precision, at the weights of a finished run (`scalabl.training.posthoc`). For a plain LoRA, s are the
 relative strengths of the components of B A (its SVD); for ScalaBL, its own s. Where fewer rows than the run's were
 used, H is scaled up to all of them. p is the exact posterior, q a Gaussian without some of its correlations: "layer"
 keeps those within a layer, "diagonal" none; "marginal" keeps blocks of the covariance, "conditional" blocks of the

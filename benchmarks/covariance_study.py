@@ -16,15 +16,16 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from scalabl.errors import UserError
-from scalabl.loading import Run, load_run
-from scalabl.rows import rows_of, with_labels
-from scalabl.run_directory import finished_record
+from scalabl.core.errors import UserError
+from scalabl.data import Example, load_task
+from scalabl.data.training_data import rows_of, with_labels
+from scalabl.runs.directory import finished_record
+from scalabl.runs.loading import load_run
+from scalabl.runs.method import Run
+from scalabl.runs.recipe import Recipe
 from scalabl.scoring import Encoded
-from scalabl.tasks import Example, load_task
-from scalabl.training.recipe import Recipe
+from scalabl.scoring.trunk_store import with_stored_trunk
 from scalabl.training.run import select_rows
-from scalabl.trunk_store import with_stored_trunk
 
 RUNS = {"mle": "plain LoRA", "diagonal": "ScalaBL, diagonal", "full": "ScalaBL, full"}
 Made = tuple[dict[str, Tensor], dict[str, Any]]  # tensors, and what JSON holds

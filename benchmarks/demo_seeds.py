@@ -19,13 +19,12 @@ from typing import Any
 from _common import RESULTS, ROOT, facts, markdown_facts, markdown_table, write_results, write_text
 from over_seeds import TEST, summarize, told_apart
 
-from scalabl import demo_settings
-from scalabl.demo import run_demo
-from scalabl.demo_settings import demo_recipe
+from scalabl.core.files import ADAPTER, sha256
+from scalabl.inference.report.table import ARROWS, heading, number, table
 from scalabl.metrics import METRICS
-from scalabl.report import table
-from scalabl.report.text import ARROWS, heading, number
-from scalabl.run_directory import ADAPTER, sha256
+from scalabl.study import demo_settings
+from scalabl.study.demo import run_demo
+from scalabl.study.demo_settings import demo_recipe
 
 DEFAULTS = {
     name: parameter.default

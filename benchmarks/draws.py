@@ -30,16 +30,17 @@ from over_seeds import mean_with_interval
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from scalabl.cli.quiet import quiet
-from scalabl.loading import Run, load_run
+from scalabl.core.files import ADAPTER, sha256
+from scalabl.core.progress import progress_bar
+from scalabl.core.quiet import quiet
+from scalabl.data.training_data import rows_of
+from scalabl.metrics.uncertainty import average
 from scalabl.predictive import LinearizedPredictive, MonteCarloPredictive, predict
-from scalabl.progress import progress_bar
-from scalabl.rows import rows_of
-from scalabl.run_directory import ADAPTER, sha256
-from scalabl.sampling import DRAWS
+from scalabl.predictive.sampling import DRAWS
+from scalabl.runs.loading import load_run
+from scalabl.runs.method import Run
 from scalabl.scoring import Batch, Encoded, Scorer
-from scalabl.trunk_store import with_stored_trunk
-from scalabl.uncertainty import average
+from scalabl.scoring.trunk_store import with_stored_trunk
 
 BLOCK = 64  # particles of the reference between two saves
 REFERENCE_SEED = 1_000_003  # of no other draws

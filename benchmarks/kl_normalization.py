@@ -20,19 +20,19 @@ import torch
 from _common import RESULTS, facts, markdown_facts, markdown_table, write_results
 from torch import Tensor
 
-from scalabl.cli.quiet import quiet
-from scalabl.diagnostics import summarize, weights_of
-from scalabl.errors import UserError
+from scalabl.core.errors import UserError
+from scalabl.core.progress import progress_bar
+from scalabl.core.quiet import quiet
+from scalabl.data import TextTask, load_training_task
 from scalabl.generation.loading import LanguageRun, load_language_run
 from scalabl.predictive import MonteCarloPredictive
-from scalabl.progress import progress_bar
+from scalabl.runs.recipe import KL_NORMALIZATIONS, Recipe
 from scalabl.scoring import Scorer
 from scalabl.scoring.text import EncodedText
-from scalabl.tasks import TextTask, load_training_task
-from scalabl.training.recipe import KL_NORMALIZATIONS, Recipe
+from scalabl.scoring.trunk import Trunk
 from scalabl.training.run import select_rows, train
-from scalabl.trunk import Trunk
 from scalabl.tuner import mean, prior_of
+from scalabl.tuner.diagnostics import summarize, weights_of
 
 SAMPLES = 10
 BATCH = 4

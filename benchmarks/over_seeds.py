@@ -1,6 +1,6 @@
 """Figures of several methods over several seeds: means, spreads, paired differences, and which is best.
 
-The rows of a table are the dicts of `scalabl.report.table`. A seed changes initialisation, order of rows and draws,
+The rows of a table are the dicts of `inference.report.table`. A seed changes initialisation, order of rows and draws,
 while training and test rows stay the same: two methods are compared seed by seed. Intervals are Student's.
 """
 

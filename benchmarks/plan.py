@@ -99,14 +99,14 @@ def measured(chosen: list[Case], model: str, device: str, threads: int) -> list[
 def planned(case: Case, model: str, device: str) -> dict[str, int]:
     """Bytes of the model with its adapter, and of the work."""
     from scalabl.planning.plan import Planner
-    from scalabl.planning.rows import Rows
-    from scalabl.training.recipe import Recipe
+    from scalabl.planning.rows import PlannedRows
+    from scalabl.runs.recipe import Recipe
 
-    planner, rows = Planner(Recipe(**case.recipe(model)), device), Rows(**case.rows())
+    planner, rows = Planner(Recipe(**case.recipe(model)), device), PlannedRows(**case.rows())
     staying = planner.counts.weights + planner.counts.adapter
     if case.what == "training":
         stored = 2 * case.batch * case.length * planner.bytes_per_token if planner.stores_rows else 0
-        peak = planner.training(Rows(**case.rows(), stored=0 if device == "cuda" else stored)).peak
+        peak = planner.training(PlannedRows(**case.rows(), stored=0 if device == "cuda" else stored)).peak
     else:
         peak = planner.prediction(rows, case.samples).peak
     return {"model": staying, "work": peak - staying}

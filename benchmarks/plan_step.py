@@ -25,20 +25,20 @@ import torch
 from _common import cpu_name
 from peft import PeftModel, get_peft_model
 
-from scalabl.methods import load_method
-from scalabl.models import load_base
-from scalabl.planning.rows import Rows
+from scalabl.planning.rows import PlannedRows
 from scalabl.predictive import MeanPredictive, MonteCarloPredictive, predict
+from scalabl.runs.method import load_method
+from scalabl.runs.models import load_base
+from scalabl.runs.recipe import Recipe
 from scalabl.scoring import Continuation, Encoded, Letters, Scorer, Scoring
-from scalabl.training.recipe import Recipe
+from scalabl.scoring.trunk import Trunk
 from scalabl.training.run import optimise
-from scalabl.trunk import Trunk
 
 STEPS = 2  # the second one has the optimiser's states
 _SHORT = 4  # tokens
 
 
-def encoded_rows(rows: Rows, number: int, vocabulary: int, seed: int = 0) -> list[Encoded]:
+def encoded_rows(rows: PlannedRows, number: int, vocabulary: int, seed: int = 0) -> list[Encoded]:
     """So many rows of random tokens."""
     like = rows.of(1)
     generator = torch.Generator().manual_seed(seed)
@@ -92,7 +92,7 @@ def adapted(recipe: Recipe, device: str) -> tuple[PeftModel, Any]:
     return model, tokenizer
 
 
-def train(model: PeftModel, recipe: Recipe, rows: Rows, scoring: Scoring) -> None:
+def train(model: PeftModel, recipe: Recipe, rows: PlannedRows, scoring: Scoring) -> None:
     """Two steps."""
     encoded = encoded_rows(rows, STEPS * rows.batch, model.config.vocab_size)
     if rows.loss == "tokens":
@@ -120,7 +120,7 @@ def train_on_tokens(model: Any, recipe: Recipe, ids: torch.Tensor, batch: int) -
         optimizer.zero_grad()
 
 
-def answer(model: PeftModel, rows: Rows, scoring: Scoring, samples: int) -> None:
+def answer(model: PeftModel, rows: PlannedRows, scoring: Scoring, samples: int) -> None:
     """One batch."""
     predictive = MonteCarloPredictive(samples, chunk=samples) if samples else MeanPredictive()
     encoded = encoded_rows(rows, rows.batch, model.config.vocab_size)
@@ -129,7 +129,7 @@ def answer(model: PeftModel, rows: Rows, scoring: Scoring, samples: int) -> None
 
 def measure(case: dict[str, Any], device: str) -> dict[str, Any]:
     """Bytes of the model with its adapter, and of the work on top of them."""
-    recipe, rows = Recipe(**case["recipe"]), Rows(**case["rows"])
+    recipe, rows = Recipe(**case["recipe"]), PlannedRows(**case["rows"])
     scales = Scales(torch.device(device))
     scales.reset()
     empty = scales.now()
@@ -137,7 +137,7 @@ def measure(case: dict[str, Any], device: str) -> dict[str, Any]:
     letters = Letters(tokenizer, num_letters=rows.choices)
     scoring = letters if rows.loss == "letters" else Continuation(tokenizer, normalization="token")
 
-    def work(recipe: Recipe, rows: Rows) -> None:
+    def work(recipe: Recipe, rows: PlannedRows) -> None:
         if case["what"] == "training":
             train(model, recipe, rows, scoring)
         else:

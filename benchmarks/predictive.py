@@ -36,22 +36,23 @@ from predictive_results import as_csv, judged, markdown, picture, summarize
 from predictive_strategies import Strategy, as_wide, strategies
 from safetensors.torch import load_file, save_file
 
-from scalabl.benchmark.measure import measured
-from scalabl.cli.quiet import quiet
-from scalabl.evaluation import answers
-from scalabl.loading import Run, load_run
+from scalabl.core.files import ADAPTER, sha256
+from scalabl.core.progress import progress_bar
+from scalabl.core.quiet import quiet
+from scalabl.data import Example
+from scalabl.data.training_data import rows_of
+from scalabl.inference.evaluation import answers
+from scalabl.inference.variance import run_variance, top_holding
 from scalabl.predictive import AutoPredictive, MeanPredictive, MonteCarloPredictive, Predictive
 from scalabl.predictive import predict as predict_rows
 from scalabl.predictive.base import chosen
 from scalabl.predictive.cost import cost_of
 from scalabl.predictive.drawn_layers import first_difference
-from scalabl.progress import progress_bar
-from scalabl.rows import rows_of
-from scalabl.run_directory import ADAPTER, sha256
+from scalabl.runs.loading import load_run
+from scalabl.runs.method import Run
 from scalabl.scoring import Batch, Encoded, Scorer
-from scalabl.tasks import Example
-from scalabl.trunk_store import with_stored_trunk
-from scalabl.variance import run_variance, top_holding
+from scalabl.scoring.trunk_store import with_stored_trunk
+from scalabl.study.cells import measured
 
 PLAIN = "plain forward"
 LONG = "long-run average"

@@ -16,7 +16,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 from torch import Tensor
 
 from scalabl.metrics import evaluate, ood_auroc, paired_difference
-from scalabl.uncertainty import average, decompose, mean_particles
+from scalabl.metrics.uncertainty import average, decompose, mean_particles
 
 COLUMNS = (
     "strategy", "classes", "batch", "cost", "memory", "nll", "ece", "ood_auroc",  # the first ones, in this order

@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from scalabl.data import Example
 from scalabl.predictive import AutoPredictive, LinearizedPredictive, MeanPredictive, MonteCarloPredictive, Predictive
 from scalabl.predictive.adaptive import AdaptivePredictive
 from scalabl.scoring import Batch, Scorer
-from scalabl.tasks import Example
 
 
 class Passes:

@@ -12,7 +12,7 @@ from shapes import SHAPES
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from scalabl.quantization import keep_differentiable, quantization_config
+from scalabl.runs.quantization import keep_differentiable, quantization_config
 
 TARGETS = ("q_proj", "v_proj", "lm_head")  # of the ScalaBL paper's experiments
 DTYPE = torch.bfloat16

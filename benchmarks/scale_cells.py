@@ -22,11 +22,11 @@ from training_step import adapt, step_of, synchronise
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerFast
 
 import scalabl
-from scalabl.benchmark.measure import measured
 from scalabl.predictive import AutoPredictive, MeanPredictive, MonteCarloPredictive, Predictive
 from scalabl.predictive.base import chosen
 from scalabl.scoring import Encoded, Scorer
 from scalabl.scoring.letters import Letters
+from scalabl.study.cells import measured
 
 METHODS = ("lora", "scalabl", "blob")  # what the others are divided by comes first
 CHOICES = 4

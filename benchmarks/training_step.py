@@ -36,8 +36,8 @@ from transformers import (
 
 import scalabl
 from scalabl.methods.blob import KLStepCallback, cycle_steps
-from scalabl.models import DTYPES, load_base
-from scalabl.tuner_blob import BLoBConfig
+from scalabl.runs.models import DTYPES, load_base
+from scalabl.tuner.blob import BLoBConfig
 
 Step = Callable[[], None]
 ROWS = 1000  # N of the evidence lower bound; it scales the KL's gradient and costs nothing

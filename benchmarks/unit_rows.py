@@ -16,17 +16,17 @@ from typing import Any
 
 from _common import RESULTS, facts, markdown_facts, markdown_table, write_results
 
-from scalabl.cli.quiet import quiet
-from scalabl.demo_settings import TASK, demo_recipe
-from scalabl.diagnostics import summarize, weights_of
-from scalabl.evaluation import answers, log_probabilities
-from scalabl.loading import load_run
+from scalabl.core.quiet import quiet
+from scalabl.data import load_task
+from scalabl.inference.evaluation import answers, log_probabilities
 from scalabl.metrics import evaluate
-from scalabl.predictive import make_predictive
-from scalabl.tasks import load_task
+from scalabl.metrics.uncertainty import average
+from scalabl.predictive.auto import make_predictive
+from scalabl.runs.loading import load_run
+from scalabl.study.demo_settings import TASK, demo_recipe
 from scalabl.training.run import select_rows, train
 from scalabl.tuner import prior_of, stochastic_layers
-from scalabl.uncertainty import average
+from scalabl.tuner.diagnostics import summarize, weights_of
 
 
 def measure(unit_rows: bool, seed: int, steps: int, runs: Path) -> dict[str, Any]:

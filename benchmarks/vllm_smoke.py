@@ -12,7 +12,7 @@ VENV is an environment of vLLM's own. One for the CPU, of Python 3.11:
 
 The base is the embedded SmolLM2-135M-Instruct; the adapters' weights are random, of a size that moves the answers:
 what is tested is serving, and a trained adapter would hide a wrong scaling in small numbers. Each adapter is exported,
-served by the line that `scalabl export` prints (with less memory than by default), and asked through `scalabl.vllm`.
+served by the line that `scalabl export` prints (with less memory than by default), and asked through `serving.vllm`.
 """
 
 from __future__ import annotations
@@ -97,13 +97,13 @@ def compare(
     """One adapter on one server: the largest differences for each (scoring, way of asking), and vLLM's version."""
     import torch
 
-    from scalabl.answer import answer_of
-    from scalabl.models import load_base
+    from scalabl.data import load_task
+    from scalabl.inference.classifier import answer_of
     from scalabl.predictive import MonteCarloPredictive, predict
+    from scalabl.runs.models import load_base
     from scalabl.scoring import Continuation, Letters, Scorer, Scoring
     from scalabl.serving.export import export
-    from scalabl.tasks import load_task
-    from scalabl.vllm import VLLMClassifier
+    from scalabl.serving.vllm import VLLMClassifier
 
     base, tokenizer = load_base("smollm2-135m-instruct", dtype="float32")
     model = adapted(base, config)
@@ -195,7 +195,7 @@ def serving(manifest: Any, particles: Path, more: list[str], vllm: Path, scratch
 
 def await_start(server: subprocess.Popen[bytes], url: str, log: Path) -> None:
     """Until the server answers; ends the program with the server's last words where it does not."""
-    from scalabl.errors import UserError
+    from scalabl.core.errors import UserError
     from scalabl.serving.http import JSONClient
 
     client, deadline = JSONClient(url, timeout=5, retries=0), time.monotonic() + START
@@ -242,13 +242,13 @@ def markdown(content: dict[str, Any]) -> str:
 
 {markdown_table(header, rows)}
 
-The largest difference over rows, choices and particles between the answers of `scalabl.vllm` and of the Monte Carlo
+The largest difference over rows, choices and particles between the answers of `serving.vllm` and of the Monte Carlo
 predictive with the same particles, in nats but for p. Spread: how far apart the particles' own log-probabilities of a
 choice are, on average; a wrong or a missing adapter would show as a difference of that size.
 
 "q, v, down_proj" has ranks and scalings of its own by layer and a full covariance. "By next" names tokens to the
-server (`logprob_token_ids`), which `scalabl.vllm` does unless told otherwise; "by prompt" reads `prompt_logprobs`.
-Under an adapted lm_head these leave its part out (vLLM issue 51594), and `scalabl.vllm` refuses to ask for them.
+server (`logprob_token_ids`), which `serving.vllm` does unless told otherwise; "by prompt" reads `prompt_logprobs`.
+Under an adapted lm_head these leave its part out (vLLM issue 51594), and `serving.vllm` refuses to ask for them.
 vLLM 0.32.0 on the CPU ended at the first `prompt_logprobs` under an adapter ("einsum(): subscript b has size 16 for
 operand 1 which does not broadcast"), unless `--lora-target-modules` leaves lm_head out: that row was asked with this
 option.

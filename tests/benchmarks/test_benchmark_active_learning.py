@@ -14,11 +14,11 @@ import pytest
 from active_learning_results import curves, markdown, verdict
 from tiny_base import tiny_base
 
-from scalabl import trunk_store
-from scalabl.acquisition import informativeness, most_informative, random_order
-from scalabl.evaluation import log_probabilities
-from scalabl.loading import load_run
-from scalabl.tasks import load_rows
+from scalabl.data import load_rows
+from scalabl.inference.acquisition import informativeness, most_informative, random_order
+from scalabl.inference.evaluation import log_probabilities
+from scalabl.runs.loading import load_run
+from scalabl.scoring import trunk_store
 
 TOY = ["--seeds", "1", "--rounds", "2", "--start", "6", "-k", "2", "--pool", "14", "--test-rows", "5", "--steps", "2"]
 TOY += ["--strategies", "bald", "random", "--samples", "3"]

@@ -19,12 +19,12 @@ from covariance_study import loaded, study_of
 from tiny_base import adapted, questions, tiny_base, write_task
 from tiny_base import loaded as tiny
 
-from scalabl.bayesianize.curvature import Curvature
 from scalabl.methods import subspace_laplace
 from scalabl.posterior.joint import JointGaussian
 from scalabl.predictive import LinearizedPredictive
+from scalabl.runs.recipe import Recipe
 from scalabl.scoring import Continuation, Scorer
-from scalabl.training.recipe import Recipe
+from scalabl.training.posthoc.laplace import JointCurvature
 from scalabl.training.run import train
 from scalabl.tuner import stochastic_layers
 from scalabl.tuner.joint import set_joint
@@ -224,7 +224,7 @@ def _at(matrix: torch.Tensor, ranks: dict[str, int], learnt: JointGaussian) -> P
     size = len(matrix)
     one = torch.ones(size, dtype=torch.float64)
     depth = {name: i for i, name in enumerate(ranks)}
-    return Position(Curvature(matrix, ranks, -1.0, 10), depth, 0.5 * one, size, one, learnt, {}, 1.0)
+    return Position(JointCurvature(matrix, ranks, -1.0, 10), depth, 0.5 * one, size, one, learnt, {}, 1.0)
 
 
 def test_the_best_of_each_structure_is_found_and_no_other_is_nearer() -> None:

@@ -8,8 +8,8 @@ from covariance_noise import PARAMETERS, figures, parameter_gradients, s_gradien
 from tiny_base import adapted, questions
 from tiny_base import loaded as tiny
 
-from scalabl.bayesianize.curvature import gauss_newton
 from scalabl.scoring import Continuation, Letters, Scorer
+from scalabl.training.posthoc.laplace import gauss_newton
 from scalabl.tuner import stochastic_layers
 from scalabl.tuner.projection import Particles
 

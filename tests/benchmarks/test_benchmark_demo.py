@@ -11,7 +11,7 @@ import pytest
 import torch
 from over_seeds import mean_with_interval, summarize, told_apart
 
-from scalabl.report import MethodResult, Report, table
+from scalabl.inference.report import MethodResult, Report, table
 
 
 def test_student_interval() -> None:
@@ -108,6 +108,6 @@ def test_results_are_written_and_what_is_known_is_not_done_again(
     (runs / "seed1" / "mle" / "adapter_model.safetensors").write_bytes(b"trained anew")
     demo_seeds.main()
     assert done == [0, 1, 2, 1]
-    monkeypatch.setattr("scalabl.demo_settings.SHIFTED_ROWS", 7)
+    monkeypatch.setattr("scalabl.study.demo_settings.SHIFTED_ROWS", 7)
     demo_seeds.main()
     assert done == [0, 1, 2, 1, 0, 1, 2]

@@ -12,7 +12,7 @@ import torch
 from tiny_base import tiny_base, write_task
 
 from scalabl.predictive import MonteCarloPredictive
-from scalabl.training.recipe import Recipe
+from scalabl.runs.recipe import Recipe
 from scalabl.training.run import train
 
 TOY = ["--rows", "4", "--samples", "2", "4", "8", "--seeds", "2", "--reference", "66"]

@@ -13,9 +13,9 @@ from predictive_results import COLUMNS, judged, summarize
 from predictive_strategies import Passes, as_wide
 from tiny_base import as_json, questions, tiny_base, write_jsonl
 
+from scalabl.data import Example
 from scalabl.predictive import MonteCarloPredictive
-from scalabl.tasks import Example
-from scalabl.training.recipe import Recipe
+from scalabl.runs.recipe import Recipe
 from scalabl.training.run import train
 
 TOY = [
@@ -144,8 +144,8 @@ def test_quality_against_closed_forms() -> None:
 
 
 def test_passes_are_the_particles_of_one_batch(runs: dict[str, Path]) -> None:
-    from scalabl.loading import load_run
     from scalabl.predictive import predict
+    from scalabl.runs.loading import load_run
     from scalabl.scoring import Scorer
 
     run = load_run(runs["run"])

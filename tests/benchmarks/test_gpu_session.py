@@ -15,10 +15,10 @@ from tiny_base import questions, write_task
 
 import scalabl.cli.benchmark
 import scalabl.cli.train  # noqa: F401  (the two add their commands to the app)
-from scalabl.benchmark.plan import make_plan
-from scalabl.benchmark.study import read_study
-from scalabl.cli.main import app
-from scalabl.tasks import Task, find, store
+from scalabl.cli.app import app
+from scalabl.data import Task, find, store
+from scalabl.study.plan import make_plan
+from scalabl.study.study import read_study
 
 ROOT = Path(__file__).resolve().parents[2]
 # stands in for Python: notes what is to be started, and runs what comes on its standard input

@@ -10,7 +10,7 @@ import pytest
 from tiny_base import tiny_base
 
 import scalabl.predictive.over_ranks as predicting
-from scalabl.training.recipe import Recipe
+from scalabl.runs.recipe import Recipe
 
 
 @dataclass(frozen=True)

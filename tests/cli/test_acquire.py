@@ -8,12 +8,12 @@ import pytest
 from program import Program
 from tiny_base import as_json, questions, write_jsonl
 
-from scalabl.acquisition import acquire, informativeness, most_informative, random_order
-from scalabl.errors import UserError
-from scalabl.evaluation import log_probabilities
-from scalabl.loading import load_run
-from scalabl.tasks import load_rows
-from scalabl.uncertainty import decompose
+from scalabl.core.errors import UserError
+from scalabl.data import load_rows
+from scalabl.inference.acquisition import acquire, informativeness, most_informative, random_order
+from scalabl.inference.evaluation import log_probabilities
+from scalabl.metrics.uncertainty import decompose
+from scalabl.runs.loading import load_run
 
 
 def picked(text: str) -> list[dict[str, Any]]:

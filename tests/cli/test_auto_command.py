@@ -9,11 +9,11 @@ import pytest
 from program import Program
 from tiny_base import as_json, questions, write_jsonl
 
-from scalabl.classifier import Classifier
-from scalabl.errors import UserError
-from scalabl.loading import load_run
+from scalabl.core.errors import UserError
+from scalabl.inference.classifier import Classifier
 from scalabl.predictive import AutoPredictive, LinearizedPredictive, MeanPredictive, MonteCarloPredictive
-from scalabl.sampling import Sampling
+from scalabl.predictive.sampling import Sampling
+from scalabl.runs.loading import load_run
 
 
 def figures(program: Program, tmp_path: Path, *arguments: object) -> dict[str, Any]:

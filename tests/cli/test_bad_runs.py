@@ -10,7 +10,7 @@ from program import Program, train_arguments
 from safetensors.torch import load_file, save_file
 from tiny_base import as_json, questions, tiny_base, write_jsonl
 
-from scalabl.errors import UserError
+from scalabl.core.errors import UserError
 
 COMMANDS: dict[str, tuple[str, ...]] = {
     "evaluate": ("--data", "{rows}"),
@@ -74,7 +74,7 @@ def test_damaged_adapters(
 def test_an_adapter_without_a_record_that_lacks_weights(
     program: Program, tmp_path: Path, scalabl_run: Path, name: str
 ) -> None:
-    from scalabl.classifier import Classifier
+    from scalabl.inference.classifier import Classifier
 
     adapter = tmp_path / "adapter"
     adapter.mkdir()

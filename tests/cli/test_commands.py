@@ -11,7 +11,7 @@ import torch
 from program import Program, batches_of
 from tiny_base import as_json, questions, tiny_base, write_jsonl
 
-from scalabl import __version__
+from scalabl.core import __version__
 from scalabl.metrics import METRICS
 
 _HEAVY = """
@@ -242,9 +242,9 @@ def test_inspect_shows_a_posterior_and_says_where_there_is_none(
 
 
 def test_inspect_agrees_with_the_loaded_model(program: Program, scalabl_run: Path, tmp_path: Path) -> None:
-    from scalabl.diagnostics import summarize, weights_of
-    from scalabl.loading import load_run
+    from scalabl.runs.loading import load_run
     from scalabl.tuner import kl_divergence, prior_of
+    from scalabl.tuner.diagnostics import summarize, weights_of
 
     program("inspect", scalabl_run, "--json", tmp_path / "found.json")
     found = json.loads((tmp_path / "found.json").read_text())

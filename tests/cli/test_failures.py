@@ -10,8 +10,8 @@ import pytest
 import torch
 from program import Program, train_arguments
 
-from scalabl.cli.main import explain
-from scalabl.errors import UserError
+from scalabl.cli.app import explain
+from scalabl.core.errors import UserError
 
 _LIMITED = """
 import resource, sys

@@ -12,10 +12,10 @@ from rich.console import Console
 from tiny_base import write_jsonl
 
 import scalabl
-from scalabl.errors import UserError
-from scalabl.generation.answer import Answer, Token
+from scalabl.core.errors import UserError
+from scalabl.generation.answer import GeneratedAnswer, Token
 from scalabl.generation.confidence import Confidence
-from scalabl.generation.generate import CONFIDENCE, Sampling
+from scalabl.generation.generate import CONFIDENCE, DecodingSettings
 from scalabl.generation.shading import in_terminal
 
 
@@ -76,14 +76,14 @@ def test_batches_do_not_change_answers(scalabl_run):
 
 
 def test_further_answers_give_semantic_scores(scalabl_run):
-    [answer] = scalabl.generate(scalabl_run, ["red"], max_new_tokens=4, sampling=Sampling(3))
+    [answer] = scalabl.generate(scalabl_run, ["red"], max_new_tokens=4, sampling=DecodingSettings(3))
     assert 0 <= answer.scores["semantic_entropy"] <= math.log(3) + 1e-9
     assert 0 <= answer.scores["self_consistency"] <= 1
 
 
 def test_a_text_does_not_steer_the_terminal():
     token = Token("\x1b]0;own\x07[red]\x9b2J", 0.5, 0.1, 0.1, 0.3)
-    answer = Answer("\x1b[2Jwhat [/]?\n\tthis", token.text, 0.5, False, {}, (token,), True)
+    answer = GeneratedAnswer("\x1b[2Jwhat [/]?\n\tthis", token.text, 0.5, False, {}, (token,), True)
     file = io.StringIO()
     Console(file=file, width=200).print(in_terminal([answer]))
     shown = file.getvalue()

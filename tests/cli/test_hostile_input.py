@@ -15,13 +15,14 @@ from program import Program, train_arguments
 from safetensors.torch import load_file, save_file
 from tiny_base import as_json, questions, tiny_base, write_jsonl
 
-from scalabl.cli.main import explain
-from scalabl.errors import UserError
+from scalabl.cli.app import explain
+from scalabl.core.errors import UserError
+from scalabl.core.files import require_writable
 from scalabl.planning.plan import make_plan
-from scalabl.planning.rows import MOST, Rows
-from scalabl.run_directory import hold, require_writable
+from scalabl.planning.rows import MOST, PlannedRows
+from scalabl.runs.directory import hold
+from scalabl.runs.recipe import Recipe
 from scalabl.training.log_values import finite
-from scalabl.training.recipe import Recipe
 
 SHORT = ("--samples", 2, "--max-new-tokens", 2)
 
@@ -161,7 +162,7 @@ def test_plans_of_what_no_machine_holds(program: Program, options: tuple[object,
 
 
 def test_the_largest_batch_is_looked_for_among_those_that_can_be_planned() -> None:
-    recipe, rows = Recipe(model=str(tiny_base()), layers="last:1"), Rows(1, MOST // 4)
+    recipe, rows = Recipe(model=str(tiny_base()), layers="last:1"), PlannedRows(1, MOST // 4)
     made = make_plan(recipe, rows, device="cuda", card=2**60, samples=2)
     assert made.largest["training"] == 4 and made.largest["prediction"] == 2
 
@@ -185,7 +186,7 @@ def test_norms_that_overflow_do_not_stop_a_run_at_its_end(program: Program, rows
 _HOLDER = """
 import sys
 from pathlib import Path
-from scalabl.run_directory import hold
+from scalabl.runs.directory import hold
 assert hold(Path(sys.argv[1])) is not None
 print("held", flush=True)
 sys.stdin.read()

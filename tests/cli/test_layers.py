@@ -8,10 +8,10 @@ import pytest
 from program import Program, train_arguments
 from tiny_base import as_json, questions, write_jsonl
 
-from scalabl.loading import load_run
+from scalabl.inference.variance import as_top_layers, run_variance
 from scalabl.predictive import LinearizedPredictive, MonteCarloPredictive
+from scalabl.runs.loading import load_run
 from scalabl.tuner import stochastic_layers
-from scalabl.variance import as_top_layers, run_variance
 
 
 def figures(program: Program, tmp_path: Path, *arguments: object) -> dict[str, Any]:

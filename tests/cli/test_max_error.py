@@ -12,12 +12,12 @@ import pytest
 from program import Program, batches_of, short
 from tiny_base import as_json, questions, write_jsonl
 
-from scalabl.evaluation import answers, log_probabilities
-from scalabl.loading import load_run
-from scalabl.promise import held_out_rows
-from scalabl.selective import confidence_score, conformal_threshold, exact_threshold
+from scalabl.inference.evaluation import answers, log_probabilities
+from scalabl.inference.promise import held_out_rows
+from scalabl.metrics.selective import confidence_score, conformal_threshold, exact_threshold
+from scalabl.metrics.uncertainty import average
+from scalabl.runs.loading import load_run
 from scalabl.training.run import train
-from scalabl.uncertainty import average
 
 HELD_OUT = 60
 

@@ -9,7 +9,7 @@ import pytest
 from program import Program, train_arguments
 from tiny_base import tiny_base
 
-from scalabl.planning import training_run
+from scalabl.planning import refusal as training_run
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 

@@ -9,10 +9,10 @@ import torch
 from program import Program, batches_of
 from tiny_base import as_json, questions, write_jsonl
 
-from scalabl.classifier import Classifier
+from scalabl.inference.classifier import Classifier
 from scalabl.predictive import MonteCarloPredictive
 from scalabl.predictive.adaptive import AdaptivePredictive
-from scalabl.sampling import Sampling
+from scalabl.predictive.sampling import Sampling
 
 
 def figures(program: Program, tmp_path: Path, *arguments: object) -> dict[str, Any]:

@@ -16,15 +16,17 @@ import torch
 from safetensors.torch import save_file
 from two_processes import killed_after, recipe
 
-from scalabl import ranks, trunk_store
-from scalabl.batch_prediction import predict_file
-from scalabl.errors import UserError
-from scalabl.evaluation import choose, log_probabilities
-from scalabl.loading import Run, load_run
+from scalabl.core import processes as ranks
+from scalabl.core.errors import UserError
+from scalabl.data.training_data import rows_of
+from scalabl.inference.batch_prediction import predict_file
+from scalabl.inference.evaluation import choose, log_probabilities
 from scalabl.predictive import AutoPredictive, LinearizedPredictive, MeanPredictive, MonteCarloPredictive, Predictive
 from scalabl.predictive.adaptive import AdaptivePredictive
-from scalabl.rows import rows_of
-from scalabl.sampling import Sampling
+from scalabl.predictive.sampling import Sampling
+from scalabl.runs.loading import load_run
+from scalabl.runs.method import Run
+from scalabl.scoring import trunk_store
 from scalabl.training import run as run_module
 from scalabl.training.progress import StopOnInterrupt
 from scalabl.training.run import Interrupted, train
@@ -62,7 +64,7 @@ def answer(run: Path, test: str, output: Path, sampling: Sampling) -> float | No
 def evaluate(work: Path, output: Path) -> None:
     """The command line, in this process."""
     from scalabl.cli import evaluate as _evaluate  # noqa: F401  (adds its command)
-    from scalabl.cli.main import app
+    from scalabl.cli.app import app
 
     options = ["--predictive", "mc", "--samples", "3", "--calibrate", str(work / "task"), "--json", str(output)]
     app(["evaluate", str(work / "two"), "--data", str(work / "task"), *options], standalone_mode=False)

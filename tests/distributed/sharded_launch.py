@@ -12,7 +12,8 @@ import torch
 from tiny_base import adapted, tiny_base
 from transformers import Trainer, TrainingArguments
 
-from scalabl import ELBOCallback, ranks
+from scalabl import ELBOCallback
+from scalabl.core import processes as ranks
 
 
 def own_trainer(output: Path, batch_size: int) -> list[dict[str, float]]:

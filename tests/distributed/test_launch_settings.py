@@ -17,10 +17,11 @@ from transformers import TrainingArguments
 from two_processes import CONFIGS, recipe
 
 import scalabl
-from scalabl import ranks
-from scalabl.errors import UserError
+from scalabl.core import processes as ranks
+from scalabl.core.errors import UserError
+from scalabl.core.files import write_json
 from scalabl.predictive.over_ranks import share
-from scalabl.run_directory import claim, write_json
+from scalabl.runs.directory import claim
 from scalabl.training.launched import check_launch, fit_checkpoint, require_rows
 from scalabl.training.rank_noise import has_dropout
 from scalabl.training.refusals import refuse_hidden_gradients
@@ -92,7 +93,7 @@ def test_commands_of_one_process_are_refused_in_several(two: pytest.MonkeyPatch)
     from typer.testing import CliRunner
 
     from scalabl.cli import inspect  # noqa: F401  (adds its command)
-    from scalabl.cli.main import app
+    from scalabl.cli.app import app
 
     ended = CliRunner().invoke(app, ["inspect", "nowhere"])
     assert str(ended.exception) == "inspect runs in one process; several are for train, evaluate, predict."

@@ -19,12 +19,12 @@ from sharded_launch import own_trainer
 from tiny_base import tiny_base, write_task
 from two_processes import HERE, command, environment, launch, recipe
 
-from scalabl.evaluation import log_probabilities
-from scalabl.loading import load_run
-from scalabl.models import load_base
+from scalabl.data.training_data import rows_of
+from scalabl.inference.evaluation import log_probabilities
 from scalabl.predictive import MonteCarloPredictive
-from scalabl.rows import rows_of
-from scalabl.run_directory import read_record
+from scalabl.runs.directory import read_record
+from scalabl.runs.loading import load_run
+from scalabl.runs.models import load_base
 from scalabl.training.run import train
 
 pytestmark = pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")

@@ -16,9 +16,9 @@ from tiny_base import tiny_base, write_task
 from torch import Tensor
 from two_processes import HERE, killed_after, launch, recipe
 
-from scalabl.errors import UserError
-from scalabl.loading import load_run
-from scalabl.run_directory import read_record
+from scalabl.core.errors import UserError
+from scalabl.runs.directory import read_record
+from scalabl.runs.loading import load_run
 from scalabl.training.run import train
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import scalabl
+from scalabl.runs.recipe import Recipe
 from scalabl.training.progress import StopOnInterrupt
-from scalabl.training.recipe import Recipe
 
 HERE = Path(__file__).parent
 CONFIGS = HERE.parents[1] / "recipes" / "accelerate"

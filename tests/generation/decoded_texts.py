@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor
 
-from scalabl.generation.decoding import Decoded
-from scalabl.generation.token_figures import token_figures
+from scalabl.generation.decoding import Decoded, token_figures
 
 
 def decoded(text: str, tokens: list[str], distributions: Tensor, chosen: list[int]) -> Decoded:

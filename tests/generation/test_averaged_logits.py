@@ -5,7 +5,7 @@ import torch
 from tiny_base import adapted, tiny_tokenizer
 
 import scalabl
-from scalabl.errors import UserError
+from scalabl.core.errors import UserError
 from scalabl.generation.decoding import decode
 from scalabl.generation.fan_out import averaged
 from scalabl.predictive.drawn_layers import restricted

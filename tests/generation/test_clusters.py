@@ -8,10 +8,15 @@ import torch
 from tiny_base import tiny_base, tiny_tokenizer
 from transformers import BertConfig, BertForSequenceClassification
 
-from scalabl.errors import UserError
-from scalabl.generation.clusters import equivalence, semantic_sets
-from scalabl.generation.embedding import EmbeddingSimilarity, encoder, word_vectors
-from scalabl.generation.entailment import Entailment
+from scalabl.core.errors import UserError
+from scalabl.generation.equivalence import (
+    EmbeddingSimilarity,
+    Entailment,
+    encoder,
+    equivalence,
+    semantic_sets,
+    word_vectors,
+)
 
 TEXTS = ["Paris", " paris", "The Paris!", "Lyon", "Paris "]
 NLI = {0: "CONTRADICTION", 1: "NEUTRAL", 2: "ENTAILMENT"}

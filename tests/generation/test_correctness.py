@@ -7,12 +7,12 @@ import pytest
 import torch
 from decoded_texts import at_random
 
-from scalabl.errors import UserError
-from scalabl.generation.answer_span import answer_span
+from scalabl.core.errors import UserError
+from scalabl.data.open_questions import OpenQuestion
+from scalabl.generation.answer import answer_span
 from scalabl.generation.correctness import MEASURES, answer_text, correctness, normalise_answer, number
 from scalabl.generation.evaluation import answer_questions
 from scalabl.generation.loading import LanguageRun
-from scalabl.tasks.open_question import OpenQuestion
 
 
 @pytest.mark.parametrize(

@@ -10,15 +10,14 @@ from transformers import TextStreamer
 from transformers.generation import StoppingCriteria, StoppingCriteriaList
 
 import scalabl
-from scalabl.errors import UserError
-from scalabl.generation.decoding import decode
+from scalabl.core.errors import UserError
+from scalabl.generation.decoding import decode, intersection_probability, token_figures
 from scalabl.generation.draws import EnsembleDraws, MeanDraws
 from scalabl.generation.fan_out import averaged
-from scalabl.generation.token_figures import intersection_probability, token_figures
-from scalabl.predictive.dropout import DropoutPredictive
+from scalabl.metrics.uncertainty import decompose
+from scalabl.predictive.lora_particles import DropoutPredictive
 from scalabl.predictive.monte_carlo import MonteCarloPredictive
 from scalabl.tuner import stochastic_layers
-from scalabl.uncertainty import decompose
 
 PROMPTS = ["red blue green", "stone", "a long answer yes no"]
 GREEDY = {"max_new_tokens": 7, "do_sample": False}

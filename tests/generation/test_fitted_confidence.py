@@ -8,13 +8,13 @@ import pytest
 from sklearn.isotonic import IsotonicRegression
 from sklearn.linear_model import LogisticRegression
 
-from scalabl.errors import UserError
-from scalabl.generation.answer import Answer
+from scalabl.core.errors import UserError
+from scalabl.data.open_questions import OpenQuestion
+from scalabl.generation.answer import GeneratedAnswer
 from scalabl.generation.calibration import choose_confidence, fit_confidence, left_out
 from scalabl.generation.confidence import Confidence
 from scalabl.generation.evaluation import Judged, fit_on
-from scalabl.generation.ranking import judge_confidence
-from scalabl.tasks.open_question import OpenQuestion
+from scalabl.metrics.ranking import judge_confidence
 
 UP = {"good": False, "unsure": True, "noise": True}
 
@@ -223,7 +223,7 @@ def test_a_spoilt_file_is_refused(change, tmp_path):
 
 def judged(scores, right):
     answers = [
-        Answer("?", "!", 0.5, False, {name: float(values[i]) for name, values in scores.items()}, (), True)
+        GeneratedAnswer("?", "!", 0.5, False, {name: float(values[i]) for name, values in scores.items()}, (), True)
         for i in range(len(right))
     ]
     questions = [OpenQuestion(str(i), "?", ("!",)) for i in range(len(right))]

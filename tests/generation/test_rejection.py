@@ -8,10 +8,10 @@ import pytest
 import torch
 from sklearn.metrics import log_loss, roc_auc_score
 
-from scalabl.errors import UserError
-from scalabl.generation.ranking import judge_confidence, judge_ranking, paired_ranking_difference, rejection_curve
+from scalabl.core.errors import UserError
 from scalabl.metrics import evaluate
-from scalabl.selective import exact_threshold
+from scalabl.metrics.ranking import judge_confidence, judge_ranking, paired_ranking_difference, rejection_curve
+from scalabl.metrics.selective import exact_threshold
 
 FEW = {"bootstrap": 20}
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from decoded_texts import with_probability
 
-from scalabl.errors import UserError
-from scalabl.generation.clusters import equivalence
+from scalabl.core.errors import UserError
+from scalabl.generation.equivalence import equivalence
 from scalabl.generation.sampled_scores import SAMPLED_SCORES, rouge_l, sampled_scores
 
 NORMALISED = equivalence("normalised")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from decoded_texts import at_random, decoded, with_probability
 
-from scalabl.errors import UserError
+from scalabl.core.errors import UserError
 from scalabl.generation.sequence_scores import SEQUENCE_SCORES, log_mean, sequence_scores, token_log_probs
 
 

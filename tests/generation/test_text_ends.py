@@ -6,7 +6,7 @@ from tiny_base import adapted, tiny_tokenizer
 from transformers import GenerationConfig
 from transformers.generation import LogitsProcessor, LogitsProcessorList, StoppingCriteria
 
-from scalabl.generation.answer_span import AnswerEnd, answer_span
+from scalabl.generation.answer import AnswerEnd, answer_span
 from scalabl.generation.decoding import decode
 from scalabl.predictive.monte_carlo import MonteCarloPredictive
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from tiny_base import tiny_base, tiny_tokenizer
 
-from scalabl.tasks import Message, TextRow
+from scalabl.data import Message, TextRow
 
 _TURN = "<{{ m['role'] }}>{{ m['content'] }}</s>\n"
 _BEGIN = "{% if add_generation_prompt %}<assistant>{% endif %}"

@@ -10,14 +10,15 @@ from chat_base import PLAIN, chat_base, pairs, said
 from safetensors.torch import load_file
 from tiny_base import as_json, questions, tiny_base, write_jsonl
 
-from scalabl.classifier import Classifier
-from scalabl.errors import UserError
+from scalabl.core.errors import UserError
+from scalabl.core.files import ADAPTER, sha256
 from scalabl.generation.loading import load_language_run
-from scalabl.loading import load_run
-from scalabl.methods import TRAINED
-from scalabl.run_directory import ADAPTER, classifier_record, read_record, sha256
+from scalabl.inference.classifier import Classifier
+from scalabl.runs.directory import classifier_record, read_record
+from scalabl.runs.loading import load_run
+from scalabl.runs.recipe import Recipe, make_recipe
+from scalabl.runs.registry import TRAINED
 from scalabl.training.language import LanguageTrainer
-from scalabl.training.recipe import Recipe, make_recipe
 from scalabl.training.run import train
 
 

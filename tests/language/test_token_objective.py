@@ -15,15 +15,15 @@ from transformers import TrainerCallback, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 import scalabl
-from scalabl.errors import UserError
-from scalabl.methods import load_method
-from scalabl.models import load_base
+from scalabl.core.errors import UserError
+from scalabl.data import TextRow
+from scalabl.runs.method import load_method
+from scalabl.runs.models import load_base
+from scalabl.runs.recipe import Recipe
 from scalabl.scoring import Text
 from scalabl.scoring.text import EncodedText
-from scalabl.tasks import TextRow
 from scalabl.training.callback import ELBOCallback
 from scalabl.training.language import LanguageTrainer, tokens_a_row, weighing_the_kl
-from scalabl.training.recipe import Recipe
 
 ROWS = 12
 

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 from tiny_base import as_json, questions, write_jsonl
 
-from scalabl.loading import Run, load_run
-from scalabl.tasks import Example
-from scalabl.training.recipe import make_recipe
+from scalabl.data import Example
+from scalabl.runs.loading import load_run
+from scalabl.runs.method import Run
+from scalabl.runs.recipe import make_recipe
 from scalabl.training.run import train
 
 TRAIN, VALIDATION, TEST = questions(16, seed=0), questions(8, seed=1), questions(7, seed=2)

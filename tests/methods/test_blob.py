@@ -13,16 +13,16 @@ from tiny_base import loaded
 from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 
-from scalabl.classifier import Classifier
-from scalabl.errors import UserError
-from scalabl.loading import Run, load_run
+from scalabl.core.errors import UserError
+from scalabl.data import Example
+from scalabl.inference.classifier import Classifier
 from scalabl.methods.blob import KLStepCallback, cycle_steps, kl_step
 from scalabl.posterior import Prior
 from scalabl.predictive import predict
-from scalabl.predictive.lora_particles import lora_parts
-from scalabl.predictive.weight_noise import WeightNoisePredictive
-from scalabl.tasks import Example
-from scalabl.tuner_blob import BLoBConfig, BLoBProjection, blob_layers
+from scalabl.predictive.lora_particles import WeightNoisePredictive, lora_parts
+from scalabl.runs.loading import load_run
+from scalabl.runs.method import Run
+from scalabl.tuner.blob import BLoBConfig, BLoBProjection, blob_layers
 
 R, D_IN = 3, 5
 

@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from scalabl.errors import UserError
-from scalabl.loading import Run, load_run
+from scalabl.core.errors import UserError
+from scalabl.data import Example
 from scalabl.methods import ensemble
+from scalabl.metrics.uncertainty import average
 from scalabl.predictive import MeanPredictive, predict
-from scalabl.tasks import Example
-from scalabl.uncertainty import average
+from scalabl.runs.loading import load_run
+from scalabl.runs.method import Run
 
 
 @pytest.fixture

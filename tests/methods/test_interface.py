@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from scalabl.errors import UserError
-from scalabl.loading import Run, load_run
-from scalabl.methods import METHODS, POST_HOC, SAMPLED, SETTINGS, TRAINED, load_method, load_post_hoc
+from scalabl.core.errors import UserError
+from scalabl.data import Example
 from scalabl.predictive import MeanPredictive, Predictive, predict
-from scalabl.tasks import Example
-from scalabl.training.recipe import Recipe, make_recipe
+from scalabl.runs.loading import load_run
+from scalabl.runs.method import Run, load_method, load_post_hoc
+from scalabl.runs.recipe import Recipe, make_recipe
+from scalabl.runs.registry import METHODS, POST_HOC, SAMPLED, SETTINGS, TRAINED
 
 N = 4
 

@@ -9,15 +9,16 @@ from test_laplace_curvature import LETTERS, dense, one_token, scorer
 from torch import Tensor
 from torch.distributions import MultivariateNormal
 
-from scalabl.errors import UserError
-from scalabl.loading import Run, load_run
+from scalabl.core.errors import UserError
+from scalabl.data import Example
 from scalabl.methods import laplace
-from scalabl.methods.evidence import best_precision, log_evidence
+from scalabl.methods.laplace import LinearizedLaplacePredictive
+from scalabl.metrics.uncertainty import average
+from scalabl.posterior.evidence import best_precision, log_evidence
 from scalabl.predictive import MeanPredictive, predict
 from scalabl.predictive.kronecker import gauss_newton, matrices
-from scalabl.predictive.linearized_laplace import LinearizedLaplacePredictive
-from scalabl.tasks import Example
-from scalabl.uncertainty import average
+from scalabl.runs.loading import load_run
+from scalabl.runs.method import Run
 
 
 @pytest.mark.parametrize("precision", [0.1, 1.0, 30.0])

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.func import functional_call
 
 from scalabl.predictive.kronecker import Block, Factor, gauss_newton, jacobians, likelihood_root, matrices, recorded
-from scalabl.scoring import Batch, Encoded, Scorer, make_scoring
+from scalabl.scoring import Batch, Encoded, Scorer
+from scalabl.scoring.scorer import make_scoring
 
 LETTERS = {"scoring": "letters", "num_letters": 4}
 CONTINUATION = {"scoring": "continuation"}
@@ -199,7 +200,7 @@ def test_a_low_rank_factor_keeps_the_largest_directions() -> None:
 
 
 def test_a_trunk_gives_the_same_curvature() -> None:
-    from scalabl.trunk import Trunk
+    from scalabl.scoring.trunk import Trunk
 
     of = scorer(CONTINUATION)
     for layer in (0,):  # adapters on the last layer alone

@@ -10,11 +10,11 @@ from peft import get_peft_model
 from safetensors.torch import load_file
 from tiny_base import loaded, questions
 
-from scalabl.loading import load_run
 from scalabl.methods import monteclora
 from scalabl.predictive import MeanPredictive
-from scalabl.scoring import make_scoring
-from scalabl.training.recipe import make_recipe
+from scalabl.runs.loading import load_run
+from scalabl.runs.recipe import make_recipe
+from scalabl.scoring.scorer import make_scoring
 from scalabl.training.trainer import ChoiceTrainer, collate
 
 

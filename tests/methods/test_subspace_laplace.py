@@ -6,15 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from scalabl.bayesianize.run import bayesianize
-from scalabl.bayesianize.settings import settings_for
-from scalabl.bayesianize.source import read_source
-from scalabl.loading import Run, load_run
+from scalabl.data import Example, load_task
 from scalabl.methods import subspace_laplace
+from scalabl.metrics.uncertainty import average
 from scalabl.posterior.joint import KEPT, STRUCTURES
 from scalabl.predictive import LinearizedPredictive, MeanPredictive, MonteCarloPredictive, predict
-from scalabl.tasks import Example, load_task
-from scalabl.uncertainty import average
+from scalabl.runs.loading import load_run
+from scalabl.runs.method import Run
+from scalabl.training.posthoc.run import bayesianize
+from scalabl.training.posthoc.settings import read_source, settings_for
 
 
 def test_it_predicts_as_the_run_that_bayesianize_makes(

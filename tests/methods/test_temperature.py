@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from scalabl.errors import UserError
-from scalabl.methods.temperature import apply_temperature, fit_temperature, negative_log_likelihood
+from scalabl.core.errors import UserError
+from scalabl.metrics.temperature import apply_temperature, fit_temperature, negative_log_likelihood
 
 
 def simulated(true: float, *, particles: int = 1, rows: int = 20_000, classes: int = 4) -> tuple[Tensor, Tensor]:

@@ -4,14 +4,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from scalabl.loading import Run
+from scalabl.data import Example
 from scalabl.methods import tfb
-from scalabl.methods.temperature import negative_log_likelihood
 from scalabl.methods.tfb import largest_passing, noise_mixers
+from scalabl.metrics.temperature import negative_log_likelihood
 from scalabl.posterior import standard_normal
 from scalabl.predictive import MeanPredictive, predict
 from scalabl.predictive.lora_particles import lora_parts
-from scalabl.tasks import Example
+from scalabl.runs.method import Run
 
 D_OUT, R, D_IN = 7, 3, 5
 

@@ -6,11 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from scalabl.errors import UserError
-from scalabl.loading import Run
-from scalabl.predictive.dropout import DropoutPredictive, dropout_masks
-from scalabl.predictive.lora_particles import input_masks, lora_parts, weight_noise
-from scalabl.tasks import Example
+from scalabl.core.errors import UserError
+from scalabl.data import Example
+from scalabl.predictive.lora_particles import DropoutPredictive, dropout_masks, input_masks, lora_parts, weight_noise
+from scalabl.runs.method import Run
 
 N = 3
 

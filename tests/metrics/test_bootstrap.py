@@ -5,16 +5,8 @@ import math
 import pytest
 import torch
 
-from scalabl.errors import UserError
-from scalabl.metrics import (
-    METRICS,
-    Metric,
-    evaluate,
-    is_collapsed,
-    ood_auroc,
-    paired_difference,
-    paired_ood_difference,
-)
+from scalabl.core.errors import UserError
+from scalabl.metrics import METRICS, Metric, evaluate, is_collapsed, ood_auroc, paired_difference, paired_ood_difference
 from scalabl.metrics import bootstrap as module
 from scalabl.metrics.bootstrap import interval, resamples
 from scalabl.metrics.scores import Rows, accuracy, aurc, auroc, brier, ece, nll

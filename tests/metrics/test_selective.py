@@ -7,8 +7,8 @@ import pytest
 import torch
 from scipy.stats import binom, binomtest
 
-from scalabl.errors import UserError
-from scalabl.selective import (
+from scalabl.core.errors import UserError
+from scalabl.metrics.selective import (
     confidence_score,
     conformal_threshold,
     error_bound,
@@ -17,7 +17,7 @@ from scalabl.selective import (
     rows_needed,
     rows_needed_on_average,
 )
-from scalabl.uncertainty import average, decompose
+from scalabl.metrics.uncertainty import average, decompose
 
 
 def simulated(rows: int, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

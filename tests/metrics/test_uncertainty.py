@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from scalabl.errors import UserError
-from scalabl.uncertainty import average, decompose, mean_particles, particles_used
+from scalabl.core.errors import UserError
+from scalabl.metrics.uncertainty import average, decompose, mean_particles, particles_used
 
 
 def particles(num: int, rows: int, choices: int, scale: float = 2.0, seed: int = 0) -> torch.Tensor:

@@ -12,7 +12,7 @@ from torchmetrics.functional.classification import (
     multiclass_calibration_error,
 )
 
-from scalabl.errors import UserError
+from scalabl.core.errors import UserError
 from scalabl.metrics import evaluate, ood_auroc, reliability, risk_coverage
 
 

@@ -12,15 +12,15 @@ from tiny_base import tiny_base
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from scalabl.methods import load_method
-from scalabl.models import held, load_base
 from scalabl.planning.meta_model import build, read_config
-from scalabl.planning.rows import Rows
+from scalabl.planning.rows import PlannedRows
 from scalabl.planning.step import MetaRun, training_loss
-from scalabl.training.recipe import Recipe, make_recipe
-from scalabl.trunk import Trunk
+from scalabl.runs.method import load_method
+from scalabl.runs.models import held, load_base
+from scalabl.runs.recipe import Recipe, make_recipe
+from scalabl.scoring.trunk import Trunk
 
-ROWS = Rows(3, 24, scored=8, choices=3)
+ROWS = PlannedRows(3, 24, scored=8, choices=3)
 
 
 def recipe_of(architecture: str = "llama", *, depth: int = 3, **settings: Any) -> Recipe:
@@ -81,7 +81,9 @@ def state(model: PeftModel) -> list[Tensor]:
     return [*model.parameters(), *model.buffers()]
 
 
-def saved_by_the_real_step(recipe: Recipe, rows: Rows, *, attention: str = "sdpa", autocast: bool = False) -> Saved:
+def saved_by_the_real_step(
+    recipe: Recipe, rows: PlannedRows, *, attention: str = "sdpa", autocast: bool = False
+) -> Saved:
     """One forward pass with numbers, as a run has it."""
     model = real_model(recipe)
     model.get_base_model().set_attn_implementation(attention)

@@ -7,8 +7,8 @@ import torch
 from real_step import real_model, recipe_of
 from torch import Tensor, nn
 
+from scalabl.planning.meta_device import QuantizedLinear
 from scalabl.planning.meta_model import build, read_config
-from scalabl.planning.quantized import QuantizedLinear
 from scalabl.training.run import count_parameters
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from scalabl.errors import UserError
+from scalabl.core.errors import UserError
 from scalabl.planning import memory
 from scalabl.planning.memory import in_words, machine_memory, parse_bytes
 from scalabl.planning.plan import LARGEST, largest_batch

@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 from tiny_base import questions, tiny_base, write_task
 
-from scalabl.errors import UserError
-from scalabl.models import load_tokenizer
-from scalabl.planning import training_run
+from scalabl.core.errors import UserError
+from scalabl.planning import refusal as training_run
 from scalabl.planning.plan import CannotPlanError, Planner
-from scalabl.planning.rows import Rows
-from scalabl.planning.training_run import plan_run
+from scalabl.planning.refusal import plan_run
+from scalabl.planning.rows import PlannedRows
+from scalabl.runs.models import load_tokenizer
+from scalabl.runs.recipe import Recipe
 from scalabl.scoring import Continuation, Letters
-from scalabl.training.recipe import Recipe
 
 
 @pytest.fixture
@@ -118,6 +118,6 @@ def test_settings_are_refused_as_the_run_refuses_them(
 @pytest.mark.parametrize("wrong", [{"batch": 0}, {"length": 0}, {"scored": 0}, {"choices": 0}])
 def test_rows_out_of_range(wrong: dict[str, int]) -> None:
     with pytest.raises(UserError, match="must be at least 1"):
-        Rows(**{"batch": 1, "length": 1, **wrong})
+        PlannedRows(**{"batch": 1, "length": 1, **wrong})
     with pytest.raises(UserError, match="loss is"):
-        Rows(1, 1, "words")
+        PlannedRows(1, 1, "words")

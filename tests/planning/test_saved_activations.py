@@ -6,11 +6,11 @@ import pytest
 import torch
 from real_step import ROWS, meta_run, recipe_of, saved_by_the_real_step, saving, state
 
-from scalabl.planning.rows import Rows
-from scalabl.training.recipe import Recipe
+from scalabl.planning.rows import PlannedRows
+from scalabl.runs.recipe import Recipe
 
 
-def compare(recipe: Recipe, rows: Rows = ROWS, *, attention: str = "sdpa", autocast: bool = False) -> None:
+def compare(recipe: Recipe, rows: PlannedRows = ROWS, *, attention: str = "sdpa", autocast: bool = False) -> None:
     real = saved_by_the_real_step(recipe, rows, attention=attention, autocast=autocast)
     run = meta_run(recipe)
     run.model.get_base_model().set_attn_implementation(attention)
@@ -63,7 +63,7 @@ def test_quantised_layers_save_what_the_real_ones_do(settings: dict[str, Any]) -
 
 @pytest.mark.parametrize("loss", ["letters", "tokens"])
 def test_other_losses(loss: str) -> None:
-    compare(recipe_of(), Rows(3, 24, loss))
+    compare(recipe_of(), PlannedRows(3, 24, loss))
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3"])
@@ -78,8 +78,8 @@ def test_automatic_mixed_precision_casts_as_torch_does(method: str, monkeypatch:
     assert not torch.is_autocast_enabled("cpu")
 
 
-@pytest.mark.parametrize("rows", [ROWS, Rows(3, 24, "tokens")])
-def test_cudas_kernels_save_what_they_are_given(rows: Rows) -> None:
+@pytest.mark.parametrize("rows", [ROWS, PlannedRows(3, 24, "tokens")])
+def test_cudas_kernels_save_what_they_are_given(rows: PlannedRows) -> None:
     """Its masks are copied to rows of a multiple of eight in each layer, where the length is none; else nothing is."""
     recipe = recipe_of(dtype="float16")
     run = meta_run(recipe, "cuda")
@@ -88,7 +88,7 @@ def test_cudas_kernels_save_what_they_are_given(rows: Rows) -> None:
     on_cpu = saved_by_the_real_step(recipe, rows).bytes(floating=True)
     masks = 3 * 24 * 24 * 2
     assert abs(planned.bytes(floating=True) - on_cpu) <= masks
-    odd = Rows(3, 25, rows.loss)
+    odd = PlannedRows(3, 25, rows.loss)
     with saving(state(run.model)) as longer:
         run.training_step(odd, 3)
     masks_of = [t for t in longer.tensors.values() if t.shape[-2:] == (25, 25)]
@@ -97,9 +97,9 @@ def test_cudas_kernels_save_what_they_are_given(rows: Rows) -> None:
 
 
 def test_the_choices_of_a_row_stand_at_its_end() -> None:
-    batch = Rows(2, 10, scored=5, choices=3).of(2)
+    batch = PlannedRows(2, 10, scored=5, choices=3).of(2)
     assert batch.segments.tolist() == [[0, 0, 0, 0, 0, 1, 1, 2, 2, 3]] * 2
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 5, 6, 5, 6, 5]] * 2
     assert (batch.keep, batch.num_choices.tolist()) == (6, [3, 3])
-    short = Rows(1, 3, scored=50, choices=4).of(1)
+    short = PlannedRows(1, 3, scored=50, choices=4).of(1)
     assert short.segments.tolist() == [[0, 1, 2]]

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from scalabl.posterior import POSTERIORS, Gaussian
+from scalabl.posterior import Gaussian
+from scalabl.posterior.gaussian import POSTERIORS
 
 both = pytest.mark.parametrize("kind", list(POSTERIORS))
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from scalabl.posterior import POSTERIORS, Gaussian, Prior
+from scalabl.posterior import Gaussian, Prior
+from scalabl.posterior.gaussian import POSTERIORS
 
 R, ROWS, TAU = 3, 40, 0.5
 PRIOR = Prior(mean=0.5, std=1.0)

@@ -7,10 +7,10 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from scalabl.errors import UserError
+from scalabl.core.errors import UserError
 from scalabl.posterior import standard_normal
-from scalabl.posterior.draw_kinds import KINDS, noise
-from scalabl.sampling import DRAWS
+from scalabl.posterior.draws import KINDS, noise
+from scalabl.predictive.sampling import DRAWS
 
 LAYERS = {"model.layers.0.q_proj": 4, "model.layers.0.v_proj": 3, "lm_head": 6}
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from gaussians import arbitrary, both
 
-from scalabl.posterior import POSTERIORS, DiagonalGaussian, Gaussian, Prior
+from scalabl.posterior import DiagonalGaussian, Gaussian, Prior
+from scalabl.posterior.gaussian import POSTERIORS
 
 EMPIRICAL = [Prior(empirical=True), Prior(mean=0.7, empirical=True), Prior(mean=-0.4, std=3.0, empirical=True)]
 

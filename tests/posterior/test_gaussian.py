@@ -4,7 +4,8 @@ import pytest
 import torch
 from gaussians import arbitrary, both
 
-from scalabl.posterior import POSTERIORS, FullGaussian, Prior
+from scalabl.posterior import FullGaussian, Prior
+from scalabl.posterior.gaussian import POSTERIORS
 
 
 @both

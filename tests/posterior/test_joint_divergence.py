@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.distributions import MultivariateNormal, kl_divergence
 
-from scalabl.errors import UserError
+from scalabl.core.errors import UserError
 from scalabl.posterior.joint import JointGaussian
 
 RANKS = {"a": 3, "b": 2, "c": 4}

@@ -6,8 +6,9 @@ import pytest
 import torch
 from gaussians import arbitrary, as_distribution, both
 
-from scalabl.errors import UserError
-from scalabl.posterior import POSTERIORS, Prior
+from scalabl.core.errors import UserError
+from scalabl.posterior import Prior
+from scalabl.posterior.gaussian import POSTERIORS
 
 PRIORS = [Prior(), Prior(std=0.2), Prior(mean=0.7, std=1.5), Prior(mean=-0.3, std=0.5)]
 

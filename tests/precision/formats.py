@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import scalabl
-from scalabl.models import load_base
+from scalabl.runs.models import load_base
 from scalabl.tuner import stochastic_layers
 
 

@@ -27,8 +27,8 @@ from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImagePr
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import scalabl
-from scalabl.models import load_base
-from scalabl.tasks import Example, load_task
+from scalabl.data import Example, load_task
+from scalabl.runs.models import load_base
 
 COLOURS = {"red": (220, 30, 30), "blue": (30, 30, 220), "green": (30, 200, 30)}
 # as the models' own tokenizers have them, behind the tiny tokenizer's words

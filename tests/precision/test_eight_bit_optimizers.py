@@ -10,10 +10,10 @@ from formats import saved_base
 from tiny_base import write_task
 from torch import Tensor, nn
 
-from scalabl.errors import UserError
-from scalabl.training.optimizers import require_optimizer
+from scalabl.core.errors import UserError
+from scalabl.runs.recipe import Recipe
 from scalabl.training.parameter_group import VariationalGroup
-from scalabl.training.recipe import Recipe
+from scalabl.training.refusals import require_optimizer
 from scalabl.training.run import train
 from scalabl.tuner import StochasticProjection
 

@@ -11,17 +11,18 @@ from formats import FORMATS, Format, saved_base
 from peft import PeftModel
 from tiny_base import questions, write_task
 
-from scalabl.benchmark.plan import LATER
-from scalabl.classifier import Classifier
-from scalabl.errors import UserError
-from scalabl.evaluation import log_probabilities
-from scalabl.loading import Run, load_run
-from scalabl.models import held, load_base
+from scalabl.core.errors import UserError
+from scalabl.inference.classifier import Classifier
+from scalabl.inference.evaluation import log_probabilities
 from scalabl.predictive import predict
-from scalabl.quantization import quantization_config
-from scalabl.run_directory import claim
+from scalabl.runs.directory import claim
+from scalabl.runs.loading import load_run
+from scalabl.runs.method import Run
+from scalabl.runs.models import held, load_base
+from scalabl.runs.quantization import quantization_config
+from scalabl.runs.recipe import Recipe
 from scalabl.scoring import Scorer
-from scalabl.training.recipe import Recipe
+from scalabl.study.plan import LATER
 from scalabl.training.run import train
 
 
@@ -99,9 +100,8 @@ def test_the_mean_is_the_plain_lora_of_mean_on_the_same_format(form: Format, run
 
 
 def test_a_run_can_be_made_bayesian_on_its_format(form: Format, task: Path, tmp_path: Path) -> None:
-    from scalabl.bayesianize.run import bayesianize
-    from scalabl.bayesianize.settings import settings_for
-    from scalabl.bayesianize.source import read_source, rows_for
+    from scalabl.training.posthoc.run import bayesianize
+    from scalabl.training.posthoc.settings import read_source, rows_for, settings_for
 
     train(recipe(task, form, method="mle", steps=4), tmp_path / "mle")
     source = read_source(tmp_path / "mle", None)

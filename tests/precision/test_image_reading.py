@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from transformers import Qwen2_5_VLProcessor, Qwen3VLProcessor
 
 import scalabl
-from scalabl.models import load_base
 from scalabl.predictive import LinearizedPredictive, MonteCarloPredictive, predict
+from scalabl.runs.models import load_base
 from scalabl.scoring import Continuation, Encoded, Letters, Scorer, Scoring
-from scalabl.scoring.image_inputs import gap_to_own_reading
 from scalabl.scoring.prefix import shared_prefix
+from scalabl.scoring.scorer import gap_to_own_reading
 from scalabl.tuner import stochastic_layers
 
 

@@ -10,12 +10,13 @@ import pytest
 from image_text import draw, write_image_task
 from tiny_base import questions, write_jsonl
 
-from scalabl.answer import rows_of
-from scalabl.benchmark.cells import rows_digest
-from scalabl.benchmark.data import overlap
-from scalabl.errors import UserError
-from scalabl.tasks import Example, holdout, load_rows, load_task
-from scalabl.tasks.images import open_image
+from scalabl.core.errors import UserError
+from scalabl.data import Example, load_rows, load_task
+from scalabl.data.assemble import holdout
+from scalabl.data.images import open_image
+from scalabl.inference.classifier import rows_of
+from scalabl.study.cells import rows_digest
+from scalabl.study.plan import overlap
 
 ROW: dict[str, Any] = {"question": "which?", "choices": ["red", "blue"], "answer": "red"}
 

@@ -17,17 +17,18 @@ from peft import PeftModel
 from tiny_base import tiny_base, write_task
 from transformers.utils import logging as transformers_logging
 
-from scalabl.classifier import Classifier
 from scalabl.cli import main
-from scalabl.errors import UserError
-from scalabl.evaluation import log_probabilities
-from scalabl.loading import Run, load_run
-from scalabl.models import load_base
+from scalabl.core.errors import UserError
+from scalabl.data import Example, load_task
+from scalabl.inference.classifier import Classifier
+from scalabl.inference.evaluation import log_probabilities
 from scalabl.predictive import MeanPredictive, MonteCarloPredictive, predict
+from scalabl.runs.loading import load_run
+from scalabl.runs.method import Run
+from scalabl.runs.models import load_base
+from scalabl.runs.recipe import Recipe
 from scalabl.scoring import Letters, Scorer
 from scalabl.scoring.images import image_reader
-from scalabl.tasks import Example, load_task
-from scalabl.training.recipe import Recipe
 from scalabl.training.run import train
 
 

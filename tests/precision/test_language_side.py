@@ -8,14 +8,14 @@ from image_text import adapted, image_text_base
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from scalabl.errors import UserError
-from scalabl.methods import load_method
-from scalabl.models import load_base
+from scalabl.core.errors import UserError
+from scalabl.runs.method import load_method
+from scalabl.runs.models import load_base
+from scalabl.runs.recipe import Recipe
 from scalabl.scoring import Letters, Scorer
-from scalabl.training.recipe import Recipe
-from scalabl.trunk import Trunk
+from scalabl.scoring.trunk import Trunk
 from scalabl.tuner import stochastic_layers
-from scalabl.tuner.depth import decoder_layers
+from scalabl.tuner.layers import decoder_layers
 
 
 def test_targets_are_of_the_language_side_alone(architecture: str) -> None:

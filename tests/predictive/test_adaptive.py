@@ -5,16 +5,16 @@ import torch
 from tiny_base import adapted, loaded, questions
 from torch import Tensor
 
-from scalabl.errors import UserError
-from scalabl.methods.temperature import apply_temperature, fit_temperature, negative_log_likelihood
+from scalabl.core.errors import UserError
+from scalabl.methods.temperature import TemperedPredictive
+from scalabl.metrics.temperature import apply_temperature, fit_temperature, negative_log_likelihood
+from scalabl.metrics.uncertainty import average, decompose, mean_particles, particles_used
 from scalabl.predictive import MeanPredictive, MonteCarloPredictive, predict
 from scalabl.predictive.adaptive import AdaptivePredictive, with_sampling
-from scalabl.predictive.dropout import DropoutPredictive
-from scalabl.predictive.tempered import TemperedPredictive
-from scalabl.sampling import Sampling
+from scalabl.predictive.lora_particles import DropoutPredictive
+from scalabl.predictive.sampling import Sampling
 from scalabl.scoring import Batch, Continuation, Encoded, Scorer
-from scalabl.trunk import Trunk
-from scalabl.uncertainty import average, decompose, mean_particles, particles_used
+from scalabl.scoring.trunk import Trunk
 
 N = 14
 

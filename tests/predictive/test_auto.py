@@ -7,14 +7,14 @@ import torch
 from peft import PeftModel, get_peft_model
 from tiny_base import adapted, loaded, questions
 
-from scalabl.errors import UserError
-from scalabl.predictive import AutoPredictive, LinearizedPredictive, MonteCarloPredictive, make_predictive, predict
-from scalabl.predictive.auto import TRIAL_ROWS, reference_and_variance
+from scalabl.core.errors import UserError
+from scalabl.metrics.uncertainty import average
+from scalabl.predictive import AutoPredictive, LinearizedPredictive, MonteCarloPredictive, predict
+from scalabl.predictive.auto import TRIAL_ROWS, make_predictive, reference_and_variance
 from scalabl.predictive.cost import BACKWARD, Cost, cost_of
 from scalabl.scoring import Continuation, Encoded, Letters, Scorer
-from scalabl.trunk import Trunk
+from scalabl.scoring.trunk import Trunk
 from scalabl.tuner import stochastic_layers
-from scalabl.uncertainty import average
 
 # without weights to read and without an output layer
 PLAIN = Cost(layers=10, layer=1, output=0, saturation=0, tokens=50, positions=4, classes=4, batch=8)

@@ -10,14 +10,14 @@ from tiny_base import ARCHITECTURES, adapted, loaded, questions
 from torch import Tensor, nn
 
 import scalabl
-from scalabl.errors import UserError
+from scalabl.core.errors import UserError
 from scalabl.posterior.joint import JointGaussian
 from scalabl.predictive import LinearizedPredictive, MeanPredictive, MonteCarloPredictive, Predictive, predict
 from scalabl.predictive.adaptive import AdaptivePredictive, with_sampling
 from scalabl.predictive.linearized import logit_gaussian, logit_jacobian
-from scalabl.sampling import Sampling
+from scalabl.predictive.sampling import Sampling
 from scalabl.scoring import Continuation, Encoded, Letters, Scorer
-from scalabl.trunk import Trunk
+from scalabl.scoring.trunk import Trunk
 from scalabl.tuner import StochasticProjection, stochastic_layers
 from scalabl.tuner.joint import set_joint
 from scalabl.tuner.state import only

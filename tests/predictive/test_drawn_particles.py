@@ -6,14 +6,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_base import adapted, loaded, questions
 from torch import Tensor
 
-from scalabl.errors import UserError
-from scalabl.posterior.draw_kinds import noise
+from scalabl.core.errors import UserError
+from scalabl.posterior.draws import noise
 from scalabl.predictive import MeanPredictive, MonteCarloPredictive, predict
 from scalabl.predictive.adaptive import with_sampling
-from scalabl.predictive.dropout import DropoutPredictive
-from scalabl.sampling import DRAWS, Sampling
+from scalabl.predictive.lora_particles import DropoutPredictive
+from scalabl.predictive.sampling import DRAWS, Sampling
 from scalabl.scoring import Continuation, Encoded, Scorer
-from scalabl.trunk import Trunk
+from scalabl.scoring.trunk import Trunk
 from scalabl.tuner import stochastic_layers
 from scalabl.tuner.projection import Values
 

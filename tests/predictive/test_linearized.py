@@ -4,12 +4,12 @@ import pytest
 import torch
 from tiny_base import adapted, loaded, questions
 
+from scalabl.metrics.uncertainty import average
 from scalabl.predictive import LinearizedPredictive, MonteCarloPredictive, predict
 from scalabl.predictive.linearized import logit_gaussian, matrix_root
 from scalabl.scoring import Continuation, Letters, Scorer
-from scalabl.trunk import Trunk
+from scalabl.scoring.trunk import Trunk
 from scalabl.tuner import stochastic_layers
-from scalabl.uncertainty import average
 
 
 def scorer_with(sigma: float, *, covariance: str = "diagonal", letters: bool = False) -> Scorer:

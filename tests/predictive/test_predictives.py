@@ -11,11 +11,12 @@ from tiny_base import adapted, loaded, questions
 from torch import Tensor
 
 import scalabl
-from scalabl.errors import UserError
-from scalabl.predictive import MeanPredictive, MonteCarloPredictive, make_predictive, predict
-from scalabl.predictive.memory import bytes_per_particle, particles_at_once
+from scalabl.core.errors import UserError
+from scalabl.predictive import MeanPredictive, MonteCarloPredictive, predict
+from scalabl.predictive.auto import make_predictive
+from scalabl.predictive.monte_carlo import bytes_per_particle, particles_at_once
 from scalabl.scoring import Continuation, Encoded, Letters, Scorer, Scoring
-from scalabl.trunk import Trunk
+from scalabl.scoring.trunk import Trunk
 from scalabl.tuner import stochastic_layers
 
 
@@ -100,7 +101,7 @@ sys.path.insert(0, sys.argv[1])
 from tiny_base import adapted, loaded, questions
 from scalabl.predictive import MonteCarloPredictive, predict
 from scalabl.scoring import Continuation, Scorer
-from scalabl.trunk import Trunk
+from scalabl.scoring.trunk import Trunk
 model, (_, tokenizer) = adapted(last=2), loaded()
 scoring = Continuation(tokenizer)
 torch.manual_seed(12345)  # no answer depends on the global generator
@@ -171,7 +172,7 @@ def test_more_memory_or_smaller_batches_are_more_particles_at_once(
     assert bytes_per_particle(scorer.model, large.repeat(2)) == 2 * bytes_per_particle(scorer.model, large)
     fits = []
     for free in (0, 10**6, 10**7, 10**9):
-        monkeypatch.setattr("scalabl.predictive.memory.free_bytes", lambda _device, free=free: free)
+        monkeypatch.setattr("scalabl.predictive.monte_carlo.free_bytes", lambda _device, free=free: free)
         fits.append([particles_at_once(scorer.model, batch, 1000) for batch in (large, small)])
     assert fits[0] == [1, 1]
     assert all(a[i] <= b[i] for a, b in zip(fits, fits[1:], strict=False) for i in (0, 1)) and fits[-1][0] > 1

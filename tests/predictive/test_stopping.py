@@ -5,7 +5,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from scalabl.predictive.stopping import _wealth, settled
+from scalabl.predictive.adaptive import _wealth, settled
 
 N, BLOCK = 32, 4
 LOOKS = (N - 1) // BLOCK

@@ -4,13 +4,13 @@ import pytest
 import torch
 from tiny_base import adapted, loaded, questions
 
-from scalabl.errors import UserError
+from scalabl.core.errors import UserError
+from scalabl.inference.variance import top_holding
 from scalabl.predictive.linearized import logit_gaussian
 from scalabl.predictive.variance import layer_variances
 from scalabl.scoring import Continuation, Scorer
-from scalabl.trunk import Trunk
+from scalabl.scoring.trunk import Trunk
 from scalabl.tuner import stochastic_layers
-from scalabl.variance import top_holding
 
 
 def scorer_of(**config: object) -> Scorer:

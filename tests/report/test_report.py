@@ -10,12 +10,12 @@ import pytest
 import torch
 from rich.console import Console
 
-from scalabl.errors import UserError
+from scalabl.core.errors import UserError
+from scalabl.inference.report import MethodResult, Report, print_table, table, write
+from scalabl.inference.report.render import verdict
+from scalabl.inference.report.table import number, plus_minus, span
 from scalabl.metrics import METRICS, evaluate
-from scalabl.report import MethodResult, Report, print_table, table, write
-from scalabl.report.render import verdict
-from scalabl.report.text import number, plus_minus, span
-from scalabl.uncertainty import average
+from scalabl.metrics.uncertainty import average
 
 ROWS = 240
 

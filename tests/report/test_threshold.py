@@ -5,8 +5,8 @@ import re
 
 import torch
 
-from scalabl.report.figures import risk_coverage_curves
-from scalabl.selective import Threshold
+from scalabl.inference.report.figures import risk_coverage_curves
+from scalabl.metrics.selective import Threshold
 
 
 def threshold(above: float) -> Threshold:

@@ -9,11 +9,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import scalabl
-from scalabl.errors import UserError
-from scalabl.scoring import Continuation, Scorer, make_scoring
+from scalabl.core.errors import UserError
+from scalabl.data import Example
+from scalabl.scoring import Continuation, Scorer
 from scalabl.scoring.continuation import choice_log_likelihoods
-from scalabl.scoring.token_logits import token_logits
-from scalabl.tasks import Example
+from scalabl.scoring.scorer import make_scoring
+from scalabl.scoring.trunk import token_logits
 from scalabl.tuner import stochastic_layers
 
 

@@ -6,9 +6,10 @@ from tiny_base import loaded, questions
 from tokenizers import Tokenizer, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
-from scalabl.errors import UserError
-from scalabl.scoring import Continuation, Letters, Scorer, make_scoring
-from scalabl.tasks import Example
+from scalabl.core.errors import UserError
+from scalabl.data import Example
+from scalabl.scoring import Continuation, Letters, Scorer
+from scalabl.scoring.scorer import make_scoring
 
 
 def test_labels_are_the_tokens_of_the_words_behind_a_space() -> None:

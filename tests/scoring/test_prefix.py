@@ -11,15 +11,15 @@ from tiny_base import ARCHITECTURES, adapted, loaded, perturb, questions
 from torch import Tensor
 
 import scalabl
-from scalabl.classifier import Classifier
+from scalabl.inference.classifier import Classifier
+from scalabl.methods.temperature import TemperedPredictive
 from scalabl.predictive import LinearizedPredictive, MeanPredictive, MonteCarloPredictive, Predictive, predict
 from scalabl.predictive.adaptive import AdaptivePredictive
-from scalabl.predictive.tempered import TemperedPredictive
 from scalabl.scoring import Batch, Continuation, Encoded, Letters, Scorer, Scoring
 from scalabl.scoring import scorer as scorer_module
 from scalabl.scoring.prefix import common_length, shared_prefix
-from scalabl.trunk import Trunk
-from scalabl.trunk_store import with_stored_trunk
+from scalabl.scoring.trunk import Trunk
+from scalabl.scoring.trunk_store import with_stored_trunk
 from scalabl.tuner import stochastic_layers
 
 INSTRUCTION = "Answer with the word that is right.\nQuestion: which is a colour?\nAnswer: blue\n\n"
@@ -103,7 +103,7 @@ def test_only_stochastic_top_layers_and_an_output_layer() -> None:
 
 
 def test_noise_on_a_of_a_rival() -> None:
-    from scalabl.predictive.dropout import DropoutPredictive
+    from scalabl.predictive.lora_particles import DropoutPredictive
 
     base, _ = loaded()
     torch.manual_seed(1)
@@ -249,7 +249,7 @@ def test_a_prefix_changes_the_answer_and_can_be_short() -> None:
 
 
 def test_memory_counts_the_prefix() -> None:
-    from scalabl.predictive.memory import bytes_per_particle
+    from scalabl.predictive.monte_carlo import bytes_per_particle
 
     scoring = scoring_of("continuation")
     scorer = Scorer(adapted(), scoring)

@@ -7,11 +7,11 @@ from tiny_base import perturb
 from transformers import PreTrainedModel
 
 import scalabl
-from scalabl.models import EMBEDDED, load_base
+from scalabl.data import Example, load_task
 from scalabl.predictive import MeanPredictive, predict
+from scalabl.runs.models import EMBEDDED, load_base
 from scalabl.scoring import Continuation, Scorer
-from scalabl.tasks import Example, load_task
-from scalabl.trunk import Trunk
+from scalabl.scoring.trunk import Trunk
 
 
 @pytest.fixture(scope="module")

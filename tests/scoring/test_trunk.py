@@ -9,10 +9,10 @@ from tiny_base import ARCHITECTURES, adapted, loaded, perturb, questions
 from torch import Tensor
 
 import scalabl
-from scalabl.errors import UserError
+from scalabl.core.errors import UserError
 from scalabl.scoring import Batch, Continuation, Letters, Scorer
-from scalabl.trunk import Trunk
-from scalabl.trunk_store import with_stored_trunk
+from scalabl.scoring.trunk import Trunk
+from scalabl.scoring.trunk_store import with_stored_trunk
 
 
 def batch_of(number: int = 4) -> tuple[Continuation, Batch]:
@@ -124,7 +124,7 @@ def test_a_model_that_cannot_resume_is_refused() -> None:
 
 
 def stored_files() -> list[str]:
-    from scalabl.cache import cache_directory
+    from scalabl.core.files import cache_directory
 
     return sorted(path.name for path in (cache_directory() / "trunks").glob("*"))
 
@@ -170,7 +170,7 @@ def test_stored_rows_are_those_of_a_pass_of_their_own(monkeypatch: pytest.Monkey
 
 def test_a_damaged_store_is_computed_anew(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
     monkeypatch.setenv("SCALABL_CACHE", str(tmp_path))
-    from scalabl.cache import cache_directory
+    from scalabl.core.files import cache_directory
 
     model = adapted(last=1)
     scoring, _ = batch_of()

@@ -10,9 +10,9 @@ from particle_server import Faults, ParticleServer, serving
 from served import NUMBER, SEED
 from tiny_base import tiny_base
 
+from scalabl.runs.recipe import Recipe
 from scalabl.serving.export import export
 from scalabl.serving.manifest import read_manifest
-from scalabl.training.recipe import Recipe
 from scalabl.training.run import train
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import torch
 from tiny_base import loaded
 
-from scalabl.loading import load_adapter
 from scalabl.posterior.joint import JointGaussian
+from scalabl.runs.loading import load_adapter
 from scalabl.tuner import stochastic_layers
 from scalabl.tuner.joint import save_joint, set_joint
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from particle_server import ParticleServer
 
-from scalabl.vllm import VLLMClassifier
+from scalabl.serving.vllm import VLLMClassifier
 
 NUMBER, SEED = 4, 5
 LABELS = ["yes", "no", "red"]

@@ -16,17 +16,17 @@ from tiny_base import adapted, loaded, questions, tiny_base
 from torch import Tensor, nn
 
 import scalabl
-from scalabl.bayesianize.run import bayesianize
-from scalabl.bayesianize.settings import settings_for
-from scalabl.bayesianize.source import read_source, rows_for
-from scalabl.errors import UserError
-from scalabl.loading import load_adapter
-from scalabl.posterior.draw_kinds import noise
-from scalabl.run_directory import ADAPTER, JOINT, RECORD, sha256
-from scalabl.sampling import DRAWS
+from scalabl.core.errors import UserError
+from scalabl.core.files import ADAPTER, JOINT, sha256
+from scalabl.posterior.draws import noise
+from scalabl.predictive.sampling import DRAWS
+from scalabl.runs.directory import RECORD
+from scalabl.runs.loading import load_adapter
 from scalabl.scoring import Letters
 from scalabl.serving.export import export
-from scalabl.serving.manifest import Manifest, read_manifest
+from scalabl.serving.manifest import ParticleManifest, read_manifest
+from scalabl.training.posthoc.run import bayesianize
+from scalabl.training.posthoc.settings import read_source, rows_for, settings_for
 from scalabl.tuner import stochastic_layers
 from scalabl.tuner.state import noise_particles
 
@@ -193,7 +193,7 @@ def test_a_fitted_temperature_is_told_and_a_strangers_is_not(copied_run: Path, t
 
 
 def test_a_run_with_particles_in_it_is_still_the_run(copied_run: Path) -> None:
-    from scalabl.loading import load_run
+    from scalabl.runs.loading import load_run
 
     export(copied_run, 2)
     assert (copied_run / "particles" / "1" / ADAPTER).is_file()
@@ -300,5 +300,5 @@ def test_what_a_server_does_otherwise_is_said(copied_run: Path, tmp_path: Path) 
     record = json.loads((copied_run / RECORD).read_text())
     record |= {"predictive": "linearized", "recipe": record["recipe"] | {"bits": 4}}
     (copied_run / RECORD).write_text(json.dumps(record))
-    manifest: Manifest = export(copied_run, 1)
+    manifest: ParticleManifest = export(copied_run, 1)
     assert "quantised to 4 bits" in manifest.warnings[0] and "Monte Carlo predictive" in manifest.warnings[1]

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from scalabl.cli import main
-from scalabl.errors import UserError
-from scalabl.run_directory import RECORD
+from scalabl.core.errors import UserError
+from scalabl.runs.directory import RECORD
 from scalabl.serving.command import as_shell, vllm_command
 from scalabl.serving.export import export
 from scalabl.serving.manifest import read_manifest

@@ -1,4 +1,4 @@
-"""`scalabl.vllm`: the answers of a server that serves exported particles are the run's own, and what is refused."""
+"""`serving.vllm`: the answers of a server that serves exported particles are the run's own, and what is refused."""
 
 import json
 import sys
@@ -13,20 +13,19 @@ from particle_server import ParticleServer, serving
 from served import LABELS, NUMBER, SEED, client
 from tiny_base import adapted, loaded, questions
 
-from scalabl.answer import rows_of
-from scalabl.classifier import Classifier
-from scalabl.errors import UserError
-from scalabl.loading import load_run
-from scalabl.methods.temperature import apply_temperature
+from scalabl.core.errors import UserError
+from scalabl.data import Example
+from scalabl.inference.classifier import Classifier, rows_of
+from scalabl.metrics.temperature import apply_temperature
+from scalabl.metrics.uncertainty import average
 from scalabl.predictive import MonteCarloPredictive, predict
+from scalabl.runs.loading import load_run
 from scalabl.scoring import Continuation, Letters, Scorer, Scoring
 from scalabl.serving.export import export
 from scalabl.serving.http import JSONClient
 from scalabl.serving.manifest import read_manifest
 from scalabl.serving.requests import BY, By, split
-from scalabl.tasks import Example
-from scalabl.uncertainty import average
-from scalabl.vllm import VLLMClassifier
+from scalabl.serving.vllm import VLLMClassifier
 
 
 @pytest.mark.parametrize("by", BY)

@@ -1,4 +1,4 @@
-"""`scalabl.vllm` before servers that are away, slow, busy or wrong: tried again, or refused; never a made-up number."""
+"""`serving.vllm` before servers that are away, slow, busy or wrong: tried again, or refused; never a made-up number."""
 
 import socket
 from pathlib import Path
@@ -10,9 +10,9 @@ from particle_server import Faults, ParticleServer
 from served import LABELS, NUMBER, client
 from tiny_base import loaded, questions
 
-from scalabl.errors import UserError
+from scalabl.core.errors import UserError
 from scalabl.scoring import Letters
-from scalabl.vllm import VLLMClassifier
+from scalabl.serving.vllm import VLLMClassifier
 
 
 def test_lost_connections_and_busy_servers_are_tried_again(exported: Path, server: ParticleServer) -> None:

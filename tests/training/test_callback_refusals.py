@@ -12,7 +12,7 @@ from torch.utils.data import IterableDataset
 from transformers import DataCollatorWithFlattening, LlamaConfig, LlamaForCausalLM, Trainer
 from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
 
-from scalabl.errors import UserError
+from scalabl.core.errors import UserError
 from scalabl.training.callback import ELBOCallback
 from scalabl.training.refusals import refuse_hidden_gradients
 from scalabl.tuner import ScalaBLConfig

@@ -10,7 +10,7 @@ from tiny_run import Recorder, posterior_ids, tiny_model, tiny_tokenizer
 from trl import SFTConfig, SFTTrainer
 
 import scalabl
-from scalabl.errors import UserError
+from scalabl.core.errors import UserError
 from scalabl.training.callback import ELBOCallback
 
 

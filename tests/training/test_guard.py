@@ -9,7 +9,7 @@ import torch
 from tiny_run import arguments, largest_difference, rows, tiny_model, trainer, weights
 from transformers import TrainerCallback
 
-from scalabl.errors import UserError
+from scalabl.core.errors import UserError
 from scalabl.training.callback import ELBOCallback
 from scalabl.training.guard import NonFiniteError, NonFiniteGuard
 

@@ -10,7 +10,8 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from scalabl.posterior import POSTERIORS, DiagonalGaussian, Gaussian, Prior, forward_kl_gradient
+from scalabl.posterior import DiagonalGaussian, Gaussian, Prior, forward_kl_gradient
+from scalabl.posterior.gaussian import POSTERIORS
 from scalabl.training.kl_gradient import add_kl_gradients, with_parameters
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import scalabl
-from scalabl.errors import UserError
+from scalabl.core.errors import UserError
 from scalabl.posterior import Prior
 from scalabl.tuner import stochastic_layers
 

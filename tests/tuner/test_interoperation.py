@@ -12,9 +12,9 @@ from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel
 from torch import Tensor
 
 import scalabl
-from scalabl.errors import UserError
+from scalabl.core.errors import UserError
 from scalabl.tuner import stochastic_layers
-from scalabl.tuner.mean_adapter import write_mean_adapter
+from scalabl.tuner.config import write_mean_adapter
 
 IDS = tokens(2)
 

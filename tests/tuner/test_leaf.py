@@ -5,7 +5,7 @@ import torch
 from matrix import adapt, close, load_base
 from torch import nn
 
-from scalabl.errors import UserError
+from scalabl.core.errors import UserError
 from scalabl.tuner import StochasticProjection, stochastic_layers
 from scalabl.tuner.projection import Particles
 

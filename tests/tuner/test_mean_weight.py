@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from scalabl.tuner import StochasticProjection, stochastic_layers
-from scalabl.tuner.mean_weight import MeanWeight
+from scalabl.tuner.projection import MeanWeight
 
 IDS = tokens(3)
 

@@ -16,7 +16,7 @@ from peft.tuners.lora import MontecloraConfig
 from torch import nn
 
 import scalabl
-from scalabl.errors import UserError
+from scalabl.core.errors import UserError
 
 UNSUPPORTED: dict[str, Any] = {
     "use_dora": True,

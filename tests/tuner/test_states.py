@@ -7,7 +7,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import scalabl
-from scalabl.errors import UserError
+from scalabl.core.errors import UserError
 from scalabl.posterior import Prior
 from scalabl.tuner import stochastic_layers
 

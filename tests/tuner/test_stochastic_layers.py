@@ -9,10 +9,10 @@ from matrix import adapt, load_base, logits, tokens
 from peft import LoraConfig, PeftModel, get_peft_model
 
 import scalabl
-from scalabl.errors import UserError
-from scalabl.top_layers import check_spec, holding_variance, top_layers
+from scalabl.core.errors import UserError
+from scalabl.core.top_layers import check_spec, holding_variance, top_layers
 from scalabl.tuner import stochastic_layers
-from scalabl.tuner.depth import depths
+from scalabl.tuner.layers import depths
 
 IDS = tokens(3)
 Q = [f"model.layers.{i}.self_attn.q_proj" for i in range(4)]

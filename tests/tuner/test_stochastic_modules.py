@@ -11,9 +11,9 @@ from peft import PeftModel, get_peft_model_state_dict
 from torch import nn
 
 import scalabl
-from scalabl.diagnostics import weights_of
-from scalabl.errors import UserError
+from scalabl.core.errors import UserError
 from scalabl.tuner import StochasticProjection, stochastic_layers
+from scalabl.tuner.diagnostics import weights_of
 
 IDS = tokens(3)
 V = ["model.layers.0.self_attn.v_proj", "model.layers.1.self_attn.v_proj"]

@@ -12,8 +12,8 @@ from typing import Annotated, Any
 import typer
 
 from scalabl.cli import options
-from scalabl.cli.main import app
-from scalabl.errors import UserError
+from scalabl.cli.app import app
+from scalabl.core.errors import UserError
 
 
 @app.command()
@@ -29,13 +29,13 @@ def acquire(
     model: Annotated[str | None, typer.Option(help="The base model, if it has moved.")] = None,
 ) -> None:
     """The k rows to label next, most informative first: each as it stands in the pool, with its score (nats)."""
-    from scalabl.acquisition import STRATEGIES
-    from scalabl.acquisition import acquire as chosen_rows
-    from scalabl.methods import SAMPLED
-    from scalabl.rows import with_labels
-    from scalabl.run_directory import classifier_record, require_writable
-    from scalabl.tasks import load_rows
-    from scalabl.tasks.jsonl import read_fields
+    from scalabl.core.files import require_writable
+    from scalabl.data.jsonl import load_rows, read_fields
+    from scalabl.data.training_data import with_labels
+    from scalabl.inference.acquisition import STRATEGIES
+    from scalabl.inference.acquisition import acquire as chosen_rows
+    from scalabl.runs.directory import classifier_record
+    from scalabl.runs.registry import SAMPLED
 
     if by not in STRATEGIES:
         raise UserError(f"--by is {by!r}; it must be one of {', '.join(STRATEGIES)}.")
@@ -54,8 +54,8 @@ def acquire(
     originals = [original for _, _, original in read_fields(pool)]
 
     if by != "random":
-        import scalabl.evaluation  # noqa: F401  (torch and transformers, before they are turned down)
-        from scalabl.cli.quiet import quiet
+        import scalabl.inference.evaluation  # noqa: F401  (torch and transformers, before they are turned down)
+        from scalabl.core.quiet import quiet
 
         quiet()
     chosen = chosen_rows(run, rows, k, by=by, samples=samples, seed=seed, batch_size=batch_size, model=model)

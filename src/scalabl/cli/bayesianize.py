@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from scalabl.cli.main import app, fail
+from scalabl.cli.app import app, fail
 
 
 @app.command()
@@ -36,9 +36,8 @@ def bayesianize(
     json: Annotated[Path | None, typer.Option(help="Write the run's record here too.")] = None,
 ) -> None:
     """Give a finished plain LoRA a posterior, without training it again."""
-    from scalabl.bayesianize.settings import settings_for
-    from scalabl.bayesianize.source import read_source, require_free, rows_for
-    from scalabl.run_directory import require_writable, write_json
+    from scalabl.core.files import require_writable, write_json
+    from scalabl.training.posthoc.settings import read_source, require_free, rows_for, settings_for
 
     source = read_source(adapter, model)
     settings = settings_for(
@@ -51,8 +50,8 @@ def bayesianize(
     require_writable(json, unlike=(output,))
     task, rows, held_out = rows_for(source, data, train_rows)
 
-    from scalabl.bayesianize.run import bayesianize as make
-    from scalabl.cli.quiet import quiet
+    from scalabl.core.quiet import quiet
+    from scalabl.training.posthoc.run import bayesianize as make
     from scalabl.training.run import Interrupted
 
     quiet()

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from scalabl.cli import options
-from scalabl.cli.main import app, fail
-from scalabl.errors import UserError
+from scalabl.cli.app import app, fail
+from scalabl.core.errors import UserError
 
 if TYPE_CHECKING:
-    from scalabl.benchmark.plan import Plan
-    from scalabl.benchmark.study import Study
+    from scalabl.study.plan import StudyPlan
+    from scalabl.study.study import Study
 
 
 @app.command()
@@ -37,9 +37,9 @@ def benchmark(
     ] = False,
 ) -> None:
     """Compare methods: train, predict, and write tables with intervals and paired comparisons."""
-    from scalabl.benchmark.plan import make_plan
-    from scalabl.benchmark.study import read_study
-    from scalabl.ray_address import require_ray
+    from scalabl.serving.ray_address import require_ray
+    from scalabl.study.plan import make_plan
+    from scalabl.study.study import read_study
 
     options.require_counts(workers=workers)
     if ray is not None:
@@ -61,7 +61,7 @@ def benchmark(
 
 
 def _make(directory: Path, option: str) -> None:
-    from scalabl.run_directory import require_writable
+    from scalabl.core.files import require_writable
 
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -70,12 +70,14 @@ def _make(directory: Path, option: str) -> None:
     require_writable(directory / "results.csv")
 
 
-def _run(study: Study, plan: Plan, output: Path, results: Path, workers: int, ray: str | None, command: str) -> None:
+def _run(
+    study: Study, plan: StudyPlan, output: Path, results: Path, workers: int, ray: str | None, command: str
+) -> None:
     from rich.console import Console
 
-    from scalabl.benchmark.benchmark import run_benchmark
-    from scalabl.benchmark.run import failures, open_cells
-    from scalabl.cli.quiet import quiet
+    from scalabl.core.quiet import quiet
+    from scalabl.study.benchmark import run_benchmark
+    from scalabl.study.run import failures, open_cells
     from scalabl.training.run import Interrupted
 
     quiet()
@@ -97,9 +99,9 @@ def _run(study: Study, plan: Plan, output: Path, results: Path, workers: int, ra
         fail(f"{left} cells are not done; another call may hold them. Run the same command again.", code=1)
 
 
-def _tables(study: Study, plan: Plan, output: Path, results: Path, command: str) -> None:
-    from scalabl.benchmark.benchmark import write_results
-    from scalabl.benchmark.results import tidy
+def _tables(study: Study, plan: StudyPlan, output: Path, results: Path, command: str) -> None:
+    from scalabl.study.benchmark import write_results
+    from scalabl.study.results import tidy
 
     rows = tidy(study, plan, output)
     if not rows:
@@ -109,8 +111,8 @@ def _tables(study: Study, plan: Plan, output: Path, results: Path, command: str)
     typer.echo(f"{len(rows):,} rows in {results}/results.csv; tables and pictures in README.md and results.html")
 
 
-def _list(plan: Plan, output: Path) -> None:
-    from scalabl.benchmark.cells import finished
+def _list(plan: StudyPlan, output: Path) -> None:
+    from scalabl.study.cells import finished
 
     done = {address: finished(output, address) is not None for address in plan.cells}
     for address, cell in plan.cells.items():

@@ -6,13 +6,14 @@ from typing import Annotated
 
 import typer
 
-from scalabl.cli.main import data
+from scalabl.cli.app import data
 
 
 @data.command("list")
 def list_benchmarks() -> None:
     """The benchmarks that are known by name."""
-    from scalabl.tasks import BENCHMARKS, OPEN_BENCHMARKS
+    from scalabl.data.open_questions import OPEN_BENCHMARKS
+    from scalabl.data.registry import BENCHMARKS
 
     for name in (*BENCHMARKS, *OPEN_BENCHMARKS):
         typer.echo(name)
@@ -26,7 +27,7 @@ def get_benchmarks(
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
-    from scalabl.tasks import get
+    from scalabl.data.training_data import get
 
     with Progress(
         TextColumn("{task.description}"), BarColumn(), DownloadColumn(), console=Console(stderr=True), transient=True

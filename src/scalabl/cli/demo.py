@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from scalabl.cli.main import app
-from scalabl.demo_settings import SAMPLES, STEPS, TEST_ROWS, check_demo
-from scalabl.run_directory import require_writable, write_json
+from scalabl.cli.app import app
+from scalabl.core.files import require_writable, write_json
+from scalabl.study.demo_settings import SAMPLES, STEPS, TEST_ROWS, check_demo
 
 
 @app.command()
@@ -28,9 +28,11 @@ def demo(
 
     from rich.console import Console
 
-    from scalabl.cli.quiet import quiet
-    from scalabl.demo import run_demo
-    from scalabl.report import print_table, table, write
+    from scalabl.core.quiet import quiet
+    from scalabl.inference.report.render import write
+    from scalabl.inference.report.table import table
+    from scalabl.inference.report.terminal import print_table
+    from scalabl.study.demo import run_demo
 
     quiet()
     made = run_demo(output, seed=seed, steps=steps, test_rows=test_rows, samples=samples)

@@ -7,9 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from scalabl import ranks
 from scalabl.cli import options
-from scalabl.cli.main import app
+from scalabl.cli.app import app
+from scalabl.core import processes as ranks
 
 _OPEN = "Open questions"
 
@@ -51,7 +51,7 @@ def evaluate(
     On open questions (nq-open, triviaqa, sciq, or JSONL rows with "answers"): how often answers are right, and for each
     score how well it tells which are wrong; the confidence fitted on validation questions is kept for generate.
     """
-    from scalabl.tasks.open_tasks import is_open
+    from scalabl.data.open_questions import is_open
 
     if is_open(data):
         from scalabl.cli.open_questions import evaluate_open, refuse_options
@@ -64,8 +64,9 @@ def evaluate(
             run, data, samples=samples, seed=seed, split=split, limit=limit, batch_size=batch_size, measure=measure,
             max_new_tokens=max_new_tokens, answers=answers, equivalence=equivalence, json=json, model=model,
         )  # fmt: skip
-    from scalabl.rows import rows_of
-    from scalabl.run_directory import classifier_record, require_writable, write_json
+    from scalabl.core.files import require_writable, write_json
+    from scalabl.data.training_data import rows_of
+    from scalabl.runs.directory import classifier_record
 
     record = classifier_record(run)
     options.check_predictive(predictive, samples, batch_size, limit, record)
@@ -73,7 +74,7 @@ def evaluate(
     options.check_layers(stochastic_layers, predictive, record)
     promise = None
     if max_error is not None:
-        from scalabl.promise import Promise
+        from scalabl.inference.promise import Promise
 
         promise = Promise(max_error, confidence)
         promise.require(record, predictive)
@@ -85,9 +86,11 @@ def evaluate(
 
     from rich.console import Console
 
-    from scalabl.cli.quiet import quiet
-    from scalabl.evaluation import evaluate_run
-    from scalabl.report import print_table, table, write
+    from scalabl.core.quiet import quiet
+    from scalabl.inference.evaluation import evaluate_run
+    from scalabl.inference.report.render import write
+    from scalabl.inference.report.table import table
+    from scalabl.inference.report.terminal import print_table
 
     quiet()
     made = evaluate_run(

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from scalabl.cli.main import app
+from scalabl.cli.app import app
 
 
 @app.command()
@@ -33,7 +33,7 @@ def export(
 
     prepare(run, particles, output or run, form=format, seed=seed, draws=draws, name=name)
 
-    from scalabl.cli.quiet import quiet
+    from scalabl.core.quiet import quiet
 
     quiet()
     manifest = write(run, particles, output, form=format, seed=seed, draws=draws, name=name)

@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 
 from scalabl.cli import options
-from scalabl.cli.main import app
-from scalabl.errors import UserError
+from scalabl.cli.app import app
+from scalabl.core.errors import UserError
 
 _COLDEST = 1e-3  # of --temperature
 
@@ -41,26 +41,26 @@ def generate(
     The confidence is a probability of being right where `scalabl evaluate` has fitted one on validation answers of an
     open task, else the length-normalised probability of the text.
     """
-    from scalabl.run_directory import finished_record, require_writable, write_json
+    from scalabl.core.files import require_writable, write_json
+    from scalabl.runs.directory import finished_record
 
     prompts = _prompts(prompt, input)
     require_writable(json, html)
     finished_record(run)
     sampled = _sampled(temperature, top_p)
 
-    from scalabl.cli.quiet import quiet
+    from scalabl.core.quiet import quiet
 
     quiet()
     from rich.console import Console
 
-    from scalabl.generation.generate import Sampling, check
+    from scalabl.core.progress import progress_bar
+    from scalabl.generation.generate import DecodingSettings, check
     from scalabl.generation.generate import generate as answer_prompts
     from scalabl.generation.loading import load_language_run
-    from scalabl.generation.page import write_page
-    from scalabl.generation.shading import in_terminal
-    from scalabl.progress import progress_bar
+    from scalabl.generation.shading import in_terminal, write_page
 
-    sampling = Sampling(answers, equivalence=equivalence)
+    sampling = DecodingSettings(answers, equivalence=equivalence)
     check(samples, max_new_tokens, batch_size, sampling)
     loaded = load_language_run(run, model=model)
     with progress_bar() as progress:
@@ -91,7 +91,7 @@ def _prompts(given: list[str] | None, file: Path | None) -> list[str]:
     if file is None:
         prompts = list(given or ())
     else:
-        from scalabl.tasks.prompts import load_prompts
+        from scalabl.data.open_questions import load_prompts
 
         prompts = load_prompts(file)
     if any(not text.strip() for text in prompts):

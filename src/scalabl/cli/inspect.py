@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from scalabl.cli import options
-from scalabl.cli.main import app
-from scalabl.errors import UserError
+from scalabl.cli.app import app
+from scalabl.core.errors import UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
+
 
 _BAR = 24  # characters of the largest share
 
@@ -28,8 +29,9 @@ def inspect(
     json: Annotated[Path | None, typer.Option(help="Write the figures here.")] = None,
 ) -> None:
     """What is adapted, parameter counts, mean and sigma by layer, warnings."""
-    from scalabl.adapter_file import describe_adapter, require_adapter
-    from scalabl.run_directory import RECORD, finished_record, require_writable, write_json
+    from scalabl.core.files import require_writable, write_json
+    from scalabl.runs.adapter_file import describe_adapter, require_adapter
+    from scalabl.runs.directory import RECORD, finished_record
 
     require_writable(json)
     require_adapter(run)
@@ -84,9 +86,9 @@ def _variance(run: Path, rows: int, model: str | None, console: Console) -> dict
 
     from rich.table import Table
 
-    from scalabl.cli.quiet import quiet
-    from scalabl.loading import load_run
-    from scalabl.variance import run_variance, top_holding
+    from scalabl.core.quiet import quiet
+    from scalabl.inference.variance import run_variance, top_holding
+    from scalabl.runs.loading import load_run
 
     quiet()
     found = run_variance(load_run(run, model=model), limit=rows)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from scalabl.cli import options
-from scalabl.errors import UserError
+from scalabl.core.errors import UserError
 
 # beside the best of one decode, these are always shown
 _SHOWN = ("log_probability", "mean_log_probability", "mean_entropy", "semantic_entropy", "self_consistency")
@@ -52,8 +52,9 @@ def evaluate_open(
     Raises:
         UserError: bad data or options, or a run that is not finished.
     """
-    from scalabl.run_directory import finished_record, require_writable, write_json
-    from scalabl.tasks.open_tasks import load_open_task
+    from scalabl.core.files import require_writable, write_json
+    from scalabl.data.open_questions import load_open_task
+    from scalabl.runs.directory import finished_record
 
     finished_record(run)
     require_writable(json)
@@ -66,15 +67,15 @@ def evaluate_open(
 
     from rich.console import Console
 
-    from scalabl.cli.quiet import quiet
+    from scalabl.core.quiet import quiet
 
     quiet()
+    from scalabl.core.progress import progress_bar
     from scalabl.generation.evaluation import answer_questions, fit_on, judge
-    from scalabl.generation.generate import CONFIDENCE, Sampling, check
+    from scalabl.generation.generate import CONFIDENCE, DecodingSettings, check
     from scalabl.generation.loading import load_language_run
-    from scalabl.progress import progress_bar
 
-    sampling = Sampling(answers, equivalence=equivalence)
+    sampling = DecodingSettings(answers, equivalence=equivalence)
     check(samples, max_new_tokens, batch_size, sampling)
     loaded = load_language_run(run, model=model)
     shared: dict[str, Any] = {

@@ -4,11 +4,11 @@ from typing import Annotated, Any
 
 import typer
 
-from scalabl.errors import UserError
-from scalabl.methods import SAMPLED
-from scalabl.sampling import Sampling
-from scalabl.top_layers import check_spec
-from scalabl.training.recipe import LARGEST_SEED
+from scalabl.core.errors import UserError
+from scalabl.core.top_layers import check_spec
+from scalabl.predictive.sampling import Sampling
+from scalabl.runs.recipe import LARGEST_SEED
+from scalabl.runs.registry import SAMPLED
 
 Predictive = Annotated[str | None, typer.Option(help="mean, mc, linearized or auto, the default.")]
 

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from scalabl.cli.main import app
-from scalabl.errors import UserError
-from scalabl.training.recipe import make_recipe
+from scalabl.cli.app import app
+from scalabl.core.errors import UserError
+from scalabl.runs.recipe import make_recipe
 
 if TYPE_CHECKING:
     from scalabl.planning.plan import Plan
+
 
 _BATCH = 4  # the paper's
 
@@ -54,8 +55,8 @@ def plan(
     """Memory, operations and the largest batch of a training, before any weight is read."""
     own = ("config", "scored", "loss", "samples", "card", "device", "json")
     settings = {name: value for name, value in locals().items() if name not in own and name != "own"}
+    from scalabl.core.files import require_writable, write_json
     from scalabl.planning.memory import machine_device, machine_memory, parse_bytes
-    from scalabl.run_directory import require_writable, write_json
 
     if config is None and batch_size is None:
         settings["batch_size"] = _BATCH
@@ -79,13 +80,13 @@ def plan(
         size = machine_memory(device)
     from rich.console import Console
 
-    from scalabl.cli.quiet import quiet
+    from scalabl.core.quiet import quiet
     from scalabl.planning.plan import make_plan
-    from scalabl.planning.rows import Rows
+    from scalabl.planning.rows import PlannedRows
 
     quiet()
     read = loss or ("letters" if recipe.scoring == "letters" else "continuation")
-    rows = Rows(recipe.batch_size, recipe.max_length, loss=read, scored=scored)
+    rows = PlannedRows(recipe.batch_size, recipe.max_length, loss=read, scored=scored)
     with Console(stderr=True).status("planning"):
         made = make_plan(recipe, rows, device=device, card=size, samples=samples)
     _print(made, Console())

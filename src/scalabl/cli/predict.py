@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from scalabl import ranks
 from scalabl.cli import options
-from scalabl.cli.main import app
-from scalabl.errors import UserError
+from scalabl.cli.app import app
+from scalabl.core import processes as ranks
+from scalabl.core.errors import UserError
 
 if TYPE_CHECKING:
-    from scalabl.answering import Asked, Decision
-    from scalabl.promise import Promise
-    from scalabl.selective import Threshold
+    from scalabl.inference.answering import Asked, Decision
+    from scalabl.inference.promise import Promise
+    from scalabl.metrics.selective import Threshold
 
 
 @app.command()
@@ -61,9 +61,10 @@ def predict(
     With --ray, --input is a file, a directory of shards or a pattern such as 'rows/*.parquet', and --output a directory
     with a file of answers for each of them. The same command goes on after a kill, with what is missing.
     """
-    from scalabl.rows import with_labels
-    from scalabl.run_directory import classifier_record, require_writable
-    from scalabl.tasks import load_rows
+    from scalabl.core.files import require_writable
+    from scalabl.data.jsonl import load_rows
+    from scalabl.data.training_data import with_labels
+    from scalabl.runs.directory import classifier_record
 
     record = classifier_record(run)
     options.check_predictive(predictive, samples, batch_size, None, record)
@@ -75,14 +76,14 @@ def predict(
     if max_error is not None:
         if abstain is not None:
             raise UserError("--abstain and --max-error both say when to answer; give one of them.")
-        from scalabl.promise import Promise
+        from scalabl.inference.promise import Promise
 
         promise = Promise(max_error, confidence, score, guarantee)
         promise.require(record, predictive)
     if ray is not None:
         if ranks.count() > 1:
             raise UserError("--ray shares the work by itself; start it without accelerate launch.")
-        from scalabl.answering import Asked
+        from scalabl.inference.answering import Asked
 
         asked = Asked(predictive, samples, seed, sampling, stochastic_layers, abstain, promise)
         _predict_shards(run, input, output, ray, asked, format, batch_size, block_rows, model)
@@ -93,8 +94,8 @@ def predict(
     labels = record["task"]["labels"]
     rows = with_labels(load_rows(input, labels=labels, require_answer=False), labels, input)
 
-    from scalabl.batch_prediction import predict_file
-    from scalabl.cli.quiet import quiet
+    from scalabl.core.quiet import quiet
+    from scalabl.inference.batch_prediction import predict_file
 
     quiet()
     taken = predict_file(
@@ -123,10 +124,10 @@ def _predict_shards(
     block_rows: int,
     model: str | None,
 ) -> None:
-    from scalabl.ray_address import require_ray
+    from scalabl.serving.ray_address import require_ray
 
     require_ray()
-    from scalabl.ray_prediction import predict_shards
+    from scalabl.serving.ray_prediction import predict_shards
 
     def tell(decision: Decision) -> None:
         if decision.why is not None:

@@ -8,9 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-from scalabl import ranks
-from scalabl.cli.main import app, fail
-from scalabl.training.recipe import Recipe, make_recipe
+from scalabl.cli.app import app, fail
+from scalabl.core import processes as ranks
+from scalabl.runs.recipe import Recipe, make_recipe
 
 
 @app.command()
@@ -62,8 +62,9 @@ def train(
 ) -> None:
     """Train a LoRA adapter with a posterior (or without, --method mle)."""
     settings = {k: v for k, v in locals().items() if k not in ("output", "config", "ignore_memory", "json")}
-    from scalabl.run_directory import claim, finished_record, hold, require_writable, write_json
-    from scalabl.tasks import load_training_task
+    from scalabl.core.files import require_writable, write_json
+    from scalabl.data.training_data import load_training_task
+    from scalabl.runs.directory import claim, finished_record, hold
 
     recipe = make_recipe(settings, config)
     require_writable(json, unlike=(output,))
@@ -87,7 +88,7 @@ def train(
 
 def _train(recipe: Recipe, output: Path, ignore_memory: bool) -> dict[str, Any]:
     try:
-        from scalabl.cli.quiet import quiet
+        from scalabl.core.quiet import quiet
         from scalabl.training.run import Interrupted, train
 
         quiet()
@@ -107,7 +108,7 @@ def _plan(recipe: Recipe, ignore_memory: bool) -> None:
     if ranks.is_sharded() or ranks.uses_deepspeed():
         return
     from scalabl.planning.plan import CannotPlanError
-    from scalabl.planning.training_run import plan_run
+    from scalabl.planning.refusal import plan_run
 
     def said() -> str:
         try:

@@ -1,11 +1,77 @@
-"""An answer: a text, how likely it is to be right, the scores behind that, and figures for every token."""
+"""The answer's own part of a generated text, so that its scores are not those of what a model goes on to say.
+
+An answer: a text, how likely it is to be right, the scores behind that, and figures for every token.
+"""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+from transformers.generation import StoppingCriteria
+
+from scalabl.generation.correctness import answer_text
 from scalabl.generation.decoding import Decoded
+
+
+def answer_span(decoded: Decoded, stops: Sequence[str] = ("\n",)) -> Decoded:
+    """The tokens up to the first stop string behind leading white space, that of the stop string included.
+
+    The token that ends an answer counts, as an end token does: how sure the model was that the answer was complete is
+    part of its probability. A text without a stop string stays as it is.
+
+    Args:
+        decoded: one generated text.
+        stops: strings that end an answer, as in `answer_text`.
+
+    Returns:
+        the same, cut: `text` is then the answer, stripped, and it is finished.
+    """
+    end = _end("".join(decoded.tokens), stops)
+    if end is None:
+        return decoded
+    length, taken = 0, 0
+    while length < end:
+        length += len(decoded.tokens[taken])
+        taken += 1
+    figures = {name: getattr(decoded, name)[:taken] for name in ("total", "aleatoric", "epistemic", "intersection")}
+    return replace(
+        decoded,
+        text=answer_text(decoded.text, stops),
+        token_ids=decoded.token_ids[:taken],
+        tokens=decoded.tokens[:taken],
+        log_probs=decoded.log_probs[:, :taken],
+        finished=True,
+        **figures,
+    )
+
+
+class AnswerEnd(StoppingCriteria):  # type: ignore[misc]
+    """Ends a text where `answer_span` cuts it: white space in front of an answer, a line's end too, is no end of it.
+
+    Args:
+        tokenizer: the model's.
+        stops: strings that end an answer.
+        begin: the length of the padded prompts in tokens.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str], begin: int) -> None:
+        self.tokenizer, self.stops, self.begin = tokenizer, stops, begin
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        texts = self.tokenizer.batch_decode(input_ids[:, self.begin :])
+        return torch.tensor([_end(text, self.stops) is not None for text in texts], device=input_ids.device)
+
+
+def _end(text: str, stops: Sequence[str]) -> int | None:
+    """Where the first stop string behind leading white space ends, in letters; None where there is none."""
+    begin = len(text) - len(text.lstrip())
+    ends = [end + len(stop) for stop in stops if stop and (end := text.find(stop, begin)) >= 0]
+    return min(ends, default=None)
 
 
 @dataclass(frozen=True)
@@ -26,7 +92,7 @@ class Token:
 
 
 @dataclass(frozen=True)
-class Answer:
+class GeneratedAnswer:
     """What `scalabl.generate` gives for a prompt.
 
     Attributes:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from scalabl.errors import UserError
+from scalabl.core.errors import UserError
 from scalabl.generation.confidence import KINDS, Confidence, turned
 
 FEWEST_ROWS = 20

@@ -20,9 +20,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from scalabl.errors import UserError
-from scalabl.mapping_file import read_json
-from scalabl.run_directory import write_json
+from scalabl.core.errors import UserError
+from scalabl.core.files import read_json, write_json
 
 KINDS = ("isotonic", "platt", "logistic")
 _VERSION = 1

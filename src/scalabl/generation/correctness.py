@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from decimal import Decimal
 
-from scalabl.errors import UserError
+from scalabl.core.errors import UserError
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 # thousands in groups of three, or plain digits; a decimal part; a sign that is no hyphen between words or a range

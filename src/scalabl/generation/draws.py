@@ -10,10 +10,9 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from scalabl.errors import UserError
+from scalabl.core.errors import UserError
 from scalabl.predictive.lora_particles import removed_after
-from scalabl.tuner import stochastic_layers
-from scalabl.tuner.layers import unwrap
+from scalabl.tuner.layers import stochastic_layers, unwrap
 from scalabl.tuner.state import mean
 
 

@@ -10,20 +10,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from scalabl.errors import UserError
-from scalabl.generation.answer import Answer
+from scalabl.core.errors import UserError
+from scalabl.data.open_questions import OpenQuestion
+from scalabl.generation.answer import GeneratedAnswer
 from scalabl.generation.calibration import choose_confidence
 from scalabl.generation.confidence import Confidence
 from scalabl.generation.correctness import MEASURES, correctness
 from scalabl.generation.fan_out import Draws
-from scalabl.generation.generate import Sampling, Seen, answered, draws_of
+from scalabl.generation.generate import DecodingSettings, Seen, answered, draws_of
 from scalabl.generation.loading import LanguageRun
-from scalabl.generation.ranking import judge_confidence, judge_ranking, rejection_curve
 from scalabl.generation.sampled_scores import SAMPLED_SCORES
-from scalabl.generation.score import Score
-from scalabl.generation.sequence_scores import SEQUENCE_SCORES
+from scalabl.generation.sequence_scores import SEQUENCE_SCORES, Score
 from scalabl.metrics.bootstrap import Metric
-from scalabl.tasks.open_question import OpenQuestion
+from scalabl.metrics.ranking import judge_confidence, judge_ranking, rejection_curve
 
 SCORES: dict[str, Score] = {**SEQUENCE_SCORES, **SAMPLED_SCORES}
 # what the text's tokens had, how open their places were, and what the particles disagree about
@@ -47,7 +46,7 @@ class Judged:
     """
 
     questions: Sequence[OpenQuestion]
-    answers: Sequence[Answer]
+    answers: Sequence[GeneratedAnswer]
     right: NDArray[np.float64]
     f1: NDArray[np.float64]
     answer_tokens: int
@@ -65,7 +64,7 @@ def answer_questions(
     samples: int = 10,
     seed: int = 0,
     max_new_tokens: int = 32,
-    sampling: Sampling | None = None,
+    sampling: DecodingSettings | None = None,
     measure: str = "exact_match",
     batch_size: int = 8,
     advance: Advance | None = None,
@@ -96,11 +95,11 @@ def answer_questions(
         raise UserError(f"There is no measure {measure!r} of an answer; choose one of {', '.join(MEASURES)}.")
     for row in questions:  # an answer that the measure cannot read is refused before any is generated
         correctness("", row.answers, measure)
-    sampling = sampling or Sampling()
+    sampling = sampling or DecodingSettings()
     stop = () if measure == "number" else ("\n",)
     draws = draws or draws_of(run, samples, seed)
     torch.manual_seed(seed)
-    answers: list[Answer] = []
+    answers: list[GeneratedAnswer] = []
     tokens = [0, 0]
     for chunk in answered(
         run, [row.prompt for row in questions], draws, chat=None, stop=stop, sampling=sampling,

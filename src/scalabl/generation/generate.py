@@ -9,19 +9,18 @@ from typing import Any
 
 import torch
 
-from scalabl.errors import UserError
-from scalabl.generation.answer import Answer, tokens_of
-from scalabl.generation.answer_span import AnswerEnd, answer_span
-from scalabl.generation.clusters import Equivalence, equivalence
+from scalabl.core.errors import UserError
+from scalabl.generation.answer import AnswerEnd, GeneratedAnswer, answer_span, tokens_of
 from scalabl.generation.confidence import Confidence
 from scalabl.generation.decoding import Decoded, decode
 from scalabl.generation.draws import MeanDraws
+from scalabl.generation.equivalence import Equivalence, equivalence
 from scalabl.generation.fan_out import Draws
 from scalabl.generation.loading import LanguageRun, load_language_run
 from scalabl.generation.sampled_scores import sampled_scores
 from scalabl.generation.sequence_scores import sequence_scores
-from scalabl.methods import load_method
-from scalabl.scoring import Text
+from scalabl.runs.method import load_method
+from scalabl.scoring.text import Text
 
 Seen = Callable[[Decoded, list[Decoded]], None]
 # a model's own defaults (its generation_config.json) would take other tokens than the average's
@@ -30,7 +29,7 @@ CONFIDENCE = "confidence.json"  # in a run's directory: what `scalabl evaluate` 
 
 
 @dataclass(frozen=True)
-class Sampling:
+class DecodingSettings:
     """How further answers are sampled for the scores that need them.
 
     Attributes:
@@ -54,11 +53,11 @@ def generate(
     max_new_tokens: int = 64,
     chat: bool | None = None,
     stop: Sequence[str] = (),
-    sampling: Sampling | None = None,
+    sampling: DecodingSettings | None = None,
     batch_size: int = 8,
     advance: Callable[[int], None] | None = None,
     **generation: Any,
-) -> list[Answer]:
+) -> list[GeneratedAnswer]:
     """Answer prompts with the average over particles.
 
     Args:
@@ -81,7 +80,7 @@ def generate(
         UserError: not a finished run, no prompt, an empty prompt, numbers out of range.
     """
     run = run if isinstance(run, LanguageRun) else load_language_run(Path(run))
-    sampling = sampling or Sampling()
+    sampling = sampling or DecodingSettings()
     check(samples, max_new_tokens, batch_size, sampling)
     if not prompts:
         raise UserError("There is no prompt to answer; give at least one.")
@@ -105,13 +104,13 @@ def answered(
     *,
     chat: bool | None,
     stop: Sequence[str],
-    sampling: Sampling,
+    sampling: DecodingSettings,
     max_new_tokens: int,
     batch_size: int,
     fitted: Confidence | None = None,
     seen: Seen | None = None,
     **generation: Any,
-) -> Iterator[list[tuple[Answer, int, int]]]:
+) -> Iterator[list[tuple[GeneratedAnswer, int, int]]]:
     """Batch by batch, each answer with the tokens that it took, and those of its further answers.
 
     Args:
@@ -158,7 +157,7 @@ def decoded_with_samples(
     *,
     chat: bool | None,
     stop: Sequence[str],
-    sampling: Sampling,
+    sampling: DecodingSettings,
     max_new_tokens: int,
     **generation: Any,
 ) -> list[tuple[str, Decoded, list[Decoded]]]:
@@ -195,7 +194,7 @@ def make_answer(
     others: Sequence[Decoded],
     same: Equivalence | None,
     fitted: Confidence | None,
-) -> Answer:
+) -> GeneratedAnswer:
     """The answer of a decoded text: its scores, and the confidence that they give."""
     scores = sequence_scores(decoded)
     if same is not None:
@@ -205,10 +204,12 @@ def make_answer(
         confidence = float(fitted(scores)[0])
     else:
         confidence = float(torch.tensor(scores["mean_log_probability"]).exp())
-    return Answer(prompt, decoded.text.strip(), confidence, usable, scores, tokens_of(decoded), decoded.finished)
+    return GeneratedAnswer(
+        prompt, decoded.text.strip(), confidence, usable, scores, tokens_of(decoded), decoded.finished
+    )
 
 
-def check(samples: int, max_new_tokens: int, batch_size: int, sampling: Sampling) -> None:
+def check(samples: int, max_new_tokens: int, batch_size: int, sampling: DecodingSettings) -> None:
     """Refuse numbers out of range before anything is loaded.
 
     Raises:

@@ -9,10 +9,10 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from scalabl.loading import load_adapted
-from scalabl.methods import SAMPLED
-from scalabl.run_directory import finished_record
-from scalabl.scoring import Text
+from scalabl.runs.directory import finished_record
+from scalabl.runs.loading import load_adapted
+from scalabl.runs.registry import SAMPLED
+from scalabl.scoring.text import Text
 
 
 @dataclass

@@ -31,11 +31,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import logsumexp
 
-from scalabl.errors import UserError
-from scalabl.generation.clusters import Equivalence, semantic_sets
+from scalabl.core.errors import UserError
 from scalabl.generation.decoding import Decoded
-from scalabl.generation.score import Score
-from scalabl.generation.sequence_scores import log_probability, mean_log_probability
+from scalabl.generation.equivalence import Equivalence, semantic_sets
+from scalabl.generation.sequence_scores import Score, log_probability, mean_log_probability
 
 
 def sampled_scores(

@@ -1,4 +1,6 @@
-"""Scores of one answer, from its one decode: (N, T) log-probabilities of its tokens and (T,) figures, in nats.
+"""What a score of an answer is: a number, which way it points, and how many decodes it takes.
+
+Scores of one answer, from its one decode: (N, T) log-probabilities of its tokens and (T,) figures, in nats.
 
 With y the T tokens, p_n(y_t) = p(y_t | y_<t, x, s_n) of particle n, and p(y_t) = 1/N sum_n p_n(y_t):
 
@@ -33,14 +35,41 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from scalabl.errors import UserError
+from scalabl.core.errors import UserError
 from scalabl.generation.decoding import Decoded
-from scalabl.generation.score import Score
+
+
+@dataclass(frozen=True)
+class Score:
+    """One score.
+
+    Attributes:
+        function: of one `Decoded`; of sampled scores (answer, samples, sets), as `sampled_scores` says.
+        higher_is_uncertain: which way it points.
+        sampled: whether it needs samples beside the answer.
+        particles: whether it takes two particles or more: with one it is the same for every answer.
+    """
+
+    function: Callable[..., float]
+    higher_is_uncertain: bool
+    sampled: bool = False
+    particles: bool = False
+
+    def decodes(self, samples: int) -> int:
+        """How many texts are generated for it, the answer itself being one: 1, or 1 + samples."""
+        return 1 + samples if self.sampled else 1
+
+    def uncertainty(self, value: Any) -> Any:
+        """A value, or an array of them, turned so that higher is less sure."""
+        return value if self.higher_is_uncertain else -value
+
 
 _LOWEST = math.log(torch.finfo(torch.float64).tiny)  # one impossible token must not make every figure infinite
 

@@ -1,14 +1,21 @@
-"""A text in the terminal, each token on a ground as dark as its epistemic uncertainty is high."""
+"""A text in the terminal, each token on a ground as dark as its epistemic uncertainty is high.
+
+Answers as one HTML file with figures for each token: no script, no network, nothing beside it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
 
+from jinja2 import Environment, StrictUndefined
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from scalabl.generation.answer import Answer
+from scalabl.core.files import write_text
+from scalabl.generation.answer import GeneratedAnswer
 
 # a light to a dark orange that black and white text can be read on; the first is no ground at all
 GROUNDS = (None, "#fff1dc", "#ffd9a8", "#fdb462", "#e6812f", "#b4480f")
@@ -23,7 +30,7 @@ def level(epistemic: float) -> int:
     return sum(epistemic >= limit for limit in LIMITS)
 
 
-def shaded(answer: Answer) -> Text:
+def shaded(answer: GeneratedAnswer) -> Text:
     """The answer's text with its grounds."""
     text = Text()
     for token in answer.tokens:
@@ -46,7 +53,7 @@ def legend() -> Text:
     return text
 
 
-def in_terminal(answers: Sequence[Answer]) -> RenderableType:
+def in_terminal(answers: Sequence[GeneratedAnswer]) -> RenderableType:
     """Answers with their confidence, one below the other."""
     parts: list[RenderableType] = []
     for answer in answers:
@@ -60,5 +67,25 @@ def in_terminal(answers: Sequence[Answer]) -> RenderableType:
     return Group(*parts, legend())
 
 
-def _mean(answer: Answer, name: str) -> float:
+def _mean(answer: GeneratedAnswer, name: str) -> float:
     return sum(getattr(token, name) for token in answer.tokens) / max(1, len(answer.tokens))
+
+
+def write_page(answers: Sequence[GeneratedAnswer], path: Path, *, title: str, made: str) -> None:
+    """Write the page, whole or not at all.
+
+    Args:
+        answers: what to show.
+        path: the HTML file.
+        title: its heading.
+        made: a line on model, particles and settings.
+    """
+    write_text(path, render(answers, title=title, made=made))
+
+
+def render(answers: Sequence[GeneratedAnswer], *, title: str, made: str) -> str:
+    """The page's HTML."""
+    source = files("scalabl.generation").joinpath("page.html").read_text(encoding="utf-8")
+    template = Environment(autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True).from_string(source)
+    key = [f"below {LIMITS[0]}", *(f"{limit} and more" for limit in LIMITS)]
+    return template.render(answers=answers, level=level, key=key, title=title, made=made)

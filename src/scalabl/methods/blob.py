@@ -18,20 +18,21 @@ from peft import PeftConfig
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from scalabl.methods.mle import shared_options
-from scalabl.posterior import Prior
-from scalabl.predictive import MeanPredictive, Predictive
-from scalabl.predictive.weight_noise import blob_draws
+from scalabl.posterior.prior import Prior
+from scalabl.predictive.base import MeanPredictive, Predictive
+from scalabl.predictive.lora_particles import blob_draws
+from scalabl.runs.recipe import Recipe
 from scalabl.training.log_values import LogContributor
 from scalabl.training.parameter_group import innermost
 from scalabl.training.rank_noise import separate_noise
-from scalabl.training.recipe import Recipe
 from scalabl.training.refusals import refuse_flattened_batches, refuse_hidden_gradients
 from scalabl.training.schedule import Schedule, kl_weight
-from scalabl.tuner import prior_of
-from scalabl.tuner_blob import BLoBConfig, BLoBProjection, blob_layers
+from scalabl.tuner.blob import BLoBConfig, BLoBProjection, blob_layers
+from scalabl.tuner.layers import prior_of
 
 if TYPE_CHECKING:
-    from scalabl.loading import Run
+    from scalabl.runs.method import Run
+
 
 TITLE = "BLoB"
 GAMMA = 8.0

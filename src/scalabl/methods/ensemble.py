@@ -1,4 +1,6 @@
-"""Deep ensemble (Lakshminarayanan et al. 2017, 1612.01474): independently trained LoRAs, averaged.
+"""Deep ensemble: p(y | x) = 1/M sum_m p(y | x, theta_m), the members as adapters of one base model.
+
+Deep ensemble (Lakshminarayanan et al. 2017, 1612.01474): independently trained LoRAs, averaged.
 
     p(y | x) = 1/M sum_m p(y | x, theta_m)
 
@@ -12,16 +14,51 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from scalabl.errors import UserError
+import torch
+from torch import Tensor
+
+from scalabl.core.errors import UserError
+from scalabl.data.example import Example
 from scalabl.methods.saved import directory_of, load_facts, save
-from scalabl.predictive import Predictive
-from scalabl.predictive.ensemble import EnsemblePredictive
-from scalabl.run_directory import finished_record
-from scalabl.tasks import Example
+from scalabl.predictive.base import Predictive
+from scalabl.runs.directory import finished_record
+from scalabl.scoring.base import Batch
+from scalabl.scoring.scorer import Scorer
 from scalabl.tuner.layers import active_adapters
 
 if TYPE_CHECKING:
-    from scalabl.loading import Run
+    from scalabl.runs.method import Run
+
+
+class EnsemblePredictive:
+    """One pass a member, each with its own adapter; particle m is member m [Lakshminarayanan et al. 2017].
+
+    Args:
+        adapters: names of the members' adapters in the model.
+
+    Raises:
+        UserError: there is no member.
+    """
+
+    name = "ensemble"
+
+    def __init__(self, adapters: Sequence[str]) -> None:
+        if not adapters:
+            raise UserError("An ensemble needs members; give the directories of runs of other seeds.")
+        self.adapters = list(adapters)
+        self.samples = len(self.adapters)
+
+    def __call__(self, scorer: Scorer, batch: Batch) -> Tensor:
+        before = active_adapters(scorer.model)[0]
+        members = []
+        try:
+            for adapter in self.adapters:
+                scorer.model.set_adapter(adapter, inference_mode=True)
+                members.append(scorer.class_log_probs(batch))
+        finally:
+            scorer.model.set_adapter(before, inference_mode=True)
+        return torch.stack(members)
+
 
 TITLE = "Deep ensemble"
 

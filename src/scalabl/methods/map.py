@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING
 from peft import LoraConfig, PeftConfig
 from transformers import PreTrainedModel, TrainerCallback
 
-from scalabl.errors import UserError
+from scalabl.core.errors import UserError
 from scalabl.methods.mle import shared_options
-from scalabl.predictive import MeanPredictive, Predictive
-from scalabl.training.recipe import Recipe
+from scalabl.predictive.base import MeanPredictive, Predictive
+from scalabl.runs.recipe import Recipe
 
 if TYPE_CHECKING:
-    from scalabl.loading import Run
+    from scalabl.runs.method import Run
+
 
 TITLE = "MAP"
 

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING
 from peft import LoraConfig, PeftConfig
 from transformers import PreTrainedModel, TrainerCallback
 
-from scalabl.errors import UserError
-from scalabl.predictive import MeanPredictive, Predictive
-from scalabl.training.recipe import Recipe, layer_fraction
-from scalabl.tuner.language_side import beside_language
+from scalabl.core.errors import UserError
+from scalabl.predictive.base import MeanPredictive, Predictive
+from scalabl.runs.recipe import Recipe, layer_fraction
+from scalabl.tuner.layers import beside_language
 
 if TYPE_CHECKING:
-    from scalabl.loading import Run
+    from scalabl.runs.method import Run
+
 
 TITLE = "MLE"
 

@@ -15,11 +15,12 @@ from peft.helpers import MontecloraTrainerMixin
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from scalabl.methods.mle import shared_options
-from scalabl.predictive import MeanPredictive, Predictive
-from scalabl.training.recipe import Recipe
+from scalabl.predictive.base import MeanPredictive, Predictive
+from scalabl.runs.recipe import Recipe
 
 if TYPE_CHECKING:
-    from scalabl.loading import Run
+    from scalabl.runs.method import Run
+
 
 TITLE = "MonteCLoRA (mean)"
 

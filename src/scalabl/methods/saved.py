@@ -1,8 +1,12 @@
-"""Where a post-hoc method's numbers lie: DIR/posthoc/NAME/, JSON and safetensors, tied to the run's adapter."""
+"""Where a post-hoc method's numbers lie: DIR/posthoc/NAME/, JSON and safetensors, tied to the run's adapter.
+
+How the fit of a post-hoc method on training rows begins.
+"""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,12 +14,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from scalabl.errors import UserError
-from scalabl.mapping_file import read_json
-from scalabl.run_directory import write_json
+from scalabl.core.errors import UserError
+from scalabl.core.files import read_json, write_json
+from scalabl.data.example import Example
+from scalabl.scoring.base import Encoded
+from scalabl.scoring.trunk_store import with_stored_trunk
 
 if TYPE_CHECKING:
-    from scalabl.loading import Run
+    from scalabl.runs.method import Run
+
+if TYPE_CHECKING:
+    from scalabl.runs.method import Run
+
 
 POST_HOC_DIRECTORY = "posthoc"
 
@@ -67,7 +77,7 @@ def load_facts(run: Run, method: str) -> dict[str, Any]:
         UserError: the method was not fitted on this run, its file cannot be read, or the adapter has changed since.
     """
     path = directory_of(run, method) / f"{method}.json"
-    missing = f"{method} was not fitted on the run in {run.directory}; call scalabl.methods.{method}.fit."
+    missing = f"{method} was not fitted on the run in {run.directory}; call scalabl.runs.registry.{method}.fit."
     mend = f"fit {method} again"
     facts = read_json(path, missing=missing, mend=mend, holds=f"what {method} fitted; {mend}")
     if facts.get("adapter_sha256") != run.record.get("adapter_sha256"):
@@ -99,3 +109,21 @@ def require_plain_lora(run: Run, method: str) -> None:
         raise UserError(
             f"{method} is fitted on a plain LoRA, but this run was trained by {trained_by}; give an mle run."
         )
+
+
+def encoded_training_rows(run: Run, method: str, rows: Sequence[Example], *, batch_size: int = 8) -> list[Encoded]:
+    """The rows that a plain LoRA is refitted on, as tokens with the frozen layers' output.
+
+    Args:
+        run: the loaded run.
+        method: for the sentence of a refusal.
+        rows: training rows.
+        batch_size: rows at a time.
+
+    Raises:
+        UserError: the run is no plain LoRA, or there are no rows.
+    """
+    require_plain_lora(run, method)
+    if not rows:
+        raise UserError(f"{method} is fitted on training rows, but there are none; give those of the run.")
+    return with_stored_trunk(run.scorer, run.encode(list(rows)), batch_size=batch_size)

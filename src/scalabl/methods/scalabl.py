@@ -12,13 +12,15 @@ from peft import PeftConfig
 from transformers import PreTrainedModel, TrainerCallback
 
 from scalabl.methods.mle import shared_options
-from scalabl.predictive import MeanPredictive, MonteCarloPredictive, Predictive
+from scalabl.predictive.base import MeanPredictive, Predictive
+from scalabl.predictive.monte_carlo import MonteCarloPredictive
+from scalabl.runs.recipe import Recipe
 from scalabl.training.callback import ELBOCallback
-from scalabl.training.recipe import Recipe
-from scalabl.tuner import ScalaBLConfig
+from scalabl.tuner.config import ScalaBLConfig
 
 if TYPE_CHECKING:
-    from scalabl.loading import Run
+    from scalabl.runs.method import Run
+
 
 TITLE = "ScalaBL"
 

@@ -3,7 +3,7 @@
     B A = U diag(sv) V^T,   s ~ N(1, (H + precision I)^-1),   H = sum_n J_n^T Lambda_n J_n over all s jointly
     f(x) ~ N(f_LoRA(x), J (H + precision I)^-1 J^T),   p(y | x) = E[softmax f(x)]           [Immer et al. 2021]
 
-What it rests on is in `scalabl.bayesianize`; this fits it on a run and keeps it beside the run's adapter.
+What it rests on is in `scalabl.training.posthoc`; this fits it on a run and keeps it beside the run's adapter.
 """
 
 from __future__ import annotations
@@ -14,18 +14,20 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
-from scalabl.bayesianize.in_place import StochasticLeaves, factors_of
-from scalabl.bayesianize.laplace import fit_laplace
-from scalabl.bayesianize.svd import Factors
-from scalabl.methods.saved import load_facts, load_tensors, save
-from scalabl.methods.training_rows import encoded_training_rows
+from scalabl.data.example import Example
+from scalabl.methods.saved import encoded_training_rows, load_facts, load_tensors, save
 from scalabl.posterior.joint import JointGaussian, Kept, Structure
-from scalabl.predictive import LinearizedPredictive, MonteCarloPredictive, Predictive
-from scalabl.scoring import Batch, Scorer
-from scalabl.tasks import Example
+from scalabl.predictive.base import Predictive
+from scalabl.predictive.linearized import LinearizedPredictive
+from scalabl.predictive.monte_carlo import MonteCarloPredictive
+from scalabl.scoring.base import Batch
+from scalabl.scoring.scorer import Scorer
+from scalabl.training.posthoc.laplace import fit_laplace
+from scalabl.training.posthoc.svd import Factors, StochasticLeaves, factors_of
 
 if TYPE_CHECKING:
-    from scalabl.loading import Run
+    from scalabl.runs.method import Run
+
 
 TITLE = "ScalaBL, post-hoc"
 

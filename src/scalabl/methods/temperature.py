@@ -1,4 +1,6 @@
-"""Temperature scaling (Guo et al. 2017, 1706.04599): one scalar on the class logits, fitted on held-out rows.
+"""Any predictive with a temperature on its particles' class logits.
+
+Temperature scaling (Guo et al. 2017, 1706.04599): one scalar on the class logits, fitted on held-out rows.
 
     p_T(y | x) = softmax(log p(y | x) / T),   T minimises the NLL of validation rows
 
@@ -14,14 +16,39 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from scalabl.errors import UserError
+from scalabl.core.errors import UserError
+from scalabl.data.example import Example
 from scalabl.methods.saved import load_facts, save
-from scalabl.tasks import Example
-from scalabl.uncertainty import is_drawn, particles_used
+from scalabl.metrics.temperature import fit_temperature
+from scalabl.predictive.base import Predictive
+from scalabl.scoring.base import Batch
+from scalabl.scoring.scorer import Scorer
 
 if TYPE_CHECKING:
-    from scalabl.loading import Run
-    from scalabl.predictive import Predictive
+    from scalabl.predictive.base import Predictive
+    from scalabl.runs.method import Run
+
+
+class TemperedPredictive:
+    """log softmax(log p_n / T) of every particle n of another predictive.
+
+    Args:
+        inner: the predictive.
+        temperature: T, positive.
+    """
+
+    def __init__(self, inner: Predictive, temperature: float) -> None:
+        self.inner = inner
+        self.temperature = temperature
+        self.name = inner.name
+        self.shares_prefix = getattr(inner, "shares_prefix", False)
+
+    def __call__(self, scorer: Scorer, batch: Batch) -> Tensor:
+        log_probs = self.inner(scorer, batch)
+        scaled = (log_probs / self.temperature).log_softmax(dim=-1)
+        # a particle that a row has not drawn stays so
+        return scaled.masked_fill(log_probs == -torch.inf, -torch.inf)
+
 
 TITLE = "Temperature"
 
@@ -41,8 +68,8 @@ def fit(
     Raises:
         UserError: there are no validation rows.
     """
-    from scalabl.predictive import predict
-    from scalabl.trunk_store import with_stored_trunk
+    from scalabl.predictive.base import predict
+    from scalabl.scoring.trunk_store import with_stored_trunk
 
     if not validation_rows:
         raise UserError("A temperature needs validation rows, but there are none; give a validation split.")
@@ -55,55 +82,5 @@ def fit(
 
 def predictive(run: Run, *, samples: int = 10, seed: int = 0) -> Predictive:
     """The run's own predictive with the temperature on its particles."""
-    from scalabl.predictive.tempered import TemperedPredictive
-
     temperature = load_facts(run, "temperature")["temperature"]
     return TemperedPredictive(run.predictive(samples=samples, seed=seed), temperature)
-
-
-def apply_temperature(log_probs: Tensor, temperature: float) -> Tensor:
-    """log softmax(log_probs / T) of every particle; the argmax of a particle never changes.
-
-    Args:
-        log_probs: (N, n, C), -inf for missing choices and for particles that a row has not drawn.
-        temperature: T, positive.
-    """
-    return (log_probs / temperature).log_softmax(dim=-1).masked_fill(log_probs == -torch.inf, -torch.inf)
-
-
-def negative_log_likelihood(log_probs: Tensor, labels: Tensor) -> Tensor:
-    """Mean NLL in nats of the particles' average. log_probs (N, n, C), labels (n,)."""
-    average = log_probs.logsumexp(dim=0) - particles_used(log_probs).to(log_probs).log()[:, None]
-    return -average.gather(-1, labels[:, None]).mean()
-
-
-def fit_temperature(log_probs: Tensor, labels: Tensor) -> float:
-    """The temperature that minimises the NLL of held-out rows, by L-BFGS on log T.
-
-    Args:
-        log_probs: (N, n, C) log class probabilities of validation rows, of one particle or several.
-        labels: (n,) their right answers.
-
-    Raises:
-        UserError: there are no rows, or the probabilities are not finite.
-    """
-    if labels.numel() == 0:
-        raise UserError("A temperature needs validation rows, but there are none; give a validation split.")
-    if log_probs.isnan().any():
-        raise UserError("The validation probabilities are not finite, so no temperature can be fitted.")
-    # -inf marks a missing choice: a large negative number has the same effect and a defined gradient
-    finite = log_probs.double().clamp_min(-1e4)
-    missing, drawn = torch.isinf(log_probs), is_drawn(log_probs)
-    log_temperature = torch.zeros((), dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS([log_temperature], lr=0.5, max_iter=200, line_search_fn="strong_wolfe")
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        scaled = (finite / log_temperature.exp()).masked_fill(missing, -1e9).log_softmax(dim=-1)
-        loss = negative_log_likelihood(scaled.masked_fill(~drawn[..., None], -torch.inf), labels)
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)  # type: ignore[no-untyped-call]
-    # beyond these limits the NLL is flat: every row right with probability one, or nothing better than uniform
-    return float(log_temperature.detach().clamp(-4.6, 4.6).exp())

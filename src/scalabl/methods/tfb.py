@@ -17,16 +17,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from scalabl.methods.saved import load_facts, load_tensors, save
-from scalabl.methods.temperature import negative_log_likelihood
-from scalabl.methods.training_rows import encoded_training_rows
-from scalabl.predictive import MeanPredictive, Predictive, predict
-from scalabl.predictive.lora_particles import lora_parts
-from scalabl.predictive.weight_noise import WeightNoisePredictive
-from scalabl.tasks import Example
+from scalabl.data.example import Example
+from scalabl.methods.saved import encoded_training_rows, load_facts, load_tensors, save
+from scalabl.metrics.temperature import negative_log_likelihood
+from scalabl.predictive.base import MeanPredictive, Predictive, predict
+from scalabl.predictive.lora_particles import WeightNoisePredictive, lora_parts
 
 if TYPE_CHECKING:
-    from scalabl.loading import Run
+    from scalabl.runs.method import Run
+
 
 TITLE = "TFB"
 LOW, HIGH, STEPS, TOLERANCE = 0.001, 0.2, 5, 0.003

@@ -13,7 +13,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from scalabl.errors import UserError
+from scalabl.core.errors import UserError
 
 _CHUNK = 4_000_000  # counts in memory at a time (32 MB)
 

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from scalabl.metrics.bootstrap import check_settings
-from scalabl.metrics.checks import checked
-from scalabl.metrics.scores import Ranking, bin_of
+from scalabl.metrics.scores import Ranking, bin_of, checked
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,11 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from scalabl.errors import UserError, one_line
-from scalabl.methods import load_method
-from scalabl.models import DTYPES, UNREADABLE, model_path, why_unreadable
-from scalabl.planning.kernels import DeviceKernels
-from scalabl.planning.quantized import quantize
-from scalabl.training.recipe import Recipe
+from scalabl.core.errors import UserError, one_line
+from scalabl.planning.meta_device import DeviceKernels, quantize
+from scalabl.runs.method import load_method
+from scalabl.runs.models import DTYPES, UNREADABLE, model_path, why_unreadable
+from scalabl.runs.recipe import Recipe
 
 _VARIATIONAL = (".posterior.", "_sampler.")  # parts of names, as in a run's record
 

@@ -8,15 +8,15 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from scalabl.errors import UserError, first_line
+from scalabl.core.errors import UserError, first_line
 from scalabl.planning.depth import layer_kinds, over_depth
+from scalabl.planning.memory import optimizer_bytes
 from scalabl.planning.meta_model import Counts, build, compute_dtype, hidden_size, model_dtype, read_config
-from scalabl.planning.optimizer import optimizer_bytes
-from scalabl.planning.rows import MOST, Rows
+from scalabl.planning.rows import MOST, PlannedRows
 from scalabl.planning.step import MetaRun, particles_of
-from scalabl.training.optimizers import require_known
-from scalabl.training.recipe import Recipe
-from scalabl.tuner.depth import decoder_layers
+from scalabl.runs.recipe import Recipe
+from scalabl.training.refusals import require_known
+from scalabl.tuner.layers import decoder_layers
 
 LARGEST = 8192  # rows, above which no larger batch is looked for
 
@@ -100,7 +100,7 @@ class Planner:
         """Of a hidden state."""
         return hidden_size(self._run.model) * model_dtype(self._run.model).itemsize
 
-    def training(self, rows: Rows, batch: int | None = None) -> Training:
+    def training(self, rows: PlannedRows, batch: int | None = None) -> Training:
         """A training step of these rows, or of another number of them."""
         size = rows.batch if batch is None else batch
 
@@ -115,7 +115,7 @@ class Planner:
         step = max(step, counts.gradients)
         return Training(activations, step - activations - counts.gradients, staying + step, flops)
 
-    def prediction(self, rows: Rows, samples: int, batch: int | None = None) -> Prediction:
+    def prediction(self, rows: PlannedRows, samples: int, batch: int | None = None) -> Prediction:
         """A prediction with N particles at once."""
         size = rows.batch if batch is None else batch
 
@@ -183,7 +183,7 @@ class Plan:
     """
 
     recipe: Recipe
-    rows: Rows
+    rows: PlannedRows
     device: str
     dtype: str
     card: int
@@ -251,7 +251,7 @@ class Plan:
         }
 
 
-def make_plan(recipe: Recipe, rows: Rows, *, device: str, card: int, samples: int = 10) -> Plan:
+def make_plan(recipe: Recipe, rows: PlannedRows, *, device: str, card: int, samples: int = 10) -> Plan:
     """Everything about a recipe, from its model's configuration alone.
 
     Args:

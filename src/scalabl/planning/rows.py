@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from scalabl.errors import UserError
-from scalabl.scoring import Batch
-from scalabl.scoring.base import Encoded
+from scalabl.core.errors import UserError
+from scalabl.scoring.base import Batch, Encoded
 from scalabl.scoring.text import EncodedText
 
 MOST = 2**26  # tokens at a time, which are held as numbers: no device takes so many
@@ -17,7 +16,7 @@ LOSSES = ("letters", "continuation", "tokens")
 
 
 @dataclass(frozen=True)
-class Rows:
+class PlannedRows:
     """A batch of rows that are all of the greatest length.
 
     Args:
@@ -90,7 +89,7 @@ class Rows:
         )
 
 
-def rows_like(encoded: Sequence[Encoded], batch: int) -> Rows:
+def rows_like(encoded: Sequence[Encoded], batch: int) -> PlannedRows:
     """The batch that a run's longest rows make.
 
     Args:
@@ -98,7 +97,7 @@ def rows_like(encoded: Sequence[Encoded], batch: int) -> Rows:
         batch: rows of a batch.
     """
     scored = max(_scored(row) for row in encoded)
-    return Rows(
+    return PlannedRows(
         batch=batch,
         length=max(len(row.input_ids) for row in encoded),
         loss="continuation" if scored else "letters",

@@ -11,17 +11,16 @@ import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor
 
-from scalabl.planning.kernels import DeviceKernels
-from scalabl.planning.live_bytes import LiveBytes, Use
+from scalabl.planning.meta_device import DeviceKernels, LiveBytes, Use
 from scalabl.planning.meta_model import autocast_dtype, hidden_size, model_dtype, storage_bytes
-from scalabl.planning.rows import Rows
+from scalabl.planning.rows import PlannedRows
 from scalabl.predictive.drawn_layers import first_difference
 from scalabl.predictive.lora_particles import input_masks, lora_parts, weight_noise
-from scalabl.scoring import Batch, Continuation
-from scalabl.scoring.token_logits import token_logits
-from scalabl.training.recipe import Recipe
-from scalabl.trunk import Trunk
-from scalabl.tuner import stochastic_layers
+from scalabl.runs.recipe import Recipe
+from scalabl.scoring.base import Batch
+from scalabl.scoring.continuation import Continuation
+from scalabl.scoring.trunk import Trunk, token_logits
+from scalabl.tuner.layers import stochastic_layers
 from scalabl.tuner.projection import StochasticProjection
 from scalabl.tuner.state import noise_particles
 
@@ -53,7 +52,7 @@ class MetaRun:
             _ = leaf.weight  # what it keeps from its first use on is no step's
         return cls(model, recipe, device, Trunk(model), first_difference(model, None))
 
-    def training_step(self, rows: Rows, batch: int) -> tuple[Use, Use]:
+    def training_step(self, rows: PlannedRows, batch: int) -> tuple[Use, Use]:
         """The forward pass of one training step, whose kept bytes are inputs and activations, and the whole step."""
         self.model.train()
         # checkpointing has every layer's backward pass run, so that a run stores nothing then
@@ -72,7 +71,7 @@ class MetaRun:
         return forward, whole
 
     @torch.no_grad()
-    def prediction(self, rows: Rows, batch: int, samples: int) -> Use:
+    def prediction(self, rows: PlannedRows, batch: int, samples: int) -> Use:
         """The average over N particles, all at once: N B rows; B rows where a method draws none, or N is 0."""
         self.model.eval()
         inputs, particles = rows.of(batch), particles_of(self.recipe.method, samples)
@@ -111,7 +110,7 @@ def particles_of(method: str, samples: int) -> int:
     return max(1, samples) if method in DRAWN else 1
 
 
-def training_loss(model: Any, inputs: Batch, on_meta: Batch, trunk: Trunk | None, rows: Rows) -> Tensor:
+def training_loss(model: Any, inputs: Batch, on_meta: Batch, trunk: Trunk | None, rows: PlannedRows) -> Tensor:
     """The loss of a batch; `inputs` are its numbers, `on_meta` the same batch where the model is."""
     if rows.loss == "tokens":
         loss: Tensor = model(input_ids=on_meta.input_ids, labels=on_meta.input_ids, use_cache=False).loss
@@ -119,13 +118,13 @@ def training_loss(model: Any, inputs: Batch, on_meta: Batch, trunk: Trunk | None
     return F.cross_entropy(_class_logits(model, inputs, on_meta, trunk, rows), on_meta.answers)
 
 
-def _log_probs(model: Any, inputs: Batch, on_meta: Batch, trunk: Trunk | None, rows: Rows) -> Tensor:
+def _log_probs(model: Any, inputs: Batch, on_meta: Batch, trunk: Trunk | None, rows: PlannedRows) -> Tensor:
     if rows.loss == "tokens":
         return token_logits(model, on_meta, trunk).float().log_softmax(dim=-1)
     return _class_logits(model, inputs, on_meta, trunk, rows).log_softmax(dim=-1)
 
 
-def _class_logits(model: Any, inputs: Batch, on_meta: Batch, trunk: Trunk | None, rows: Rows) -> Tensor:
+def _class_logits(model: Any, inputs: Batch, on_meta: Batch, trunk: Trunk | None, rows: PlannedRows) -> Tensor:
     """(B, C), as the scorings make them; which positions they read is decided on the CPU, where numbers are known."""
     if rows.loss == "letters":
         number, last = len(inputs), inputs.input_ids.shape[1] - 1

@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from scalabl.posterior.diagonal import DiagonalGaussian
+from scalabl.posterior.gaussian import DiagonalGaussian
 from scalabl.posterior.prior import Prior
 
 

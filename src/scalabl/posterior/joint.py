@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from scalabl.errors import UserError
+from scalabl.core.errors import UserError
 
 Structure = Literal["joint", "layer", "diagonal"]
 Kept = Literal["marginal", "conditional"]

@@ -1,25 +1,132 @@
-"""Adaptive N: particles in blocks, for the rows whose decision is not yet settled."""
+"""When a row has enough particles: its decision after n of N is that of all N with a stated confidence.
+
+The decision is the choice with the highest averaged probability, or "abstain" where that is below a threshold. It is
+open while an average over all N particles could still fall on the other side of a comparison:
+
+    best against every other choice   p_b - p_c > 0
+    with a threshold                  p_b >= threshold, or p_c < threshold for all c
+
+Of the wrong decisions at most C are possible for the true one (C - 1 without a threshold), each by the failure of one
+comparison: each is tested one-sided at (1 - confidence) / C [union bound]. Two tests:
+
+    t        mean - t_{n-1} s sqrt(1/n - 1/N) > 0, the prediction interval for the average of all N. Exact for
+             normal probabilities (residuals are independent of the average, so that it does not matter that the
+             average decides which choice is the true one [Basu 1955]); else an approximation. Every look counts:
+             the level is divided by their number [Bonferroni].
+    betting  no assumption but that the particles come in random order: a gambler who bets against "the N particles
+             average at most m" by drawing them one by one without replacement multiplies a stake of 1 by 1 / level
+             with probability at most the level, over all looks at once [Ville 1939; Waudby-Smith and Ramdas 2024,
+             section 5]. It needs more particles, above all where the choices are close and the particles agree.
+
+Adaptive N: particles in blocks, for the rows whose decision is not yet settled.
+"""
 
 from __future__ import annotations
 
 import torch
+from scipy.stats import t as student
 from torch import Tensor
 
-from scalabl.errors import UserError
+from scalabl.core.errors import UserError
 from scalabl.predictive.base import Predictive
 from scalabl.predictive.drawn_layers import first_difference
 from scalabl.predictive.monte_carlo import MonteCarloPredictive
-from scalabl.predictive.stopping import settled
-from scalabl.sampling import Sampling
-from scalabl.scoring import Batch, Scorer
+from scalabl.predictive.sampling import Sampling
+from scalabl.scoring.base import Batch
+from scalabl.scoring.scorer import Scorer
+
+# the share of the stake that is put at risk; the gambler splits its stake among them
+_SHARES = (0.25, 0.5, 0.75, 1.0)
+
+
+def settled(
+    probs: Tensor,
+    num_choices: Tensor,
+    total: int,
+    *,
+    confidence: float,
+    looks: int = 1,
+    threshold: float | None = None,
+    bound: str = "t",
+) -> Tensor:
+    """Whether the decision of each row is settled: (B,) bool.
+
+    Args:
+        probs: (n, B, C) class probabilities of the first n of N particles, 2 <= n; 0 for choices a row lacks.
+        num_choices: (B,) how many choices each row has.
+        total: N.
+        confidence: that a row which is settled has the decision of all N particles; 1 settles nothing before N.
+        looks: how often in all a row is looked at before N.
+        threshold: abstain where the highest probability is below this; None never abstains.
+        bound: "t" or "betting".
+    """
+    if probs.shape[0] >= total:
+        return torch.ones(probs.shape[1], dtype=torch.bool, device=probs.device)
+    if confidence >= 1:
+        return torch.zeros(probs.shape[1], dtype=torch.bool, device=probs.device)
+    probs = probs.double()
+    threshold = threshold or None  # a threshold of 0 never abstains
+    average = probs.mean(dim=0)
+    best = average.argmax(dim=-1, keepdim=True)  # (B, 1)
+    lacks = torch.arange(probs.shape[-1], device=probs.device) >= num_choices[:, None]
+    level = (1 - confidence) / (num_choices if threshold is not None else num_choices - 1).clamp_min(1)
+
+    def above(values: Tensor, lowest: float) -> Tensor:
+        """Whether values (n, B, K), none below `lowest` <= 0, average above 0 over all N particles: (B, K)."""
+        if bound == "t":
+            return _t_lower(values, level[:, None] / looks, total) > 0
+        return _wealth(values, lowest, total) >= 1 / level[:, None]
+
+    leader = probs.gather(-1, best.expand(probs.shape[0], -1, 1))
+    is_best = torch.zeros_like(lacks).scatter(1, best, True)
+    leads = (above(leader - probs, -1.0) | lacks | is_best).all(dim=-1)
+    if threshold is None:
+        return leads
+    answers = above(leader - threshold, -threshold)[:, 0]
+    abstains = (above(threshold - probs, threshold - 1) | lacks).all(dim=-1)
+    return (leads & answers) | abstains
+
+
+def _t_lower(values: Tensor, level: Tensor, total: int) -> Tensor:
+    """(n, B, K) -> (B, K) the lower end of the one-sided prediction interval for the average of all N."""
+    n = values.shape[0]
+    quantile = torch.from_numpy(student.isf(level.cpu().numpy(), n - 1)).to(values)
+    return values.mean(dim=0) - quantile * values.std(dim=0) * (1 / n - 1 / total) ** 0.5
+
+
+def _wealth(values: Tensor, lowest: float, total: int) -> Tensor:
+    """The highest wealth of a gambler who starts with 1 and bets that N values average above 0.
+
+    Args:
+        values: (n, ...) the first n of N values in random order, none below `lowest`.
+        lowest: at most 0.
+        total: N.
+
+    Returns:
+        (...) at least 1; infinite where an average of at most 0 has become impossible.
+    """
+    shares = torch.tensor(_SHARES, dtype=values.dtype, device=values.device).view(-1, *[1] * (values.dim() - 1))
+    wealth = torch.ones(len(_SHARES), *values.shape[1:], dtype=values.dtype, device=values.device)
+    highest, drawn = torch.ones_like(values[0]), torch.zeros_like(values[0])
+    for i, value in enumerate(values):
+        # the average, above the lowest, of the values not yet drawn if all N average 0
+        rest = (-total * lowest - drawn) / (total - i)
+        # the limits make wealth smaller, which keeps the guarantee
+        gain = (value - lowest) / rest.clamp_min(1e-12)
+        wealth = (wealth * (1 - shares + shares * gain)).clamp_max(1e300)
+        drawn = drawn + value - lowest
+        # N values of which the drawn ones alone make up more than N times 0
+        impossible = drawn > -total * lowest
+        highest = torch.maximum(highest, wealth.mean(dim=0)).masked_fill(impossible, torch.inf)
+    return highest
 
 
 class AdaptivePredictive:
     """A Monte Carlo predictive that stops early, row by row, when the decision cannot change at a stated confidence.
 
     A row that stops after n of N particles has the decision that all N would give it, with at least the confidence
-    (`scalabl.predictive.stopping` says on what that rests). Its particles are the first n of the inner predictive's;
-    the others are -inf for all its choices, which `scalabl.uncertainty` leaves out of averages and counts
+    (`scalabl.predictive.adaptive` says on what that rests). Its particles are the first n of the inner predictive's;
+    the others are -inf for all its choices, which `scalabl.metrics.uncertainty` leaves out of averages and counts
     (`particles_used`). Their disagreement, the epistemic part, is that of n particles: it comes out smaller by about
     1/n of itself.
 

@@ -28,19 +28,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from scalabl.errors import UserError
-from scalabl.predictive.base import Predictive, predict
+from scalabl.core.errors import UserError
+from scalabl.core.top_layers import holding_variance, top_layers
+from scalabl.metrics.uncertainty import average
+from scalabl.predictive.base import MeanPredictive, Predictive, predict
 from scalabl.predictive.cost import cost_of
 from scalabl.predictive.drawn_layers import drawn_layers
 from scalabl.predictive.linearized import LinearizedPredictive, logit_covariance, logit_jacobian
 from scalabl.predictive.monte_carlo import MonteCarloPredictive
-from scalabl.scoring import Batch, Encoded, Scorer
+from scalabl.scoring.base import Batch, Encoded
 from scalabl.scoring.prefix import shared_prefix
-from scalabl.scoring.scorer import batches
-from scalabl.top_layers import holding_variance, top_layers
-from scalabl.tuner import stochastic_layers
-from scalabl.tuner.layers import active_adapters, unwrap
-from scalabl.uncertainty import average
+from scalabl.scoring.scorer import Scorer, batches
+from scalabl.tuner.layers import active_adapters, stochastic_layers, unwrap
 
 TRIAL_ROWS = 8  # on which a linearised predictive is compared; with fewer rows to predict there is no trial
 TRIAL_PAIRS = 5
@@ -228,3 +227,19 @@ def reference_and_variance(particles: Tensor) -> tuple[Tensor, Tensor]:
     even = pairs.mean(dim=1)
     odd = (pairs[:, 0] - pairs[:, 1]) / 2
     return even.mean(dim=0), odd.square().mean(dim=0) + even.var(dim=0)
+
+
+PREDICTIVES = ("mean", "mc", "linearized", "auto")
+
+
+def make_predictive(name: str, *, samples: int = 10, seed: int = 0) -> Predictive:
+    """The predictive of that name."""
+    if name == "mean":
+        return MeanPredictive()
+    if name == "mc":
+        return MonteCarloPredictive(samples, seed=seed)
+    if name == "linearized":
+        return LinearizedPredictive(seed=seed)
+    if name == "auto":
+        return AutoPredictive(samples, seed=seed)
+    raise UserError(f"There is no predictive {name!r}; choose one of {', '.join(PREDICTIVES)}.")

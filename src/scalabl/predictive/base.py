@@ -1,4 +1,7 @@
-"""The interface of a predictive, and the loop over rows that all of them share."""
+"""The interface of a predictive, and the loop over rows that all of them share.
+
+The mean predictive: one pass with s at its posterior mean; for a plain LoRA simply its prediction.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from scalabl.scoring import Batch, Encoded, Scorer
+from scalabl.scoring.base import Batch, Encoded
 from scalabl.scoring.prefix import SharedPrefix, shared_prefix
-from scalabl.scoring.scorer import batches
+from scalabl.scoring.scorer import Scorer, batches
 
 
 class Predictive(Protocol):
@@ -89,3 +92,14 @@ def _prefix(
     if prefix is not None:
         prefix.claim(predictive, scorer.model)
     return prefix
+
+
+class MeanPredictive:
+    """p(y | x, s_mu), N = 1."""
+
+    name = "mean"
+    shares_prefix = True
+
+    def __call__(self, scorer: Scorer, batch: Batch) -> Tensor:
+        # outside training a stochastic layer is at its mean
+        return scorer.class_log_probs(batch)[None]

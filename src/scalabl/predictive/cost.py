@@ -20,8 +20,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from scalabl.scoring import Encoded, Scorer
-from scalabl.tuner.depth import decoder_layers
+from scalabl.scoring.base import Encoded
+from scalabl.scoring.scorer import Scorer
+from scalabl.tuner.layers import decoder_layers
 
 # S. CPU: from N = 10 at batch 1 and 4 of SmolLM2-135M in one batch, 6.4 and 8.5 forwards. CUDA: an H100's arithmetic
 # beside its memory's bandwidth in bfloat16

@@ -6,10 +6,9 @@ from contextlib import AbstractContextManager, nullcontext
 
 from torch import nn
 
-from scalabl.errors import UserError
-from scalabl.top_layers import top_layers
-from scalabl.tuner import stochastic_layers
-from scalabl.tuner.depth import depths
+from scalabl.core.errors import UserError
+from scalabl.core.top_layers import top_layers
+from scalabl.tuner.layers import depths, stochastic_layers
 from scalabl.tuner.state import only
 
 

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from scalabl.predictive.lora_particles import lora_parts
-from scalabl.scoring import Batch, Encoded, Scorer
-from scalabl.scoring.scorer import batches
+from scalabl.scoring.base import Batch, Encoded
+from scalabl.scoring.scorer import Scorer, batches
 
 
 @dataclass
@@ -183,7 +183,7 @@ class Block:
 
 
 @dataclass(frozen=True)
-class Curvature:
+class KroneckerCurvature:
     """The curvature of all weight matrices by name, with the log-likelihood (nats) of the rows it was summed over."""
 
     blocks: dict[str, Block]
@@ -197,7 +197,7 @@ def gauss_newton(
     rank: int,
     batch_size: int = 8,
     advance: Callable[[int], None] | None = None,
-) -> Curvature:
+) -> KroneckerCurvature:
     """The Kronecker-factored Gauss-Newton matrix over rows.
 
     Args:
@@ -230,7 +230,7 @@ def gauss_newton(
     for name in modules:
         (out_vectors, out_values), (in_vectors, in_values) = outputs[name].eigen(), inputs[name].eigen()
         blocks[name] = Block(out_vectors, out_values, in_vectors, in_values / len(rows))
-    return Curvature(blocks, log_likelihood)
+    return KroneckerCurvature(blocks, log_likelihood)
 
 
 def is_real(batch: Batch, length: int) -> Tensor:

@@ -11,13 +11,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from scalabl.errors import UserError
+from scalabl.core.errors import UserError
+from scalabl.core.top_layers import check_spec
 from scalabl.predictive.drawn_layers import drawn_layers
-from scalabl.scoring import Batch, Scorer
-from scalabl.top_layers import check_spec
-from scalabl.tuner import stochastic_layers, values
+from scalabl.scoring.base import Batch
+from scalabl.scoring.scorer import Scorer
 from scalabl.tuner.joint import joint_of
-from scalabl.tuner.state import only
+from scalabl.tuner.layers import stochastic_layers
+from scalabl.tuner.state import only, values
 
 _MOST_CONTRASTS = 25  # a question has at most 26 choices
 

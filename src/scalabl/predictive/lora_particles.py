@@ -1,12 +1,16 @@
 """Particles in a LoRA layer that has no posterior of its own: noise on A, or masks of A's input, a particle a row.
 
 Rows i B .. (i + 1) B - 1 of a batch of N B rows carry particle i in every layer, as `scalabl.particles` has it.
+
+MC dropout: p(y | x) = 1/N sum_n p(y | x, z_n), with N fixed masks of every A's input (Gal and Ghahramani 2016).
+
+Monte Carlo over Gaussian noise on A: p(y | x) = 1/N sum_n p(y | x, A + noise_n), the particles as rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +19,10 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from scalabl.errors import UserError
+from scalabl.core.errors import UserError
+from scalabl.posterior.draws import standard_normal, uniform
+from scalabl.predictive.monte_carlo import MonteCarloPredictive
+from scalabl.tuner.blob import blob_layers
 from scalabl.tuner.layers import active_adapters, unwrap
 
 
@@ -124,3 +131,94 @@ def _particles(x: Tensor, values: Tensor) -> int:
             f"rows repeated {number} times."
         )
     return number
+
+
+def dropout_masks(samples: int, width: int, p: float, *, seed: int, stream: str) -> Tensor:
+    """(samples, width) factors: 0 with probability p, else 1 / (1 - p); mask n is the same in every run of a seed."""
+    kept = uniform(range(samples), width, seed=seed, stream=stream) >= p
+    return kept.float() / (1 - p)
+
+
+class DropoutPredictive(MonteCarloPredictive):
+    """N fixed dropout masks. A mask drops columns of A, diag(z) on its input, for all tokens of a row: it is a draw
+    of the weights, W diag(z), while training draws one mask for every token.
+
+    Args:
+        p: probability to drop, in (0, 1).
+        samples: N, at least 1.
+        seed: of the masks; a mask depends on (seed, particle, layer) alone.
+        chunk: how many particles at once; None fits them to the free memory. The answers do not depend on it.
+
+    Raises:
+        UserError: p is not between 0 and 1.
+    """
+
+    def __init__(self, p: float = 0.1, *, samples: int = 10, seed: int = 0, chunk: int | None = None) -> None:
+        if not 0 < p < 1:
+            raise UserError(f"The dropout probability is {p}; it must be between 0 and 1, 0.1 is the usual choice.")
+        super().__init__(samples, seed=seed, chunk=chunk)
+        self.p = p
+        self._masks: dict[str, Tensor] = {}
+
+    def masks(self, model: nn.Module) -> dict[str, Tensor]:
+        """(N, d_in) masks by layer, drawn once."""
+        if not self._masks:
+            for name, parts in lora_parts(model).items():
+                masks = dropout_masks(self.samples, parts.a.shape[1], self.p, seed=self.seed, stream=f"{name}.dropout")
+                self._masks[name] = masks.to(parts.a.device)
+        return self._masks
+
+    def context(self, model: nn.Module, first: int, number: int) -> AbstractContextManager[None]:
+        chunk = slice(first, first + number)
+        return input_masks(model, {name: masks[chunk] for name, masks in self.masks(model).items()})
+
+
+class WeightNoisePredictive(MonteCarloPredictive):
+    """N fixed draws of noise on every A, the same for every input and every run of the same seed.
+
+    Args:
+        spread: layer name -> a function from standard normal noise (N, r, d_in) to the noise on A, of the same
+            shape. BLoB scales it elementwise, TFB mixes its rows.
+        samples: N, at least 1.
+        seed: of the draws; a draw depends on (seed, particle, layer) alone.
+        chunk: how many particles at once; None fits them to the free memory. The answers do not depend on it.
+    """
+
+    def __init__(
+        self,
+        spread: Mapping[str, Callable[[Tensor], Tensor]],
+        *,
+        samples: int = 10,
+        seed: int = 0,
+        chunk: int | None = None,
+    ) -> None:
+        super().__init__(samples, seed=seed, chunk=chunk)
+        self.spread = spread
+        self._noise: dict[str, Tensor] = {}
+
+    def noise(self, model: nn.Module) -> dict[str, Tensor]:
+        """(N, r, d_in) noise on A by layer, drawn once."""
+        if not self._noise:
+            for name, parts in lora_parts(model).items():
+                shape, stream = parts.a.shape, f"{name}.lora_A"
+                normal = standard_normal(range(self.samples), shape.numel(), seed=self.seed, stream=stream)
+                self._noise[name] = self.spread[name](normal.view(self.samples, *shape).to(parts.a.device))
+        return self._noise
+
+    def context(self, model: nn.Module, first: int, number: int) -> AbstractContextManager[None]:
+        chunk = slice(first, first + number)
+        return weight_noise(model, {name: values[chunk] for name, values in self.noise(model).items()})
+
+
+def blob_draws(model: nn.Module, *, samples: int = 10, seed: int = 0) -> WeightNoisePredictive:
+    """N draws of every A from a BLoB adapter's posterior.
+
+    Raises:
+        UserError: the model has no BLoB layer, or samples is below 1.
+    """
+
+    def spread_of(std: Tensor) -> Callable[[Tensor], Tensor]:
+        return lambda normal: std * normal
+
+    spread = {name: spread_of(leaf.posterior.std.detach()) for name, leaf in blob_layers(model).items()}
+    return WeightNoisePredictive(spread, samples=samples, seed=seed)

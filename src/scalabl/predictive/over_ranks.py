@@ -12,12 +12,13 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from scalabl import ranks
+from scalabl.core import processes as ranks
 from scalabl.predictive.base import Predictive, chosen
 from scalabl.predictive.base import predict as predict_here
 from scalabl.predictive.monte_carlo import MonteCarloPredictive
-from scalabl.scoring import Batch, Encoded, Scorer
+from scalabl.scoring.base import Batch, Encoded
 from scalabl.scoring.prefix import SharedPrefix
+from scalabl.scoring.scorer import Scorer
 
 
 def predict(

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 
 import torch
 
-from scalabl.errors import UserError
+from scalabl.core.errors import UserError
 from scalabl.predictive.drawn_layers import drawn_layers
 from scalabl.predictive.linearized import logit_jacobian
-from scalabl.scoring import Encoded, Scorer
-from scalabl.scoring.scorer import batches
-from scalabl.tuner import stochastic_layers
+from scalabl.scoring.base import Encoded
+from scalabl.scoring.scorer import Scorer, batches
+from scalabl.tuner.layers import stochastic_layers
 
 
 @dataclass(frozen=True)

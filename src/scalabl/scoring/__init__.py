@@ -5,17 +5,6 @@ log-likelihoods of the choice texts, summed or per token). Rows of text have no 
 what they are trained on.
 """
 
-from scalabl.scoring.base import Batch, Encoded, Scoring
-from scalabl.scoring.continuation import Continuation
-from scalabl.scoring.letters import Letters
-from scalabl.scoring.scorer import Scorer
-from scalabl.scoring.text import Text
+import lazy_loader
 
-__all__ = ["Batch", "Continuation", "Encoded", "Letters", "Scorer", "Scoring", "Text", "make_scoring"]
-
-
-def make_scoring(settings: dict, tokenizer) -> Scoring:  # type: ignore[no-untyped-def]
-    """The scoring that `Scoring.settings()` described."""
-    kinds: dict[str, type[Scoring]] = {"letters": Letters, "continuation": Continuation, "text": Text}
-    arguments = dict(settings)
-    return kinds[arguments.pop("scoring")](tokenizer, **arguments)
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

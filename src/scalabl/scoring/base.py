@@ -7,18 +7,25 @@ from abc import ABC, abstractmethod
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from scalabl.errors import UserError
+from scalabl.core.errors import UserError
+from scalabl.data.example import Example
 from scalabl.scoring.images import ImageReader, RowImages, image_fields, image_reader
-from scalabl.tasks import Example
 
-if TYPE_CHECKING:
-    from scalabl.scoring.prefix import SharedPrefix
+
+class Prefix(Protocol):
+    """What the rows of a batch stand behind, encoded once a particle (`scalabl.scoring.prefix.SharedPrefix`)."""
+
+    length: int
+
+    def below(self, scorer: Any, start: int) -> Any: ...
+
+    def cache(self, scorer: Any, batch: Batch) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -57,7 +64,7 @@ class Batch:
     keep: int
     trunk: Tensor | None = None
     start: int | None = None
-    prefix: SharedPrefix | None = None
+    prefix: Prefix | None = None
     particles: tuple[Hashable, ...] = (None,)
     image_of: Tensor | None = None
     picture: Tensor | None = None

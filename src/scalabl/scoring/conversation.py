@@ -9,9 +9,9 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from scalabl.errors import UserError
+from scalabl.core.errors import UserError
+from scalabl.data.text_rows import ASSISTANT, Message
 from scalabl.scoring.base import tokens_behind
-from scalabl.tasks.text_rows import ASSISTANT, Message
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 

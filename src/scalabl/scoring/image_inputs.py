@@ -11,8 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from scalabl.scoring.base import Batch
-from scalabl.tuner.language_side import language_side
-from scalabl.tuner.layers import unwrap
+from scalabl.tuner.layers import language_side, unwrap
 
 
 def image_inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
@@ -84,25 +83,3 @@ def _image_side_is_adapted(base: nn.Module) -> bool:
     output: Any = base.get_output_embeddings()  # type: ignore[operator]
     language |= set(output.modules())
     return any(isinstance(module, BaseTunerLayer) and module not in language for module in base.modules())
-
-
-@torch.no_grad()
-def gap_to_own_reading(model: nn.Module, batch: Batch) -> float:
-    """How far the logits behind a row's prompt are from those that the model gives with masks and positions of its
-    own, in units of their spread.
-
-    Args:
-        model: an image-text model.
-        batch: one row with images, not padded, of a prompt alone.
-    """
-    assert batch.pixels is not None and batch.image_of is not None
-    from scalabl.scoring.token_logits import token_logits
-
-    ours = token_logits(model, batch, None)[:, -1].float()
-    kinds = (batch.image_of > 0).int()
-    own = {"token_type_ids": kinds} if batch.both_ways else {"mm_token_type_ids": kinds}
-    pixels = {name: value for name, value in batch.pixels.items() if name != "counts"}
-    mask = torch.ones_like(batch.input_ids)
-    logits = model(input_ids=batch.input_ids, attention_mask=mask, use_cache=False, **own, **pixels).logits
-    theirs = logits[:, -1].float()
-    return float(((ours - theirs).abs().max() / theirs.std()).item())

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoImageProcessor
 
-from scalabl.errors import UserError
-from scalabl.tasks.images import open_image
+from scalabl.core.errors import UserError
+from scalabl.data.images import open_image
 
 QWEN, GEMMA = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), ("gemma3",)
 

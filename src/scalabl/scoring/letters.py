@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from scalabl.errors import UserError
+from scalabl.core.errors import UserError
+from scalabl.data.example import Example
 from scalabl.scoring.base import Batch, Encoded, Scoring
-from scalabl.tasks import Example
 
 
 class Letters(Scoring):

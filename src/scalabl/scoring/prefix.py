@@ -9,18 +9,16 @@ from __future__ import annotations
 import itertools
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 
 from scalabl.scoring.base import Batch, Encoded
-from scalabl.scoring.token_logits import token_logits
+from scalabl.scoring.scorer import Scorer
+from scalabl.scoring.trunk import token_logits
 from scalabl.tuner.layers import active_adapters, unwrap
-
-if TYPE_CHECKING:
-    from scalabl.scoring.scorer import Scorer
 
 LEAST = 16  # tokens, under which sharing them is not worth a pass of its own
 LEAST_SHARE = 0.2  # of a row

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from scalabl.errors import UserError
+from scalabl.core.errors import UserError
 from scalabl.scoring.base import Batch, Encoded, Scoring
 from scalabl.scoring.continuation import Continuation, choice_log_likelihoods
-from scalabl.scoring.image_inputs import gap_to_own_reading
-from scalabl.scoring.token_logits import token_logits
-from scalabl.tuner.language_side import reads_images
-
-if TYPE_CHECKING:
-    from scalabl.trunk import Trunk
+from scalabl.scoring.letters import Letters
+from scalabl.scoring.text import Text
+from scalabl.scoring.trunk import Trunk, token_logits
+from scalabl.tuner.layers import reads_images
 
 
 class Scorer:
@@ -160,3 +158,30 @@ def batches(rows: Sequence[Encoded], size: int) -> Iterator[tuple[list[int], lis
     for start in range(0, len(order), size):
         indices = order[start : start + size]
         yield indices, [rows[i] for i in indices]
+
+
+@torch.no_grad()
+def gap_to_own_reading(model: nn.Module, batch: Batch) -> float:
+    """How far the logits behind a row's prompt are from those that the model gives with masks and positions of its
+    own, in units of their spread.
+
+    Args:
+        model: an image-text model.
+        batch: one row with images, not padded, of a prompt alone.
+    """
+    assert batch.pixels is not None and batch.image_of is not None
+    ours = token_logits(model, batch, None)[:, -1].float()
+    kinds = (batch.image_of > 0).int()
+    own = {"token_type_ids": kinds} if batch.both_ways else {"mm_token_type_ids": kinds}
+    pixels = {name: value for name, value in batch.pixels.items() if name != "counts"}
+    mask = torch.ones_like(batch.input_ids)
+    logits = model(input_ids=batch.input_ids, attention_mask=mask, use_cache=False, **own, **pixels).logits
+    theirs = logits[:, -1].float()
+    return float(((ours - theirs).abs().max() / theirs.std()).item())
+
+
+def make_scoring(settings: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> Scoring:
+    """The scoring that `Scoring.settings()` described."""
+    kinds: dict[str, type[Scoring]] = {"letters": Letters, "continuation": Continuation, "text": Text}
+    arguments = dict(settings)
+    return kinds[arguments.pop("scoring")](tokenizer, **arguments)

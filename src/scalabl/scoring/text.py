@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from scalabl.errors import UserError
+from scalabl.core.errors import UserError
+from scalabl.data.text_rows import ASSISTANT, Message, TextRow, Words
 from scalabl.scoring.base import Batch, Encoded, Scoring, tokens_behind
 from scalabl.scoring.conversation import conversation_tokens, rendered, require_template
-from scalabl.tasks.text_rows import ASSISTANT, Message, TextRow, Words
 
 IGNORED = -100  # the label of a token that is not trained on
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from scalabl.errors import UserError
-from scalabl.posterior import POSTERIORS, Gaussian
-from scalabl.posterior.draw_kinds import noise
+from scalabl.core.errors import UserError
+from scalabl.posterior.draws import noise
+from scalabl.posterior.gaussian import POSTERIORS, Gaussian
 from scalabl.tuner.config import ScalaBLConfig
 from scalabl.tuner.joint import load_joint
 from scalabl.tuner.layers import bare
@@ -33,7 +33,7 @@ def particle_values(
         config: its configuration.
         number: N.
         seed: of the draws.
-        draws: their kind (`scalabl.posterior.draw_kinds`).
+        draws: their kind (`scalabl.posterior.draws`).
 
     Returns:
         the prefix of the leaf's names in `tensors` -> s (N, r), float32.

@@ -7,19 +7,19 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from scalabl import __version__
-from scalabl.adapter_file import require_adapter
-from scalabl.errors import UserError
-from scalabl.mapping_file import read_json
-from scalabl.run_directory import ADAPTER, JOINT, RECORD, finished_record, sha256, write_json
-from scalabl.sampling import Sampling
-from scalabl.serving.limits import limits_of
+from scalabl.core import __version__
+from scalabl.core.errors import UserError
+from scalabl.core.files import ADAPTER, JOINT, read_json, sha256, write_json
+from scalabl.predictive.sampling import Sampling
+from scalabl.runs.adapter_file import require_adapter
+from scalabl.runs.directory import RECORD, finished_record
+from scalabl.serving.command import limits_of
 from scalabl.serving.manifest import (
     FORMAT_VERSION,
     MANIFEST,
     PARTICLES,
     Identity,
-    Manifest,
+    ParticleManifest,
     is_whole,
     particles_directory,
     read_manifest,
@@ -27,6 +27,7 @@ from scalabl.serving.manifest import (
 
 if TYPE_CHECKING:
     from torch import Tensor
+
 
 FORMATS = ("peft",)
 _OUTPUT_LAYERS = ("lm_head", "embed_out")
@@ -91,7 +92,7 @@ def export(
     seed: int = 0,
     draws: str = "independent",
     name: str = "particle",
-) -> Manifest:
+) -> ParticleManifest:
     """Write OUT/particles/0 .. N-1 and OUT/particles/manifest.json; they appear together or not at all.
 
     Particle k is particle k of `scalabl.particles(model, N, seed=seed)`: its rank patterns and scaling are the run's,
@@ -104,7 +105,7 @@ def export(
         output: OUT, the run's own directory by default.
         form: "peft", plain LoRAs.
         seed: of the draws.
-        draws: their kind (`scalabl.sampling.DRAWS`).
+        draws: their kind (`scalabl.predictive.sampling.DRAWS`).
         name: the particles will be served as NAME-0 .. NAME-(N-1).
 
     Returns:
@@ -123,9 +124,9 @@ def export(
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    from scalabl.progress import progress_bar
+    from scalabl.core.progress import progress_bar
     from scalabl.serving.draws_from_files import particle_values
-    from scalabl.tuner import ScalaBLConfig
+    from scalabl.tuner.config import ScalaBLConfig
     from scalabl.tuner.mean_adapter import fold, write_plain_adapter
 
     config = ScalaBLConfig.from_pretrained(str(directory))
@@ -146,7 +147,7 @@ def export(
         with progress_bar() as progress:
             bar = progress.add_task("exporting", total=number, detail="")
             for k in range(number):
-                plain = fold(tensors, config, lambda prefix, _mean, k=k: values[prefix][k])  # type: ignore[misc]
+                plain = fold(tensors, config.unit_rows, lambda prefix, _mean, k=k: values[prefix][k])  # type: ignore[misc]
                 write_plain_adapter(unfinished / str(k), plain, config)
                 digests.append(sha256(unfinished / str(k) / ADAPTER))
                 progress.advance(bar)
@@ -169,12 +170,12 @@ def _manifest(
     name: str,
     tensors: dict[str, Tensor],
     digests: tuple[str, ...],
-) -> Manifest:
+) -> ParticleManifest:
     targets = config["target_modules"]
     output_layer = any(f".{layer}.lora_A." in key for key in tensors for layer in _OUTPUT_LAYERS)
     labels = record["task"]["labels"] if record else None
     rank = max(tensor.shape[1] for key, tensor in tensors.items() if ".lora_B." in key)
-    return Manifest(
+    return ParticleManifest(
         format_version=FORMAT_VERSION,
         scalabl=__version__,
         format="peft",
@@ -241,7 +242,7 @@ def _require_place(output: Path, identity: Identity, name: str) -> None:
         raise UserError(f"{output} cannot be written ({error.strerror}); choose another --output.") from error
 
 
-def _difference(there: Manifest, identity: Identity, name: str) -> str:
+def _difference(there: ParticleManifest, identity: Identity, name: str) -> str:
     """The first setting in which an export differs."""
     if there.name != name:
         return f"its name is {there.name}, now {name}"

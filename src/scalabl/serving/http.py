@@ -11,7 +11,7 @@ import threading
 from typing import Any
 from urllib.parse import urlsplit
 
-from scalabl.errors import UserError
+from scalabl.core.errors import UserError
 
 _BUSY = (429, 502, 503, 504)
 _FIRST_PAUSE = 0.2  # seconds; doubles with every try

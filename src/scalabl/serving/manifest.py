@@ -6,9 +6,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from scalabl.errors import UserError
-from scalabl.mapping_file import read_json
-from scalabl.run_directory import ADAPTER, sha256
+from scalabl.core.errors import UserError
+from scalabl.core.files import ADAPTER, read_json, sha256
 
 PARTICLES = "particles"
 MANIFEST = "manifest.json"
@@ -35,7 +34,7 @@ class Identity:
 
 
 @dataclass(frozen=True)
-class Manifest:
+class ParticleManifest:
     """The manifest of N exported particles.
 
     Attributes:
@@ -91,7 +90,7 @@ def particles_directory(output: Path) -> Path:
     return output if (output / MANIFEST).is_file() else output / PARTICLES
 
 
-def read_manifest(output: Path) -> Manifest:
+def read_manifest(output: Path) -> ParticleManifest:
     """The manifest in OUT/particles (or in OUT itself).
 
     Raises:
@@ -108,12 +107,14 @@ def read_manifest(output: Path) -> Manifest:
     try:
         of_identity = Identity(**content["identity"])
         lists = {name: _tuple(content[name]) for name in ("sha256", "labels", "target_modules", "warnings")}
-        return Manifest(**{f.name: content[f.name] for f in fields(Manifest)} | {"identity": of_identity} | lists)
+        return ParticleManifest(
+            **{f.name: content[f.name] for f in fields(ParticleManifest)} | {"identity": of_identity} | lists
+        )
     except (KeyError, TypeError) as error:
         raise UserError(f"{path} is no manifest of particles ({error}); {mend}.") from error
 
 
-def is_whole(directory: Path, manifest: Manifest) -> bool:
+def is_whole(directory: Path, manifest: ParticleManifest) -> bool:
     """Whether every particle's weights in OUT/particles are what was written."""
     files = [directory / str(k) / ADAPTER for k in range(manifest.identity.number)]
     return all(f.is_file() and sha256(f) == digest for f, digest in zip(files, manifest.sha256, strict=True))

@@ -18,8 +18,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from scalabl.errors import UserError
-from scalabl.scoring import Continuation, Encoded, Letters, Scoring
+from scalabl.core.errors import UserError
+from scalabl.scoring.base import Encoded, Scoring
+from scalabl.scoring.continuation import Continuation
+from scalabl.scoring.letters import Letters
 
 By = Literal["next", "prompt"]
 BY: tuple[By, ...] = ("next", "prompt")

@@ -17,8 +17,9 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from scalabl.errors import UserError
-from scalabl.posterior import DiagonalGaussian, Gaussian, Prior
+from scalabl.core.errors import UserError
+from scalabl.posterior.gaussian import DiagonalGaussian, Gaussian
+from scalabl.posterior.prior import Prior
 from scalabl.training.kl_gradient import add_kl_gradients, with_parameters
 from scalabl.training.log_values import LogContributor
 from scalabl.training.parameter_group import VariationalGroup, innermost
@@ -26,8 +27,8 @@ from scalabl.training.rank_noise import share_noise
 from scalabl.training.refusals import refuse_flattened_batches, refuse_hidden_gradients, refuse_untrained
 from scalabl.training.schedule import SCHEDULES, Schedule, kl_weight
 from scalabl.training.trained_tokens import count_trained_tokens
-from scalabl.tuner import StochasticProjection, prior_of, stochastic_layers
-from scalabl.tuner.layers import active_adapters, unwrap
+from scalabl.tuner.layers import active_adapters, prior_of, stochastic_layers, unwrap
+from scalabl.tuner.projection import StochasticProjection
 
 
 class ELBOCallback(LogContributor):

@@ -12,15 +12,20 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from scalabl.errors import UserError
-from scalabl.methods.temperature import negative_log_likelihood
-from scalabl.predictive import predict
-from scalabl.scoring import Batch, Continuation, Letters, Scorer, Scoring, Text
+from scalabl.core.errors import UserError
+from scalabl.data.example import Example
+from scalabl.data.text_rows import TextRow
+from scalabl.metrics.temperature import negative_log_likelihood
+from scalabl.predictive.base import predict
+from scalabl.runs.recipe import Recipe
+from scalabl.scoring.base import Batch, Scoring
+from scalabl.scoring.continuation import Continuation
 from scalabl.scoring.conversation import require_template
-from scalabl.tasks import Example, TextRow
-from scalabl.training.recipe import Recipe
-from scalabl.trunk import Trunk
-from scalabl.trunk_store import with_stored_trunk
+from scalabl.scoring.letters import Letters
+from scalabl.scoring.scorer import Scorer
+from scalabl.scoring.text import Text
+from scalabl.scoring.trunk import Trunk
+from scalabl.scoring.trunk_store import with_stored_trunk
 
 
 def candidates(

@@ -13,7 +13,7 @@ from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from scalabl.errors import UserError
+from scalabl.core.errors import UserError
 
 
 class NonFiniteError(UserError):

@@ -9,7 +9,9 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from scalabl.posterior import DiagonalGaussian, Gaussian, Prior, forward_kl_gradient
+from scalabl.posterior.forward_kl import forward_kl_gradient
+from scalabl.posterior.gaussian import DiagonalGaussian, Gaussian
+from scalabl.posterior.prior import Prior
 
 
 @torch.no_grad()

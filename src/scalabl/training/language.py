@@ -17,11 +17,12 @@ from typing import Any
 
 from torch import Tensor
 
-from scalabl.errors import UserError
-from scalabl.scoring import Batch, Encoded, Scoring, Text
-from scalabl.scoring.text import EncodedText, TextBatch
-from scalabl.tasks import Task, TextTask
-from scalabl.training.recipe import Recipe
+from scalabl.core.errors import UserError
+from scalabl.data.example import Task
+from scalabl.data.text_rows import TextTask
+from scalabl.runs.recipe import Recipe
+from scalabl.scoring.base import Batch, Encoded, Scoring
+from scalabl.scoring.text import EncodedText, Text, TextBatch
 from scalabl.training.trainer import ChoiceTrainer
 
 

@@ -1,5 +1,6 @@
 """`scalabl train` in several processes: what the launcher set up is checked before any work, and checkpoints are moved
-between numbers of processes."""
+between numbers of processes.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +9,9 @@ import os
 import shutil
 from pathlib import Path
 
-from scalabl import ranks
-from scalabl.errors import UserError
-from scalabl.training.recipe import Recipe
+from scalabl.core import processes as ranks
+from scalabl.core.errors import UserError
+from scalabl.runs.recipe import Recipe
 
 
 def check_launch(recipe: Recipe) -> None:

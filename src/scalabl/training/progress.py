@@ -8,8 +8,8 @@ from typing import Any
 from rich.progress import Progress
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from scalabl import ranks
-from scalabl.progress import progress_bar
+from scalabl.core import processes as ranks
+from scalabl.core.progress import progress_bar
 
 
 class ProgressBar(TrainerCallback):

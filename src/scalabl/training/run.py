@@ -15,38 +15,32 @@ from torch import Tensor
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
-from scalabl import __version__, ranks
-from scalabl.diagnostics import unconverged
-from scalabl.errors import UserError
-from scalabl.methods import load_method
-from scalabl.models import EMBEDDED, embedded_directory, held, load_base
-from scalabl.run_directory import (
-    ADAPTER,
-    CHOICES,
-    LANGUAGE,
-    RECORD,
-    claim,
-    finished_record,
-    read_record,
-    sha256,
-    write_json,
-)
-from scalabl.scoring import Encoded, Scorer, Scoring
-from scalabl.tasks import Task, TextTask, load_training_task
+from scalabl.core import __version__
+from scalabl.core import processes as ranks
+from scalabl.core.errors import UserError
+from scalabl.core.files import ADAPTER, sha256, write_json
+from scalabl.data.assemble import TrainingRows, select_rows
+from scalabl.data.example import Task
+from scalabl.data.text_rows import TextTask
+from scalabl.data.training_data import load_training_task
+from scalabl.runs.directory import CHOICES, LANGUAGE, RECORD, claim, finished_record, read_record
+from scalabl.runs.method import load_method
+from scalabl.runs.models import EMBEDDED, embedded_directory, held, load_base
+from scalabl.runs.recipe import Recipe
+from scalabl.scoring.base import Encoded, Scoring
+from scalabl.scoring.scorer import Scorer
+from scalabl.scoring.trunk import Trunk
+from scalabl.scoring.trunk_store import with_stored_trunk
 from scalabl.training.choose_scoring import candidates, choose_scoring, describe
 from scalabl.training.guard import NonFiniteError, NonFiniteGuard
 from scalabl.training.language import check_rows, token_counts, trainer_of, weighing_the_kl
 from scalabl.training.launched import check_launch, fit_checkpoint, require_rows
 from scalabl.training.log_values import finite
-from scalabl.training.optimizers import require_optimizer
 from scalabl.training.progress import ProgressBar, StopOnInterrupt
 from scalabl.training.rank_noise import SeparateNoise, has_dropout
-from scalabl.training.recipe import Recipe
-from scalabl.training.rows import Rows as Rows
-from scalabl.training.rows import select_rows as select_rows
-from scalabl.training.whole_adapter import whole_adapter
-from scalabl.trunk import Trunk
-from scalabl.trunk_store import with_stored_trunk
+from scalabl.training.refusals import require_optimizer
+from scalabl.training.trainer import whole_adapter
+from scalabl.tuner.diagnostics import unconverged
 from scalabl.tuner.fingerprint import fingerprint
 
 LOG = "training_log.json"
@@ -59,7 +53,7 @@ class Interrupted(Exception):
 def train(recipe: Recipe, output: Path) -> dict[str, Any]:
     """Train, and write a finished run directory; resumes what an earlier call left unfinished.
 
-    In several processes (`scalabl.ranks`) the main one chooses and writes; all of them get the record.
+    In several processes (`scalabl.core.processes`) the main one chooses and writes; all of them get the record.
 
     Args:
         recipe: what to train.
@@ -74,7 +68,7 @@ def train(recipe: Recipe, output: Path) -> dict[str, Any]:
     """
     task = load_training_task(recipe.data)
     check_rows(recipe, task)
-    rows: Rows[Any] = select_rows(task, recipe)
+    rows: TrainingRows[Any] = select_rows(task, recipe)
     check_launch(recipe)
     require_rows(recipe, len(rows.train))
     if ranks.on_main(lambda: claim(output, recipe.as_dict(), Recipe.defaults(), ranks.count())):
@@ -110,7 +104,7 @@ def last_checkpoint(output: Path) -> Path | None:
     return max(found)[1] if found else None
 
 
-def _train(recipe: Recipe, output: Path, task: Task | TextTask, rows: Rows[Any]) -> dict[str, Any]:
+def _train(recipe: Recipe, output: Path, task: Task | TextTask, rows: TrainingRows[Any]) -> dict[str, Any]:
     if recipe.optimizer != Recipe.optimizer:
         require_optimizer(recipe.optimizer, "cuda" if torch.cuda.is_available() else "cpu")
     ranks.connect()

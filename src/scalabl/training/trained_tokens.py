@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from scalabl.errors import UserError
+from scalabl.core.errors import UserError
 
 IGNORED = -100
 

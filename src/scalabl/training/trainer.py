@@ -1,21 +1,91 @@
-"""The Hugging Face Trainer with one method changed: the loss is that of the class, not of every token."""
+"""An adapter's weights as whole tensors, wherever they are: what is saved loads in one process.
+
+The order of training rows: rows of like length share a batch, so that little of it is padding.
+
+The Hugging Face Trainer with one method changed: the loss is that of the class, not of every token.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import Trainer
 
-from scalabl.scoring import Batch, Encoded, Scoring
-from scalabl.scoring.token_logits import token_logits
-from scalabl.training.sampler import LengthGroupedOrder
-from scalabl.training.whole_adapter import whole_adapter
-from scalabl.trunk import Trunk
+from scalabl.scoring.base import Batch, Encoded, Scoring
+from scalabl.scoring.trunk import Trunk, token_logits
+
+
+def whole_adapter(model: PeftModel) -> dict[str, Tensor] | None:
+    """The trained weights, gathered where they are shards (FSDP 2, ZeRO-3); None where PEFT finds them whole by itself.
+
+    Every process has to call it, each gets all of them; the frozen base is not gathered.
+
+    Args:
+        model: the model, sharded or not.
+
+    Returns:
+        parameter name -> the tensor, on the CPU.
+    """
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if any(hasattr(parameter, "ds_id") for parameter in trained.values()):  # DeepSpeed has left empty tensors
+        from deepspeed.zero import GatheredParameters
+
+        with GatheredParameters(list(trained.values())):
+            return {name: p.detach().cpu().clone() for name, p in trained.items()}
+    if not any(hasattr(parameter, "full_tensor") for parameter in trained.values()):
+        return None
+    return {
+        name: (p.detach().full_tensor() if hasattr(p, "full_tensor") else p.detach()).cpu()  # type: ignore[attr-defined]
+        for name, p in trained.items()
+    }
+
+
+class LengthGroupedOrder(Sampler[int]):
+    """A seeded shuffle whose batches hold rows of like length; the order depends on (seed, epoch) alone.
+
+    Rows are shuffled, cut into stretches of 50 batches, and sorted by length within each stretch; the batches of
+    an epoch are then shuffled. A resumed run meets the same order, whatever random numbers were drawn before.
+
+    Args:
+        lengths: tokens of each row.
+        batch_size: rows of an optimiser step on all devices.
+        seed: of the shuffle.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, *, seed: int) -> None:
+        self.lengths = list(lengths)
+        self.batch_size = batch_size
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the data loader before each epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        order = torch.randperm(len(self.lengths), generator=generator).tolist()
+        stretch = 50 * self.batch_size
+        rows: list[int] = []
+        for start in range(0, len(order), stretch):
+            rows += sorted(order[start : start + stretch], key=lambda i: self.lengths[i])
+        groups = [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
+        # a last, smaller group stays last, where the data loader drops it
+        whole, rest = [g for g in groups if len(g) == self.batch_size], [g for g in groups if len(g) < self.batch_size]
+        for i in torch.randperm(len(whole), generator=generator).tolist():
+            yield from whole[i]
+        for group in rest:
+            yield from group
 
 
 class ChoiceTrainer(Trainer):

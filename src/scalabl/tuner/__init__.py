@@ -2,13 +2,12 @@
 
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
+from scalabl.tuner.blob import SCALABL_BLOB, BLoBConfig, BLoBModel
 from scalabl.tuner.config import SCALABL, ScalaBLConfig
 from scalabl.tuner.layers import kl_divergence, prior_of, stochastic_layers
 from scalabl.tuner.model import ScalaBLModel
 from scalabl.tuner.projection import StochasticProjection
 from scalabl.tuner.state import mean, particles, sample, values
-from scalabl.tuner_blob.config import SCALABL_BLOB, BLoBConfig
-from scalabl.tuner_blob.model import BLoBModel
 
 PEFT_TYPE_TO_CONFIG_MAPPING[SCALABL] = ScalaBLConfig  # type: ignore[index]
 PEFT_TYPE_TO_TUNER_MAPPING[SCALABL] = ScalaBLModel  # type: ignore[index]

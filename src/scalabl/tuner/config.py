@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, Literal
 
 from peft import LoraConfig
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load_file
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from scalabl.errors import UserError
-from scalabl.posterior import POSTERIORS, Prior
-from scalabl.top_layers import check_spec
+from scalabl.core.errors import UserError
+from scalabl.core.top_layers import check_spec
+from scalabl.posterior.gaussian import POSTERIORS
+from scalabl.posterior.prior import Prior
+from scalabl.tuner.mean_adapter import (
+    MEAN_DIRECTORY,
+    fold,
+    refuse_pickled_weights,
+    remove_mean_adapter,
+    write_plain_adapter,
+)
 
 
 class ScalaBLType(str):
@@ -124,8 +137,6 @@ class ScalaBLConfig(LoraConfig):
         Raises:
             UserError: the weights beside it were pickled (`safe_serialization=False`).
         """
-        from scalabl.tuner.mean_adapter import refuse_pickled_weights, remove_mean_adapter, write_mean_adapter
-
         refuse_pickled_weights(save_directory)
         super().save_pretrained(save_directory, **kwargs)
         if "auto_mapping_dict" in kwargs:  # PEFT's alone
@@ -157,3 +168,17 @@ def refuse_unsupported(config: LoraConfig) -> None:
         value = getattr(config, name)
         if value != default and value:
             raise UserError(f"ScalaBL does not support LoRA's option {name}; remove it from the configuration.")
+
+
+def write_mean_adapter(save_directory: str | Path, config: ScalaBLConfig) -> None:
+    """Write `mean/` beside the adapter's weights; does nothing where there are none (a configuration alone).
+
+    Nor in a trainer's checkpoint: on resuming, Trainer takes every sub-folder with weights for a further adapter.
+    """
+    if re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", Path(save_directory).name):
+        return
+    weights = Path(save_directory) / SAFETENSORS_WEIGHTS_NAME
+    if not weights.exists():
+        return
+    plain = fold(load_file(weights), config.unit_rows, lambda _prefix, mean: mean)
+    write_plain_adapter(Path(save_directory) / MEAN_DIRECTORY, plain, config)

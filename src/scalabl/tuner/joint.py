@@ -14,10 +14,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from scalabl.errors import UserError
-from scalabl.posterior import FullGaussian, Gaussian
+from scalabl.core.errors import UserError
+from scalabl.core.files import ADAPTER, JOINT, sha256
+from scalabl.posterior.gaussian import FullGaussian, Gaussian
 from scalabl.posterior.joint import JointGaussian
-from scalabl.run_directory import ADAPTER, JOINT, sha256
 from scalabl.tuner.layers import active_adapters, stochastic_layers, unwrap
 
 _ATTRIBUTE = "_scalabl_joint"

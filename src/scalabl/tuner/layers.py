@@ -1,14 +1,21 @@
-"""The stochastic layers of a model, by name, and sums over them."""
+"""The stochastic layers of a model, by name, and sums over them.
+
+The language side of an image-text model: what is adapted by default, and whose layers are counted.
+
+How deep a module lies: the number of its decoder layer.
+"""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from scalabl.errors import UserError
-from scalabl.posterior import Prior
+from scalabl.core.errors import UserError
+from scalabl.posterior.prior import Prior
 from scalabl.tuner.projection import StochasticProjection
 
 # what torch.compile, FSDP and checkpointing wrappers put into the names of the modules inside them
@@ -95,3 +102,68 @@ def bare(name: str) -> str:
     for wrapper in _WRAPPERS:
         name = name.replace(wrapper, "")
     return name.removeprefix("base_model.model.")
+
+
+def reads_images(model: nn.Module) -> bool:
+    """Whether a model has an image side beside its language side."""
+    return getattr(getattr(unwrap(model), "config", None), "vision_config", None) is not None
+
+
+def language_side(model: nn.Module) -> nn.Module:
+    """The decoder of an image-text model; any other model as it is."""
+    if not reads_images(model):
+        return model
+    base: Any = unwrap(model)
+    base = base.get_base_model() if hasattr(base, "get_base_model") else base
+    side: nn.Module = base.get_decoder()
+    return side
+
+
+def beside_language(model: nn.Module) -> str | None:
+    """A regular expression of the modules that are neither the language side nor the output layer; None for a model
+    without an image side.
+
+    PEFT's `exclude_modules`: a target named by the end of its path (q_proj) is in many image towers too.
+    """
+    if not reads_images(model):
+        return None
+    base: Any = unwrap(model)
+    base = base.get_base_model() if hasattr(base, "get_base_model") else base
+    kept = [bare(name) for name, module in base.named_modules() if module is base.get_decoder()]
+    kept += [bare(name) for name, module in base.named_modules() if module is base.get_output_embeddings()]
+    names = "|".join(re.escape(name) for name in kept)
+    return rf"(?!(?:{names})(?:\.|$)).*"
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The model's list of decoder layers: its (language side's) longest ModuleList of like modules.
+
+    Raises:
+        UserError: there is none.
+    """
+    lists = [
+        m for m in language_side(model).modules() if isinstance(m, nn.ModuleList) and len({type(x) for x in m}) == 1
+    ]
+    if not lists:
+        raise UserError("This model has no list of decoder layers, so nothing can be told about their depth.")
+    most = max(map(len, lists))
+    longest = [m for m in lists if len(m) == most]
+    return longest[0] if len(longest) == 1 else max(longest, key=lambda m: sum(p.numel() for p in m.parameters()))
+
+
+def depths(model: nn.Module, names: Iterable[str]) -> dict[str, int]:
+    """Name of a module -> the number of its decoder layer; their count for what follows them (lm_head), 0 for an
+    embedding, which comes before.
+
+    Args:
+        model: a model, with an adapter or without.
+        names: of modules, in the base model or in the one with the adapter.
+    """
+    model = unwrap(model)
+    layers = decoder_layers(model)
+    prefix = bare(next(name for name, module in model.named_modules() if module is layers))
+    found = {}
+    for name in names:
+        inside = re.match(re.escape(prefix) + r"\.(\d+)(\.|$)", bare(name))
+        found[name] = int(inside[1]) if inside else 0 if "embed" in name else len(layers)
+    return found

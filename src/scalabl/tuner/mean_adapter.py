@@ -6,23 +6,17 @@ It is made from the adapter's own file, so that it holds for gathered, sharded o
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch.nn.functional as F
 from peft import LoraConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from scalabl.errors import UserError
-
-if TYPE_CHECKING:
-    from scalabl.tuner.config import ScalaBLConfig
+from scalabl.core.errors import UserError
 
 MEAN_DIRECTORY = "mean"
 
@@ -32,25 +26,25 @@ def projection_rows(direction: Tensor, unit_rows: bool) -> Tensor:
     return F.normalize(direction.float(), dim=1) if unit_rows else direction.float()
 
 
-def plain_lora_config(config: ScalaBLConfig) -> LoraConfig:
+def plain_lora_config(config: LoraConfig) -> LoraConfig:
     """The LoraConfig with the same targets, ranks and scaling."""
     shared = {f.name: getattr(config, f.name) for f in fields(LoraConfig) if f.init and f.name != "peft_type"}
     return LoraConfig(**shared)
 
 
-def fold(tensors: dict[str, Tensor], config: ScalaBLConfig, s_of: Callable[[str, Tensor], Tensor]) -> dict[str, Tensor]:
+def fold(tensors: dict[str, Tensor], unit_rows: bool, s_of: Callable[[str, Tensor], Tensor]) -> dict[str, Tensor]:
     """Adapter tensors by name -> a plain LoRA's, with A_k = diag(s) A for the s that `s_of(prefix, mean)` gives.
 
     Args:
         tensors: the contents of `adapter_model.safetensors`.
-        config: the adapter's configuration.
+        unit_rows: of the adapter's configuration.
         s_of: (prefix of the leaf's names, its mean (r,)) -> s (r,).
     """
     plain: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if name.endswith(".direction"):
             prefix = name.removesuffix("direction")
-            rows = projection_rows(tensor, config.unit_rows)
+            rows = projection_rows(tensor, unit_rows)
             s = s_of(prefix, tensors[f"{prefix}posterior.log_mean"].float().exp())
             plain[f"{prefix}weight"] = (s[:, None] * rows).to(tensor.dtype).contiguous()
         elif ".posterior." not in name:
@@ -58,7 +52,7 @@ def fold(tensors: dict[str, Tensor], config: ScalaBLConfig, s_of: Callable[[str,
     return plain
 
 
-def write_plain_adapter(directory: Path, tensors: dict[str, Tensor], config: ScalaBLConfig) -> None:
+def write_plain_adapter(directory: Path, tensors: dict[str, Tensor], config: LoraConfig) -> None:
     """Write a plain LoRA directory (safetensors and JSON); each file appears whole or not at all."""
     directory.mkdir(parents=True, exist_ok=True)
     target = directory / SAFETENSORS_WEIGHTS_NAME
@@ -85,20 +79,6 @@ def refuse_pickled_weights(save_directory: str | Path) -> None:
             f"ScalaBL adapters are saved as safetensors alone: delete {pickled} and call save_pretrained without "
             "safe_serialization=False."
         )
-
-
-def write_mean_adapter(save_directory: str | Path, config: ScalaBLConfig) -> None:
-    """Write `mean/` beside the adapter's weights; does nothing where there are none (a configuration alone).
-
-    Nor in a trainer's checkpoint: on resuming, Trainer takes every sub-folder with weights for a further adapter.
-    """
-    if re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", Path(save_directory).name):
-        return
-    weights = Path(save_directory) / SAFETENSORS_WEIGHTS_NAME
-    if not weights.exists():
-        return
-    plain = fold(load_file(weights), config, lambda _prefix, mean: mean)
-    write_plain_adapter(Path(save_directory) / MEAN_DIRECTORY, plain, config)
 
 
 def remove_mean_adapter(save_directory: str | Path) -> None:

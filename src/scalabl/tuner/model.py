@@ -11,12 +11,11 @@ from peft.utils.error import NoMatchingPeftModuleError
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from scalabl.errors import UserError
-from scalabl.top_layers import top_layers
+from scalabl.core.errors import UserError
+from scalabl.core.top_layers import top_layers
 from scalabl.tuner.config import ScalaBLConfig
-from scalabl.tuner.depth import depths
 from scalabl.tuner.fingerprint import fingerprint, same_base
-from scalabl.tuner.language_side import beside_language
+from scalabl.tuner.layers import beside_language, depths
 from scalabl.tuner.projection import Particles, StochasticProjection
 
 

@@ -7,8 +7,9 @@ from contextlib import AbstractContextManager, contextmanager
 
 from torch import Tensor, nn
 
-from scalabl.errors import UserError
-from scalabl.posterior import Gaussian, standard_normal
+from scalabl.core.errors import UserError
+from scalabl.posterior.draws import standard_normal
+from scalabl.posterior.gaussian import Gaussian
 from scalabl.tuner.joint import correlated
 from scalabl.tuner.layers import stochastic_layers
 from scalabl.tuner.projection import Particles, State, StochasticProjection, Values

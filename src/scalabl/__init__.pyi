@@ -1,0 +1,13 @@
+from .core import __version__ as __version__
+from .core.errors import UserError as UserError
+from .data.load import load_task as load_task
+from .generation.generate import generate as generate
+from .inference.classifier import Classifier as Classifier
+from .training.callback import ELBOCallback as ELBOCallback
+from .tuner.config import ScalaBLConfig as ScalaBLConfig
+from .tuner.layers import kl_divergence as kl_divergence
+from .tuner.layers import stochastic_layers as stochastic_layers
+from .tuner.model import ScalaBLModel as ScalaBLModel
+from .tuner.state import mean as mean
+from .tuner.state import particles as particles
+from .tuner.state import sample as sample

@@ -1,0 +1,128 @@
+"""Files that hold one mapping, as JSON or YAML: read whole, or refused in a sentence that says how to mend it.
+
+Imports no torch.
+
+Where downloaded and converted files are kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from scalabl.core.errors import UserError
+
+ADAPTER = "adapter_model.safetensors"
+JOINT = "joint_covariance.safetensors"
+
+
+def read_json(path: Path, *, missing: str, mend: str, holds: str, key: str | None = None) -> dict[str, Any]:
+    """The mapping in a JSON file.
+
+    Args:
+        path: the file.
+        missing: what to say where it is not there.
+        mend: what to do about a file that is not JSON: the end of a sentence, without its full stop.
+        holds: what the file must hold, and what to do where it does not: the end of a sentence likewise.
+        key: a name that the mapping must have.
+
+    Raises:
+        UserError: the file is not there, cannot be read, or holds something else.
+    """
+    return _read(path, json.loads, "readable JSON", missing, mend, holds, key)
+
+
+def read_yaml(path: Path, *, missing: str, mend: str, holds: str, key: str | None = None) -> dict[str, Any]:
+    """The mapping in a YAML file; as `read_json`."""
+    import yaml
+
+    def parse(text: str) -> Any:
+        try:
+            return yaml.safe_load(text)
+        except yaml.MarkedYAMLError as error:
+            line = error.problem_mark.line + 1 if error.problem_mark else "?"
+            raise ValueError(f"line {line}: {error.problem or error.context}") from error
+        except yaml.YAMLError as error:
+            raise ValueError(str(error).splitlines()[0]) from error
+
+    return _read(path, parse, "YAML", missing, mend, holds, key)
+
+
+def _read(
+    path: Path, parse: Callable[[str], Any], kind: str, missing: str, mend: str, holds: str, key: str | None
+) -> dict[str, Any]:
+    if not path.is_file():
+        raise UserError(missing)
+    try:
+        content = parse(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); change its permissions.") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not {kind} (it is not text); {mend}.") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not {kind} ({error}); {mend}.") from error
+    if not isinstance(content, dict) or (key is not None and key not in content):
+        raise UserError(f"{path} must hold {holds}.")
+    return content
+
+
+def cache_directory() -> Path:
+    """`$SCALABL_CACHE`, or `~/.cache/scalabl`."""
+    return Path(os.environ.get("SCALABL_CACHE") or Path.home() / ".cache" / "scalabl")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON whole or not at all."""
+    write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, content: str) -> None:
+    """Write a text file whole or not at all."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        unfinished.write_text(content, encoding="utf-8")
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def require_writable(*files: Path | None, unlike: Sequence[Path] = ()) -> None:
+    """Refuse files that could not be written at the end of long work; None is left out.
+
+    Args:
+        files: what will be written.
+        unlike: what these files must not be, whether it is there or not: the rows that are read, the run's directory.
+
+    Raises:
+        UserError: a file's directory does not exist or is not writable, the file is a directory, or it would overwrite
+            another one.
+    """
+    taken = [path.resolve() for path in unlike]
+    for file in files:
+        if file is None:
+            continue
+        if file.resolve() in taken:
+            raise UserError(f"{file} is given twice, and one would overwrite the other; choose another file.")
+        taken.append(file.resolve())
+        parent = file.resolve().parent
+        if file.is_dir() or not parent.is_dir():
+            raise UserError(f"{file} cannot be written; give a file in a directory that exists.")
+        probe = parent / f".{file.name}.{os.getpid()}"
+        try:
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise UserError(f"{file} cannot be written ({error.strerror}); choose another directory.") from error
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,163 @@
+"""Seeded choices of rows that are the same on every machine and in every row order.
+
+Official rows -> the splits of a Task: the same rules whatever the source.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+from scalabl.core.errors import UserError
+from scalabl.data.example import Example, Splits, check
+from scalabl.data.normalise import RawRow
+from scalabl.data.registry import Benchmark, Part
+
+
+class Row(Protocol):
+    """A row that says what it asks."""
+
+    @property
+    def id(self) -> str: ...
+
+    @property
+    def content(self) -> tuple[Any, ...]: ...
+
+
+R = TypeVar("R", bound=Row)
+
+
+def shuffled(examples: Sequence[R], seed: int) -> list[R]:
+    """The rows in the order of a seeded hash of their content.
+
+    A hash and not a random generator: the order then depends on neither the library's version nor the order
+    in which the rows came, so the Hub and the wheel give the same subset.
+    """
+    return sorted(examples, key=lambda example: (_digest(example, seed), example.id))
+
+
+def holdout(
+    examples: Sequence[R], fraction: float = 0.1, seed: int = 0, *, most: int = 500
+) -> tuple[tuple[R, ...], tuple[R, ...]]:
+    """Split a validation part off labelled rows.
+
+    Args:
+        examples: n rows; their order is kept in both parts.
+        fraction: share of the rows that is held out, between 0 and 1.
+        seed: another seed holds out other rows.
+        most: at most so many rows are held out.
+
+    Returns:
+        ``(rest, held_out)`` with ``len(held_out) = min(most, round(fraction * n))``, but at least one row each.
+
+    Raises:
+        UserError: fraction outside (0, 1), or fewer than two rows.
+    """
+    if not 0 < fraction < 1:
+        raise UserError(f"the held-out fraction is {fraction}; it must lie between 0 and 1, for instance 0.1.")
+    if len(examples) < 2:
+        raise UserError("a validation part needs at least two rows to split; add rows or give a validation file.")
+    count = min(most, max(1, round(fraction * len(examples))), len(examples) - 1)
+    order = sorted(range(len(examples)), key=lambda i: (_digest(examples[i], seed), i))
+    held = set(order[:count])
+    rest = tuple(example for i, example in enumerate(examples) if i not in held)
+    return rest, tuple(example for i, example in enumerate(examples) if i in held)
+
+
+def _digest(example: Row, seed: int) -> bytes:
+    content = json.dumps([seed, *example.content], ensure_ascii=True)
+    return hashlib.sha256(content.encode()).digest()
+
+
+SUBSET_SEED = 0
+VALIDATION_FRACTION = 0.1  # of the train rows, at most 500, where the official validation serves as test
+
+
+def part_examples(benchmark: Benchmark, part: Part, split: str, rows: Iterable[RawRow]) -> list[Example]:
+    """Normalise the raw rows of one official split of one part, in their order."""
+    named = ((f"{part.prefix}{split}-{index}", row) for index, row in enumerate(rows))
+    return [check(benchmark.normaliser(row, name), f"{benchmark.name} {name}") for name, row in named]
+
+
+def assemble(benchmark: Benchmark, official: Mapping[str, list[Example]]) -> dict[str, tuple[Example, ...]]:
+    """Splits of a benchmark from its official ones.
+
+    - A row whose question and choices stand in a later split too (train < validation < test) is dropped from the
+      earlier one: two of ARC-Easy's train rows, six of MMLU college physics' eleven validation rows.
+    - WinoGrande-S and -M take their train rows as a seeded subset of XL, S within M.
+    - Where the official validation serves as test, 10 % (at most 500) as many rows as there are train rows
+      become ``"validation"``: from XL's unused rows for WinoGrande, off the train rows otherwise.
+
+    Args:
+        benchmark: the table row.
+        official: official split name -> all its rows.
+    """
+    splits: dict[str, tuple[Example, ...]] = {}
+    later: set[tuple[str, tuple[str, ...]]] = set()
+    for name in ("test", "validation", "train"):
+        if name in benchmark.splits:
+            rows = official[benchmark.splits[name]]
+            splits[name] = tuple(row for row in rows if _prompt(row) not in later)
+            later.update(map(_prompt, rows))
+    if "train" not in splits:
+        return {"validation": splits["validation"], "test": splits["test"]}
+    train = splits["train"]
+    if benchmark.train_rows is not None:
+        count = benchmark.train_rows
+        order = shuffled(train, SUBSET_SEED)
+        held = min(500, round(VALIDATION_FRACTION * count))
+        chosen, rest = {row.id for row in order[:count]}, {row.id for row in order[count : count + held]}
+        splits["validation"] = tuple(row for row in train if row.id in rest)
+        train = tuple(row for row in train if row.id in chosen)
+    elif benchmark.carves_validation:
+        train, splits["validation"] = holdout(train, VALIDATION_FRACTION, SUBSET_SEED)
+    return {"train": train, "validation": splits["validation"], "test": splits["test"]}
+
+
+def _prompt(row: Example) -> tuple[str, tuple[str, ...]]:
+    return row.question, row.choices
+
+
+@dataclass(frozen=True)
+class TrainingRows(Generic[R]):
+    """The rows of a run: trained on, and held out for every choice that is made before the test."""
+
+    train: tuple[R, ...]
+    validation: tuple[R, ...]
+
+
+class RowLimits(Protocol):
+    """The most rows of a run; None for all."""
+
+    @property
+    def train_rows(self) -> int | None: ...
+
+    @property
+    def validation_rows(self) -> int: ...
+
+
+def select_rows(task: Splits[R], limits: RowLimits) -> TrainingRows[R]:
+    """Training and validation rows: the task's own, or a tenth of training rows held out.
+
+    Which rows are taken depends on the limits alone, never on a seed: seeds share their data.
+
+    Args:
+        task: the rows.
+        limits: the most rows of each, as a recipe has them.
+    """
+    train_rows = task.split("train")
+    if "validation" in task.splits:
+        validation = task.split("validation")
+    else:
+        train_rows, validation = holdout(train_rows, fraction=0.1, seed=0)
+    return TrainingRows(_subset(train_rows, limits.train_rows), _subset(validation, limits.validation_rows))
+
+
+def _subset(rows: Sequence[R], number: int | None) -> tuple[R, ...]:
+    if number is None or number >= len(rows):
+        return tuple(rows)
+    return tuple(random.Random(0).sample(list(rows), number))

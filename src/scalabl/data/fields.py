@@ -1,0 +1,154 @@
+"""The fields of one JSONL row, each read strictly: what could be meant in two ways is refused."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from scalabl.core.errors import UserError
+from scalabl.data.example import LETTERS
+from scalabl.data.images import KEY
+
+_QUESTION_KEYS = ("question", "choices", "answer")
+_TEXT_KEYS = ("text", "label")
+_IGNORED = ("score",)  # what `scalabl acquire` adds to a row
+
+
+def is_text_row(raw: dict[str, Any], where: str) -> bool:
+    """Whether the row is ``{"text", "label"}`` (True) or ``{"question", "choices", "answer"}`` (False)."""
+    text, question = "text" in raw, "question" in raw
+    forms = '{"question", "choices", "answer"} or {"text", "label"}'
+    if text and question:
+        raise UserError(f'{where}: "text" and "question" in one row; write {forms}.')
+    if not text and not question:
+        raise UserError(f'{where}: no "question" and no "text"; write {forms}.')
+    return text
+
+
+def check_keys(raw: dict[str, Any], where: str, text_row: bool, require_answer: bool) -> None:
+    """Refuse missing and unknown keys; the last key of a kind is its answer."""
+    keys = _TEXT_KEYS if text_row else _QUESTION_KEYS
+    for key in raw:
+        if key not in (*keys, *_IGNORED, KEY, "id"):
+            close = difflib.get_close_matches(key, [k for k in keys if k not in raw], n=1)
+            mend = f'did you mean "{close[0]}"?' if close else f"leave it out; a row has {', '.join(keys)} and id."
+            raise UserError(f"{where}: unknown key {key!r}; {mend}")
+    for key in keys if require_answer else keys[:-1]:
+        if key not in raw:
+            raise UserError(f'{where}: no "{key}"; every row needs {", ".join(keys)}.')
+
+
+def text_of(raw: dict[str, Any], key: str, where: str) -> str:
+    """The text of one key, stripped; blank or not a text: refused."""
+    return _text(raw[key], f'"{key}"', where)
+
+
+def row_id(raw: Mapping[str, Any], where: str, name: str) -> str:
+    """The row's own id, else `name`; a whole number is a fair id, everything else has to be a text."""
+    if "id" not in raw:
+        return name
+    return str(raw["id"]) if type(raw["id"]) is int else _text(raw["id"], '"id"', where)
+
+
+class Ids:
+    """The ids of a file's rows, each of which must be a row's own.
+
+    Args:
+        path: the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._line: dict[str, int] = {}
+
+    def add(self, name: str, number: int) -> None:
+        """Take note of the id of line `number`.
+
+        Raises:
+            UserError: an earlier row has it.
+        """
+        if name in self._line:
+            raise UserError(
+                f"{self._path}:{number}: the id {name!r} is also that of {self._path}:{self._line[name]}; give every "
+                "row its own."
+            )
+        self._line[name] = number
+
+
+def label_of(raw: dict[str, Any], where: str) -> str:
+    """The label word of a text row."""
+    if raw["label"] is None:
+        raise UserError(f"{where}: the label is null; give the row its label.")
+    return text_of(raw, "label", where)
+
+
+def choices_of(raw: dict[str, Any], where: str) -> tuple[str, ...]:
+    """The choices of a question row as stripped texts."""
+    choices = raw["choices"]
+    if not isinstance(choices, list):
+        raise UserError(f'{where}: "choices" is not a list; write ["first", "second"].')
+    return tuple(_text(choice, f"choice {i}", where) for i, choice in enumerate(choices))
+
+
+def answer_index(answer: Any, choices: tuple[str, ...], where: str) -> int:
+    """Index of the right choice, given as its text, its letter ("A" is the first) or its 0-based index (a number).
+
+    A text that is a choice means that choice, also where it looks like a number. Refused: a letter that is
+    the text of one choice and the letter of another, and a number that is the index of one and the text of another.
+    """
+    last = len(choices) - 1
+    if isinstance(answer, bool) or not isinstance(answer, int | str):
+        raise UserError(f"{where}: the answer is {_kind(answer)}; write the choice's text, its letter or its index.")
+    if isinstance(answer, int):
+        if not 0 <= answer <= last:
+            raise UserError(f"{where}: the answer {answer} is outside the choices; use an index from 0 to {last}.")
+        if str(answer) in choices and choices.index(str(answer)) != answer:
+            raise UserError(
+                f"{where}: the answer {answer} is the index of {choices[answer]!r} and the text of another choice; "
+                f'write the letter, or "{answer}" in quotes for the text.'
+            )
+        return answer
+    answer = answer.strip()
+    letter = LETTERS.find(answer) if len(answer) == 1 else -1
+    if answer in choices:
+        index = choices.index(answer)
+        if 0 <= letter <= last and letter != index:
+            raise UserError(
+                f"{where}: the answer {answer!r} is the text of choice {index} and the letter of choice {letter}; "
+                "write the index as a number."
+            )
+        return index
+    if 0 <= letter <= last:
+        return letter
+    hint = " (an index is a number without quotes)" if answer.isdigit() else ""
+    raise UserError(
+        f"{where}: the answer {answer!r} is none of the choices{hint}; write a choice's text, "
+        f"its letter A to {LETTERS[last]}, or its index 0 to {last}."
+    )
+
+
+def _text(value: Any, what: str, where: str) -> str:
+    return unstripped_text(value, what, where).strip()
+
+
+def unstripped_text(value: Any, what: str, where: str) -> str:
+    """A text as it stands; blank or not a text: refused."""
+    if not isinstance(value, str):
+        raise UserError(f"{where}: {what} is {_kind(value)}, not a text; write it in quotes.")
+    if not value.strip():
+        raise UserError(f"{where}: {what} is blank; write its text or take the row out.")
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # a lone surrogate, \ud800, which no tokenizer can read
+        raise UserError(f"{where}: {what} has half a character (a lone surrogate); write it as UTF-8.") from None
+    return value
+
+
+def _kind(value: Any) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return f"{value}".lower()
+    return {int: "a number", float: "a number", list: "a list", dict: "an object"}.get(type(value), "text")

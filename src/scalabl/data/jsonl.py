@@ -1,0 +1,209 @@
+"""The user's own rows as JSONL: ``{"question", "choices", "answer"}`` or ``{"text", "label"}``.
+
+Either kind may carry an ``"id"``; without one the row is called ``stem:line``. One file holds one kind. A file that is
+called ``.parquet`` holds the same fields as columns. An ``"image"`` of either kind is a path, or a list of paths,
+relative to the file.
+A ``"score"``, which ``scalabl acquire`` adds, is read over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from scalabl.core.errors import UserError
+from scalabl.data.example import Example, Task, check, first_duplicate
+from scalabl.data.fields import Ids, answer_index, check_keys, choices_of, is_text_row, label_of, row_id, text_of
+from scalabl.data.images import images_of
+from scalabl.data.records import read_objects, read_parquet_objects
+
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A parsed line whose label, if it is a text row, still waits for the file's label set."""
+
+    where: str
+    id: str
+    question: str
+    choices: tuple[str, ...] | None  # None: a text row
+    answer: int | None
+    label: str | None
+    images: tuple[str, ...] = ()
+
+
+def load_rows(
+    path: str | Path, labels: Sequence[str] | None = None, require_answer: bool = True
+) -> tuple[Example, ...]:
+    """Read one JSONL or Parquet file.
+
+    Args:
+        path: a ``.jsonl`` or ``.parquet`` file.
+        labels: the class words of text rows, in the order of their indices; without them the sorted distinct
+            labels of the file.
+        require_answer: ``False`` for prediction rows, which may leave out ``answer`` or ``label``.
+
+    Raises:
+        UserError: see :func:`load_jsonl_task`; also text rows without labels of their own when none are given.
+    """
+    rows = _parse_file(Path(path), require_answer)
+    return _finish(rows, _label_set(rows, labels, Path(path)))
+
+
+@dataclass(frozen=True)
+class PlacedRow:
+    """An unlabelled or labelled row and where it stands.
+
+    Attributes:
+        place: where reading may begin again: the byte offset of its line, or the row of a Parquet file.
+        number: its line or row, counted from 1.
+        example: the row.
+    """
+
+    place: int
+    number: int
+    example: Example
+
+
+def stream_rows(
+    path: Path, labels: Sequence[str] | None, *, name: str | None = None, place: int = 0, number: int = 1
+) -> Iterator[PlacedRow]:
+    """Read the prediction rows of a file one by one, from its beginning or from a row's place on.
+
+    Args:
+        path: a ``.jsonl`` or ``.parquet`` file.
+        labels: the class words of text rows.
+        name: what rows without an id are called after, as ``name:number``; the file's stem if left out.
+        place: where to begin, as a :class:`PlacedRow` says it.
+        number: the number of the row there.
+
+    Raises:
+        UserError: see :func:`load_jsonl_task`; also text rows where there are no labels.
+    """
+    for at, row in _parse(path, path.stem if name is None else name, require_answer=False, place=place, line=number):
+        if row.choices is None and labels is None:
+            raise UserError(f'{row.where}: a text row, but there are no labels; write "question" and "choices".')
+        yield PlacedRow(at, int(row.where.rpartition(":")[2]), _example(row, None if labels is None else tuple(labels)))
+
+
+def read_fields(path: Path, *, place: int = 0, line: int = 1) -> Iterator[tuple[int, int, dict[str, Any]]]:
+    """Yield (place, number, fields) of every row of a ``.jsonl`` or ``.parquet`` file, unchecked.
+
+    Raises:
+        UserError: the file cannot be read, or is empty, truncated or of another kind.
+    """
+    if path.suffix == ".parquet":
+        return read_parquet_objects(path, place=place)
+    return read_objects(path, place=place, line=line)
+
+
+def load_jsonl_task(path: str | Path) -> Task:
+    """Read a user's data as a task.
+
+    ``path`` is a directory with ``train.jsonl``, ``validation.jsonl``, ``test.jsonl`` (those that exist), or one
+    file, whose rows become the ``"train"`` split; :func:`scalabl.data.assemble` splits a seeded validation part
+    off it. The labels of text rows are the sorted distinct words of the train split (of all splits where there
+    is no train split).
+
+    Raises:
+        UserError: missing or empty data, a line that is not a JSON object, missing or unknown keys, a row
+            without an answer or with an answer outside its choices, fewer than two choices or labels, duplicate
+            choices, labels or ids, a label that the train split does not have.
+    """
+    path = Path(path)
+    files = split_files(path)
+    parsed = {split: _parse_file(file, require_answer=True) for split, file in files.items()}
+    kinds = {split: rows[0].choices is None for split, rows in parsed.items()}
+    if len(set(kinds.values())) > 1:
+        raise UserError(f'{path} mixes {{"text", "label"}} and {{"question", ...}} splits; keep to one kind of row.')
+    reference = parsed.get("train") or [row for rows in parsed.values() for row in rows]
+    labels = _label_set(reference, None, files.get("train", path))
+    splits = {split: _finish(rows, labels) for split, rows in parsed.items()}
+    return Task(name=name_of(path), splits=splits, labels=labels, source=str(path), licence="unknown")
+
+
+def split_files(path: Path) -> dict[str, Path]:
+    """The file of each split that there is; a file alone is the train split.
+
+    Raises:
+        UserError: there is nothing, or none of the splits.
+    """
+    if not path.exists():
+        raise UserError(f"{path} does not exist; give a .jsonl file or a directory that holds train.jsonl.")
+    if not path.is_dir():
+        return {"train": path}
+    files = {split: path / f"{split}.jsonl" for split in SPLITS if (path / f"{split}.jsonl").exists()}
+    if not files:
+        raise UserError(f"{path} holds none of train.jsonl, validation.jsonl, test.jsonl; name your files so.")
+    return files
+
+
+def name_of(path: Path) -> str:
+    """What the user's data are called: after their directory, or their file."""
+    return path.resolve().name if path.is_dir() else path.stem
+
+
+def _parse_file(path: Path, require_answer: bool) -> list[_Row]:
+    return [row for _, row in _parse(path, path.stem, require_answer)]
+
+
+def _parse(path: Path, name: str, require_answer: bool, *, place: int = 0, line: int = 1) -> Iterator[tuple[int, _Row]]:
+    ids, text_rows = Ids(path), None
+    for at, number, raw in read_fields(path, place=place, line=line):
+        where = f"{path}:{number}"
+        row = _parse_row(raw, where, f"{name}:{number}", require_answer, path.parent)
+        ids.add(row.id, number)
+        if text_rows is not None and (row.choices is None) != text_rows:
+            raise UserError(f"{where}: text rows and question rows in one file; keep to one kind of row.")
+        text_rows = row.choices is None
+        yield at, row
+
+
+def _parse_row(raw: dict[str, Any], where: str, name: str, require_answer: bool, folder: Path) -> _Row:
+    text_row = is_text_row(raw, where)
+    check_keys(raw, where, text_row, require_answer)
+    name = row_id(raw, where, name)
+    if text_row:
+        label = label_of(raw, where) if "label" in raw else None
+        return _Row(where, name, text_of(raw, "text", where), None, None, label, images_of(raw, folder, where))
+    choices = choices_of(raw, where)
+    question = text_of(raw, "question", where)
+    check(Example(name, question, choices, None), where)
+    answer = answer_index(raw["answer"], choices, where) if "answer" in raw else None
+    return _Row(where, name, question, choices, answer, None, images_of(raw, folder, where))
+
+
+def _label_set(rows: Iterable[_Row], given: Sequence[str] | None, path: Path) -> tuple[str, ...] | None:
+    rows = list(rows)
+    if rows[0].choices is not None:
+        return None
+    labels = tuple(given) if given is not None else tuple(sorted({row.label for row in rows if row.label}))
+    if not labels:
+        raise UserError(f"{path}: rows without a label and no labels given; say which labels there are.")
+    if len(labels) < 2:
+        raise UserError(f"{path}: only one label, {labels[0]!r}; a classifier needs at least two.")
+    twice = first_duplicate(label.casefold() for label in labels)
+    if twice is not None:
+        raise UserError(f"{path}: the label {twice!r} is there twice (or in two spellings); keep one of them.")
+    check(Example("labels", "labels", labels, None), str(path))
+    return labels
+
+
+def _finish(rows: Iterable[_Row], labels: tuple[str, ...] | None) -> tuple[Example, ...]:
+    return tuple(_example(row, labels) for row in rows)
+
+
+def _example(row: _Row, labels: tuple[str, ...] | None) -> Example:
+    if row.choices is not None:
+        return Example(row.id, row.question, row.choices, row.answer, row.images)
+    assert labels is not None  # text rows always come with their label set
+    if row.label is not None and row.label not in labels:
+        raise UserError(
+            f"{row.where}: the label {row.label!r} is none of {', '.join(map(repr, labels))}; "
+            "mend the label or add training rows that have it."
+        )
+    answer = None if row.label is None else labels.index(row.label)
+    return Example(row.id, row.question, labels, answer, row.images)

@@ -1,0 +1,269 @@
+"""What a classifier takes and gives, wherever its model runs: questions as rows, log-probabilities as an `Answer`.
+
+`Classifier`: questions in, calibrated class probabilities and their uncertainty out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from peft import PeftConfig, PeftModel
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from scalabl.core.errors import UserError
+from scalabl.data.example import Example, check
+from scalabl.data.images import images_of
+from scalabl.metrics.uncertainty import average, decompose
+from scalabl.predictive.adaptive import with_sampling
+from scalabl.predictive.auto import PREDICTIVES, make_predictive
+from scalabl.predictive.base import MeanPredictive, Predictive, chosen, predict
+from scalabl.predictive.lora_particles import DropoutPredictive, blob_draws
+from scalabl.predictive.sampling import PLAIN, Sampling
+from scalabl.runs.directory import RECORD, classifier_record
+from scalabl.runs.loading import load_adapter, require_base
+from scalabl.runs.models import held, load_base
+from scalabl.scoring.base import Scoring
+from scalabl.scoring.letters import Letters
+from scalabl.scoring.prefix import SharedPrefix, shared_prefix
+from scalabl.scoring.scorer import Scorer, make_scoring
+from scalabl.scoring.trunk import Trunk
+from scalabl.tuner.blob import BLoBProjection
+from scalabl.tuner.projection import StochasticProjection
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Predictions for n questions with C classes (zeros in `probs` where a question has fewer choices).
+
+    Attributes:
+        probs: (n, C) class probabilities, averaged over the particles.
+        entropy: (n,) total uncertainty H[mean p], in nats.
+        aleatoric: (n,) mean of H[p_i]: what the data leaves open, in nats.
+        epistemic: (n,) entropy - aleatoric, the mutual information: what the model never learnt, in nats.
+        label: the n most probable labels (or choice texts).
+        particle_log_probs: (N, n, C) log class probabilities of each particle; -inf where adaptive N drew none. A
+            linearised predictive has draws of the logits in their place.
+    """
+
+    probs: NDArray[np.float32]
+    entropy: NDArray[np.float32]
+    aleatoric: NDArray[np.float32]
+    epistemic: NDArray[np.float32]
+    label: list[str]
+    particle_log_probs: NDArray[np.float32]
+
+
+def answer_of(rows: Sequence[Example], log_probs: Tensor) -> Answer:
+    """log_probs (N, n, C) of N particles for n questions -> their average, its uncertainty and the labels.
+
+    Raises:
+        UserError: as `scalabl.metrics.uncertainty.average`.
+    """
+    probs, uncertainty = average(log_probs), decompose(log_probs)
+    best = probs.argmax(dim=-1).tolist()
+    return Answer(
+        probs=probs.float().numpy(),
+        entropy=uncertainty.total.float().numpy(),
+        aleatoric=uncertainty.aleatoric.float().numpy(),
+        epistemic=uncertainty.epistemic.float().numpy(),
+        label=[row.choices[i] for row, i in zip(rows, best, strict=True)],
+        particle_log_probs=log_probs.float().numpy(),
+    )
+
+
+def rows_of(
+    questions: str | Sequence[str | Mapping[str, Any] | Example], labels: tuple[str, ...] | None
+) -> list[Example]:
+    """Questions as rows.
+
+    Args:
+        questions: prompts (with label words), or rows {"question", "choices"}, with an "image" or not, or `Example`s.
+        labels: the label words of a classifier that has them.
+
+    Raises:
+        UserError: no questions, a prompt where the scoring needs choices, or choices other than the labels.
+    """
+    given = [questions] if isinstance(questions, str) else questions
+    rows = [_row(index, question, labels) for index, question in enumerate(given)]
+    if not rows:
+        raise UserError("There are no questions to answer; pass at least one.")
+    return rows
+
+
+def _row(index: int, question: str | Mapping[str, Any] | Example, labels: tuple[str, ...] | None) -> Example:
+    if isinstance(question, Example):
+        return _checked(question, labels)
+    if isinstance(question, str):
+        if labels is None:
+            raise UserError('This classifier scores choices; pass rows {"question": ..., "choices": [...]}.')
+        return Example(str(index), question, labels, None)
+    choices = question.get("choices", labels)
+    text = question.get("question", question.get("text"))
+    if text is None or choices is None:
+        raise UserError(f'Question {index} lacks "question" or "choices"; give both.')
+    images = images_of(question, Path(), f"question {index}")
+    return _checked(Example(str(index), text, tuple(choices), None, images), labels)
+
+
+def _checked(row: Example, labels: tuple[str, ...] | None) -> Example:
+    if labels is not None and row.choices != labels:
+        raise UserError(f"Question {row.id} has choices of its own, but this classifier answers {labels}.")
+    return check(row, f"question {row.id}")
+
+
+class Classifier:
+    """A Bayesian classifier over label words or choices.
+
+    Args:
+        model: the base model with its adapter.
+        scoring: how rows become class logits.
+        samples: N particles of the posterior; 0 predicts with the posterior mean.
+        seed: the seed of the particles.
+        sampling: another kind of draws, or adaptive N.
+        predictive: "mc", "linearized", or "auto", which takes the cheaper one where it is as good
+            (`AutoPredictive`; `classifier.predictive.choice` says which); None is auto, mc where `sampling` is given.
+        prefix: in front of every prompt: an instruction, or examples with their answers. Where it is long, it is
+            encoded once a particle, and kept from call to call.
+        dropout: of a plain LoRA that was trained with it: N masks are averaged (MC dropout). 0 leaves it off.
+        batch_size: questions at a time.
+    """
+
+    def __init__(
+        self,
+        model: PeftModel,
+        scoring: Scoring,
+        *,
+        samples: int = 10,
+        seed: int = 0,
+        sampling: Sampling = PLAIN,
+        predictive: str | None = None,
+        prefix: str = "",
+        dropout: float = 0.0,
+        batch_size: int = 8,
+    ) -> None:
+        if samples < 0:
+            raise UserError(f"samples is {samples}; it must be 0 (the posterior mean) or more.")
+        bayesian = any(isinstance(module, StochasticProjection) for module in model.modules())
+        if predictive not in (None, *PREDICTIVES):
+            raise UserError(f"There is no predictive {predictive!r}; choose one of {', '.join(PREDICTIVES)}.")
+        if predictive == "linearized" and not bayesian:
+            raise UserError("Only an adapter with a posterior over s has a linearised predictive; leave it out.")
+        self.predictive: Predictive = MeanPredictive()
+        if not samples or predictive == "mean":
+            pass
+        elif bayesian:
+            name = predictive or "auto"
+            self.predictive = make_predictive(
+                "mc" if name == "auto" and not sampling.is_plain else name, samples=samples, seed=seed
+            )
+        elif any(isinstance(module, BLoBProjection) for module in model.modules()):
+            self.predictive = blob_draws(model, samples=samples, seed=seed)
+        elif dropout:
+            self.predictive = DropoutPredictive(dropout, samples=samples, seed=seed)
+        self.predictive = with_sampling(self.predictive, sampling)
+        self.scorer = Scorer(model, scoring.with_prefix(prefix) if prefix else scoring, Trunk(model))
+        self.batch_size = batch_size
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        directory: str | Path,
+        *,
+        labels: Sequence[str] | None = None,
+        samples: int = 10,
+        seed: int = 0,
+        sampling: Sampling = PLAIN,
+        predictive: str | None = None,
+        prefix: str = "",
+        chat: bool = False,
+        max_length: int = 4096,
+        batch_size: int = 8,
+        model: PreTrainedModel | str | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> Classifier:
+        """Load an adapter directory: of `scalabl train`, of any trainer's `save_pretrained`, or a plain LoRA.
+
+        Args:
+            directory: the adapter's directory.
+            labels: the label words, each one token; questions are then prompts, used as they are. None takes
+                labels or choices from the directory's own record (`scalabl train` writes one).
+            samples: N particles; 0 for the posterior mean.
+            seed: the seed of the particles.
+            sampling: another kind of draws, or adaptive N.
+            predictive: "mc", "linearized" or "auto"; None is what the directory's record says, else auto.
+            prefix: in front of every prompt: an instruction, or examples with their answers.
+            chat: put each prompt through the tokenizer's chat template.
+            max_length: longest prompt in tokens; longer ones lose their beginning.
+            batch_size: questions at a time.
+            model: the base model or where it is; by default the one that the adapter names.
+            tokenizer: the base model's, when `model` is one already loaded.
+
+        Raises:
+            UserError: a label is not one token, files are missing or altered, another base model.
+        """
+        path = Path(directory)
+        if not (path / "adapter_config.json").is_file():
+            raise UserError(f"{path} holds no adapter_config.json; give a directory made by save_pretrained.")
+        record = classifier_record(path) if (path / RECORD).is_file() else None
+        if labels is None and record is None:
+            raise UserError(f"{path} does not say what its labels are; pass labels=[...].")
+        if isinstance(model, PreTrainedModel):
+            if tokenizer is None:
+                raise UserError("A loaded model needs its tokenizer beside it; pass tokenizer=...")
+            base, base_tokenizer = model, tokenizer
+        else:
+            named = (
+                record["recipe"]["model"] if record else PeftConfig.from_pretrained(str(path)).base_model_name_or_path
+            )
+            if model is None and not named:
+                raise UserError(f"{path} does not name its base model; pass model=...")
+            base, base_tokenizer = load_base(model or named, **(held(record["recipe"]) if record else {}))
+        if record:
+            require_base(base, record)
+        scoring: Scoring
+        if labels is not None:
+            scoring = Letters(base_tokenizer, labels=tuple(labels), raw_prompt=True, chat=chat, max_length=max_length)
+        else:
+            assert record is not None
+            scoring = make_scoring(record["scoring"], base_tokenizer)
+        adapted = load_adapter(base, path)
+        if predictive is None and record is not None and sampling.is_plain:
+            predictive = record.get("predictive")
+        mc_dropout = record is not None and record["recipe"]["method"] == "mc_dropout"
+        dropout = float(record["recipe"]["lora_dropout"]) if record and mc_dropout else 0.0
+        return cls(
+            adapted, scoring, samples=samples, seed=seed, sampling=sampling, predictive=predictive, prefix=prefix,
+            dropout=dropout, batch_size=batch_size,
+        )  # fmt: skip
+
+    def __call__(self, questions: str | Sequence[str | Mapping[str, Any] | Example]) -> Answer:
+        """Classify questions.
+
+        Args:
+            questions: prompts (with label words), or rows {"question", "choices"} or `Example`s.
+
+        Raises:
+            UserError: no questions, or a prompt where the scoring needs choices.
+        """
+        labels = self.scorer.scoring.labels if isinstance(self.scorer.scoring, Letters) else None
+        rows = rows_of(questions, labels)
+        encoded = [self.scorer.scoring.encode(row) for row in rows]
+        predictive = chosen(self.predictive, self.scorer, encoded, self.batch_size)
+        shares = self.scorer.scoring.prefix and getattr(predictive, "shares_prefix", False)
+        prefix = self._shared_prefix if shares else None
+        log_probs = predict(self.scorer, encoded, predictive, batch_size=self.batch_size, prefix=prefix)
+        return answer_of(rows, log_probs)
+
+    @cached_property
+    def _shared_prefix(self) -> SharedPrefix | None:
+        """What every prompt begins with, to be encoded once; None where it is too short for that."""
+        labels = getattr(self.scorer.scoring, "labels", None) or ("yes", "no")
+        two = [self.scorer.scoring.encode(Example(question, question, labels, None)) for question in ("A", "1")]
+        return shared_prefix(self.scorer, two)

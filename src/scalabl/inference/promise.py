@@ -1,0 +1,144 @@
+"""A promised error rate of a finished run: what is promised, and the threshold that its held-out rows give."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from scalabl.core.errors import UserError
+from scalabl.metrics.selective import (
+    GUARANTEES,
+    SCORES,
+    Threshold,
+    confidence_score,
+    conformal_threshold,
+    exact_threshold,
+    rows_needed,
+    rows_needed_on_average,
+)
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from scalabl.data.example import Example
+
+
+@dataclass(frozen=True)
+class Promise:
+    """What is promised; `scalabl.metrics.selective` says what each guarantee means.
+
+    Attributes:
+        max_error: the rate, between 0 and 1.
+        confidence: of the exact guarantee, between 0 and 1.
+        score: "probability", "entropy" or "epistemic".
+        guarantee: "exact" or "conformal".
+
+    Raises:
+        UserError: a value is out of its range.
+    """
+
+    max_error: float
+    confidence: float = 0.95
+    score: str = "probability"
+    guarantee: str = "exact"
+
+    def __post_init__(self) -> None:
+        for name in ("max_error", "confidence"):
+            if not 0 < getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it must lie between 0 and 1, both left out.")
+        for name, choices in (("score", SCORES), ("guarantee", GUARANTEES)):
+            if getattr(self, name) not in choices:
+                raise UserError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(choices)}.")
+
+    def require(self, record: dict[str, Any], predictive: str | None) -> None:
+        """Refuse what no prediction can mend, from a run's record alone.
+
+        Raises:
+            UserError: too few held-out rows even if all were right, rows that may not be held out, or a score that the
+                run does not have.
+        """
+        from scalabl.runs.registry import SAMPLED
+
+        _require_known(record)
+        rows = record["rows"]["validation"]
+        exact = self.guarantee == "exact"
+        needed = rows_needed(self.max_error, self.confidence) if exact else rows_needed_on_average(self.max_error)
+        if rows < needed:
+            raise UserError(
+                f"At most {100 * self.max_error:.4g} % errors cannot be promised from {rows} held-out rows, even if "
+                f"all were answered rightly: it takes {needed}; train with more validation rows or raise --max-error"
+                f"{' or lower --confidence' if exact else ''}."
+            )
+        if self.score == "epistemic" and (predictive == "mean" or record["recipe"]["method"] not in SAMPLED):
+            raise UserError(
+                "A single prediction has no epistemic part; use --score probability or entropy, or the particles of a "
+                "run with a posterior (--predictive mc)."
+            )
+
+    def threshold(self, log_probs: Tensor, labels: Tensor) -> Threshold:
+        """The threshold from held-out rows: log_probs (N, n, C) of their particles, labels (n,)."""
+        from scalabl.metrics.uncertainty import average
+
+        score = confidence_score(log_probs, self.score)
+        wrong = (average(log_probs).argmax(dim=1) != labels.cpu()).numpy()
+        if self.guarantee == "conformal":
+            return conformal_threshold(score, wrong, self.max_error)
+        return exact_threshold(score, wrong, self.max_error, confidence=self.confidence)
+
+    def answered(self, threshold: Threshold, log_probs: Tensor) -> NDArray[np.bool_]:
+        """(n,) whether a row is answered; log_probs (N, n, C)."""
+        answered: NDArray[np.bool_] = confidence_score(log_probs, self.score) > threshold.above
+        return answered
+
+    def describe(self, threshold: Threshold) -> str:
+        """The threshold in words: "probability above 0.8123"."""
+        if threshold.abstains:
+            return "none: no row is answered"
+        if threshold.answered == threshold.rows:
+            return "none: every row is answered"
+        # entropy and mutual information are scored negatively, so that higher is surer
+        if self.score == "probability":
+            return f"probability above {threshold.above:.4f}"
+        return f"{'mutual information' if self.score == 'epistemic' else self.score} below {-threshold.above:.4g} nats"
+
+    def as_dict(self) -> dict[str, Any]:
+        """The promise as plain values."""
+        return asdict(self)
+
+
+def held_out_rows(record: dict[str, Any]) -> tuple[Example, ...]:
+    """The validation rows of a finished run: never trained on.
+
+    The run read them once, before training, where it chose between scorings by their NLL (scoring "auto").
+
+    Raises:
+        UserError: its data cannot be read now, is no longer what it was, or nobody knows what its LoRA was trained on.
+    """
+    from scalabl.data.assemble import select_rows
+    from scalabl.data.load import load_task
+    from scalabl.runs.recipe import Recipe
+
+    _require_known(record)
+    recipe = Recipe(**record["recipe"])
+    try:
+        rows = select_rows(load_task(recipe.data), recipe)
+    except UserError as error:
+        raise UserError(
+            f"The run's held-out rows come from {recipe.data}, which cannot be read now: {error}"
+        ) from error
+    if {"train": len(rows.train), "validation": len(rows.validation)} != record["rows"]:
+        raise UserError(
+            f"{recipe.data} has changed since the run was trained on it, so that its held-out rows are not known; "
+            "restore the file or train again."
+        )
+    return rows.validation
+
+
+def _require_known(record: dict[str, Any]) -> None:
+    if "bayesianized" in record:
+        raise UserError(
+            "This run was made by scalabl bayesianize, and which rows its LoRA was not trained on is not known, so "
+            "that no error rate can be promised; give a run of scalabl train, or --abstain."
+        )

@@ -1,0 +1,124 @@
+"""A report as one HTML file that needs nothing else: no network, no script, no font, no picture beside it."""
+
+import os
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from scalabl.core.errors import UserError
+from scalabl.inference.report import figures
+from scalabl.inference.report import results as examples
+from scalabl.inference.report import table as text
+from scalabl.inference.report.figures import key
+from scalabl.inference.report.results import MethodResult, Report
+from scalabl.inference.report.table import ood_names, table
+from scalabl.metrics.figures import METRICS
+from scalabl.metrics.uncertainty import average, decompose
+
+SHIFTED = ("accuracy", "nll", "ece")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture under its heading; the SVG is ours, so it is not escaped."""
+
+    heading: str
+    svg: Markup
+
+
+def write(report: Report, path: Path, rows: list[dict[str, Any]] | None = None) -> None:
+    """Write the report to `path`, whole or not at all (a file beside it is renamed over it).
+
+    Args:
+        rows: what `table(report)` gave, where it was computed already.
+
+    Raises:
+        UserError: as `table`, and when the file cannot be written.
+    """
+    path = Path(path)
+    html = render(report, table(report) if rows is None else rows)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with beside.open("x", encoding="utf-8") as file:
+            file.write(html)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except OSError as error:
+        raise UserError(
+            f"the report cannot be written to {path} ({error.strerror or error}); choose another place or make room."
+        ) from error
+    finally:
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
+
+
+def render(report: Report, rows: list[dict[str, Any]]) -> str:
+    """The page as text. `rows`: of `table(report)`."""
+    report.check()
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.globals.update(
+        metrics=list(METRICS), shifted_metrics=SHIFTED, heading=text.heading, arrows=text.ARROWS,
+        number=text.number, span=text.span, verdict=verdict, key=key, first_rows=figures.FIRST_ROWS,
+        num_bins=figures.NUM_BINS,
+    )  # fmt: skip
+    source = files("scalabl.inference.report").joinpath("template.html").read_text(encoding="utf-8")
+    probs = [average(method.log_probs) for method in report.methods]
+    return environment.from_string(source).render(
+        report=report,
+        rows=rows,
+        ood=ood_names(report),
+        reliability=[
+            Picture(
+                method.name,
+                Markup(figures.reliability_diagram(f"reliability-{i}", method.name, probs[i], method.labels)),
+            )
+            for i, method in enumerate(report.methods)
+        ],
+        risk=Markup(
+            figures.risk_coverage_curves(
+                "risk",
+                [(m.name, p, m.labels) for m, p in zip(report.methods, probs, strict=True)],
+                [m.threshold for m in report.methods],
+            )
+        ),
+        entropy=[picture for i, method in enumerate(report.methods) for picture in _entropy(i, method)],
+        opened=max((i for i, row in enumerate(rows) if not row["collapsed"]), default=len(rows) - 1),
+        training=[Markup(svg) for svg in figures.training_curves("training", report.training)],
+        examples=[
+            (method.name, *examples.notable(method, report.questions))
+            for method in (report.methods if report.questions else [])
+        ],
+    )
+
+
+def verdict(row: dict[str, Any], metric: str) -> str:
+    """'better', 'worse' or 'not told apart' from the first method, by the interval of the difference.
+
+    What a method at chance does better ("at chance") is no merit.
+    """
+    difference = row["versus_first"][metric]
+    if difference["low"] is None or difference["low"] <= 0 <= difference["high"]:
+        return "not told apart"
+    if (difference["value"] > 0) != METRICS[metric]:
+        return "worse"
+    return "at chance" if row["collapsed"] else "better"
+
+
+def _entropy(index: int, method: MethodResult) -> list[Picture]:
+    parts = [("in distribution", decompose(method.log_probs))]
+    parts += [(name, decompose(log_probs)) for name, log_probs in method.ood.items()]
+    pictures = []
+    for part, label in (("total", "total entropy"), ("epistemic", "epistemic part")):
+        if part == "epistemic" and method.log_probs.shape[0] == 1:
+            continue
+        sets = [(name, getattr(values, part)) for name, values in parts]
+        svg = figures.entropy_histograms(f"entropy-{index}-{part}", method.name, label, sets)
+        pictures.append(Picture(f"{method.name}: {label}", Markup(svg)))
+    return pictures

@@ -1,0 +1,136 @@
+"""What a report is made from.
+
+The rows worth reading: the surest mistakes and the least sure hits of a method.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from scalabl.core.errors import UserError
+from scalabl.metrics.selective import Threshold
+from scalabl.metrics.uncertainty import average, decompose
+
+
+@dataclass
+class MethodResult:
+    """The predictions of one method: one row of the table.
+
+    Attributes:
+        name: as it is printed, "ScalaBL, N = 10".
+        log_probs: (N, n, C) log-probabilities of N particles; -inf for choices a row lacks, and for particles that
+            adaptive N did not draw for it.
+        labels: (n,) indices of the right choices; the same rows for every method of a report.
+        ood: name of a shifted data set -> (N, m, C') log-probabilities; may be empty.
+        ood_labels: name of a shifted data set -> (m,) labels; a set without labels gets no accuracy.
+        notes: remarks to print under the row ("temperature 1.56").
+        threshold: of the highest probability, chosen on held-out rows for a promised error rate.
+    """
+
+    name: str
+    log_probs: Tensor
+    labels: Tensor
+    ood: dict[str, Tensor] = field(default_factory=dict)
+    ood_labels: dict[str, Tensor] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    threshold: Threshold | None = None
+
+    def num_choices(self) -> Tensor:
+        """(n,) how many choices each row has."""
+        return count_choices(self.log_probs)
+
+
+@dataclass
+class Report:
+    """Everything a report shows.
+
+    Attributes:
+        title: the heading.
+        facts: model, data, seeds, steps, versions, device, command ...: name -> text.
+        methods: the rows of the table; the first one is what the others are compared with.
+        questions: (question, choices) of the n rows, or empty: then no questions are shown.
+        training: name of a run -> its logged records (step; nll or loss, kl, sigma_mean, s_mean).
+    """
+
+    title: str
+    facts: dict[str, str]
+    methods: list[MethodResult]
+    questions: list[tuple[str, tuple[str, ...]]] = field(default_factory=list)
+    training: dict[str, list[dict[str, float]]] = field(default_factory=dict)
+
+    def check(self) -> None:
+        """Raises UserError unless there are methods, with distinct names, on the same rows."""
+        if not self.methods:
+            raise UserError("there is nothing to report; pass the predictions of at least one method.")
+        names = [method.name for method in self.methods]
+        if len(set(names)) < len(names):
+            raise UserError(f"two methods have the same name ({', '.join(names)}); give each its own.")
+        first = self.methods[0]
+        for method in self.methods:
+            if not torch.equal(method.labels.cpu(), first.labels.cpu()):
+                raise UserError(
+                    f"{method.name!r} and {first.name!r} were not evaluated on the same rows; evaluate all "
+                    "methods of a report on one data set."
+                )
+        if self.questions and len(self.questions) != len(first.labels):
+            raise UserError(
+                f"there are {len(self.questions)} questions but {len(first.labels)} predictions; pass one "
+                "question for each row, or none."
+            )
+        width = min(method.log_probs.shape[2] for method in self.methods)
+        for row, (_, choices) in enumerate(self.questions):
+            if len(choices) > width:
+                raise UserError(
+                    f"row {row} has {len(choices)} choices but predictions for {width}; pass the same rows."
+                )
+
+
+def count_choices(log_probs: Tensor) -> Tensor:
+    """log_probs (N, n, C) -> (n,) how many choices each row has (those not -inf for every particle)."""
+    return (log_probs > -torch.inf).any(dim=0).sum(dim=-1)
+
+
+@dataclass(frozen=True)
+class ChosenAnswer:
+    """One choice of an example with the probability the method gives it."""
+
+    text: str
+    prob: float
+    right: bool
+    chosen: bool
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One example with the method's answer; entropies in nats, `epistemic` None for a single prediction."""
+
+    row: int
+    question: str
+    choices: list[ChosenAnswer]
+    confidence: float
+    entropy: float
+    epistemic: float | None
+
+
+def notable(
+    method: MethodResult, questions: list[tuple[str, tuple[str, ...]]], count: int = 4
+) -> tuple[list[Shown], list[Shown]]:
+    """Up to `count` wrong answers of the highest confidence, and right answers of the lowest."""
+    probs = average(method.log_probs)
+    confidence, answer = probs.max(dim=1)
+    correct = answer == method.labels.cpu()
+    order = confidence.argsort(descending=True, stable=True)
+    wrong, right = order[~correct[order]][:count], order[correct[order]].flip(0)[:count]
+    parts = decompose(method.log_probs[:, torch.cat([wrong, right])])
+    epistemic = parts.epistemic.tolist() if method.log_probs.shape[0] > 1 else [None] * len(parts.total)
+    shown = []
+    for i, row in enumerate(torch.cat([wrong, right]).tolist()):
+        question, texts = questions[row]
+        choices = [
+            ChosenAnswer(text, probs[row, c].item(), c == int(method.labels[row]), c == int(answer[row]))
+            for c, text in enumerate(texts)
+        ]
+        entropy = parts.total[i].item()
+        shown.append(Shown(row, question, choices, confidence[row].item(), entropy, epistemic[i]))
+    return shown[: len(wrong)], shown[len(wrong) :]

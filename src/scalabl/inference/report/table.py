@@ -1,0 +1,143 @@
+"""Figures as text: names, units, digits.
+
+The figures of a report, computed once, for the HTML file, the terminal and `--json` alike.
+"""
+
+from dataclasses import asdict
+from typing import Any
+
+from torch import Tensor
+
+from scalabl.inference.report.results import MethodResult, Report, count_choices
+from scalabl.metrics import evaluate
+from scalabl.metrics.bootstrap import Metric
+from scalabl.metrics.figures import METRICS, is_collapsed, ood_auroc, paired_difference
+from scalabl.metrics.uncertainty import average, decompose, mean_particles
+
+NAMES = {"accuracy": "ACC", "nll": "NLL", "ece": "ECE", "brier": "Brier", "auroc": "AUROC", "aurc": "AURC"}
+PERCENT = ("accuracy", "ece")
+ARROWS = {"accuracy": "↑", "nll": "↓", "ece": "↓", "brier": "↓", "auroc": "↑", "aurc": "↓"}
+MINUS = "\N{MINUS SIGN}"
+
+
+def heading(metric: str) -> str:
+    """'ACC %': the short name with its unit."""
+    return NAMES[metric] + (" %" if metric in PERCENT else "")
+
+
+def number(value: float, metric: str, *, signed: bool = False) -> str:
+    """A figure in the metric's unit: 60.8 (per cent) or 0.983."""
+    scale, digits = (100, 1) if metric in PERCENT else (1, 3)
+    text = f"{value * scale:{'+' if signed else ''}.{digits}f}"
+    if float(text) == 0:
+        text = text.lstrip("+-")
+    return text.replace("-", MINUS)
+
+
+def span(figure: dict[str, Any], metric: str, *, signed: bool = False) -> str:
+    """The interval of {value, low, high}: '58.9 to 62.7', or nothing where there is none."""
+    if figure["low"] is None:
+        return ""
+    return f"{number(figure['low'], metric, signed=signed)} to {number(figure['high'], metric, signed=signed)}"
+
+
+def plus_minus(figure: dict[str, Any], metric: str) -> str:
+    """'60.8 ±1.9', half the interval's width after the figure; a dash where the figure is undefined."""
+    if figure["value"] is None:
+        return "–"
+    text = number(figure["value"], metric)
+    if figure["low"] is None:
+        return text
+    return f"{text} ±{number((figure['high'] - figure['low']) / 2, metric)}"
+
+
+def table(report: Report, *, bootstrap: int = 1000, seed: int = 0) -> list[dict[str, Any]]:
+    """One row of figures a method, made of plain dicts, lists, strings and numbers (ready for JSON).
+
+    Keys of a row:
+        method, n, notes
+        particles: N; under adaptive N, the mean number that a row took
+        accuracy, nll, ece, brier, auroc, aurc: {value, low, high, reason}; value None where undefined
+        entropy: {total, aleatoric, epistemic}: means over the rows, in nats
+        collapsed: a sentence, or None
+        best: names of the metrics in which this method is best, or not told apart from the best by the
+            paired interval; a collapsed method is never best, and with one method there is no best
+        versus_first: metric -> {value, low, high, reason} of this method minus the first; None in row one
+        ood: name -> {n, auroc_total, auroc_epistemic: {value, low, high, reason}} and, with labels, the
+            metrics, best and collapsed as above
+
+    Raises:
+        UserError: for a report without methods, methods on different rows, or predictions that are none.
+    """
+    report.check()
+    rows = [_row(method, bootstrap, seed) for method in report.methods]
+    probs = [average(method.log_probs) for method in report.methods]
+    labels = report.methods[0].labels
+    _mark_best(rows, probs, labels, bootstrap, seed)
+    for row, p in zip(rows[1:], probs[1:], strict=True):
+        row["versus_first"] = {
+            metric: asdict(paired_difference(p, probs[0], labels, metric, bootstrap=bootstrap, seed=seed))
+            for metric in METRICS
+        }
+    for name in ood_names(report):
+        chosen = [i for i, method in enumerate(report.methods) if name in method.ood and name in method.ood_labels]
+        if chosen:
+            shifted = [average(report.methods[i].ood[name]) for i in chosen]
+            ood_labels = report.methods[chosen[0]].ood_labels[name]
+            _mark_best([rows[i]["ood"][name] for i in chosen], shifted, ood_labels, bootstrap, seed)
+    return rows
+
+
+def ood_names(report: Report) -> list[str]:
+    """The shifted data sets of a report, in the order of first mention."""
+    return list(dict.fromkeys(name for method in report.methods for name in method.ood))
+
+
+def _row(method: MethodResult, bootstrap: int, seed: int) -> dict[str, Any]:
+    known = decompose(method.log_probs)
+    row: dict[str, Any] = {
+        "method": method.name,
+        "n": len(method.labels),
+        "particles": mean_particles(method.log_probs),
+        **_figures(method.log_probs, method.labels, bootstrap, seed),
+        "entropy": {part: getattr(known, part).mean().item() for part in ("total", "aleatoric", "epistemic")},
+        "versus_first": None,
+        "notes": list(method.notes),
+        "ood": {},
+    }
+    for name, log_probs in method.ood.items():
+        shifted = decompose(log_probs)
+        epistemic = Metric(None, None, None, "a single prediction has no epistemic part")
+        if method.log_probs.shape[0] > 1:
+            epistemic = ood_auroc(known.epistemic, shifted.epistemic, bootstrap=bootstrap, seed=seed)
+        row["ood"][name] = {
+            "n": log_probs.shape[1],
+            "auroc_total": asdict(ood_auroc(known.total, shifted.total, bootstrap=bootstrap, seed=seed)),
+            "auroc_epistemic": asdict(epistemic),
+        }
+        if name in method.ood_labels:
+            row["ood"][name] |= _figures(log_probs, method.ood_labels[name], bootstrap, seed)
+    return row
+
+
+def _figures(log_probs: Tensor, labels: Tensor, bootstrap: int, seed: int) -> dict[str, Any]:
+    metrics = evaluate(average(log_probs), labels, bootstrap=bootstrap, seed=seed)
+    collapsed = is_collapsed(metrics["accuracy"], labels, count_choices(log_probs))
+    return {name: asdict(metric) for name, metric in metrics.items()} | {"collapsed": collapsed, "best": []}
+
+
+def _mark_best(rows: list[dict[str, Any]], probs: list[Tensor], labels: Tensor, bootstrap: int, seed: int) -> None:
+    """Enter in row["best"] the metrics in which a method is best, or tied with the best."""
+    if len(rows) < 2:
+        return
+    for metric, higher in METRICS.items():
+        standing = [i for i, row in enumerate(rows) if row["collapsed"] is None and row[metric]["value"] is not None]
+        if not standing:
+            continue
+        sign = 1 if higher else -1
+        best = max(standing, key=lambda i: sign * rows[i][metric]["value"])
+        for i in standing:
+            gap = paired_difference(probs[i], probs[best], labels, metric, bootstrap=bootstrap, seed=seed)
+            tied = gap.low is not None and gap.high is not None and gap.low <= 0 <= gap.high
+            if i == best or tied:
+                rows[i]["best"].append(metric)

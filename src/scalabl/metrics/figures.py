@@ -1,0 +1,199 @@
+"""A model at chance can have a fine ECE: it is called collapsed, in words, wherever its figures stand.
+
+The figures of one method, of two methods against each other, and of two data sets against each other.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from scalabl.core.errors import UserError
+from scalabl.metrics import scores
+from scalabl.metrics.bootstrap import Metric, check_settings, interval, resamples
+from scalabl.metrics.scores import checked
+
+
+def is_collapsed(accuracy: Metric, labels: Tensor, num_choices: int | Tensor) -> str | None:
+    """Why a model counts as collapsed, as a sentence, or None if it beats both guesses.
+
+    The guesses: a random choice (the mean of 1 / num_choices) and always the commonest label. The model beats
+    them when the lower end of its accuracy's interval lies above both.
+
+    Args:
+        accuracy: as `evaluate` gives it.
+        labels: (n,) the rows' labels.
+        num_choices: how many choices a row has, or (n,) of them.
+    """
+    if accuracy.value is None or labels.numel() == 0:
+        return None
+    chance = torch.as_tensor(num_choices, dtype=torch.float64).reciprocal().mean().item()
+    majority = labels.bincount().max().item() / labels.numel()
+    low = accuracy.low if accuracy.low is not None else accuracy.value
+    if low > max(chance, majority):
+        return None
+    guess = "random guessing" if chance >= majority else "always giving the commonest answer"
+    return (
+        f"At chance: its accuracy of {accuracy.value:.1%} (interval from {low:.1%}) is not reliably above "
+        f"{guess} ({max(chance, majority):.1%}), so its other figures, however good, say nothing."
+    )
+
+
+_FUNCTIONS: dict[str, Callable[[scores.Rows, Tensor], Tensor]] = {
+    "accuracy": scores.accuracy,
+    "nll": scores.nll,
+    "ece": scores.ece,
+    "brier": scores.brier,
+    "auroc": scores.auroc,
+    "aurc": scores.aurc,
+}
+_BOUNDS: dict[str, tuple[float, float]] = {
+    "accuracy": (0, 1),
+    "nll": (0, math.inf),
+    "ece": (0, 1),
+    "brier": (0, 2),
+    "auroc": (0, 1),
+    "aurc": (0, 1),
+}
+
+METRICS: dict[str, bool] = {name: name in ("accuracy", "auroc") for name in _FUNCTIONS}
+"""The metrics by name, and whether higher is better."""
+
+
+def evaluate(
+    probs: Tensor,
+    labels: Tensor,
+    *,
+    num_bins: int = 15,
+    bootstrap: int = 1000,
+    seed: int = 0,
+    confidence: float = 0.95,
+) -> dict[str, Metric]:
+    """Every metric of probs (n, C) and labels (n,), with bootstrap intervals over rows.
+
+    accuracy, nll (nats), ece (share, not percent), brier (sum over choices, 0 to 2), auroc (of being right,
+    by confidence), aurc (area under risk against coverage); `metrics/scores.py` defines them, with sources.
+    Columns of probability zero (choices a row lacks) change nothing. auroc is None, with the reason, when all
+    rows are right or all are wrong. Methods evaluated on the same rows with one seed share their resamples.
+
+    Raises:
+        UserError: for probabilities or labels that are none, or settings out of range.
+    """
+    check_settings(bootstrap, confidence, num_bins)
+    rows = scores.Rows(*checked(probs, labels), num_bins)
+    values = {name: score(rows, _once(rows)).item() for name, score in _FUNCTIONS.items()}
+    draws = _draws(rows, list(_FUNCTIONS), bootstrap, seed)
+    result = {name: interval(values[name], draws[name], confidence, _BOUNDS[name]) for name in _FUNCTIONS}
+    if math.isnan(values["auroc"]):
+        side = "right" if values["accuracy"] == 1 else "wrong"
+        reason = f"every answer is {side}, so there is nothing to tell apart"
+        result["auroc"] = Metric(None, None, None, reason)
+    return result
+
+
+def paired_difference(
+    probs_a: Tensor,
+    probs_b: Tensor,
+    labels: Tensor,
+    metric: str,
+    *,
+    num_bins: int = 15,
+    bootstrap: int = 1000,
+    seed: int = 0,
+    confidence: float = 0.95,
+) -> Metric:
+    """metric(a) - metric(b) on the same rows, (n, C) and (n,), with the interval of the paired bootstrap.
+
+    An interval that holds 0 says that these rows cannot tell the two apart. None, with the reason, where the
+    metric is undefined for one of them.
+
+    Raises:
+        UserError: for a metric that does not exist, and as `evaluate`.
+    """
+    check_settings(bootstrap, confidence, num_bins)
+    if metric not in _FUNCTIONS:
+        raise UserError(f"there is no metric {metric!r}; choose from {', '.join(_FUNCTIONS)}.")
+    a, b = (scores.Rows(*checked(probs, labels), num_bins) for probs in (probs_a, probs_b))
+    score = _FUNCTIONS[metric]
+    value = (score(a, _once(a)) - score(b, _once(b))).item()
+    if math.isnan(value):
+        return Metric(None, None, None, f"{metric} is undefined for one of the two methods")
+    draws = _draws(a, [metric], bootstrap, seed)[metric] - _draws(b, [metric], bootstrap, seed)[metric]
+    return interval(value, draws, confidence)
+
+
+def ood_auroc(
+    score_in: Tensor, score_out: Tensor, *, bootstrap: int = 1000, seed: int = 0, confidence: float = 0.95
+) -> Metric:
+    """How well an uncertainty (n,) in and (m,) out of distribution tells the two data sets apart.
+
+    P(score_out > score_in) + P(equal) / 2: 1 when every shifted row is less sure than every known one, 0.5
+    when the score sees no difference. Rows of both sets are resampled, each within its own set.
+
+    Raises:
+        UserError: for an empty set, NaN, or settings out of range.
+    """
+    check_settings(bootstrap, confidence)
+    return interval(*_separations(score_in, score_out, bootstrap, seed), confidence, (0, 1))
+
+
+def paired_ood_difference(
+    scores_a: tuple[Tensor, Tensor],
+    scores_b: tuple[Tensor, Tensor],
+    *,
+    bootstrap: int = 1000,
+    seed: int = 0,
+    confidence: float = 0.95,
+) -> Metric:
+    """ood_auroc(a) - ood_auroc(b) on the same rows, with the interval of the paired bootstrap.
+
+    Args:
+        scores_a: uncertainties (n,) in and (m,) out of distribution.
+        scores_b: another method's, of the same rows.
+        bootstrap, seed, confidence: as in `ood_auroc`.
+
+    Raises:
+        UserError: the rows are not as many, and as `ood_auroc`.
+    """
+    check_settings(bootstrap, confidence)
+    if [score.shape for score in scores_a] != [score.shape for score in scores_b]:
+        raise UserError("The two methods have other numbers of rows, so they cannot be compared row by row.")
+    (a, draws_a), (b, draws_b) = (_separations(*pair, bootstrap, seed) for pair in (scores_a, scores_b))
+    return interval(a - b, draws_a - draws_b, confidence)
+
+
+def _separations(score_in: Tensor, score_out: Tensor, bootstrap: int, seed: int) -> tuple[float, Tensor]:
+    """The area of `ood_auroc`, and that of each resample (bootstrap,); the same rows are drawn whatever the scores."""
+    for name, score in (("score_in", score_in), ("score_out", score_out)):
+        if score.ndim != 1 or score.numel() == 0:
+            raise UserError(f"{name} must have the shape (rows,), not empty, not {tuple(score.shape)}.")
+        if score.isnan().any():
+            raise UserError(f"{name} holds NaN; check the predictions it was computed from.")
+    known, shifted = (score.detach().to("cpu").double() for score in (score_in, score_out))
+    ranking = scores.Ranking(torch.cat([shifted, known]))
+
+    def separation(out_counts: Tensor, in_counts: Tensor) -> Tensor:
+        positives = torch.cat([out_counts, torch.zeros_like(in_counts)], dim=1)
+        negatives = torch.cat([torch.zeros_like(out_counts), in_counts], dim=1)
+        return scores.separation(ranking, positives, negatives)
+
+    value = separation(torch.ones(1, len(shifted)).double(), torch.ones(1, len(known)).double()).item()
+    out_counts = torch.cat(list(resamples(len(shifted), bootstrap, seed)))
+    in_counts = torch.cat(list(resamples(len(known), bootstrap, seed + 1)))
+    # A hundred resamples at a time: the pairs of counts are copied a few times over.
+    parts = zip(out_counts.split(100), in_counts.split(100), strict=True)
+    return value, torch.cat([separation(*part) for part in parts])
+
+
+def _once(rows: scores.Rows) -> Tensor:
+    return torch.ones(1, len(rows.correct), dtype=torch.float64)
+
+
+def _draws(rows: scores.Rows, names: list[str], bootstrap: int, seed: int) -> dict[str, Tensor]:
+    """The value of each metric in each resample, (bootstrap,) a metric."""
+    chunks = [
+        {name: _FUNCTIONS[name](rows, counts) for name in names}
+        for counts in resamples(len(rows.correct), bootstrap, seed)
+    ]
+    return {name: torch.cat([chunk[name] for chunk in chunks]) for name in names}

@@ -1,0 +1,97 @@
+"""A finished run as something that predicts: base model, adapter, scoring and trunk."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from safetensors import SafetensorError
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from scalabl.core import processes as ranks
+from scalabl.core.errors import UserError
+from scalabl.runs.directory import classifier_record
+from scalabl.runs.method import Run
+from scalabl.runs.models import held, load_base
+from scalabl.scoring.scorer import Scorer, make_scoring
+from scalabl.scoring.trunk import Trunk
+from scalabl.tuner.fingerprint import fingerprint, same_base
+from scalabl.tuner.joint import load_joint, set_joint
+
+
+def load_adapter(model: Any, directory: Path) -> PeftModel:
+    """Put an adapter on its base model.
+
+    Raises:
+        UserError: the files are missing, truncated or made for another base model.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            adapted = PeftModel.from_pretrained(model, str(directory)).eval()
+        set_joint(adapted, load_joint(directory))
+        return adapted
+    except UserWarning as error:
+        missing = str(error).partition("keys while loading the checkpoint: ")[2][:200]
+        raise UserError(f"The adapter in {directory} lacks weights ({missing}); restore its files.") from error
+    except SafetensorError as error:
+        raise UserError(f"The adapter in {directory} is truncated or altered ({error}); restore its files.") from error
+    except RuntimeError as error:
+        if "size mismatch" in str(error):
+            raise UserError(
+                f"The adapter in {directory} was made for a base model of other sizes; load the one that its "
+                "adapter_config.json names."
+            ) from error
+        raise
+
+
+def require_base(model: nn.Module, record: dict[str, Any]) -> None:
+    """Refuse a base model other than the one that a run was trained on.
+
+    Raises:
+        UserError: its fingerprint differs from the record's.
+    """
+    found, trained = fingerprint(model), record.get("base_fingerprint")
+    if found is not None and trained is not None and not same_base(trained, found):
+        raise UserError(
+            f"This adapter was trained on another base model ({record['recipe']['model']}, whose fingerprint is "
+            f"{trained}; this one's is {found}); give that one with --model."
+        )
+
+
+def load_adapted(
+    directory: Path, record: dict[str, Any], model: str | None = None
+) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+    """The base model of a run with its adapter, held as it was trained, and the tokenizer.
+
+    Args:
+        directory: of a finished run.
+        record: what its `scalabl.json` says.
+        model: the base model, if it has moved since.
+
+    Raises:
+        UserError: altered files, another base model.
+    """
+    recipe = record["recipe"]
+    base, tokenizer = load_base(model or recipe["model"], **held(recipe), device=ranks.own_device())
+    require_base(base, record)
+    return load_adapter(base, directory), tokenizer
+
+
+def load_run(directory: Path, *, model: str | None = None) -> Run:
+    """Load a finished run.
+
+    Args:
+        directory: made by `scalabl train`.
+        model: the base model, if it has moved since.
+
+    Raises:
+        UserError: not a finished run, altered files, another base model.
+    """
+    record = classifier_record(directory)
+    adapted, tokenizer = load_adapted(directory, record, model)
+    scoring = make_scoring(record["scoring"], tokenizer)
+    return Run(record, Scorer(adapted, scoring, Trunk(adapted)), tokenizer, directory)

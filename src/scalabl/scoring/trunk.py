@@ -1,0 +1,211 @@
+"""The trunk: the lower decoder layers, computed once where they are the same for everybody.
+
+What lies below the lowest adapted layer is the same for every particle, step and epoch, and can be stored. While
+predicting, what lies below the lowest *stochastic* layer is the same for every particle. A trunk is run once for a row,
+stopping at the layer where the difference begins; from then on that layer is fed the hidden states and the layers below
+are passed through.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers import Cache
+
+from scalabl.core.errors import UserError
+from scalabl.scoring.base import Batch, attention_masks
+from scalabl.scoring.image_inputs import image_inputs
+from scalabl.tuner.layers import decoder_layers, depths, unwrap
+
+
+class _Reached(Exception):
+    """The trunk's end: the forward pass goes no further."""
+
+
+class _Inject(nn.Module):
+    """Stands in for the first decoder layer: hands on the stored hidden states."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        super().__init__()
+        self.hidden = hidden
+
+    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+        return self.hidden.to(hidden_states.dtype)
+
+
+class _Pass(nn.Module):
+    """Stands in for every other decoder layer of the trunk."""
+
+    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+        return hidden_states
+
+
+class Trunk:
+    """The lower decoder layers of a model.
+
+    Args:
+        model: a model with an adapter.
+
+    Attributes:
+        depth: how many decoder layers lie below the lowest adapted one; 0 means that there is nothing to store.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.layers = decoder_layers(model)
+        self.depth = lowest_adapted_layer(model, self.layers)
+        self._checked: set[int] = set()
+
+    def start_of(self, batch: Batch) -> int:
+        """The decoder layer that a batch begins at: the one its hidden states enter, 0 where it has none."""
+        if batch.trunk is None:
+            return 0
+        return self.depth if batch.start is None else batch.start
+
+    @torch.no_grad()
+    def encode(self, model: nn.Module, batch: Batch, start: int | None = None, cache: Cache | None = None) -> Tensor:
+        """The hidden states (B, T, d) that enter layer `start`, computed from where the batch begins.
+
+        Args:
+            model: the model.
+            batch: the rows.
+            start: a decoder layer, or their number for what follows them; `depth` if None.
+            cache: keys and values of what stands before the rows.
+        """
+        reached: list[Tensor] = []
+
+        def stop(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            reached.append(args[0] if args else kwargs["hidden_states"])
+            raise _Reached
+
+        start = self.depth if start is None else start
+        after = self.layers[start] if start < len(self.layers) else final_norm(model)
+        handle = after.register_forward_pre_hook(stop, with_kwargs=True)
+        try:
+            token_logits(model, batch, self, cache=cache)
+        except _Reached:
+            pass
+        finally:
+            handle.remove()
+        return reached[0]
+
+    @contextmanager
+    def resume(self, _model: nn.Module, hidden: Tensor, start: int | None = None) -> Iterator[None]:
+        """Within it the model starts from `hidden` (B, T, d) at layer `start`; `depth` if None."""
+        original = list(self.layers[: self.depth if start is None else start])
+        try:
+            for i in range(len(original)):
+                self.layers[i] = _Inject(hidden) if i == 0 else _Pass()
+            yield
+        finally:
+            for i, layer in enumerate(original):
+                self.layers[i] = layer
+
+    def check(self, model: nn.Module, batch: Batch, start: int | None = None, tolerance: float = 1e-3) -> None:
+        """Refuse a model that does not give the same logits from its trunk.
+
+        Raises:
+            UserError: the logits differ by more than `tolerance` of their spread.
+        """
+        start = self.depth if start is None else start
+        with torch.no_grad():
+            whole = token_logits(model, batch, self).float()
+            resumed_at = replace(batch, trunk=self.encode(model, batch, start), start=start)
+            resumed = token_logits(model, resumed_at, self).float()
+        gap = ((whole - resumed).abs().max() / whole.std()).item()
+        if not gap <= tolerance * (1 if whole.dtype == torch.float32 else 50):
+            raise UserError(f"This architecture cannot resume from a cached trunk (logits differ by {gap:.2g} std).")
+        self._checked.add(start)
+
+    def check_once(self, model: nn.Module, batch: Batch, start: int) -> None:
+        """`check` of a layer above the frozen ones, unless this trunk has passed it; the model at its mean."""
+        if start > self.depth and start not in self._checked:
+            self.check(model, batch, start)
+
+
+def lowest_adapted_layer(model: nn.Module, layers: nn.ModuleList) -> int:
+    """The index of the lowest decoder layer with an adapter or anything else that is trained; their number if only
+    what follows them is."""
+    adapted = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, BaseTunerLayer) or any(p.requires_grad for p in module.parameters(False))
+    ]
+    return min(depths(model, adapted).values(), default=len(layers))
+
+
+def final_norm(model: nn.Module) -> nn.Module:
+    """The normalisation between the last decoder layer and the output layer.
+
+    Raises:
+        UserError: there is none by a known name.
+    """
+    named = [(name, m) for name, m in model.named_modules() if re.search(r"(^|\.)(norm|ln_f|final_layernorm)$", name)]
+    if not named:
+        raise UserError("This model has no final normalisation by a known name; adapt at least one decoder layer.")
+    return named[-1][1]
+
+
+def token_logits(
+    model: torch.nn.Module,
+    batch: Batch,
+    trunk: Trunk | None,
+    positions: tuple[Tensor, Tensor] | None = None,
+    cache: Cache | None = None,
+) -> Tensor:
+    """Logits at some positions, from the trunk's hidden states where the batch carries them.
+
+    Args:
+        model: a causal language model.
+        batch: the rows.
+        trunk: the lower layers, or None.
+        positions: rows (M,) and columns (M,), among the last `batch.keep`; all of these if None.
+        cache: keys and values of the prefix that the rows stand behind; or one to be filled with the rows' own.
+
+    Returns:
+        (M, V), or (B, keep, V) without positions.
+    """
+    inner = unwrap(model)
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    output_layer = inner.get_output_embeddings()  # type: ignore[operator]
+    at = None
+    if positions is not None:
+        at = (positions[0], positions[1] - (batch.input_ids.shape[1] - batch.keep))
+    # an adapted output layer has to see which row a token belongs to
+    early = type(output_layer) is torch.nn.Linear
+    gather = nullcontext() if at is None or not early else output_layer.register_forward_pre_hook(_Gather(at))
+    resume = nullcontext() if trunk is None or batch.trunk is None else trunk.resume(model, batch.trunk, batch.start)
+    with resume, gather:
+        logits: Tensor = model(
+            input_ids=batch.input_ids,
+            attention_mask=attention_masks(batch, dtype, _text_config(inner)),
+            logits_to_keep=batch.keep,
+            past_key_values=cache,
+            use_cache=cache is not None,
+            **{"position_ids": batch.position_ids, **image_inputs(inner, batch)},
+        ).logits
+    if at is None:
+        return logits
+    return logits[0] if early else logits[at]
+
+
+class _Gather:
+    """Hook in front of the output layer: hidden states (B, keep, d) -> (1, M, d)."""
+
+    def __init__(self, at: tuple[Tensor, Tensor]) -> None:
+        self.at = at
+
+    def __call__(self, _module: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
+        return (args[0][self.at][None],)
+
+
+def _text_config(model: torch.nn.Module) -> Any:
+    """The configuration of the language model, inside a multimodal one too."""
+    config: Any = model.config
+    return config.get_text_config() if hasattr(config, "get_text_config") else config

@@ -1,0 +1,154 @@
+"""The trunk's output on disk: computed once for a model and its rows, whatever run, seed or method reads it.
+
+A store is one safetensors file a list of rows, named after everything that decides its content: the weights of the
+trunk, its depth and precision, the library's version, and every token, position and segment of the rows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from scalabl.core.files import cache_directory
+from scalabl.core.progress import progress_bar
+from scalabl.scoring.base import Encoded
+from scalabl.scoring.scorer import Scorer, batches
+
+LARGEST = 4 * 2**30  # bytes of one store, over which every layer is run every time
+ALL_STORES = 16 * 2**30  # bytes of all stores, over which the least recently used go
+
+
+def with_stored_trunk(
+    scorer: Scorer, rows: Sequence[Encoded], *, batch_size: int = 8, description: str = "frozen layers, once"
+) -> list[Encoded]:
+    """The rows with the trunk's output, from disk or computed now; unchanged where there is no trunk to share.
+
+    Args:
+        scorer: the model with its trunk.
+        rows: encoded rows.
+        batch_size: rows at a time, where it has to be computed.
+        description: what the progress bar says.
+
+    Raises:
+        UserError: the architecture cannot resume from a trunk.
+    """
+    trunk = scorer.trunk
+    dtype = next(p.dtype for p in scorer.model.parameters() if p.is_floating_point())
+    size = sum(len(row.input_ids) for row in rows) * scorer.model.config.get_text_config().hidden_size * dtype.itemsize
+    if trunk is None or trunk.depth == 0 or size > LARGEST or not rows:
+        return list(rows)
+    trunk.check(scorer.model, scorer.scoring.collate(rows[:2]).to(scorer.device))
+    path = cache_directory() / "trunks" / f"{_key(scorer, rows, dtype)}.safetensors"
+    hidden = _read(path)
+    if hidden is None:
+        hidden = _compute(scorer, rows, batch_size, description)
+        with suppress(OSError, SafetensorError):  # a full or read-only cache costs time, not the run
+            _write(path, hidden)
+    ends = torch.tensor([len(row.input_ids) for row in rows]).cumsum(0).tolist()
+    return [replace(row, trunk=hidden[end - len(row.input_ids) : end]) for row, end in zip(rows, ends, strict=True)]
+
+
+def keep_trunk(scorer: Scorer, rows: Sequence[Encoded]) -> None:
+    """Store what rows already carry, so that this very list of them, a part of a known one, is not computed again."""
+    outputs = [row.trunk for row in rows if row.trunk is not None]
+    if not outputs or len(outputs) < len(rows):
+        return
+    dtype = next(p.dtype for p in scorer.model.parameters() if p.is_floating_point())
+    path = cache_directory() / "trunks" / f"{_key(scorer, rows, dtype)}.safetensors"
+    if not path.is_file():
+        with suppress(OSError, SafetensorError):
+            _write(path, torch.cat(outputs))
+
+
+@torch.no_grad()
+def _compute(scorer: Scorer, rows: Sequence[Encoded], batch_size: int, description: str) -> Tensor:
+    """(total tokens, d): the rows' trunk outputs behind each other."""
+    assert scorer.trunk is not None
+    was_training = scorer.model.training
+    scorer.model.eval()
+    parts: list[Tensor] = [torch.empty(0)] * len(rows)
+    try:
+        with progress_bar() as progress:
+            bar = progress.add_task(description, total=len(rows), detail="")
+            for indices, chunk in batches(rows, batch_size):
+                output = scorer.trunk.encode(scorer.model, scorer.scoring.collate(chunk).to(scorer.device)).cpu()
+                for index, row, values in zip(indices, chunk, output, strict=True):
+                    parts[index] = values[-len(row.input_ids) :]  # padding stands on the left
+                progress.advance(bar, len(indices))
+    finally:
+        scorer.model.train(was_training)
+    return torch.cat(parts)
+
+
+def _key(scorer: Scorer, rows: Sequence[Encoded], dtype: torch.dtype) -> str:
+    assert scorer.trunk is not None
+    digest = hashlib.sha256()
+    attention = scorer.model.config._attn_implementation
+    digest.update(f"1|{transformers.__version__}|{dtype}|{scorer.trunk.depth}|{attention}|".encode())
+    embedding = scorer.model.get_input_embeddings()
+    for module in (embedding, *list(scorer.trunk.layers)[: scorer.trunk.depth]):
+        digest.update(_weights(module))
+    for row in rows:
+        digest.update(repr((row.input_ids, row.position_ids, row.segments)).encode())
+    return digest.hexdigest()[:32]
+
+
+@torch.no_grad()
+def _weights(module: nn.Module) -> bytes:
+    """A digest of a module's weights: sums that no training step leaves unchanged, and a sample of the values."""
+    digest = hashlib.sha256()
+    for name, tensor in _plain_tensors(module):
+        value = tensor.reshape(-1)
+        sample = value[:: max(1, value.numel() // 1024)].float().cpu().numpy().tobytes()
+        sums = (value.double().sum().item(), value.double().square().sum().item())
+        digest.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}|{sums}".encode() + sample)
+    return digest.digest()
+
+
+def _plain_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """A module's parameters; those of quantised weights with their scales."""
+    named = dict(module.named_parameters())
+    for name, parameter in named.items():
+        if is_traceable_wrapper_subclass(parameter):  # torchao's: integers and scales inside one tensor
+            for inner in parameter.__tensor_flatten__()[0]:
+                yield f"{name}.{inner}", getattr(parameter, inner).detach()
+        else:
+            yield name, parameter.detach()
+    if any(not parameter.is_floating_point() for parameter in named.values()):  # bitsandbytes': scales beside them
+        yield from ((name, tensor) for name, tensor in module.state_dict().items() if name not in named)
+
+
+def _read(path: Path) -> Tensor | None:
+    try:
+        hidden = load_file(path)["hidden"]
+        os.utime(path)  # recently used
+    except (OSError, SafetensorError, KeyError):
+        return None
+    return hidden
+
+
+def _write(path: Path, hidden: Tensor) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        save_file({"hidden": hidden.contiguous()}, unfinished)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    stores = sorted(path.parent.glob("*.safetensors"), key=lambda p: p.stat().st_mtime, reverse=True)
+    total = 0
+    for store in stores:
+        total += store.stat().st_size
+        if total > ALL_STORES and store != path:
+            store.unlink(missing_ok=True)

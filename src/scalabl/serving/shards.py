@@ -1,0 +1,215 @@
+"""Shards: the files that a large prediction reads, what each one holds, and the blocks of rows they are worked in.
+
+A shard has a name, its path below the directory that all shards share, without the suffix. Its answers go to one file
+of that name below the output directory, so that the tree of answers is the tree of rows. It is worked in blocks of a
+fixed number of rows, which a worker can begin to read in the middle of the file. Imports no torch and no Ray.
+"""
+
+from __future__ import annotations
+
+import glob
+import itertools
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from scalabl.core.errors import UserError
+from scalabl.data.example import Example
+from scalabl.data.jsonl import PlacedRow, stream_rows
+from scalabl.data.training_data import with_labels
+
+SUFFIXES = (".jsonl", ".parquet")
+
+NamedRow = tuple[str, Example]  # "file:line", the row
+
+
+@dataclass(frozen=True)
+class ShardSource:
+    """A file of rows and its name.
+
+    Attributes:
+        name: its path below the shards' common directory, without the suffix.
+        path: the file, absolute.
+    """
+
+    name: str
+    path: str
+
+    @property
+    def format(self) -> str:
+        """ "parquet" or "jsonl"."""
+        return "parquet" if self.path.endswith(".parquet") else "jsonl"
+
+    def stamp(self) -> tuple[int, int]:
+        """Size and time of the last change (ns): cheap to compare.
+
+        Raises:
+            UserError: the file is not there.
+        """
+        try:
+            found = os.stat(self.path)
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be read ({error.strerror}); every machine has to see it.") from error
+        return found.st_size, found.st_mtime_ns
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What a source holds.
+
+    Attributes:
+        name: as in `Source`.
+        sha256: of the file.
+        rows: how many.
+        block_rows: how many of them are a block.
+        starts: (place, number) of the first row of each block, as `PlacedRow` says them.
+    """
+
+    name: str
+    sha256: str
+    rows: int
+    block_rows: int
+    starts: tuple[tuple[int, int], ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, made: dict[str, Any]) -> Shard:
+        """The shard that `as_dict` wrote."""
+        return cls(**made | {"starts": tuple((place, number) for place, number in made["starts"])})
+
+
+@dataclass(frozen=True)
+class Block:
+    """Rows of a shard that follow each other.
+
+    Attributes:
+        source: the file.
+        stamp: of the file when its shard was examined.
+        index: which block of the shard.
+        start: (place, number) of its first row.
+        rows: how many.
+    """
+
+    source: ShardSource
+    stamp: tuple[int, int]
+    index: int
+    start: tuple[int, int]
+    rows: int
+
+    def read(self, labels: Sequence[str] | None) -> list[NamedRow]:
+        """Its rows.
+
+        Raises:
+            UserError: the file has changed since it was examined.
+        """
+        place, number = self.start
+        stream = read_rows(self.source, labels, place=place, number=number)
+        found = list(itertools.islice(stream, self.rows)) if self.source.stamp() == self.stamp else []
+        if len(found) != self.rows:
+            raise UserError(f"{self.source.path} has changed since the work began; run the same command again.")
+        return [(f"{self.source.path}:{row.number}", row.example) for row in found]
+
+
+def find_sources(given: str | Path) -> list[ShardSource]:
+    """The shards that a path names, in the order of their names.
+
+    Args:
+        given: a file, a directory (its .jsonl or .parquet files at any depth; names that begin with a dot or an
+            underscore are left out), or a glob pattern, in which ** is any depth.
+
+    Raises:
+        UserError: there are none, or they are of two kinds, or two have one name.
+    """
+    text = os.path.abspath(os.path.expanduser(given))
+    if os.path.isfile(text):
+        files, root = [text], os.path.dirname(text)
+    elif os.path.isdir(text):
+        files = [str(path) for path in Path(text).rglob("*") if path.suffix in SUFFIXES and _is_data(path, Path(text))]
+        root = text
+        if not files:
+            raise UserError(f"{given} holds no .jsonl and no .parquet file; give the directory of the shards.")
+    elif glob.has_magic(text):
+        files = [path for path in glob.glob(text, recursive=True) if os.path.isfile(path)]
+        if not files:
+            raise UserError(f"No file matches {given}; give a file, a directory of shards, or another pattern.")
+        root = os.path.commonpath([os.path.dirname(path) for path in files])
+    else:
+        raise UserError(f"{given} does not exist; give a file, a directory of shards, or a pattern in quotes.")
+    sources = sorted(
+        (ShardSource(os.path.splitext(os.path.relpath(f, root))[0], f) for f in files), key=lambda s: s.name
+    )
+    if len({source.format for source in sources}) > 1:
+        raise UserError(f"{given} has JSONL and Parquet files; give a pattern for one kind, such as '*.parquet'.")
+    for one, other in itertools.pairwise(sources):
+        if one.name == other.name:
+            raise UserError(f"{one.path} and {other.path} would have one file of answers; rename one of them.")
+    return sources
+
+
+def searched(given: str | Path) -> Path | None:
+    """The directory at any depth of which files are taken for shards; None where that is one directory alone."""
+    text = Path(os.path.abspath(os.path.expanduser(given)))
+    if text.is_dir():
+        return text
+    parts = [] if text.is_file() else [glob.has_magic(part) for part in text.parts[:-1]]
+    return Path(*text.parts[: parts.index(True)]) if any(parts) else None
+
+
+def _is_data(path: Path, root: Path) -> bool:
+    return path.is_file() and not any(part.startswith((".", "_")) for part in path.relative_to(root).parts)
+
+
+def read_rows(
+    source: ShardSource, labels: Sequence[str] | None, *, place: int = 0, number: int = 1
+) -> Iterator[PlacedRow]:
+    """The rows of a source from a place on, with the run's class words as choices where it has any.
+
+    Raises:
+        UserError: a bad row, named by file and line, or a file that is empty, truncated or of another kind.
+    """
+    for row in stream_rows(Path(source.path), labels, name=source.name, place=place, number=number):
+        (example,) = with_labels([row.example], labels, f"{source.path}:{row.number}")
+        yield PlacedRow(row.place, row.number, example)
+
+
+def examine(
+    source: ShardSource,
+    sha256: str,
+    labels: Sequence[str] | None,
+    block_rows: int,
+) -> Shard:
+    """Read a source from end to end.
+
+    Args:
+        source: the file.
+        sha256: of it.
+        labels: the run's class words, None where its rows bring their own choices.
+        block_rows: rows of a block.
+
+    Raises:
+        UserError: a bad row, named by file and line, or a file that is empty, truncated or of another kind.
+    """
+    starts, rows = [], 0
+    for row in read_rows(source, labels):
+        if rows % block_rows == 0:
+            starts.append((row.place, row.number))
+        rows += 1
+    return Shard(source.name, sha256, rows, block_rows, tuple(starts))
+
+
+def blocks_of(source: ShardSource, shard: Shard, stamp: tuple[int, int]) -> list[Block]:
+    """The blocks of a shard, in order; the last one may be shorter."""
+    return [
+        Block(source, stamp, index, start, min(shard.block_rows, shard.rows - index * shard.block_rows))
+        for index, start in enumerate(shard.starts)
+    ]
+
+
+def first_rows(sources: Sequence[ShardSource], labels: Sequence[str] | None, number: int) -> list[NamedRow]:
+    """The first rows of the shards together, at most so many."""
+    stream = ((f"{source.path}:{row.number}", row.example) for source in sources for row in read_rows(source, labels))
+    return list(itertools.islice(stream, number))

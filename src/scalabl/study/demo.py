@@ -1,0 +1,90 @@
+"""The demo: plain LoRA and ScalaBL trained at the same budget, and what they say in and out of distribution."""
+
+from __future__ import annotations
+
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+from scalabl.data.assemble import select_rows
+from scalabl.data.load import load_task
+from scalabl.data.training_data import rows_of
+from scalabl.inference.evaluation import answers, describe_method, log_probabilities, method_result, tempered
+from scalabl.inference.report.results import MethodResult, Report
+from scalabl.metrics.temperature import fit_temperature
+from scalabl.predictive.auto import make_predictive
+from scalabl.runs.loading import load_run
+from scalabl.study.demo_settings import SAMPLES, SHIFTED_ROWS, STEPS, TASK, TEST_ROWS, demo_recipe
+from scalabl.training.run import LOG, train
+
+SHIFTED = "mmlu-chemistry"
+
+
+def run_demo(
+    output: Path, *, seed: int = 0, steps: int = STEPS, test_rows: int = TEST_ROWS, samples: int = SAMPLES
+) -> Report:
+    """Train both methods and gather their report; what an earlier call finished is not done again.
+
+    Args:
+        output: holds the runs `mle-<seed>` and `scalabl-<seed>`.
+        seed: of initialisation, order of rows and draws.
+        steps: optimiser steps of each method.
+        test_rows: how many ARC-Easy test rows.
+        samples: N of the Monte Carlo predictive.
+    """
+    test = rows_of(TASK, split="test", limit=test_rows)
+    shifted = {SHIFTED: rows_of(SHIFTED, split="test", limit=SHIFTED_ROWS)}
+    methods: list[MethodResult] = []
+    training = {}
+    record: dict[str, Any] = {}
+    for method in ("mle", "scalabl"):
+        recipe = demo_recipe(method, seed=seed, steps=steps)
+        directory = output / f"{method}-seed{seed}-steps{steps}"
+        record = train(recipe, directory)
+        run = load_run(directory)
+        held_out = select_rows(load_task(TASK), recipe).validation
+        predictives = ["mean", "mc"] if run.is_bayesian else ["mean"]
+        for name in predictives:
+            predictive = make_predictive(name, samples=samples, seed=seed)
+            result = method_result(run, describe_method(run, predictive), test, shifted, predictive)
+            validation = log_probabilities(run, held_out, predictive, description="temperature")
+            methods += [result, tempered(result, fit_temperature(validation, answers(held_out)))]
+        training[describe_method(run, make_predictive("mean")).split(",")[0]] = json.loads(
+            (directory / LOG).read_text(encoding="utf-8")
+        )
+    return Report(
+        title="Plain LoRA and ScalaBL at the same budget",
+        facts=_facts(record, len(test), len(shifted[SHIFTED]), seed, steps) | {"training loss": _losses(training)},
+        methods=methods,
+        questions=[(row.question, row.choices) for row in test],
+        training=training,
+    )
+
+
+def _losses(training: dict[str, list[dict[str, float]]]) -> str:
+    """The first and the last logged loss of each run."""
+    losses = {name: [entry["loss"] for entry in log if "loss" in entry] for name, log in training.items()}
+    return ", ".join(f"{name} {values[0]:.3f} to {values[-1]:.3f}" for name, values in losses.items() if values)
+
+
+def _facts(record: dict[str, Any], test_rows: int, shifted: int, seed: int, steps: int) -> dict[str, str]:
+    recipe = record["recipe"]
+    nll = ", ".join(f"{name} {value:.3f}" for name, value in record["scoring_nll"].items())
+    return {
+        "model": recipe["model"],
+        "data": f"ARC-Easy: {record['rows']['train']} training, {record['rows']['validation']} validation, "
+        f"{test_rows} test rows; shifted: {SHIFTED}, {shifted} rows",
+        "scoring": f"{record['scoring_name']}, chosen by NLL on validation rows before training ({nll})",
+        "adapters": f"r = {recipe['r']}, alpha = {recipe['lora_alpha']:g}, {recipe['target_modules']}, "
+        f"{recipe['layers']} of the layers; {record['parameters']['lora']:,} LoRA and "
+        f"{record['parameters']['variational']:,} variational parameters",
+        "steps": f"{steps} of {recipe['batch_size']} rows, AdamW {recipe['learning_rate']:g} for both",
+        "posterior": f"variational learning rate {recipe['variational_learning_rate']:g}, exact ELBO after a warm-up "
+        f"of the KL over {recipe['kl_warmup']:.0%} of the steps, prior N({recipe['prior_mean']:g}, "
+        f"{recipe['prior_std']:g}^2)",
+        "seed": str(seed),
+        "versions": ", ".join(f"{name} {value}" for name, value in record["versions"].items()),
+        "device": f"{record['device']} ({platform.machine()})",
+        "command": f"scalabl demo --seed {seed} --steps {steps} --test-rows {test_rows}",
+    }

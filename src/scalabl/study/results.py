@@ -1,0 +1,193 @@
+"""The tidy table: a row for each entry and set that it was tested on, raw and with a temperature.
+
+method, task, trained_on, seed          what; "x+temperature" has a temperature on its class logits; `seed` is the first
+                                        one of an ensemble, all are in `seeds`
+accuracy, nll, ece, brier               nll in nats, ece a share (15 bins)
+ood_auroc                               shifted sets: told from the trained task's test set by the epistemic part of the
+                                        uncertainty (empty for one particle); `ood_auroc_total` by all of it
+extra_parameters                        numbers kept beyond a plain LoRA's
+train_cost, predict_cost                wall time as a ratio to MLE's of the same task and seed
+collapsed                               whether its accuracy is no better than guessing; `why` says how that was told
+n, particles                            rows tested on, N
+auroc, aurc                             auroc: of being right by confidence
+validation_nll                          on the validation rows of its training task: what settings are chosen by; empty
+                                        in tempered rows, whose temperature was fitted there
+temperature                             fitted on validation rows; empty in raw rows
+peak_memory                             MiB, the highest of its cells
+scoring, device, versions               the machine that predicted
+
+Costs are single wall times on a machine that does other things too: differences of a tenth mean nothing.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+from torch import Tensor
+
+from scalabl.inference.report.results import count_choices
+from scalabl.metrics import evaluate
+from scalabl.metrics.figures import is_collapsed, ood_auroc
+from scalabl.metrics.temperature import apply_temperature, fit_temperature
+from scalabl.metrics.uncertainty import average, decompose
+from scalabl.study.cells import Cell, finished
+from scalabl.study.plan import Entry, StudyPlan, baseline_of
+from scalabl.study.study import TEMPERED, Study
+from scalabl.study.work import read_predictions
+
+_TEXT, _INT, _FLOAT = pyarrow.string(), pyarrow.int64(), pyarrow.float64()
+SCHEMA = pyarrow.schema(
+    [
+        *((name, _TEXT) for name in ("method", "task", "trained_on")),
+        ("seed", _INT),
+        *((name, _FLOAT) for name in ("accuracy", "nll", "ece", "brier", "ood_auroc")),
+        ("extra_parameters", _INT),
+        *((name, _FLOAT) for name in ("train_cost", "predict_cost")),
+        ("collapsed", pyarrow.bool_()),
+        *((name, _INT) for name in ("n", "particles")),
+        *((name, _FLOAT) for name in ("auroc", "aurc", "ood_auroc_total", "validation_nll", "temperature")),
+        ("peak_memory", _FLOAT),
+        *((name, _TEXT) for name in ("why", "seeds", "scoring", "cell", "device", "versions")),
+    ]
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """What one entry says about one set: probs (n, C) averaged over particles, labels (n,), and the row's figures."""
+
+    method: str
+    task: str
+    probs: Tensor
+    labels: Tensor
+    figures: dict[str, Any]
+
+
+@lru_cache(maxsize=4096)
+def outcomes(cell: Cell, output: Path, name: str) -> tuple[Outcome, ...]:
+    """Raw and tempered outcomes of a finished prediction cell, on each of its test sets.
+
+    The temperature is fitted on the cell's validation rows.
+    """
+    held = read_predictions(cell, output)
+    temperature = fit_temperature(*held.validation)
+    tuned = evaluate(average(held.validation[0]), held.validation[1], bootstrap=1)["nll"].value
+    found: list[Outcome] = []
+    for label, t in ((name, None), (name + TEMPERED, temperature)):
+        known: Tensor | None = None
+        for task, (raw, labels) in held.tests.items():
+            log_probs = raw if t is None else apply_temperature(raw, t)
+            probs = average(log_probs)
+            metrics = evaluate(probs, labels)
+            figures: dict[str, Any] = {metric: value.value for metric, value in metrics.items()}
+            why = is_collapsed(metrics["accuracy"], labels, count_choices(log_probs))
+            figures |= {
+                "collapsed": why is not None,
+                "why": why,
+                "n": len(labels),
+                "particles": log_probs.shape[0],
+                "validation_nll": tuned if t is None else None,
+                "temperature": t,
+            }
+            if task == cell.settings["task"]:
+                known = log_probs
+            elif known is not None:
+                figures |= _told_apart(known, log_probs)
+            found.append(Outcome(label, task, probs, labels, figures))
+    return tuple(found)
+
+
+def _told_apart(known: Tensor, shifted: Tensor) -> dict[str, float | None]:
+    inside, outside = decompose(known), decompose(shifted)
+    epistemic = ood_auroc(inside.epistemic, outside.epistemic, bootstrap=1).value if known.shape[0] > 1 else None
+    return {
+        "ood_auroc": epistemic,
+        "ood_auroc_total": ood_auroc(inside.total, outside.total, bootstrap=1).value,
+    }
+
+
+def tidy(study: Study, plan: StudyPlan, output: Path) -> list[dict[str, Any]]:
+    """The rows of every finished entry, in the plan's order, with the columns of `SCHEMA`."""
+    rows = []
+    for entry in plan.entries:
+        done = finished(output, entry.prediction)
+        # a cell that was deleted to be done again takes its entry out of the table until then
+        if done is None or any(finished(output, address) is None for address in entry.addresses):
+            continue
+        facts = {
+            "trained_on": entry.task,
+            "seed": entry.seeds[0],
+            "seeds": " ".join(map(str, entry.seeds)),
+            "scoring": _done(output, entry.training[0])["scoring"],
+            "cell": entry.prediction,
+            "device": done["device"],
+            "versions": done["versions"],
+            **_costs(entry, baseline_of(study, plan, entry), output),
+        }
+        extra = _extra_parameters(entry, output)
+        for outcome in outcomes(plan.cells[entry.prediction], output, entry.variant.name):
+            tempered = outcome.figures["temperature"] is not None
+            row = {"method": outcome.method, "task": outcome.task, **outcome.figures, **facts}
+            row["extra_parameters"] = extra + tempered
+            rows.append({name: row.get(name) for name in SCHEMA.names})
+    return rows
+
+
+def _extra_parameters(entry: Entry, output: Path) -> int:
+    if entry.post_hoc:
+        return int(_done(output, entry.post_hoc)["extra_parameters"])
+    return int(_done(output, entry.training[0])["parameters"]["variational"])
+
+
+def _costs(entry: Entry, mle: Entry | None, output: Path) -> dict[str, float | None]:
+    cells = [_done(output, address) for address in entry.addresses]
+    costs: dict[str, float | None] = {"peak_memory": max(cell["peak_memory"] for cell in cells)}
+    if mle is None or any(finished(output, address) is None for address in mle.addresses):
+        return costs
+    training, prediction = _done(output, mle.training[0])["seconds"], _done(output, mle.prediction)["seconds"]
+    return costs | {
+        "train_cost": sum(cell["seconds"] for cell in cells[:-1]) / training,
+        "predict_cost": cells[-1]["seconds"] / prediction,
+    }
+
+
+def _done(output: Path, address: str) -> dict[str, Any]:
+    done = finished(output, address)
+    assert done is not None, address
+    return done
+
+
+def write_tables(rows: list[dict[str, Any]], directory: Path) -> None:
+    """results.csv and results.parquet, each whole or not at all."""
+    write_whole(directory / "results.csv", csv_of(rows, SCHEMA.names))
+    sink = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema=SCHEMA), sink)
+    write_whole(directory / "results.parquet", sink.getvalue())
+
+
+def csv_of(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> bytes:
+    """Rows as CSV with a line of names; None is empty."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode()
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """A file, whole or not at all."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        unfinished.write_bytes(content)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)

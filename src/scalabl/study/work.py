@@ -1,0 +1,204 @@
+"""One cell done. The test split is read by prediction cells alone."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from scalabl.core.errors import UserError
+from scalabl.core.files import sha256, write_json
+from scalabl.data.assemble import TrainingRows, select_rows
+from scalabl.data.example import Example
+from scalabl.data.load import load_task
+from scalabl.inference.evaluation import answers
+from scalabl.methods.saved import POST_HOC_DIRECTORY
+from scalabl.predictive.auto import AutoPredictive
+from scalabl.predictive.base import Predictive, predict
+from scalabl.runs.loading import load_run
+from scalabl.runs.method import Run, load_method, load_post_hoc
+from scalabl.runs.recipe import Recipe
+from scalabl.runs.registry import POST_HOC as POST_HOC_METHODS
+from scalabl.scoring.trunk_store import with_stored_trunk
+from scalabl.study.cells import POST_HOC, PREDICTION, TRAINING, Cell, finished, machine, measured, rows_digest
+from scalabl.study.plan import overlap, shifted_rows, tested_rows, tuning_rows
+from scalabl.training.run import LOG, last_checkpoint, train
+
+RUN = "run"
+PREDICTIONS = "predictions.safetensors"
+VALIDATION = "validation"
+
+
+def do(cell: Cell, output: Path) -> dict[str, Any]:
+    """Do a cell whose needs are finished, and note down that it is; the caller holds its lock.
+
+    Returns:
+        what `finished.json` says: seconds, peak_memory (MiB), device, versions, wall (seconds with everything
+        around it), and facts of the cell's kind.
+
+    Raises:
+        UserError: it cannot be done.
+        Interrupted: Ctrl-C in training; the next call goes on from its checkpoint.
+    """
+    directory = cell.directory(output)
+    directory.mkdir(parents=True, exist_ok=True)
+    write_json(directory / "settings.json", cell.as_dict())
+    start = time.perf_counter()
+    facts = {TRAINING: _train, POST_HOC: _fit, PREDICTION: _predict}[cell.kind](cell, output)
+    facts |= machine() | {"label": cell.label, "wall": time.perf_counter() - start}
+    write_json(directory / "finished.json", facts)
+    (directory / "failed.json").unlink(missing_ok=True)
+    gc.collect()
+    return facts
+
+
+def _train(cell: Cell, output: Path) -> dict[str, Any]:
+    recipe = Recipe(**cell.settings["recipe"])
+    _require_same(recipe.data, cell.settings["rows_sha256"], rows_digest(tuning_rows(load_task(recipe.data))))
+    directory = cell.directory(output) / RUN
+    checkpoint = last_checkpoint(directory)
+    done = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
+    with measured() as cost:
+        record = train(recipe, directory)
+    log = json.loads((directory / LOG).read_text(encoding="utf-8"))
+    # the trainer's own time: steps alone, without loading and without the frozen layers, which other runs share
+    steps = next(entry["train_runtime"] for entry in reversed(log) if "train_runtime" in entry)
+    return {
+        "seconds": steps * recipe.steps / max(1, recipe.steps - done),
+        "peak_memory": cost.peak_memory,
+        "resumed_from": done,
+        "parameters": record["parameters"],
+        "scoring": record["scoring_name"],
+        "rows": record["rows"],
+        "task": record["task"],
+    }
+
+
+def _fit(cell: Cell, output: Path) -> dict[str, Any]:
+    method = cell.settings["method"]
+    run = _loaded(cell.settings["run"], output, fitted=cell.address)
+    rows = _rows_of(run)
+    members = [output / "cells" / address / RUN for address in cell.settings["members"]]
+    with measured() as cost:
+        facts = load_post_hoc(method).fit(run, rows.train, rows.validation, members=members, seed=cell.settings["seed"])
+    saved = cell.directory(output) / POST_HOC_DIRECTORY / method / f"{method}.safetensors"
+    extra = {
+        "ensemble": run.record["parameters"]["lora"] * len(members),
+        "subspace_laplace": facts.get("variational_numbers", 0),  # A and B are the run's own, in other factors
+        "tfb": 1,  # one scale of noise: what lies beside it follows from B
+    }
+    if method not in extra:
+        extra[method] = sum(t.numel() for t in load_file(saved).values()) if saved.is_file() else 0
+    return {
+        "seconds": cost.seconds,
+        "peak_memory": cost.peak_memory,
+        "extra_parameters": extra[method],
+        "facts": {k: v for k, v in facts.items() if isinstance(v, int | float | bool)},
+    }
+
+
+def _predict(cell: Cell, output: Path) -> dict[str, Any]:
+    settings = cell.settings
+    run = _loaded(settings["run"], output, fitted=settings["post_hoc"])
+    method = settings["method"]
+    if "predictive" in settings:
+        strategy = run.predictive(settings["predictive"], samples=settings["samples"], seed=settings["seed"])
+    else:
+        module = load_post_hoc(method) if method in POST_HOC_METHODS else load_method(method)
+        strategy = module.predictive(run, samples=settings["samples"], seed=settings["seed"])
+    task = load_task(settings["task"])
+    tensors: dict[str, Tensor] = {}
+
+    def enter(name: str, rows: list[Example]) -> float:
+        log_probs, seconds = _log_probs(run, rows, strategy, settings["batch_size"])
+        tensors[f"{name}|log_probs"], tensors[f"{name}|labels"] = log_probs.contiguous(), answers(rows)
+        return seconds
+
+    held_out, tuning = list(_rows_of(run).validation), tuning_rows(task)
+    seconds, overlaps = {}, {}
+    with measured() as cost:
+        enter(VALIDATION, held_out)  # where auto chooses, it is by these rows
+        for name, expected in settings["test_sets"].items():
+            if name == settings["task"]:
+                rows = tested_rows(name, settings["test_rows"])
+            else:
+                rows = shifted_rows(name, settings["shift_rows"], task.labels)
+            _require_same(name, expected["sha256"], rows_digest(rows))
+            seconds[name] = enter(f"test:{name}", rows)
+            overlaps[name] = overlap(rows, tuning)
+    path = cell.directory(output) / PREDICTIONS
+    unfinished = path.with_name(f".{PREDICTIONS}.{os.getpid()}")
+    try:
+        save_file(tensors, unfinished)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return {
+        "seconds": seconds[settings["task"]],  # of its own test set
+        "peak_memory": cost.peak_memory,
+        "validation_rows": len(held_out),
+        "rows_also_tuned_on": overlaps,
+        **({"choice": strategy.choice.sentence} if isinstance(strategy, AutoPredictive) and strategy.choice else {}),
+        "sha256": sha256(path),
+    }
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a prediction cell holds; each part is log class probabilities (N, n, C) and labels (n,).
+
+    Attributes:
+        validation: of the rows that a temperature is fitted on.
+        tests: name of a test set -> of its rows; the task's own comes first.
+    """
+
+    validation: tuple[Tensor, Tensor]
+    tests: dict[str, tuple[Tensor, Tensor]]
+
+
+def read_predictions(cell: Cell, output: Path) -> Predictions:
+    """The predictions of a finished cell.
+
+    Raises:
+        UserError: the file is missing or was altered.
+    """
+    path, done = cell.directory(output) / PREDICTIONS, finished(output, cell.address)
+    if done is None or not path.is_file() or sha256(path) != done["sha256"]:
+        raise UserError(f"{path} is missing or was altered; delete {path.parent} and run the benchmark again.")
+    tensors = load_file(path)
+
+    def part(name: str) -> tuple[Tensor, Tensor]:
+        return tensors[f"{name}|log_probs"], tensors[f"{name}|labels"]
+
+    return Predictions(part(VALIDATION), {name: part(f"test:{name}") for name in cell.settings["test_sets"]})
+
+
+def _loaded(address: str, output: Path, *, fitted: str | None) -> Run:
+    """A training cell's run; what a post-hoc method fits or has fitted lies in the cell `fitted`."""
+    run = load_run(output / "cells" / address / RUN)
+    return replace(run, directory=output / "cells" / fitted) if fitted else run
+
+
+def _rows_of(run: Run) -> TrainingRows:
+    recipe = Recipe(**run.record["recipe"])
+    return select_rows(load_task(recipe.data), recipe)
+
+
+def _log_probs(run: Run, rows: list[Example], strategy: Predictive, batch_size: int) -> tuple[Tensor, float]:
+    """Log class probabilities (N, n, C), and the seconds of the passes without the frozen layers, which are shared."""
+    encoded = with_stored_trunk(run.scorer, run.encode(rows), batch_size=batch_size)
+    start = time.perf_counter()
+    log_probs = predict(run.scorer, encoded, strategy, batch_size=batch_size)
+    return log_probs, time.perf_counter() - start
+
+
+def _require_same(name: str, planned: str, found: str) -> None:
+    if planned != found:
+        raise UserError(f"The rows of {name} are not those that were planned with; run the benchmark again.")

@@ -1,0 +1,209 @@
+"""The exact Gauss-Newton matrix of the class logits in all s of all layers together.
+
+    H = sum_n J_n^T Lambda_n J_n,   J_n (C, D) the Jacobian of row n's class logits,   Lambda_n = diag(p_n) - p_n p_n^T
+
+No factor, block or diagonal stands for it: D is the number of s, so that H is D x D. Memory: 8 D^2 bytes for H, and
+4 times as many while it is decomposed (8 MB in all at D = 500, 3.2 GB at D = 10,000), whatever the number of rows.
+
+Subspace Laplace: q(s) = N(s_adapter, (H + precision I)^-1) over all s of all layers jointly.
+
+    log p(D | precision) ~ log p(D | s) - precision |s|^2 / 2 - 1/2 sum_i log(1 + h_i / precision)      [MacKay 1992]
+
+H is the exact Gauss-Newton matrix (`curvature.py`), h_i its eigenvalues, the prior N(0, I / precision) on relative
+strengths (s = 1 at the adapter; see the room's docstring). At the maximum, precision |s|^2 = sum_i h_i / (h_i +
+precision), the effective number of parameters: it is at most the number of components in use, so that the precision is
+at most 1.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scalabl.core.errors import UserError
+from scalabl.core.progress import progress_bar
+from scalabl.posterior.evidence import log_evidence
+from scalabl.posterior.joint import JointGaussian
+from scalabl.predictive.kronecker import likelihood_root
+from scalabl.predictive.linearized import logit_jacobian
+from scalabl.scoring.base import Encoded
+from scalabl.scoring.scorer import Scorer, batches
+from scalabl.tuner.diagnostics import weights_of
+from scalabl.tuner.layers import stochastic_layers
+
+
+@dataclass(frozen=True)
+class JointCurvature:
+    """What one pass over labelled rows leaves.
+
+    Attributes:
+        matrix: H, (D, D), float64, on the CPU.
+        ranks: the layers in the order of H's rows -> how many numbers each has.
+        log_likelihood: sum_n log p(y_n | x_n, s_mu) in nats.
+        rows: how many.
+    """
+
+    matrix: Tensor
+    ranks: dict[str, int]
+    log_likelihood: float
+    rows: int
+
+
+def gauss_newton(
+    scorer: Scorer,
+    rows: Sequence[Encoded],
+    *,
+    batch_size: int = 8,
+    advance: Callable[[int], None] | None = None,
+) -> JointCurvature:
+    """One pass over labelled rows, at the posterior mean.
+
+    Args:
+        scorer: a model with stochastic layers.
+        rows: encoded rows with answers.
+        batch_size: rows at a time; the result does not depend on it.
+        advance: called with the number of rows done, for a progress bar.
+
+    Raises:
+        UserError: no rows, a row without an answer, or more numbers than the memory holds.
+    """
+    if not rows or any(row.answer is None for row in rows):
+        raise UserError("The curvature is taken over labelled rows, but there are none or some have no answer.")
+    ranks = {name: leaf.out_features for name, leaf in stochastic_layers(scorer.model).items()}
+    size = sum(ranks.values())
+    _require_memory(size)
+    matrix, log_likelihood = torch.zeros(size, size, dtype=torch.float64), 0.0
+    was_training = scorer.model.training
+    scorer.model.eval()
+    try:
+        for indices, chunk in batches(rows, batch_size):
+            batch = scorer.with_trunk(scorer.scoring.collate(chunk).to(scorer.device))
+            logits, jacobians = logit_jacobian(scorer, batch)
+            jacobian = torch.cat(list(jacobians.values()), dim=-1).double()
+            # the Jacobian is that of differences to the first class, whose column of Lambda follows from the others
+            root = likelihood_root(logits.double())[:, 1:]
+            weighted = torch.einsum("bck,bcd->bkd", root, jacobian).flatten(0, 1).cpu()
+            matrix.addmm_(weighted.T, weighted)
+            log_likelihood += logits.double().log_softmax(-1).gather(-1, batch.answers[:, None]).sum().item()
+            if advance is not None:
+                advance(len(indices))
+    finally:
+        scorer.model.train(was_training)
+    return JointCurvature(matrix, ranks, log_likelihood, len(rows))
+
+
+def _require_memory(size: int) -> None:
+    needed, there = 4 * 8 * size**2, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        raise UserError(
+            f"The joint covariance of {size:,} numbers takes {needed / 2**30:.0f} GiB, more than this machine has; use "
+            "--method vi, whose covariance is diagonal."
+        )
+
+
+# components below this share of their layer's strongest are not used: rounding alone made them
+_NEGLIGIBLE = 1e-6
+_LOWEST, _HIGHEST, _A_DECADE = 1e-8, 1e4, 10
+_GOLDEN = (math.sqrt(5) - 1) / 2
+
+
+def fit_laplace(
+    scorer: Scorer, rows: Sequence[Encoded], *, batch_size: int = 8, prior_precision: float | None = None
+) -> tuple[JointGaussian, dict[str, Any]]:
+    """One pass over labelled rows, and the posterior.
+
+    Args:
+        scorer: a model with stochastic layers whose s is 1.
+        rows: encoded rows with answers.
+        batch_size: rows at a time.
+        prior_precision: of the relative strengths; None takes the one of the highest evidence.
+
+    Returns:
+        the joint covariance, and facts: prior_precision, log_evidence, log_likelihood, numbers (D), components
+        (those in use), effective_parameters, rows.
+    """
+    components = used_components(scorer)
+    with progress_bar() as progress:
+        bar = progress.add_task("curvature", total=len(rows), detail="")
+        curvature = gauss_newton(scorer, rows, batch_size=batch_size, advance=lambda n: progress.advance(bar, n))
+    return posterior_of(curvature, components, prior_precision)
+
+
+def posterior_of(
+    curvature: JointCurvature, squared_norm: float, prior_precision: float | None = None
+) -> tuple[JointGaussian, dict[str, Any]]:
+    """The Gaussian of precision H + precision I, and the facts of `fit_laplace`.
+
+    Args:
+        curvature: H.
+        squared_norm: |s|^2, the number of components in use.
+        prior_precision: None takes the one of the highest evidence.
+
+    Raises:
+        UserError: the precision is not positive.
+    """
+    eigenvalues, vectors = torch.linalg.eigh(curvature.matrix)
+    eigenvalues = eigenvalues.clamp_min(0)  # rounding
+    precision = best_precision(squared_norm, eigenvalues) if prior_precision is None else prior_precision
+    if not (math.isfinite(precision) and precision > 0):
+        raise UserError(f"The prior precision is {precision}; it must be a positive number.")
+    joint = JointGaussian.from_precision(eigenvalues + precision, vectors, curvature.ranks)
+    evidence = log_evidence(curvature.log_likelihood, squared_norm, [eigenvalues], eigenvalues.new_tensor(precision))
+    facts = {
+        "prior_precision": precision,
+        "log_evidence": evidence.item(),
+        "log_likelihood": curvature.log_likelihood,
+        "numbers": joint.size,
+        "components": int(squared_norm),
+        "effective_parameters": (eigenvalues / (eigenvalues + precision)).sum().item(),
+        "rows": curvature.rows,
+    }
+    return joint, facts
+
+
+def best_precision(squared_norm: float, eigenvalues: Tensor) -> float:
+    """The prior precision of the highest evidence: the best of a logarithmic grid, refined by golden section.
+
+    The evidence may have several maxima; the grid (10 points a decade, 1e-8 to 1e4) finds the highest.
+
+    Args:
+        squared_norm: |s|^2, positive.
+        eigenvalues: (D,) of H, float64.
+    """
+
+    def at(log_precision: float) -> float:
+        precision = eigenvalues.new_tensor(log_precision).exp()
+        return log_evidence(0.0, squared_norm, [eigenvalues], precision).item()
+
+    points = round(math.log10(_HIGHEST / _LOWEST)) * _A_DECADE + 1
+    grid = torch.linspace(math.log(_LOWEST), math.log(_HIGHEST), points, dtype=torch.float64).tolist()
+    best = max(range(points), key=lambda i: at(grid[i]))
+    low, high = grid[max(0, best - 1)], grid[min(points - 1, best + 1)]
+    while high - low > 1e-9:
+        left, right = high - _GOLDEN * (high - low), low + _GOLDEN * (high - low)
+        low, high = (low, right) if at(left) >= at(right) else (left, high)
+    return math.exp((low + high) / 2)
+
+
+def used_components(scorer: Scorer) -> int:
+    """How many components of all layers the adapter uses.
+
+    Raises:
+        UserError: none, B is zero everywhere; or s is not 1 at the mean.
+    """
+    used = 0
+    for layer in weights_of(scorer.model):
+        strength = layer.up.detach().float().norm(dim=0)
+        used += int((strength > _NEGLIGIBLE * strength.max().clamp_min(1e-30)).sum())
+    if used == 0:
+        raise UserError("The adapter's B is zero in every layer, so it was never trained; give a trained adapter.")
+    means = torch.cat([leaf.posterior.mean.detach() for leaf in stochastic_layers(scorer.model).values()])
+    if not torch.equal(means, torch.ones_like(means)):
+        raise UserError("The prior is on relative strengths, so s must be 1 everywhere; start from a plain LoRA.")
+    return used

@@ -1,0 +1,244 @@
+"""Variational inference on the mean and sigma of s alone, A and B frozen.
+
+    maximise E_q[log p(y | x, s)] - KL(q || p),   q(s) = N(s_mu, Sigma), started at s_mu = 1       [ScalaBL, ELBO]
+
+The trainer and the KL's callback are those of `scalabl train`. The mean moves too, so that the mean prediction does.
+
+From a plain LoRA and rows to a finished run with a posterior.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig, PeftConfig, PeftModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, set_seed
+
+from scalabl.core import __version__
+from scalabl.core.errors import UserError
+from scalabl.core.files import ADAPTER, sha256, write_json
+from scalabl.data.example import Example, Task
+from scalabl.runs.adapter_file import CONFIG
+from scalabl.runs.directory import RECORD
+from scalabl.runs.loading import load_adapter, require_base
+from scalabl.runs.models import held, load_base
+from scalabl.runs.recipe import Recipe
+from scalabl.scoring.base import Encoded, Scoring
+from scalabl.scoring.scorer import Scorer, make_scoring
+from scalabl.scoring.trunk import Trunk
+from scalabl.scoring.trunk_store import with_stored_trunk
+from scalabl.training.choose_scoring import candidates, choose_scoring, describe
+from scalabl.training.log_values import finite
+from scalabl.training.posthoc.laplace import fit_laplace, used_components
+from scalabl.training.posthoc.settings import Settings, SourceAdapter, refuse_options
+from scalabl.training.posthoc.svd import scalabl_config, scalabl_tensors
+from scalabl.training.run import LOG, count_parameters, optimise
+from scalabl.tuner.config import SUPPORTED_LORA_OPTIONS, ScalaBLConfig
+from scalabl.tuner.diagnostics import unconverged
+from scalabl.tuner.fingerprint import fingerprint
+from scalabl.tuner.joint import save_joint, set_joint
+from scalabl.tuner.layers import stochastic_layers
+from scalabl.tuner.mean_adapter import MEAN_DIRECTORY
+
+
+def fit_variational(recipe: Recipe, scratch: Path, scorer: Scorer, rows: Sequence[Encoded]) -> list[dict[str, float]]:
+    """Train the posterior of a loaded ScalaBL adapter in place.
+
+    Args:
+        recipe: steps, batch size, learning rate and the KL's schedule.
+        scratch: a directory for the trainer's files.
+        scorer: the model.
+        rows: encoded rows with answers.
+
+    Returns:
+        what the trainer logged.
+
+    Raises:
+        Interrupted: Ctrl-C.
+    """
+    model: PeftModel = scorer.model
+    model.requires_grad_(False)
+    for leaf in stochastic_layers(model).values():
+        leaf.posterior.requires_grad_(True)
+    log = optimise(recipe, scratch, model, scorer.scoring, scorer.trunk, list(rows))
+    model.eval()
+    return log
+
+
+# of the rows that choose a scoring, where the adapter does not say what it was trained with
+_CHOOSING_ROWS = 300
+
+
+def bayesianize(
+    source: SourceAdapter,
+    task: Task,
+    rows: tuple[Example, ...],
+    held_out: tuple[Example, ...],
+    output: Path,
+    settings: Settings,
+) -> dict[str, Any]:
+    """Fit the posterior and write a finished run directory; it appears whole or not at all.
+
+    `mean/` of Laplace's result is the adapter as it was given, byte for byte.
+
+    Args:
+        source: the plain LoRA.
+        task: where the rows are from.
+        rows: labelled rows.
+        held_out: rows that choose the scoring where neither source nor settings name one; some of `rows` if none.
+        output: an empty or missing directory.
+        settings: what decides the posterior.
+
+    Returns:
+        the run's record.
+
+    Raises:
+        UserError: the adapter cannot be made Bayesian, or the rows cannot be scored.
+    """
+    output.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = output.with_name(f".{output.name}.{os.getpid()}")
+    try:
+        record = _build(source, task, rows, held_out, unfinished, settings)
+        os.replace(unfinished, output)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return record
+
+
+def _build(
+    source: SourceAdapter,
+    task: Task,
+    rows: tuple[Example, ...],
+    held_out: tuple[Example, ...],
+    directory: Path,
+    settings: Settings,
+) -> dict[str, Any]:
+    recipe = settings.recipe
+    config, tensors = _converted(source, recipe)
+    base, tokenizer = load_base(recipe.model, **held(recipe.as_dict()))
+    if source.record:
+        require_base(base, source.record)
+    config.base_fingerprint = fingerprint(base)
+    # on disk first: from here on it is an adapter like any other
+    directory.mkdir()
+    save_file(tensors, directory / ADAPTER, metadata={"format": "pt"})
+    config.save_pretrained(str(directory))
+    model = load_adapter(base, directory)
+    adapted, found = sum(name.endswith(".direction") for name in tensors), len(stochastic_layers(model))
+    if found != adapted:
+        raise UserError(
+            f"The adapter is for {adapted} layers, but the base model has {found} of them; give its own with --model."
+        )
+    set_seed(recipe.seed)
+
+    labels = source.record["task"]["labels"] if source.record else task.labels
+    trunk = Trunk(model)
+    shared = trunk if trunk.depth else None
+    scoring, nll = _scoring(source, settings, model, shared, tokenizer, rows, held_out, labels)
+    scorer = Scorer(model, scoring, shared)
+    used_components(scorer)
+    encoded = with_stored_trunk(scorer, [scorer.scoring.encode(row) for row in rows], batch_size=recipe.batch_size)
+    fit = _laplace if settings.method == "laplace" else _variational
+    record: dict[str, Any] = {
+        "scalabl": __version__,
+        "status": "finished",
+        "recipe": recipe.as_dict(),
+        "task": {"name": task.name, "source": task.source, "licence": task.licence, "labels": labels},
+        "rows": {"train": len(rows), "validation": len(held_out)},
+        "scoring": scorer.scoring.settings(),
+        "scoring_nll": nll,
+        "scoring_name": describe(scorer.scoring),
+        "parameters": count_parameters(model),
+        "base_fingerprint": config.base_fingerprint,
+        "versions": {name: version(name) for name in ("torch", "transformers", "peft", "accelerate")},
+        "device": str(scorer.device),
+        "warnings": [],
+        **fit(source, scorer, encoded, settings, directory),
+        "adapter_sha256": sha256(directory / ADAPTER),
+    }
+    write_json(directory / RECORD, record)
+    return record
+
+
+def _converted(source: SourceAdapter, recipe: Recipe) -> tuple[ScalaBLConfig, dict[str, Tensor]]:
+    refuse_options({k: v for k, v in source.config.items() if k not in SUPPORTED_LORA_OPTIONS})
+    plain = PeftConfig.from_pretrained(str(source.directory))
+    assert isinstance(plain, LoraConfig)
+    config = scalabl_config(
+        plain,
+        covariance=recipe.covariance,
+        prior_mean=recipe.prior_mean,
+        prior_std=recipe.prior_std,
+        init_sigma=recipe.init_sigma,
+        empirical_prior=recipe.empirical_prior,
+        draws=recipe.draws,
+    )
+    config.base_model_name_or_path = source.model
+    try:
+        return config, scalabl_tensors(load_file(source.directory / ADAPTER), config)
+    except SafetensorError as error:
+        raise UserError(f"{source.directory / ADAPTER} is truncated or altered ({error}); restore the file.") from error
+
+
+def _scoring(
+    source: SourceAdapter,
+    settings: Settings,
+    model: PeftModel,
+    trunk: Trunk | None,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: tuple[Example, ...],
+    held_out: tuple[Example, ...],
+    labels: tuple[str, ...] | None,
+) -> tuple[Scoring, dict[str, float]]:
+    """The run's own scoring, or the one under which the adapter itself has the lowest NLL, with every option's."""
+    if source.record and not settings.scoring_given:
+        return make_scoring(source.record["scoring"], tokenizer), {}
+    options = candidates(settings.recipe, tokenizer, (*rows, *held_out), labels)
+    longest = max((options[-1].encode(row) for row in rows[:50]), key=lambda row: sum(map(bool, row.segments)))
+    Scorer(model, options[-1]).check_packing(longest)
+    choosing = list(held_out or rows)
+    return choose_scoring(options, model, trunk, random.Random(0).sample(choosing, min(_CHOOSING_ROWS, len(choosing))))
+
+
+def _laplace(
+    source: SourceAdapter, scorer: Scorer, rows: list[Encoded], settings: Settings, directory: Path
+) -> dict[str, Any]:
+    joint, facts = fit_laplace(
+        scorer, rows, batch_size=settings.recipe.batch_size, prior_precision=settings.prior_precision
+    )
+    joint = joint.restricted(settings.structure)  # type: ignore[arg-type]
+    set_joint(scorer.model, joint)
+    config = scorer.model.peft_config[scorer.model.active_adapter]
+    config.prior_mean, config.prior_std = 0.0, facts["prior_precision"] ** -0.5
+    scorer.model.save_pretrained(str(directory))
+    for name in (CONFIG, ADAPTER):  # the adapter as it was given, instead of its mean in other factors
+        shutil.copyfile(source.directory / name, directory / MEAN_DIRECTORY / name)
+    return {
+        "recipe": settings.recipe.as_dict() | {"steps": 0, "prior_std": config.prior_std},
+        "joint_sha256": save_joint(directory, joint),
+        "predictive": "linearized",  # the Gaussian is the posterior of the linearised model [Immer et al. 2021]
+        "bayesianized": _origin(source, settings) | {"structure": settings.structure} | facts,
+    }
+
+
+def _variational(
+    source: SourceAdapter, scorer: Scorer, rows: list[Encoded], settings: Settings, directory: Path
+) -> dict[str, Any]:
+    log = fit_variational(settings.recipe, directory, scorer, rows)
+    shutil.rmtree(directory / "checkpoints", ignore_errors=True)
+    scorer.model.save_pretrained(str(directory))
+    write_json(directory / LOG, finite(log))
+    return {"bayesianized": _origin(source, settings), "warnings": unconverged(log)}
+
+
+def _origin(source: SourceAdapter, settings: Settings) -> dict[str, Any]:
+    return {"method": settings.method, "adapter_sha256": sha256(source.directory / ADAPTER)}

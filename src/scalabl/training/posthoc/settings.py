@@ -1,0 +1,234 @@
+"""The adapter that is to be made Bayesian, checked before anything heavy is imported.
+
+What decides a posterior that is fitted to a finished adapter. Imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from scalabl.core.errors import UserError
+from scalabl.core.files import ADAPTER
+from scalabl.data.example import Example, Task
+from scalabl.data.load import load_task
+from scalabl.data.training_data import with_labels
+from scalabl.runs.adapter_file import CONFIG
+from scalabl.runs.directory import RECORD, classifier_record
+from scalabl.runs.recipe import LARGEST, Recipe, typed_setting
+
+# ways of drawing A and B that take the draw out of the base's weights: the adapter fits no base that can be loaded
+_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# options that say nothing about the finished weights
+_INERT = {
+    "megatron_core", "qalora_group_size", "runtime_config", "loftq_config", "eva_config", "corda_config",
+    "lora_ga_config",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SourceAdapter:
+    """A plain LoRA on disk.
+
+    Attributes:
+        directory: `adapter_config.json` and `adapter_model.safetensors`.
+        config: the former's content.
+        record: the run's record, where `scalabl train` made it.
+        model: the base model, a directory or a name.
+    """
+
+    directory: Path
+    config: dict[str, Any]
+    record: dict[str, Any] | None
+    model: str
+
+
+def read_source(directory: Path, model: str | None = None) -> SourceAdapter:
+    """Check an adapter directory.
+
+    Args:
+        directory: made by PEFT's `save_pretrained`, or a finished run of plain LoRA.
+        model: the base model; by default the one that the run or the adapter names.
+
+    Raises:
+        UserError: files are missing, altered or not finished; it is no plain LoRA; its base model is not named.
+    """
+    for name in (CONFIG, ADAPTER):
+        if not (directory / name).is_file():
+            raise UserError(f"{directory} holds no {name}; give a directory made by PEFT's save_pretrained.")
+    try:
+        config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{directory / CONFIG} is not readable JSON; restore the file.") from error
+    kind = config.get("peft_type") if isinstance(config, dict) else None
+    if kind == "SCALABL":
+        raise UserError(f"{directory} has a posterior already; give a plain LoRA (its mean/ is one).")
+    if kind != "LORA":
+        raise UserError(f"{directory} holds an adapter of type {kind}, but only a plain LoRA can be made Bayesian.")
+    if config.get("task_type") not in (None, "CAUSAL_LM"):
+        raise UserError(f"{directory} was trained for {config['task_type']}, but only CAUSAL_LM is supported.")
+    if config.get("use_dora"):
+        raise UserError(f"{directory} is a DoRA, whose norms depend on the weights; only a plain LoRA is supported.")
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(_CHANGE_THE_BASE):
+        raise UserError(
+            f"{directory} was started with init_lora_weights={start!r}, which changes the base model's weights; "
+            "convert it to a plain LoRA first (path_initial_model_for_weight_conversion of save_pretrained)."
+        )
+    record = classifier_record(directory) if (directory / RECORD).is_file() else None
+    named = model or (record["recipe"]["model"] if record else config.get("base_model_name_or_path"))
+    if not named:
+        raise UserError(f"{directory / CONFIG} does not name the base model; give it with --model.")
+    if named.startswith((".", "/", "~")) and not Path(named).expanduser().is_dir():
+        raise UserError(f"There is no model directory {named}; give the base model with --model.")
+    return SourceAdapter(directory, config, record, named)
+
+
+def refuse_options(options: Mapping[str, Any]) -> None:
+    """Refuse options of LoRA that a ScalaBL adapter cannot carry, where they are set.
+
+    Raises:
+        UserError: the first of them.
+    """
+    for name, value in options.items():
+        if value and name not in _INERT:
+            raise UserError(f"The adapter uses LoRA's option {name}, which cannot be made Bayesian; train without it.")
+
+
+def rows_for(
+    source: SourceAdapter, data: str, train_rows: int | None = None
+) -> tuple[Task, tuple[Example, ...], tuple[Example, ...]]:
+    """The task, the rows that the posterior is fitted on, and the held-out rows (perhaps none).
+
+    Args:
+        source: the adapter; a run's class words become the rows' choices.
+        data: a benchmark's name, a JSONL file, or a directory of them; its train split, or all rows where it has none.
+        train_rows: take so many, the same ones every time.
+
+    Raises:
+        UserError: no such data, bad rows, or other labels than the run's.
+    """
+    if train_rows is not None and train_rows < 1:
+        raise UserError(f"--train-rows is {train_rows}; it must be at least 1.")
+    task = load_task(data)
+    labels = source.record["task"]["labels"] if source.record else task.labels
+    every = [row for rows in task.splits.values() for row in rows]
+    rows = with_labels(task.splits.get("train", tuple(every)), labels, data)
+    held_out = with_labels(task.splits.get("validation", ()), labels, data)
+    if any(row.answer is None for row in rows):
+        raise UserError(f"{data} has rows without an answer; a posterior is fitted on labelled rows.")
+    if train_rows is not None and train_rows < len(rows):
+        rows = random.Random(0).sample(rows, train_rows)
+    return task, tuple(rows), tuple(held_out)
+
+
+def require_free(output: Path) -> None:
+    """Refuse an output directory that is not empty or cannot be written.
+
+    Raises:
+        UserError: so it is.
+    """
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"{output} exists and is not empty; choose another --output.")
+    existing = output.resolve().parent
+    while not existing.exists():
+        existing = existing.parent
+    probe = existing / f".{output.name}.probe"
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"{output} cannot be written ({error.strerror}); choose another --output.") from error
+
+
+METHODS = ("laplace", "vi")
+STRUCTURES = ("joint", "layer", "diagonal")
+# settings of a run's recipe that its adapter keeps; how it was trained is over
+_KEPT = (
+    "r", "lora_alpha", "target_modules", "layers", "scoring", "normalization", "chat", "max_length", "seed", "dtype",
+    "bits", "quantization",
+)  # fmt: skip
+_VARIATIONAL = {"steps", "variational_learning_rate", "prior_std", "init_sigma", "schedule", "beta"}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the posterior.
+
+    Attributes:
+        method: "laplace" or "vi".
+        recipe: scoring, batch size and precision of the model; for "vi" steps, rates and the prior too.
+        structure: which correlations Laplace's covariance keeps: "joint", "layer" or "diagonal".
+        prior_precision: Laplace's, on relative strengths; None takes the one of the highest evidence.
+        scoring_given: whether the recipe's scoring was asked for, so that it holds against the run's own.
+
+    Raises:
+        UserError: a value out of its range, or one that the method does not read.
+    """
+
+    method: str
+    recipe: Recipe
+    structure: str = "joint"
+    prior_precision: float | None = None
+    scoring_given: bool = False
+
+    def __post_init__(self) -> None:
+        for name, value, choices in (("method", self.method, METHODS), ("structure", self.structure, STRUCTURES)):
+            if value not in choices:
+                raise UserError(f"{name} is {value!r}; it must be one of {', '.join(choices)}.")
+        precision = self.prior_precision
+        if precision is not None and not 0 < precision <= LARGEST:
+            raise UserError(f"prior_precision is {precision}; it must be a positive number, at most {LARGEST:g}.")
+        if self.method == "vi" and (precision is not None or self.structure != "joint"):
+            raise UserError("prior_precision and structure belong to laplace; leave them out for vi.")
+
+
+def settings_for(
+    source: SourceAdapter,
+    data: str,
+    method: str = "laplace",
+    *,
+    structure: str = "joint",
+    prior_precision: float | None = None,
+    **given: Any,
+) -> Settings:
+    """The settings of a posterior: the source run's own where it has one, else what the adapter's configuration says.
+
+    Args:
+        source: the adapter.
+        data: what the posterior is fitted on.
+        method: "laplace" or "vi".
+        structure: see `Settings`.
+        prior_precision: see `Settings`.
+        given: settings of a recipe; None leaves one as it is.
+
+    Raises:
+        UserError: a value out of its range, or one that the method does not read.
+    """
+    named = {name: value for name, value in given.items() if value is not None}
+    if source.record:
+        settings = {name: value for name, value in source.record["recipe"].items() if name in _KEPT}
+    else:
+        targets = source.config.get("target_modules") or "all-linear"
+        settings = {
+            **{name: _number(source, name) for name in ("r", "lora_alpha")},
+            "target_modules": targets if isinstance(targets, str) else ",".join(sorted(targets)),
+        }
+    if source.record and "scoring" not in named and (unread := sorted(named.keys() & {"chat", "max_length"})):
+        raise UserError(f"{unread[0]} belongs to a scoring, and a run keeps its own; name one with --scoring too.")
+    if method == "laplace" and (unread := sorted(named.keys() & _VARIATIONAL)):
+        raise UserError(f"{unread[0]} belongs to vi; leave it out for laplace, which takes one pass over the rows.")
+    covariance = "full" if method == "laplace" else "diagonal"
+    settings |= {"method": "scalabl", "model": source.model, "data": data, "covariance": covariance}
+    return Settings(method, Recipe(**settings | named), structure, prior_precision, "scoring" in named)
+
+
+def _number(source: SourceAdapter, name: str) -> Any:
+    try:
+        return typed_setting(name, source.config.get(name))
+    except UserError as error:
+        raise UserError(f"{source.directory / CONFIG}: {str(error).rstrip('.')}; restore the file.") from error

@@ -1,0 +1,384 @@
+"""Shards answered by a local Ray: every row once and as one process answers it, whoever is killed on the way."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from sharded_rows import SIZES, all_rows, answers_in, read_answers, titles, write_shards
+from tiny_base import as_json, questions, tiny_base, write_jsonl
+
+import scalabl.cli.predict  # noqa: F401  (adds its command to the app)
+import scalabl.serving.ray_prediction as module
+from scalabl.cli.app import app
+from scalabl.core.errors import UserError
+from scalabl.data import load_rows
+from scalabl.inference.answering import Asked, Decision
+from scalabl.inference.batch_prediction import predict_file
+from scalabl.inference.promise import Promise
+from scalabl.metrics.selective import Threshold
+from scalabl.predictive.sampling import Sampling
+from scalabl.runs.recipe import Recipe
+from scalabl.serving.ray_pool import ATTEMPTS, Job, Pool
+from scalabl.serving.ray_prediction import Summary, predict_shards
+from scalabl.training.run import train
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[str]:
+    """The address of a cluster of two cores; this process is connected to it."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield ray.get_runtime_context().gcs_address
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run with 30 held-out rows and a posterior that matters."""
+    task = tmp_path_factory.mktemp("task")
+    for seed, (split, number) in enumerate((("train", 24), ("validation", 30))):
+        write_jsonl(task / f"{split}.jsonl", map(as_json, questions(number, seed=seed)))
+    output = tmp_path_factory.mktemp("runs") / "run"
+    recipe = Recipe(
+        model=str(tiny_base()), data=str(task), steps=6, batch_size=4, r=4, layers="last:2", learning_rate=0.05,
+        scoring="continuation", normalization="token", validation_rows=30, max_length=64, init_sigma=0.5,
+    )  # fmt: skip
+    train(recipe, output)
+    return output
+
+
+def by_one_process(run: Path, directory: Path, **settings: Any) -> list[dict[str, Any]]:
+    rows = write_jsonl(directory / "rows.jsonl", map(as_json, all_rows()))
+    predict_file(run, load_rows(rows, require_answer=False), directory / "alone.jsonl", **settings)
+    return read_answers(directory / "alone.jsonl")
+
+
+def assert_equal(found: list[dict[str, Any]], alone: list[dict[str, Any]]) -> None:
+    """The same rows in the same order with the same answers, up to float32's rounding in other batches."""
+    assert [answer["id"] for answer in found] == [row.id for row in all_rows()]
+    for one, other in zip(found, alone, strict=True):
+        assert one.keys() == other.keys() and list(one["probs"]) == list(other["probs"])
+        assert one["probs"] == pytest.approx(other["probs"], abs=1e-5)
+        for name in one.keys() - {"probs"}:
+            same = pytest.approx(other[name], abs=1e-5) if isinstance(other[name], float) else other[name]
+            assert one[name] == same, name
+
+
+def times(output: Path) -> dict[str, int]:
+    return {str(path.relative_to(output)): path.stat().st_mtime_ns for path in output.rglob("*") if path.is_file()}
+
+
+def test_a_killed_worker_costs_nothing_but_its_block(cluster: str, run: Path, tmp_path: Path) -> None:
+    shards, output = write_shards(tmp_path / "rows", "jsonl"), tmp_path / "answers"
+    (shards / "_SUCCESS.jsonl").write_text("")  # no shard
+    blocks: list[int] = []
+    decisions: list[Decision] = []
+    victims: list[int] = []
+    midway = threading.Event()
+
+    def kill_who_is_at_work() -> None:
+        midway.wait()
+        while not victims and not done:
+            at_work = [pid for pid, title in titles(os.getpid()).items() if title.startswith("ray::Worker.answer")]
+            for pid in at_work[:1]:
+                os.kill(pid, signal.SIGKILL)
+                victims.append(pid)
+
+    def report(rows: int) -> None:
+        blocks.append(rows)
+        midway.set()
+
+    settings: dict[str, Any] = {"samples": 10, "seed": 1}
+    done: list[Summary] = []
+    killer = threading.Thread(target=kill_who_is_at_work)
+    killer.start()
+    try:
+        done.append(
+            predict_shards(
+                run, shards, output, cluster, Asked(**settings), batch_size=1, block_rows=2, tell=decisions.append,
+                report=report,
+            )
+        )  # fmt: skip
+    finally:
+        midway.set()
+        done = done or [Summary(0, 0, 0, None)]
+        killer.join()
+    assert len(victims) == 1
+    assert sorted(blocks) == [1, 1, *[2] * 11]  # of 7, 12 and 5 rows
+    assert done == [Summary(3, 24, 24, None)]
+    said: list[str] = []
+    alone = by_one_process(run, tmp_path, **settings, batch_size=1, say=said.append)
+    assert_equal(answers_in(output, "jsonl"), alone)
+    assert [decision.why for decision in decisions] == said and alone[0]["predictive"] == decisions[0].name
+    assert times(output).keys() == {"manifest.json", *(f"{name}.jsonl" for name in SIZES)}
+
+    # and once more there is nothing to do
+    before = times(output)
+    assert [predict_shards(run, shards, output, "127.0.0.1:1", Asked(**settings), block_rows=2)] == done
+    assert times(output) == before
+
+
+def test_a_killed_driver_goes_on_with_what_is_missing(
+    cluster: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shards, output = write_shards(tmp_path / "rows", "parquet"), tmp_path / "answers"
+    layers = {"samples": 12, "seed": 3, "stochastic_layers": "last:1"}
+    confidences = sorted(answer["confidence"] for answer in by_one_process(run, tmp_path, **layers, predictive="mc"))
+    middle = round((confidences[11] + confidences[12]) / 2, 6)
+    settings = {**layers, "abstain": middle, "sampling": Sampling(confidence=0.9)}
+    arguments = [
+        "predict", run, "--input", shards, "--output", output, "--ray", cluster, "--block-rows", 2, "--samples", 12,
+        "--seed", 3, "--abstain", middle, "--stochastic-layers", "last:1", "--adaptive", "--confidence", 0.9,
+    ]  # fmt: skip
+    program = "from scalabl.cli import main; main()"
+    driver = subprocess.Popen([sys.executable, "-c", program, *map(str, arguments)], stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 300
+    while len([*output.glob(".work/*/*.parquet")]) < 2:
+        assert driver.poll() is None and time.monotonic() < deadline, driver.stderr and driver.stderr.read()
+        time.sleep(0.01)
+    driver.kill()
+    driver.wait()
+    # the cluster ends the workers of a driver that is gone; what they have not put in place by then is missing
+    while any(title.startswith("ray::Worker") for title in titles(os.getpid()).values()):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    done = {name: time for name, time in times(output).items() if name.endswith(".parquet") and "/." not in name}
+    joined = [name for name in SIZES if (output / f"{name}.parquet").exists()]
+    rows_done = sum(SIZES[name] for name in joined)
+    rows_done += sum(len(read_answers(path)) for path in output.glob(".work/*/*.parquet") if path.name[0] != ".")
+    assert 4 <= rows_done < 24
+
+    blocks: list[int] = []
+    inodes = {name: (output / name).stat().st_ino for name in done}
+    summary = predict_shards(run, shards, output, cluster, Asked(**settings), block_rows=2, report=blocks.append)
+    assert sum(blocks) == 24 - rows_done
+    for name in joined:
+        assert times(output)[f"{name}.parquet"] == done[f"{name}.parquet"]
+        assert (output / f"{name}.parquet").stat().st_ino == inodes[f"{name}.parquet"]
+    alone = by_one_process(run, tmp_path, **settings)
+    found = answers_in(output, "parquet")
+    assert_equal(found, alone)
+    answered = sum(answer["label"] is not None for answer in alone)
+    assert 0 < answered < 24 and len({answer["particles"] for answer in alone}) > 1
+    assert summary == Summary(3, 24, answered, pytest.approx(sum(a["particles"] for a in alone) / 24))
+    assert not (output / ".work").exists()
+    capsys.readouterr()
+    app([str(word) for word in arguments], standalone_mode=False)  # nothing is left to do
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.startswith("24 answers to 3 shards in") and "answered 12 of 24 rows (50.0%)" in said
+    assert f"from {summary.particles:.1f} of at most 12 particles each" in said
+
+
+def test_a_row_that_cannot_be_answered_is_named_and_its_mend_redoes_its_shard_alone(
+    cluster: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "FIRST", 8)
+    shards, output = write_shards(tmp_path / "rows", "jsonl"), tmp_path / "answers"
+    part = shards / "day=2" / "part-0.jsonl"
+    lines = part.read_text().splitlines()
+    too_long = {"id": "long", "question": "which?", "choices": ["red", "blue " * 200]}
+    part.write_text("\n".join([*lines[:3], "", json.dumps(too_long), *lines[3:]]) + "\n")
+    promise = Promise(0.9, 0.6)
+    settings = {"predictive": "mc", "samples": 4, "sampling": Sampling(draws="sobol"), "promise": promise}
+    thresholds: list[Threshold | None] = []
+
+    def answer() -> Summary:
+        return predict_shards(
+            run, shards, output, cluster, Asked(**settings), block_rows=3,
+            tell=lambda decision: thresholds.append(decision.threshold),
+        )  # fmt: skip
+
+    with pytest.raises(UserError, match=r"part-0\.jsonl:5: The choices of a row take .* All else is done; mend it"):
+        answer()
+    before = times(output)
+    assert {f"{name}.jsonl" for name in list(SIZES)[:2]} <= before.keys() and "day=2/part-0.jsonl" not in before
+    part.write_text("\n".join(lines) + "\n")
+    # whose answers are taken away although they are there
+    (shards / "a.jsonl").write_text("\n".join([*reversed((shards / "a.jsonl").read_text().splitlines())]) + "\n")
+    answer()
+    after = times(output)
+    assert after["day=1/part-0.jsonl"] == before["day=1/part-0.jsonl"] and after["a.jsonl"] != before["a.jsonl"]
+    turned = read_answers(output / "a.jsonl")[::-1]
+    alone = by_one_process(run, tmp_path, **settings, tell=thresholds.append)
+    assert_equal(turned + answers_in(output, "jsonl")[7:], alone)
+    assert len(thresholds) == 3 and thresholds[0] == thresholds[1]
+    assert thresholds[0] is not None and thresholds[2] is not None
+    assert thresholds[0].above == pytest.approx(thresholds[2].above, abs=1e-5)
+
+
+def trial_worker() -> type:
+    """Made here so that it travels to workers by value: they cannot import this module."""
+
+    class Trial:
+        def ready(self) -> None:
+            pass
+
+        def note(self, path: Path) -> int:
+            with path.open("a") as file:
+                file.write("x")
+            return len(path.read_text())
+
+        def die_once(self, path: Path) -> int:
+            if not path.exists():
+                path.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return self.note(path)
+
+        def die(self, path: Path) -> None:
+            self.note(path)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return Trial
+
+
+class Elsewhere:
+    """A worker of a module that the other machines do not have."""
+
+    def ready(self) -> None:
+        pass
+
+
+def test_a_pool_does_each_job_once_and_gives_up_one_that_kills(cluster: str, tmp_path: Path) -> None:
+    actor = ray.remote(num_cpus=1, max_restarts=0)(trial_worker())
+    pool = Pool(ray, actor.remote)
+    jobs = deque(Job("note", tmp_path / f"n{i}", ("note", i), f"note {i}") for i in range(6))
+    jobs.insert(2, Job("die_once", tmp_path / "once", ("once",), "once"))
+    results = {job.key: result for job, result in pool.do(jobs, 2)}
+    assert results == {**{("note", i): 1 for i in range(6)}, ("once",): 1}
+    assert pool.lost == 1
+    with pytest.raises(UserError, match="3 workers died at the last rows, perhaps out of memory; lower --batch-size"):
+        list(pool.do(deque([Job("die", tmp_path / "deaths", ("die",), "the last rows")]), 2))
+    assert (tmp_path / "deaths").read_text() == "x" * ATTEMPTS
+    pool.close()
+    nowhere = Pool(ray, ray.remote(num_cpus=1, max_restarts=0)(Elsewhere).remote)
+    with pytest.raises(UserError, match=r"cannot start \(.*No module named.*\); install the same scalabl"):
+        list(nowhere.do(deque([Job("note", tmp_path, ("note",), "a note")]), 1))
+    nowhere.close()
+
+
+@pytest.fixture
+def begun(run: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """Shards and an output directory whose manifest says that nothing of them is done."""
+    shards, output = write_shards(tmp_path / "rows", "jsonl"), tmp_path / "answers"
+    with pytest.MonkeyPatch.context() as patch:
+
+        def stop(ray: Any, work: Any, *_: Any) -> None:
+            work.manifest.decision = {**Decision("mc", None).as_dict(), "weight_bytes": 1}
+            work.begin(work.open_shards())
+            raise KeyboardInterrupt
+
+        patch.setattr(module, "_run", stop)
+        patch.setattr(module, "connected", _no_cluster)
+        patch.setattr(module, "gpus_each", lambda ray: 0)
+        with pytest.raises(KeyboardInterrupt):
+            predict_shards(run, shards, output, "local", Asked(predictive="mc"))
+    return shards, output
+
+
+def _no_cluster(address: str) -> Any:
+    from contextlib import nullcontext
+
+    return nullcontext()
+
+
+def test_another_adapter_other_settings_and_lost_shards_are_refused(
+    begun: tuple[Path, Path], run: Path, tmp_path: Path
+) -> None:
+    shards, output = begun
+    before = (output / "manifest.json").read_bytes()
+    other = tmp_path / "other"
+    shutil.copytree(run, other)
+    record = json.loads((other / "scalabl.json").read_text())
+    weights = bytearray((other / "adapter_model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (other / "adapter_model.safetensors").write_bytes(weights)
+    from scalabl.core.files import sha256
+
+    record["adapter_sha256"] = sha256(other / "adapter_model.safetensors")
+    (other / "scalabl.json").write_text(json.dumps(record))
+
+    def refused(directory: Path = run, given: Path = shards, asked: Asked | None = None, **settings: Any) -> str:
+        with pytest.raises(UserError) as error:
+            predict_shards(directory, given, output, "127.0.0.1:1", asked or Asked(predictive="mc"), **settings)
+        return str(error.value)
+
+    assert "holds answers of another adapter" in refused(other)
+    assert "other settings (samples was 10, now 3)" in refused(asked=Asked("mc", 3))
+    assert "other settings (promise was None, now {'max_error'" in refused(asked=Asked("mc", promise=Promise(0.5)))
+    assert "other settings (format was jsonl, now parquet)" in refused(format="parquet")
+    assert "has answers to a, which" in refused(given=shards / "day=1")
+    assert "The Ray cluster 127.0.0.1:1 cannot be reached" in _unconnected(refused)
+    assert (output / "manifest.json").read_bytes() == before
+
+
+def _unconnected(refused: Any) -> str:
+    """Where this process has a connection, that would be used."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ray, "is_initialized", lambda: False)
+        sentence: str = refused()
+        return sentence
+
+
+def test_a_cluster_of_another_kind_does_not_go_on(
+    begun: tuple[Path, Path], run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "connected", _no_cluster)
+    monkeypatch.setattr(module, "gpus_each", lambda ray: 1)
+    with pytest.raises(UserError, match="made on a CPU, and this cluster would go on with a GPU"):
+        predict_shards(run, *begun, "local", Asked(predictive="mc"))
+
+
+def test_a_second_call_waits_for_no_one(begun: tuple[Path, Path], run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from filelock import FileLock
+
+    monkeypatch.setattr(module, "connected", _no_cluster)
+    monkeypatch.setattr(module, "gpus_each", lambda ray: 0)
+    with (
+        FileLock(begun[1] / ".work" / "lock"),
+        pytest.raises(UserError, match="Another call writes into"),
+    ):
+        predict_shards(run, *begun, "local", Asked(predictive="mc"))
+
+
+def test_workers_are_as_many_as_gpus_or_as_cores_and_memory_allow() -> None:
+    class Resources:
+        def __init__(self, **found: float) -> None:
+            self.found = found
+
+        def cluster_resources(self) -> dict[str, float]:
+            return self.found
+
+    assert module._workers(Resources(CPU=64, GPU=8.0), 1, 10**12) == 8
+    assert module._workers(Resources(CPU=64, memory=160e9), 0, 10**10) == 10
+    assert module._workers(Resources(CPU=4, memory=160e9), 0, 10**10) == 4
+    assert module._workers(Resources(CPU=4, memory=1e9), 0, 10**10) == 1
+
+
+def test_options_that_do_not_go_together(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shards = write_shards(tmp_path / "rows", "jsonl")
+    arguments = ["predict", str(run), "--input", str(shards), "--output", str(tmp_path / "out")]
+
+    def refused(*more: object) -> str:
+        with pytest.raises(UserError) as error:
+            app([*arguments, *map(str, more)], standalone_mode=False)
+        return str(error.value)
+
+    assert "--format is for --ray" in refused("--format", "parquet")
+    assert "The format is 'csv'; it must be jsonl or parquet" in refused("--ray", "local", "--format", "csv")
+    assert "A block of 0 rows is none" in refused("--ray", "local", "--block-rows", 0)
+    assert "must be mean, mc or linearized" in refused("--ray", "local", "--predictive", "best")
+    assert "is a directory" in refused()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "--ray shares the work by itself" in refused("--ray", "local")
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,239 @@
+"""What a shard is, how it is cut and read, how answers are written, and which files are refused."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from sharded_rows import SIZES, all_rows, read_answers, write_shards
+from tiny_base import as_json, questions, write_jsonl
+
+from scalabl.core.errors import UserError
+from scalabl.data import load_rows
+from scalabl.inference.answering import Decision
+from scalabl.serving.shard_answers import Receipt, join, receipt_of, write_answers
+from scalabl.serving.shard_manifest import ShardManifest, open_output
+from scalabl.serving.shard_work import Work
+from scalabl.serving.shards import ShardSource, blocks_of, examine, find_sources, first_rows
+
+
+def source_of(path: Path) -> ShardSource:
+    (source,) = find_sources(path)
+    return source
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+@pytest.mark.parametrize("block_rows", [1, 4, 5, 100])
+def test_blocks_together_are_the_shards_rows_in_their_order(tmp_path: Path, suffix: str, block_rows: int) -> None:
+    sources = find_sources(write_shards(tmp_path, suffix))
+    assert [source.name for source in sources] == list(SIZES)
+    found = []
+    for source in sources:
+        shard = examine(source, "hash", None, block_rows)
+        blocks = blocks_of(source, shard, source.stamp())
+        assert shard.rows == SIZES[source.name] == sum(block.rows for block in blocks)
+        # read in any order, each from its own place
+        parts = {block.index: block.read(None) for block in reversed(blocks)}
+        found += [row for index in sorted(parts) for row in parts[index]]
+    expected = [(row.id, row.question, row.choices) for row in all_rows()]
+    assert [(row.id, row.question, row.choices) for _, row in found] == expected
+    assert found[7][0].endswith(f"part-0.{suffix}:1") and found[18][0].endswith(f"part-0.{suffix}:12")
+    assert [row for _, row in first_rows(sources, None, 9)] == [row for _, row in found[:9]]
+
+
+def test_blank_lines_bytes_and_missing_ids_keep_their_line_numbers(tmp_path: Path) -> None:
+    lines = ["\ufeff" + json.dumps({"question": "grün?", "choices": ["ä", "ß"]}, ensure_ascii=False), "  ", ""]
+    lines += [json.dumps({"question": f"{i}?", "choices": ["é", "b"]}, ensure_ascii=False) for i in range(4)]
+    (tmp_path / "x.jsonl").write_text("\r\n".join(lines), encoding="utf-8")
+    source = source_of(tmp_path / "x.jsonl")
+    blocks = blocks_of(source, examine(source, "", None, 2), source.stamp())
+    found = [row for block in blocks for _, row in block.read(None)]
+    assert [row.id for row in found] == ["x:1", "x:4", "x:5", "x:6", "x:7"]
+    assert tuple(found) == load_rows(tmp_path / "x.jsonl", require_answer=False)
+
+
+def test_parquet_rows_are_jsonl_rows(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [as_json(row) | {"id": i} for i, row in enumerate(questions(6))]
+    rows[2]["answer"] = rows[3]["id"] = None  # a null is a field that is not there
+    table = pa.Table.from_pylist(rows).append_column("__index_level_0__", pa.array(range(6)))
+    pq.write_table(table, tmp_path / "rows.parquet")
+    del rows[2]["answer"], rows[3]["id"]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    assert load_rows(tmp_path / "rows.parquet", require_answer=False) == load_rows(
+        tmp_path / "rows.jsonl", require_answer=False
+    )
+
+
+def test_text_rows_get_the_runs_labels_in_its_order(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "x.jsonl", [{"text": "a"}, {"text": "b", "label": "yes"}])
+    rows = first_rows([source_of(tmp_path / "x.jsonl")], ["no", "yes"], 5)
+    assert [row.choices for _, row in rows] == [("no", "yes")] * 2 and rows[1][1].answer == 1
+    with pytest.raises(UserError, match=r"x\.jsonl:1: a text row, but there are no labels"):
+        examine(source_of(tmp_path / "x.jsonl"), "", None, 5)
+
+
+def truncated(path: Path) -> Path:
+    pq.write_table(pa.Table.from_pylist([as_json(row) for row in questions(30)]), path)
+    path.write_bytes(path.read_bytes()[:-20])
+    return path
+
+
+def damaged(path: Path) -> Path:
+    """Whole at both ends, broken between."""
+    pq.write_table(pa.Table.from_pylist([as_json(row) for row in questions(30)]), path, compression="zstd")
+    content = bytearray(path.read_bytes())
+    content[4:200] = b"\xff" * 196
+    path.write_bytes(content)
+    return path
+
+
+def rows_of(*rows: Any) -> Callable[[Path], Path]:
+    return lambda path: write_jsonl(path, rows)
+
+
+def empty(path: Path) -> Path:
+    path.touch()
+    return path
+
+
+def no_json(path: Path) -> Path:
+    path.write_text('{"question": "a?", "choices": ["x", "y"]}\n{"question": ')
+    return path
+
+
+def no_rows(path: Path) -> Path:
+    pq.write_table(pa.table({"question": pa.array([], pa.string())}), path)
+    return path
+
+
+ROW = {"id": "a", "question": "which?", "choices": ["red", "blue"]}
+
+
+@pytest.mark.parametrize(
+    ("name", "write", "message"),
+    [
+        ("x.parquet", truncated, r"x\.parquet is no whole Parquet file \(.*\); write it again"),
+        ("x.parquet", damaged, r"x\.parquet is no whole Parquet file \(.*\); write it again"),
+        ("x.parquet", empty, r"x\.parquet is no whole Parquet file"),
+        ("x.parquet", no_rows, r"x\.parquet has no rows"),
+        ("x.jsonl", empty, r"x\.jsonl is empty"),
+        ("x.jsonl", no_json, r"x\.jsonl:2: not JSON"),
+        ("x.jsonl", rows_of(ROW, ROW), r"x\.jsonl:2: the id 'a' is also that of .*x\.jsonl:1"),
+        ("x.jsonl", rows_of(ROW, {"question": "b?", "choices": ["red"]}), r"x\.jsonl:2: only one choice"),
+        ("x.jsonl", rows_of(ROW, {"text": "b"}), r"x\.jsonl:2: text rows and question rows in one file"),
+    ],
+)
+def test_bad_shards_are_refused_with_their_place(
+    tmp_path: Path, name: str, write: Callable[[Path], Path], message: str
+) -> None:
+    (tmp_path / "rows").mkdir()
+    write(tmp_path / "rows" / name)
+    sources = find_sources(tmp_path / "rows")
+    with pytest.raises(UserError, match=message) as error:
+        Work.found(tmp_path / "out", "jsonl", ShardManifest({}, {}), sources, None, 5)
+    assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match=message):
+        load_rows(tmp_path / "rows" / name, require_answer=False)
+
+
+def test_what_names_no_shards(tmp_path: Path) -> None:
+    for given, message in [
+        (tmp_path / "none.jsonl", "does not exist"),
+        (tmp_path, "holds no .jsonl and no .parquet file"),
+        (tmp_path / "*.jsonl", "No file matches"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            find_sources(given)
+    write_jsonl(tmp_path / "a.jsonl", [ROW])
+    write_jsonl(tmp_path / "a.json", [ROW])
+    with pytest.raises(UserError, match="would have one file of answers"):
+        find_sources(tmp_path / "a.json*")
+    (tmp_path / "b.parquet").touch()
+    with pytest.raises(UserError, match="has JSONL and Parquet files"):
+        find_sources(tmp_path)
+    for hidden in ("_temporary", ".cache"):
+        write_jsonl(tmp_path / hidden / "c.jsonl", [ROW])
+    assert [source.name for source in find_sources(tmp_path / "*.jsonl")] == ["a"]
+    write_jsonl(tmp_path / "deep" / "er" / "d.jsonl", [ROW])
+    assert [source.name for source in find_sources(tmp_path / "deep" / "**" / "*.jsonl")] == ["d"]
+    assert source_of(tmp_path / "a.jsonl").name == "a"
+
+
+def test_a_shard_that_changes_under_way_is_not_read(tmp_path: Path) -> None:
+    source = source_of(write_jsonl(tmp_path / "x.jsonl", map(as_json, questions(6))))
+    last = blocks_of(source, examine(source, "", None, 4), source.stamp())[1]
+    write_jsonl(tmp_path / "x.jsonl", map(as_json, questions(7)))
+    with pytest.raises(UserError, match="has changed since the work began"):
+        last.read(None)
+
+
+def answer(i: int, *, adaptive: bool = True) -> dict[str, Any]:
+    """An answer whose choices sort otherwise than they stand."""
+    made = {
+        "id": f"q{i}", "label": None if i % 3 == 0 else "zebra", "probs": {"zebra": 0.75, "ant": 0.25 / (i + 1)},
+        "confidence": 0.75, "entropy": 0.1 * i, "aleatoric": 0.1, "epistemic": 1e-9 * i,
+    }  # fmt: skip
+    return made | {"particles": i} if adaptive else made
+
+
+@pytest.mark.parametrize("format", ["jsonl", "parquet"])
+@pytest.mark.parametrize("adaptive", [True, False])
+def test_joined_blocks_are_what_was_written(tmp_path: Path, format: str, adaptive: bool) -> None:
+    found = [answer(i, adaptive=adaptive) for i in range(7)]
+    found[0]["label"] = None
+    blocks = [tmp_path / f"{i}.{format}" for i in range(3)]
+    for path, part in zip(blocks, (found[:3], found[3:4], found[4:]), strict=True):
+        write_answers(part, path, format)
+    whole = tmp_path / "deep" / f"whole.{format}"
+    join(blocks, whole, format)
+    read = read_answers(whole)
+    assert read == found and [list(a["probs"]) for a in read] == [["zebra", "ant"]] * 7
+    assert receipt_of(whole, format, 7) == Receipt(7, 4, 21 if adaptive else None)
+    with pytest.raises(UserError, match="has 7 answers for 8 rows; delete it"):
+        receipt_of(whole, format, 8)
+    whole.write_bytes(whole.read_bytes()[:-9])
+    with pytest.raises(UserError, match="no longer what was written"):
+        receipt_of(whole, format, 7)
+    assert [path.name for path in tmp_path.rglob(".*")] == []
+
+
+def test_an_output_that_cannot_be_written_or_is_not_ours(tmp_path: Path) -> None:
+    shards = write_shards(tmp_path / "rows", "jsonl")
+    sources, wanted = find_sources(shards), ShardManifest({}, {})
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").touch()
+    write_jsonl(tmp_path / "broken" / "manifest.json", [{"shards": [1]}])
+    before = set(tmp_path.rglob("*"))
+    for output, message in [
+        (Path("/proc/answers"), "cannot be written"),
+        (tmp_path / "rows" / "a.jsonl", "answers would be taken for shards"),
+        (tmp_path / "full" / "mine.txt", "cannot be written"),
+        (shards / "answers", "answers would be taken for shards"),
+        (shards, "answers would be taken for shards"),
+        (tmp_path / "full", r"is not empty and holds no manifest\.json"),
+        (tmp_path / "broken", "is no manifest of answers"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            open_output(output, wanted, shards, sources)
+    with pytest.raises(UserError, match="lies in .*rows, where its answers would be taken"):
+        open_output(shards / "answers", wanted, shards / "**" / "*.jsonl", sources)
+    # where files are looked for in one directory alone, the answers may lie below it
+    assert open_output(shards / "answers", wanted, shards / "*.jsonl", sources[:1]) is wanted
+    assert open_output(tmp_path / "new", wanted, shards, sources) is wanted
+    assert set(tmp_path.rglob("*")) == before
+
+
+def test_a_manifest_comes_back_as_it_was_written(tmp_path: Path) -> None:
+    shards = write_shards(tmp_path / "rows", "jsonl")
+    sources = find_sources(shards)
+    work = Work.found(tmp_path, "jsonl", ShardManifest({"a": 1}, {"b": [2.5, None]}), sources, None, 3)
+    work.manifest.decision = Decision("mc", None).as_dict() | {"weight_bytes": 4}
+    work.manifest.device = "CPU"
+    work.manifest.receipts["a"] = Receipt(7, 3, None)
+    (tmp_path / "out").mkdir()
+    work.manifest.shards = work.shards
+    work.manifest.write(tmp_path / "out")
+    assert open_output(tmp_path / "out", ShardManifest({"a": 1}, {"b": [2.5, None]}), shards, sources) == work.manifest

@@ -1,0 +1,188 @@
+"""The user's own rows: what is read, and that each bad row is refused with its place and its mend."""
+
+import json
+
+import pytest
+
+from scalabl.core.errors import UserError
+from scalabl.data import Example, load_rows, load_task
+
+QUESTION = {"question": "What is wet?", "choices": ["fire", "water", "sand"], "answer": "water"}
+
+
+def write(path, *rows):
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), "utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("choices", "answer", "index"),
+    [
+        (["fire", "water", "sand"], "water", 1),
+        (["fire", "water", "sand"], " water ", 1),
+        (["fire", "water", "sand"], "C", 2),
+        (["fire", "water", "sand"], 0, 0),
+        (["1", "2", "3"], "2", 1),  # the text, not the index
+        (["0", "1"], 1, 1),  # index and text say the same
+        (["A", "B"], "B", 1),  # letter and text say the same
+        (["7", "8", "9"], 2, 2),  # no choice is called 2
+    ],
+)
+def test_answer_is_text_letter_or_index(tmp_path, choices, answer, index):
+    path = write(tmp_path / "own.jsonl", {"question": "Which?", "choices": choices, "answer": answer})
+    assert load_rows(path) == (Example("own:1", "Which?", tuple(choices), index),)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"answer": "earth"}, "none of the choices"),
+        ({"answer": "D"}, "none of the choices"),
+        ({"answer": "1"}, "without quotes"),
+        ({"answer": 3}, "outside the choices"),
+        ({"answer": -1}, "outside the choices"),
+        ({"answer": True}, "the answer is true"),
+        ({"answer": None}, "the answer is null"),
+        ({"answer": 1.0}, "the answer is a number"),
+        ({"choices": ["B", "A"], "answer": "A"}, "text of choice 1 and the letter of choice 0"),
+        ({"choices": ["3", "1", "2"], "answer": 1, "id": "x"}, None),
+        ({"choices": ["1", "2", "3"], "answer": 2}, "index of '3' and the text of another"),
+        ({"choices": ["water"]}, "only one choice"),
+        ({"choices": []}, "no choices"),
+        ({"choices": ["water", "fire", "water"]}, "'water' is there twice"),
+        ({"choices": ["water", "water "]}, "there twice"),
+        ({"choices": ["water", " "]}, "choice 1 is blank"),
+        ({"choices": ["water", 1]}, "choice 1 is a number"),
+        ({"choices": "water"}, "not a list"),
+        ({"choices": [f"c{i}" for i in range(27)], "answer": 0}, "at most 26"),
+        ({"question": "  "}, '"question" is blank'),
+        ({"question": 7}, '"question" is a number'),
+        ({"question": "\ud800"}, "lone surrogate"),
+        ({"anwser": "water", "answer": ...}, 'did you mean "answer"?'),
+        ({"colour": "blue"}, "unknown key 'colour'"),
+        ({"answer": ...}, 'no "answer"'),
+        ({"choices": ...}, 'no "choices"'),
+        ({"question": ...}, 'no "question" and no "text"'),
+        ({"text": "both"}, '"text" and "question" in one row'),
+        ({"id": 1.5}, '"id" is a number'),
+    ],
+)
+def test_bad_question_rows_are_refused_with_file_and_line(tmp_path, change, said):
+    bad = {key: value for key, value in {**QUESTION, **change}.items() if value is not ...}
+    path = write(tmp_path / "own.jsonl", QUESTION, bad)
+    if said is None:  # 1 is both index and text of '1': nothing to refuse
+        assert load_rows(path)[1].answer == 1
+        return
+    with pytest.raises(UserError) as caught:
+        load_rows(path)
+    assert said in str(caught.value)
+    assert str(caught.value).startswith(f"{path}:2: ")
+    assert str(caught.value).endswith((".", "?")) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("{", "not JSON"),
+        ("[1]", "not a JSON object"),
+        ('{"question": NaN}', "NaN is not JSON"),
+        ('{"question": -Infinity}', "-Infinity is not JSON"),
+        ('{"question": "a", "question": "b"}', "a key is there twice"),
+        ("[" * 100_000, "not JSON"),
+        ('{"answer": ' + "1" * 5000 + "}", "not JSON"),
+    ],
+)
+def test_lines_that_are_not_json_objects_are_refused(tmp_path, line, said):
+    path = write(tmp_path / "own.jsonl", QUESTION, "", line)
+    with pytest.raises(UserError, match="own.jsonl:3: ") as caught:
+        load_rows(path)
+    assert said in str(caught.value)
+
+
+def test_files_that_are_not_there_empty_or_not_utf8(tmp_path):
+    with pytest.raises(UserError, match="does not exist"):
+        load_rows(tmp_path / "none.jsonl")
+    with pytest.raises(UserError, match="does not exist"):
+        load_task(str(tmp_path / "none.jsonl"))
+    with pytest.raises(UserError, match="is empty"):
+        load_task(str(write(tmp_path / "blank.jsonl", "", "  ")))
+    with pytest.raises(UserError, match="is a directory"):
+        load_rows(tmp_path)
+    with pytest.raises(UserError, match="holds none of train.jsonl"):
+        load_task(str(tmp_path))
+    latin = tmp_path / "latin.jsonl"
+    latin.write_bytes(json.dumps(QUESTION).encode() + b'\n{"question": "caf\xe9"}\n')
+    with pytest.raises(UserError, match="latin.jsonl:2: not UTF-8"):
+        load_rows(latin)
+
+
+def test_byte_order_mark_and_windows_line_ends_are_read(tmp_path):
+    path = tmp_path / "own.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(QUESTION).encode() + b"\r\n\r\n")
+    assert load_rows(path)[0].choices[1] == "water"
+
+
+def test_ids_are_kept_and_must_differ(tmp_path):
+    path = write(tmp_path / "own.jsonl", {**QUESTION, "id": "a"}, {**QUESTION, "id": 7}, QUESTION)
+    assert [row.id for row in load_rows(path)] == ["a", "7", "own:3"]
+    write(path, {**QUESTION, "id": "a"}, {**QUESTION, "id": "a"})
+    with pytest.raises(UserError, match="own.jsonl:2: the id 'a' is also that of .*own.jsonl:1"):
+        load_rows(path)
+
+
+def test_text_rows_take_the_sorted_labels_of_the_train_split(tmp_path):
+    write(tmp_path / "train.jsonl", {"text": "bad", "label": "no"}, {"text": "good", "label": "maybe"})
+    write(tmp_path / "test.jsonl", {"text": "so so", "label": "no"})
+    task = load_task(str(tmp_path))
+    assert task.labels == ("maybe", "no") and set(task.splits) == {"train", "test"}
+    assert task.split("train")[0] == Example("train:1", "bad", ("maybe", "no"), 1)
+    assert task.split("test")[0].answer == 1
+    with pytest.raises(UserError, match="no 'validation' split; it has 'train', 'test'"):
+        task.split("validation")
+    write(tmp_path / "test.jsonl", {"text": "so so", "label": "perhaps"})
+    with pytest.raises(UserError, match="test.jsonl:1: the label 'perhaps' is none of 'maybe', 'no'"):
+        load_task(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([("a", "x"), ("b", "x")], "only one label, 'x'"),
+        ([("a", "Yes"), ("b", "yes")], "in two spellings"),
+        ([("a", 1), ("b", 0)], '"label" is a number'),
+        ([("a", "x"), ("b", None)], "the label is null"),
+        ([("a", "x"), ("b", " ")], '"label" is blank'),
+        ([("a", str(i)) for i in range(27)], "at most 26"),
+    ],
+)
+def test_bad_labels_are_refused(tmp_path, rows, said):
+    path = write(tmp_path / "own.jsonl", *({"text": text, "label": label} for text, label in rows))
+    with pytest.raises(UserError, match=said):
+        load_task(str(path))
+
+
+def test_one_file_is_a_train_split_and_kinds_do_not_mix(tmp_path):
+    path = write(tmp_path / "own.jsonl", QUESTION)
+    task = load_task(str(path))
+    assert (task.name, task.labels, task.source, set(task.splits)) == ("own", None, str(path), {"train"})
+    write(path, QUESTION, {"text": "a", "label": "b"})
+    with pytest.raises(UserError, match="own.jsonl:2: text rows and question rows"):
+        load_task(str(path))
+    write(tmp_path / "train.jsonl", QUESTION)
+    write(tmp_path / "test.jsonl", {"text": "a", "label": "b"})
+    with pytest.raises(UserError, match="mixes"):
+        load_task(str(tmp_path))
+
+
+def test_prediction_rows_need_no_answer(tmp_path):
+    questions = write(tmp_path / "q.jsonl", {"question": "Wet?", "choices": ["no", "yes"]}, QUESTION)
+    assert [row.answer for row in load_rows(questions, require_answer=False)] == [None, 1]
+    with pytest.raises(UserError, match='no "answer"'):
+        load_rows(questions)
+    texts = write(tmp_path / "t.jsonl", {"text": "hm"}, {"text": "ha", "label": "b"})
+    rows = load_rows(texts, labels=["b", "a"], require_answer=False)
+    assert [(row.choices, row.answer) for row in rows] == [(("b", "a"), None), (("b", "a"), 0)]
+    with pytest.raises(UserError, match="is there twice"):
+        load_rows(texts, labels=["a", "a"], require_answer=False)
+    with pytest.raises(UserError, match="no labels given"):
+        load_rows(write(tmp_path / "u.jsonl", {"text": "hm"}), require_answer=False)

@@ -1,0 +1,69 @@
+"""A training run of seconds, and what is compared between two of them."""
+
+import contextlib
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from scalabl.core.files import ADAPTER, sha256
+from scalabl.runs.recipe import Recipe
+
+STEPS = 30
+
+
+def recipe(base: Path, task: Path, **changes: Any) -> Recipe:
+    """A dozen steps an epoch or less, checkpoints every 5 steps."""
+    settings: dict[str, Any] = {
+        "model": str(base),
+        "data": str(task),
+        "steps": STEPS,
+        "batch_size": 4,
+        "save_steps": 5,
+        "r": 4,
+        "scoring": "continuation",
+        "normalization": "token",
+        "learning_rate": 1e-2,
+        "validation_rows": 4,
+        "layers": "last:2",
+    }
+    return Recipe(**{**settings, **changes})
+
+
+def weights(run: Path) -> str:
+    """What the final weights hash to."""
+    return sha256(run / ADAPTER)
+
+
+_TRAIN = """
+import json, sys
+from pathlib import Path
+from scalabl.runs.recipe import Recipe
+from scalabl.training.run import train
+train(Recipe(**json.loads(sys.argv[1])), Path(sys.argv[2]))
+"""
+
+
+def start(settings: str, run: Path) -> subprocess.Popen[bytes]:
+    """`train` in a process of its own; `settings` is the recipe as JSON."""
+    return subprocess.Popen([sys.executable, "-c", _TRAIN, settings, str(run)], stderr=subprocess.DEVNULL)
+
+
+def start_program(*arguments: str) -> subprocess.Popen[bytes]:
+    """The command line in a process of its own."""
+    code = "from scalabl.cli import main; main()"
+    return subprocess.Popen([sys.executable, "-c", code, *arguments], stderr=subprocess.PIPE)
+
+
+def send_at_checkpoint(process: subprocess.Popen[bytes], run: Path, sign: signal.Signals) -> None:
+    """Send a signal as soon as the run has a checkpoint, long before its last step."""
+    deadline = time.monotonic() + 120
+    while not list(run.glob("checkpoints/checkpoint-*/trainer_state.json")):
+        if process.poll() is not None or time.monotonic() > deadline:
+            raise AssertionError(f"no checkpoint was written; the process ended with {process.returncode}")
+        time.sleep(0.002)
+    with contextlib.suppress(ProcessLookupError):
+        process.send_signal(sign)
+    process.wait(timeout=60)

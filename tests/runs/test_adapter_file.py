@@ -1,0 +1,67 @@
+"""An adapter read from its files alone."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_base import adapted
+
+from scalabl.core.errors import UserError
+from scalabl.runs.adapter_file import describe_adapter, require_adapter
+from scalabl.tuner import kl_divergence
+
+
+@pytest.mark.parametrize("covariance", ["diagonal", "full"])
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"prior_mean": 0.1, "prior_std": 0.4}, "N(0.1, 0.4^2)"),
+        (
+            {"prior_mean": 0.1, "empirical_prior": True},
+            "N(0.1, std^2), each layer's std from its posterior (empirical Bayes)",
+        ),
+    ],
+)
+def test_the_prior_is_the_adapters_own(tmp_path: Path, covariance: str, config: dict[str, Any], words: str) -> None:
+    model = adapted(covariance=covariance, **config)
+    model.save_pretrained(str(tmp_path))
+    found = describe_adapter(tmp_path)
+    assert found["prior"] == words
+    assert found["kl"] == pytest.approx(kl_divergence(model).item(), rel=1e-5)
+    stds = {round(layer["prior_std"], 5) for layer in found["layers"]}
+    assert len(stds) == 6 if config.get("empirical_prior") else stds == {0.4}
+
+
+def test_an_adapter_from_before_the_empirical_prior_has_a_fixed_one(tmp_path: Path) -> None:
+    adapted().save_pretrained(str(tmp_path))
+    path = tmp_path / "adapter_config.json"
+    config = json.loads(path.read_text())
+    for name in ("empirical_prior", "draws", "stochastic_modules"):
+        del config[name]
+    path.write_text(json.dumps(config))
+    assert describe_adapter(tmp_path)["prior"] == "N(0.0, 1.0^2)"
+
+
+def test_modules_without_a_posterior_are_counted_as_lora(tmp_path: Path) -> None:
+    adapted(stochastic_modules=["v_proj"]).save_pretrained(str(tmp_path))
+    found = describe_adapter(tmp_path)
+    assert (found["target_modules"], found["stochastic_modules"]) == ("q_proj, v_proj", "v_proj")
+    assert [layer["name"].rpartition(".")[2] for layer in found["layers"]] == ["v_proj"] * 3
+    assert found["variational_parameters"] == 3 * 2 * 4
+    assert found["lora_parameters"] == 3 * 4 * ((32 + 32) + (32 + 16))
+
+
+def test_what_is_no_adapter_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"holds no adapter_config.json; give a directory made by"):
+        require_adapter(tmp_path)
+    config = tmp_path / "adapter_config.json"
+    for text, sentence in (
+        ("{", "is not readable JSON .*; restore the file"), ("[]", "must hold an adapter's configuration; restore"),
+        ('{"peft_type": "LORA"}', "holds no adapter_model.safetensors; give a directory made by"),
+    ):  # fmt: skip
+        config.write_text(text)
+        with pytest.raises(UserError, match=sentence):
+            require_adapter(tmp_path)
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
+    assert require_adapter(tmp_path) == {"peft_type": "LORA"}

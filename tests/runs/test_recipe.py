@@ -1,0 +1,119 @@
+"""Recipes: from YAML and options, checked before anything is loaded."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scalabl.core.errors import UserError
+from scalabl.runs.recipe import Recipe, layer_fraction, make_recipe
+
+
+def test_options_win_over_the_file_and_the_file_over_the_defaults(tmp_path: Path) -> None:
+    config = tmp_path / "recipe.yaml"
+    config.write_text("steps: 7\nlearning_rate: 1e-4\nlora_alpha: 32\ntarget_modules: [q_proj, lm_head]\nbits: null\n")
+    recipe = make_recipe({"steps": 9, "model": None, "seed": None}, config)
+    assert recipe.steps == 9 and recipe.seed == 0 and recipe.model == Recipe().model and recipe.bits is None
+    # YAML 1.1 reads 1e-4 as text and 32 as a whole number
+    assert recipe.learning_rate == 1e-4 and isinstance(recipe.lora_alpha, float)
+    assert recipe.targets == ["q_proj", "lm_head"]
+
+
+def test_lists_of_modules_may_be_lists_or_texts(tmp_path: Path) -> None:
+    config = tmp_path / "recipe.yaml"
+    for text in ("stochastic_modules: [q_proj, self_attn.v_proj]", "stochastic_modules: q_proj, self_attn.v_proj"):
+        config.write_text(text)
+        assert make_recipe({}, config).stochastic == ["q_proj", "self_attn.v_proj"]
+    assert make_recipe({"stochastic_modules": "v_proj"}, config).stochastic == ["v_proj"]
+    assert Recipe().stochastic is None
+
+
+def test_the_settings_of_a_posterior_reach_the_adapter_and_its_callback() -> None:
+    from tiny_base import loaded
+
+    from scalabl.runs.method import load_method
+    from scalabl.training.callback import ELBOCallback
+
+    made = Recipe(empirical_prior=True, draws="batch", stochastic_modules="v_proj", layers="last:1")
+    config: Any = load_method("scalabl").adapter_config(made, loaded()[0])
+    assert config.prior.empirical and config.draws == "batch" and config.stochastic_modules == ["v_proj"]
+    (callback,) = load_method("scalabl").callbacks(Recipe(kl="forward"), 8)
+    assert isinstance(callback, ELBOCallback) and callback.kl == "forward"
+
+
+def test_a_recipe_is_its_own_file(tmp_path: Path) -> None:
+    import yaml
+
+    config = tmp_path / "recipe.yaml"
+    recipe = Recipe(steps=3, chat=True, train_rows=5, layers="last:2", empirical_prior=True, draws="batch")
+    config.write_text(yaml.safe_dump(recipe.as_dict()))
+    assert make_recipe({}, config) == recipe
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("stpes: 3", r"names 'stpes', which is no setting; did you mean steps\?"),
+        ("qqq: 3", r"names 'qqq', which is no setting\.$"),
+        ("steps: many", "steps is 'many'; it must be a whole number"),
+        ("steps: 2.5", "steps is 2.5; it must be a whole number"),
+        ("steps: true", "steps is True; it must be a whole number"),
+        ("steps:", "steps is None; it must be a whole number"),
+        ("steps: [1, 2]", "it must be a whole number"),
+        ("chat: 1", "chat is 1; it must be true or false"),
+        ("data:", "data is None; it must be a text"),
+        ("learning_rate: fast", "it must be a number"),
+        ("- steps", "must hold settings as name: value lines"),
+        ("steps: [", "is not YAML"),
+        ("", "must hold settings"),
+    ],
+)
+def test_bad_files_are_refused_with_the_setting_named(tmp_path: Path, text: str, message: str) -> None:
+    config = tmp_path / "recipe.yaml"
+    config.write_text(text)
+    with pytest.raises(UserError, match=message):
+        make_recipe({}, config)
+    with pytest.raises(UserError, match="There is no recipe"):
+        make_recipe({}, tmp_path / "other.yaml")
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"method": "laplce"}, "must be one of scalabl, mle"),
+        ({"scoring": "letter"}, "must be one of auto, letters, continuation"),
+        ({"steps": 0}, "at least 1"),
+        ({"batch_size": -1}, "at least 1"),
+        ({"r": 0}, "at least 1"),
+        ({"prior_std": 0.0}, "prior_std is 0.0; it must be a positive number"),
+        ({"prior_std": -1.0}, "prior_std is -1.0; it must be a positive number"),
+        ({"prior_std": float("nan")}, "positive number"),
+        ({"learning_rate": float("inf")}, "positive number"),
+        ({"init_sigma": 0.0}, "positive number"),
+        ({"beta": -0.1}, "zero or more"),
+        ({"warmup": 1.0}, "between 0 and 1"),
+        ({"lora_dropout": 1.0}, "between 0 and 1"),
+        ({"train_rows": 0}, "at least 1"),
+        ({"bits": 5}, "4, 8 or left out"),
+        ({"seed": -1}, "between 0 and"),
+        ({"layers": "last:0"}, "all or last:K"),
+        ({"layers": "first:2"}, "all or last:K"),
+        ({"target_modules": " , "}, "target_modules is empty"),
+        ({"draws": "row"}, "draws is 'row'; it must be one of sequence, batch"),
+        ({"kl": "backward"}, "kl is 'backward'; it must be one of reverse, forward"),
+        ({"kl": "forward", "covariance": "full"}, "for a diagonal covariance and a fixed prior"),
+        ({"kl": "forward", "empirical_prior": True}, "for a diagonal covariance and a fixed prior"),
+        ({"stochastic_modules": " , "}, "stochastic_modules names no module"),
+        (
+            {"stochastic_modules": "q_proj,o_proj"},
+            r"names o_proj, which target_modules \(q_proj,v_proj\) does not adapt",
+        ),
+    ],
+)
+def test_values_out_of_range_are_refused(setting: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Recipe(**setting)
+
+
+def test_layers() -> None:
+    assert layer_fraction("all") is None and layer_fraction("last:8") == 8

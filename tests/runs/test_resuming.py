@@ -1,0 +1,177 @@
+"""A run that was killed, interrupted or met a full disk ends with the same weights, bit for bit."""
+
+import json
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from short_run import STEPS, recipe, send_at_checkpoint, start, start_program, weights
+
+from scalabl.core.errors import UserError
+from scalabl.runs.directory import read_record
+from scalabl.training import run as run_module
+from scalabl.training.run import Interrupted, last_checkpoint, train
+
+KINDS: dict[str, dict[str, Any]] = {
+    "cached trunk": {},
+    "all layers, accumulation, full covariance": {
+        "layers": "all", "gradient_accumulation": 2, "covariance": "full", "lora_dropout": 0.1,
+    },
+}  # fmt: skip
+
+
+def logged(run: Path) -> list[dict[str, float]]:
+    """The log, without what time it took and without the loss: after resuming, its first mean is over fewer steps."""
+    entries = json.loads((run / "training_log.json").read_text())
+    return [{k: v for k, v in entry.items() if k not in ("loss", "nll")} for entry in entries if "loss" in entry]
+
+
+@pytest.mark.parametrize("changes", KINDS.values(), ids=list(KINDS))
+def test_a_killed_run_resumes_to_the_same_weights(
+    changes: dict[str, Any], base_directory: Path, task_directory: Path, tmp_path: Path, own_cache: Path
+) -> None:
+    settings = recipe(base_directory, task_directory, **changes)
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    process = start(json.dumps(settings.as_dict()), killed)
+    send_at_checkpoint(process, killed, signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    assert read_record(killed)["status"] == "running" and not (killed / "adapter_model.safetensors").exists()
+    reached = max(int(path.name.rpartition("-")[2]) for path in killed.glob("checkpoints/checkpoint-*"))
+    assert 5 <= reached < STEPS
+    train(settings, whole)
+    train(settings, killed)
+    assert weights(killed) == weights(whole)
+    assert logged(killed) == logged(whole)
+    assert not (killed / "checkpoints").exists()
+
+
+def test_ctrl_c_saves_a_checkpoint_exits_130_and_resumes_to_the_same_weights(
+    base_directory: Path, task_directory: Path, tmp_path: Path, own_cache: Path
+) -> None:
+    settings = recipe(base_directory, task_directory)
+    stopped, whole = tmp_path / "stopped", tmp_path / "whole"
+    config = tmp_path / "recipe.yaml"
+    config.write_text(json.dumps(settings.as_dict()))  # JSON is YAML
+    process = start_program("train", "--config", str(config), "--output", str(stopped))
+    send_at_checkpoint(process, stopped, signal.SIGINT)
+    assert process.stderr is not None
+    said = process.stderr.read().decode()
+    assert process.returncode == 130
+    last = last_checkpoint(stopped)
+    assert last is not None
+    step = int(last.name.rpartition("-")[2])
+    assert 5 <= step < STEPS
+    assert said == f"scalabl: Interrupted, stopped at step {step} of {STEPS}; run the same command again to go on.\n"
+    train(settings, whole)
+    train(settings, stopped)
+    assert weights(stopped) == weights(whole)
+
+
+class _Stop(BaseException):
+    """As sudden as a kill, but in this process."""
+
+
+def stop_in(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    def stop(*_: Any, **__: Any) -> None:
+        raise _Stop
+
+    monkeypatch.setattr(run_module, name, stop)
+
+
+def test_a_kill_between_the_last_step_and_the_end_resumes_too(
+    base_directory: Path, task_directory: Path, tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = recipe(base_directory, task_directory, steps=6)
+    train(settings, tmp_path / "whole")
+    for point in ("_publish", "sha256"):
+        with monkeypatch.context() as patch, pytest.raises(_Stop):
+            stop_in(patch, point)
+            train(settings, tmp_path / point)
+        assert read_record(tmp_path / point)["status"] == "running"
+        train(settings, tmp_path / point)
+        assert weights(tmp_path / point) == weights(tmp_path / "whole")
+        assert {p.name for p in (tmp_path / point).iterdir()} == {p.name for p in (tmp_path / "whole").iterdir()}
+
+
+def test_a_half_written_checkpoint_is_passed_over(
+    base_directory: Path, task_directory: Path, tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = recipe(base_directory, task_directory, steps=12)
+    train(settings, tmp_path / "whole")
+    with monkeypatch.context() as patch, pytest.raises(_Stop):
+        stop_in(patch, "_publish")
+        train(settings, tmp_path / "run")
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert sorted(p.name for p in checkpoints.iterdir()) == ["checkpoint-10", "checkpoint-12"]
+    # as a kill leaves it: weights cut off, the state (the trainer's last file) not there or cut off
+    newest = checkpoints / "checkpoint-12"
+    half = newest / "adapter_model.safetensors"
+    half.write_bytes(half.read_bytes()[:100])
+    state = newest / "trainer_state.json"
+    state.write_text(state.read_text()[:50])
+    assert last_checkpoint(tmp_path / "run") == checkpoints / "checkpoint-10"
+    assert not newest.exists()
+    train(settings, tmp_path / "run")
+    assert weights(tmp_path / "run") == weights(tmp_path / "whole")
+
+
+def test_a_second_ctrl_c_and_a_failure_before_the_first_checkpoint_leave_no_directory(
+    base_directory: Path, task_directory: Path, tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for error in (KeyboardInterrupt, RuntimeError("out of memory"), OSError(28, "No space left on device")):
+
+        def fail(*_: Any, error: Any = error, **__: Any) -> None:
+            raise error
+
+        with monkeypatch.context() as patch, pytest.raises((KeyboardInterrupt, RuntimeError, OSError)):
+            patch.setattr(run_module, "optimise", fail)
+            train(recipe(base_directory, task_directory), tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+    # so that the same place takes other settings
+    train(recipe(base_directory, task_directory, steps=1, batch_size=2), tmp_path / "run")
+
+
+def test_an_interrupt_in_the_last_step_is_too_late(
+    base_directory: Path, task_directory: Path, tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from scalabl.training.progress import StopOnInterrupt
+
+    step_end = StopOnInterrupt.on_step_end
+
+    def interrupt_at(wanted: int) -> Any:
+        def on_step_end(self: StopOnInterrupt, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == wanted:
+                signal.raise_signal(signal.SIGINT)
+            step_end(self, args, state, control, **kwargs)
+
+        return on_step_end
+
+    settings = recipe(base_directory, task_directory, steps=4)
+    before = signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patch:
+        patch.setattr(StopOnInterrupt, "on_step_end", interrupt_at(4))
+        assert train(settings, tmp_path / "last")["status"] == "finished"
+        patch.setattr(StopOnInterrupt, "on_step_end", interrupt_at(2))
+        with pytest.raises(Interrupted, match="step 2 of 4"):
+            train(settings, tmp_path / "early")
+    assert signal.getsignal(signal.SIGINT) is before
+    train(settings, tmp_path / "early")
+    assert weights(tmp_path / "early") == weights(tmp_path / "last")
+
+
+def test_an_unfinished_run_does_not_take_other_settings_and_cannot_be_read(
+    base_directory: Path, task_directory: Path, tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from scalabl.runs.loading import load_run
+
+    settings = recipe(base_directory, task_directory, steps=6)
+    with monkeypatch.context() as patch, pytest.raises(_Stop):
+        stop_in(patch, "_publish")
+        train(settings, tmp_path / "run")
+    with pytest.raises(UserError, match="steps was 6, now 7"):
+        train(recipe(base_directory, task_directory, steps=7), tmp_path / "run")
+    with pytest.raises(UserError, match="not finished"):
+        load_run(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run")
