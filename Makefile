@@ -1,12 +1,14 @@
 # make demo   bare machine -> environment -> plain LoRA and ScalaBL at the same budget -> table and report.html
 # make test   bare machine -> environment -> the whole test suite
+# make check  lint and the tests that need no model: before every commit
+# make lint   ruff, the contract of the floors (import-linter), mypy
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
 PIP := $(BIN)/pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test lint env dev clean
+.PHONY: demo test check lint env dev clean
 
 # what runs the program, and on top of it what runs the tests
 env: $(VENV)/.ready
@@ -29,9 +31,15 @@ demo: env
 test: dev
 	$(BIN)/python -m pytest
 
+# the mathematics, the rows, the settings and the floors: no model is made and nothing is downloaded
+check: lint
+	$(BIN)/python -m pytest tests/test_floors.py tests/posterior tests/metrics tests/data tests/runs/test_recipe.py \
+		tests/runs/test_mapping_file.py --ignore tests/data/test_wheel.py
+
 lint: dev
 	$(BIN)/ruff check src tests benchmarks scripts
 	$(BIN)/ruff format --check src tests benchmarks scripts
+	$(BIN)/lint-imports --no-cache
 	$(BIN)/mypy
 
 clean:

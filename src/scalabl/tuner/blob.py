@@ -25,7 +25,6 @@ import torch.nn.functional as F
 from peft import LoraConfig
 from torch import Tensor, nn
 
-import scalabl.tuner  # noqa: F401  (first: it registers this tuner, whichever of the two is imported first)
 from scalabl.core.errors import UserError
 from scalabl.posterior.prior import Prior
 from scalabl.tuner.config import ScalaBLType, refuse_unsupported
