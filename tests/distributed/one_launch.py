@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from two_processes import killed_after, recipe
 
-from scalabl.core import processes as ranks
+from scalabl.core import processes
 from scalabl.core.errors import UserError
 from scalabl.data.training_data import rows_of
 from scalabl.inference.batch_prediction import predict_file
@@ -95,7 +95,7 @@ def interrupted_at(step: int) -> Any:
     original = StopOnInterrupt.on_step_end
 
     def on_step_end(self: StopOnInterrupt, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == step and ranks.number() == 1:
+        if state.global_step == step and processes.rank() == 1:
             signal.raise_signal(signal.SIGINT)
         original(self, args, state, control, **kwargs)
 
@@ -127,7 +127,7 @@ def main(work: Path) -> None:
 
     run = load_run(work / "two")
     test = str(work / "task" / "test.jsonl")
-    save_file(predictions(run, test), work / f"predictions{ranks.number()}.safetensors")
+    save_file(predictions(run, test), work / f"predictions{processes.rank()}.safetensors")
     said["particles"] = {
         name: answer(work / "two", test, work / f"{name}.jsonl", sampling) for name, sampling in SAMPLING.items()
     }
@@ -143,7 +143,7 @@ def main(work: Path) -> None:
         said["interrupted"] = str(stopped)
     StopOnInterrupt.on_step_end = step_end  # type: ignore[method-assign]
 
-    (work / f"said{ranks.number()}.json").write_text(json.dumps(said))
+    (work / f"said{processes.rank()}.json").write_text(json.dumps(said))
     fail_on_rank_1(work)
 
 
@@ -151,7 +151,7 @@ def fail_on_rank_1(work: Path) -> None:
     """The command line, where one process cannot load its base and the other waits for it."""
     from scalabl.cli import main as program
 
-    if ranks.number() == 1:
+    if processes.rank() == 1:
 
         def broken(*_: Any, **__: Any) -> Any:
             raise UserError("The base of rank 1 is broken; mend it.")

@@ -13,7 +13,7 @@ from tiny_base import adapted, tiny_base
 from transformers import Trainer, TrainingArguments
 
 from scalabl import ELBOCallback
-from scalabl.core import processes as ranks
+from scalabl.core import processes
 
 
 def own_trainer(output: Path, batch_size: int) -> list[dict[str, float]]:
@@ -31,10 +31,10 @@ def own_trainer(output: Path, batch_size: int) -> list[dict[str, float]]:
         report_to=[],
         use_cpu=True,
     )
-    ranks.let_cpus_shard()
+    processes.let_cpus_shard()
     rows = [{"input_ids": row, "labels": row} for row in tokens]
     trainer = Trainer(model, arguments, train_dataset=rows, callbacks=[ELBOCallback(16)])  # type: ignore[arg-type]
-    assert trainer.is_fsdp_enabled == (ranks.count() > 1)
+    assert trainer.is_fsdp_enabled == (processes.world_size() > 1)
     trainer.train()
     trainer.save_model(str(output))
     return [entry for entry in trainer.state.log_history if "loss" in entry]

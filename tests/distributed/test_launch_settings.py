@@ -17,7 +17,7 @@ from transformers import TrainingArguments
 from two_processes import CONFIGS, recipe
 
 import scalabl
-from scalabl.core import processes as ranks
+from scalabl.core import processes
 from scalabl.core.errors import UserError
 from scalabl.core.files import write_json
 from scalabl.predictive.over_ranks import share
@@ -160,9 +160,9 @@ def test_a_run_continues_in_other_processes_where_its_steps_keep_their_rows(tmp_
     settings = recipe(tmp_path, batch_size=4, gradient_accumulation=3).as_dict()
     run.mkdir()
     write_json(run / "scalabl.json", {"recipe": settings, "status": "running", "processes": 2})
-    for batch_size, accumulation, processes in ((4, 3, 2), (8, 3, 1), (4, 6, 1), (2, 3, 4), (1, 4, 6)):
+    for batch_size, accumulation, number in ((4, 3, 2), (8, 3, 1), (4, 6, 1), (2, 3, 4), (1, 4, 6)):
         other = settings | {"batch_size": batch_size, "gradient_accumulation": accumulation}
-        assert claim(run, other, processes=processes) is False
+        assert claim(run, other, processes=number) is False
     with pytest.raises(
         UserError, match="run of 24 rows a step .* x 3 processes are 36; choose a batch size that makes 24"
     ):
@@ -185,6 +185,11 @@ def test_a_checkpoint_gets_the_random_states_that_its_next_processes_look_for(
 
 
 def test_in_one_process_nothing_is_shared() -> None:
-    assert ranks.count() == 1 and ranks.is_main() and ranks.own_device() is None and not ranks.is_sharded()
-    assert ranks.on_main(lambda: [1]) == [1] and ranks.first_on_each_machine(lambda: "done") == "done"
-    assert ranks.anywhere(True) and not ranks.anywhere(False) and ranks.is_first_to_fail()
+    assert (
+        processes.world_size() == 1
+        and processes.is_main()
+        and processes.own_device() is None
+        and not processes.is_sharded()
+    )
+    assert processes.on_main(lambda: [1]) == [1] and processes.first_on_each_machine(lambda: "done") == "done"
+    assert processes.anywhere(True) and not processes.anywhere(False) and processes.is_first_to_fail()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,6 +13,7 @@ import typer
 from scalabl.cli import options
 from scalabl.cli.app import app
 from scalabl.core.errors import UserError
+from scalabl.core.files import write_text
 
 
 @app.command()
@@ -68,10 +68,5 @@ def _write(rows: Iterable[dict[str, Any]], output: Path | None) -> None:
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     if output is None:
         sys.stdout.write(text)
-        return
-    unfinished = output.with_name(f".{output.name}.{os.getpid()}")
-    try:
-        unfinished.write_text(text, encoding="utf-8")
-        os.replace(unfinished, output)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    else:
+        write_text(output, text)

@@ -8,8 +8,7 @@ from typing import NoReturn
 
 import typer
 
-from scalabl.core import __version__
-from scalabl.core import processes as ranks
+from scalabl.core import __version__, processes
 from scalabl.core.errors import UserError
 
 app = typer.Typer(
@@ -47,7 +46,7 @@ def _version(
         typer.echo(__version__)
         raise typer.Exit
     command = context.invoked_subcommand
-    if ranks.count() > 1 and command is not None and command not in _SEVERAL:
+    if processes.world_size() > 1 and command is not None and command not in _SEVERAL:
         raise UserError(f"{command} runs in one process; several are for {', '.join(_SEVERAL)}.")
 
 
@@ -76,6 +75,6 @@ def explain(error: Exception) -> str | None:
 
 def fail(sentence: str, code: int = 2) -> NoReturn:
     """End the program with one sentence on standard error, said by one of its processes."""
-    if sentence and ranks.is_first_to_fail():  # without a sentence, the help was printed instead
+    if sentence and processes.is_first_to_fail():  # without a sentence, the help was printed instead
         print(f"scalabl: {' '.join(sentence.split())}", file=sys.stderr)
     sys.exit(code)

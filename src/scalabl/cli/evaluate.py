@@ -9,7 +9,7 @@ import typer
 
 from scalabl.cli import options
 from scalabl.cli.app import app
-from scalabl.core import processes as ranks
+from scalabl.core import processes
 
 _OPEN = "Open questions"
 
@@ -97,7 +97,7 @@ def evaluate(
         run, rows, shifted, held_out, predictive=predictive, samples=samples, seed=seed, sampling=sampling,
         stochastic_layers=stochastic_layers, batch_size=batch_size, promise=promise, model=model, data=data,
     )  # fmt: skip
-    if not ranks.is_main():
+    if not processes.is_main():
         return
     figures = table(made)
     print_table(figures, Console())

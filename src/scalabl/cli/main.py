@@ -19,7 +19,7 @@ from scalabl.cli import plan as _plan  # noqa: F401
 from scalabl.cli import predict as _predict  # noqa: F401
 from scalabl.cli import train as _train  # noqa: F401
 from scalabl.cli.app import app, explain, fail
-from scalabl.core import processes as ranks
+from scalabl.core import processes
 from scalabl.core.quiet import quiet_imports
 
 
@@ -32,7 +32,7 @@ def main() -> None:
         code = 130
     except Exception as error:
         sentence = explain(error)
-        if sentence is None and ranks.is_first_to_fail():
+        if sentence is None and processes.is_first_to_fail():
             raise
         fail(sentence or "")
     if code == 130:

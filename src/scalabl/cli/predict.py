@@ -10,7 +10,7 @@ import typer
 
 from scalabl.cli import options
 from scalabl.cli.app import app
-from scalabl.core import processes as ranks
+from scalabl.core import processes
 from scalabl.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def predict(
         promise = Promise(max_error, confidence, score, guarantee)
         promise.require(record, predictive)
     if ray is not None:
-        if ranks.count() > 1:
+        if processes.world_size() > 1:
             raise UserError("--ray shares the work by itself; start it without accelerate launch.")
         from scalabl.inference.answering import Asked
 
@@ -103,7 +103,7 @@ def predict(
         stochastic_layers=stochastic_layers, batch_size=batch_size, abstain=abstain, promise=promise,
         tell=lambda threshold: _tell(promise, threshold), say=typer.echo, model=model,
     )  # fmt: skip
-    if not ranks.is_main():
+    if not processes.is_main():
         return
     if taken is not None:
         typer.echo(f"{len(rows):,} answers from {taken:.1f} of at most {samples} particles each, on average")

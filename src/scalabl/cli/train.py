@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from scalabl.cli.app import app, fail
-from scalabl.core import processes as ranks
+from scalabl.core import processes
 from scalabl.runs.recipe import Recipe, make_recipe
 
 
@@ -69,17 +69,17 @@ def train(
     recipe = make_recipe(settings, config)
     require_writable(json, unlike=(output,))
     load_training_task(recipe.data)
-    finished = ranks.on_main(lambda: claim(output, recipe.as_dict(), Recipe.defaults(), ranks.count()))
+    finished = processes.on_main(lambda: claim(output, recipe.as_dict(), Recipe.defaults(), processes.world_size()))
     if finished:
-        record = ranks.on_main(lambda: finished_record(output))
+        record = processes.on_main(lambda: finished_record(output))
     else:
-        held = ranks.on_main(lambda: hold(output))
+        held = processes.on_main(lambda: hold(output))
         try:
             record = _train(recipe, output, ignore_memory)
         finally:
-            if held is not None and ranks.is_main():
+            if held is not None and processes.is_main():
                 os.close(held)
-    if not ranks.is_main():
+    if not processes.is_main():
         return
     if json is not None:
         write_json(json, record)
@@ -99,13 +99,13 @@ def _train(recipe: Recipe, output: Path, ignore_memory: bool) -> dict[str, Any]:
             fail(f"Interrupted, {stopped}; run the same command again to go on.", code=130)
     finally:
         # whatever stopped it before it could write anything (Ctrl-C while torch is imported)
-        if ranks.is_main() and output.is_dir() and not any(output.iterdir()):
+        if processes.is_main() and output.is_dir() and not any(output.iterdir()):
             output.rmdir()
 
 
 def _plan(recipe: Recipe, ignore_memory: bool) -> None:
     """Say what the run takes, and refuse one that cannot fit; whole models alone are planned, no shards of one."""
-    if ranks.is_sharded() or ranks.uses_deepspeed():
+    if processes.is_sharded() or processes.uses_deepspeed():
         return
     from scalabl.planning.plan import CannotPlanError
     from scalabl.planning.refusal import plan_run
@@ -116,8 +116,8 @@ def _plan(recipe: Recipe, ignore_memory: bool) -> None:
         except CannotPlanError as error:
             return f"memory: not planned. {error}"
 
-    line = ranks.on_main(said)
-    if ranks.is_main():
+    line = processes.on_main(said)
+    if processes.is_main():
         typer.echo(line)
 
 

@@ -1,8 +1,6 @@
-"""Files that hold one mapping, as JSON or YAML: read whole, or refused in a sentence that says how to mend it.
+"""Files: mappings read whole or refused in a sentence, everything written whole or not at all, and the cache's place.
 
 Imports no torch.
-
-Where downloaded and converted files are kept.
 """
 
 from __future__ import annotations
@@ -10,7 +8,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+import shutil
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,27 @@ def cache_directory() -> Path:
     return Path(os.environ.get("SCALABL_CACHE") or Path.home() / ".cache" / "scalabl")
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path`, for a file or a directory, that is put in its place when all is written.
+
+    Whole or not at all: a file's bytes are on the disk before it gets its name, what fails within leaves nothing, and
+    two writers of one path do not meet.
+    """
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}")
+    try:
+        yield unfinished
+        if unfinished.is_file():
+            with unfinished.open("rb") as written:
+                os.fsync(written.fileno())
+        os.replace(unfinished, path)
+    finally:
+        if unfinished.is_dir():
+            shutil.rmtree(unfinished, ignore_errors=True)
+        with suppress(OSError):
+            unfinished.unlink(missing_ok=True)
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write JSON whole or not at all."""
     write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
@@ -82,12 +104,35 @@ def write_json(path: Path, content: Any) -> None:
 
 def write_text(path: Path, content: str) -> None:
     """Write a text file whole or not at all."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    write_bytes(path, content.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all."""
+    with writing(path) as unfinished:
+        unfinished.write_bytes(content)
+
+
+def require_place(directory: Path, *, named: Path | None = None, mend: str = "choose another --output") -> None:
+    """Refuse a directory in which no file can be made, or, where it is missing, in the nearest of its parents.
+
+    Args:
+        directory: tried with an empty file, which is removed.
+        named: what the sentence names; the directory if None.
+        mend: the end of the sentence, without its full stop.
+
+    Raises:
+        UserError: the operating system refuses.
+    """
+    place = directory.resolve()
+    while not place.exists():
+        place = place.parent
+    probe = place / f".{os.getpid()}.{uuid.uuid4().hex[:8]}.probe"
     try:
-        unfinished.write_text(content, encoding="utf-8")
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"{named or directory} cannot be written ({error.strerror}); {mend}.") from error
 
 
 def require_writable(*files: Path | None, unlike: Sequence[Path] = ()) -> None:
@@ -111,18 +156,10 @@ def require_writable(*files: Path | None, unlike: Sequence[Path] = ()) -> None:
         parent = file.resolve().parent
         if file.is_dir() or not parent.is_dir():
             raise UserError(f"{file} cannot be written; give a file in a directory that exists.")
-        probe = parent / f".{file.name}.{os.getpid()}"
-        try:
-            probe.touch()
-            probe.unlink()
-        except OSError as error:
-            raise UserError(f"{file} cannot be written ({error.strerror}); choose another directory.") from error
+        require_place(parent, named=file, mend="choose another directory")
 
 
 def sha256(path: Path) -> str:
     """Hex digest of a file."""
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -26,29 +26,29 @@ _board: Any = None
 _number_of_message = itertools.count()
 
 
-def count() -> int:
+def world_size() -> int:
     """How many processes there are."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def number() -> int:
-    """This process's number, from 0."""
-    return int(os.environ.get("RANK", "0")) if count() > 1 else 0
+def rank() -> int:
+    """This process's rank, from 0."""
+    return int(os.environ.get("RANK", "0")) if world_size() > 1 else 0
 
 
 def is_main() -> bool:
     """Whether this process prints and writes."""
-    return number() == 0
+    return rank() == 0
 
 
 def is_first_on_machine() -> bool:
     """Whether this process is the first of its machine."""
-    return count() == 1 or int(os.environ.get("LOCAL_RANK", "0")) == 0
+    return world_size() == 1 or int(os.environ.get("LOCAL_RANK", "0")) == 0
 
 
 def is_sharded() -> bool:
     """Whether the launcher asked for FSDP: the base's weights are then spread over the processes."""
-    return count() > 1 and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+    return world_size() > 1 and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
 
 
 def uses_deepspeed() -> bool:
@@ -58,7 +58,7 @@ def uses_deepspeed() -> bool:
 
 def own_device() -> str | None:
     """Where this process computes; None where one process is free to choose."""
-    if count() == 1:
+    if world_size() == 1:
         return None
     import torch
 
@@ -70,7 +70,7 @@ def own_device() -> str | None:
 
 def connect() -> None:
     """Join the process group; does nothing in one process."""
-    if count() > 1:
+    if world_size() > 1:
         import torch
         from accelerate import PartialState
 
@@ -103,7 +103,7 @@ def on_main(work: Callable[[], T]) -> T:
     Raises:
         UserError: in every process, what it raised in the main one.
     """
-    if count() == 1:
+    if world_size() == 1:
         return work()
     key = f"message {next(_number_of_message)}"
     if is_main():
@@ -127,9 +127,9 @@ def first_on_each_machine(work: Callable[[], T]) -> T:
     Raises:
         UserError: in every process, what it raised in any first one.
     """
-    if count() == 1:
+    if world_size() == 1:
         return work()
-    firsts = count() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    firsts = world_size() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     key = f"message {next(_number_of_message)}"
     result: Any = None
     if is_first_on_machine():
@@ -148,7 +148,7 @@ def anywhere(flag: bool) -> bool:
     """Whether the flag is set in any process; all of them have to ask."""
     import torch
 
-    if count() == 1 or not torch.distributed.is_initialized():
+    if world_size() == 1 or not torch.distributed.is_initialized():
         return flag
     from accelerate import PartialState
 
@@ -159,7 +159,7 @@ def anywhere(flag: bool) -> bool:
 
 def is_first_to_fail() -> bool:
     """Whether no other process has failed before: the first one says why, the others were dragged along."""
-    if count() == 1:
+    if world_size() == 1:
         return True
     connected = _board is not None
     try:
@@ -178,7 +178,7 @@ def cleaning_up(clean: Callable[[], None]) -> Iterator[None]:
     Args:
         clean: removes what an unfinished work leaves.
     """
-    several = count() > 1 and is_main() and threading.current_thread() is threading.main_thread()
+    several = world_size() > 1 and is_main() and threading.current_thread() is threading.main_thread()
 
     def end(signum: int, _frame: Any) -> None:
         raise SystemExit(128 + signum)

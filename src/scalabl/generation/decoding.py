@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.generation import StoppingCriteria, StoppingCriteriaList, StopStringCriteria
 
 from scalabl.core.errors import UserError
+from scalabl.core.modules import eval_mode
 from scalabl.generation.fan_out import Draws, averaged, can_share, shared_prompts
 
 
@@ -196,16 +197,12 @@ def decode(
     recorder, length = _Recorder(), inputs["input_ids"].shape[1]
     generation.setdefault("pad_token_id", tokenizer.pad_token_id)
     stops = _stops(tokenizer, generation, length)
-    was_training = model.training
-    model.eval()
-    try:
+    with eval_mode(model):
         texts: dict[str, Any] = {**inputs, "num_return_sequences": num_return_sequences}
         if can_share(model, inputs, num_return_sequences, generation):
             texts = shared_prompts(model, draws, inputs, num_return_sequences)
         with averaged(model, draws, recorder):
             sequences = model.generate(**texts, return_dict_in_generate=False, **generation)  # type: ignore[operator]
-    finally:
-        model.train(was_training)
     recorder.take(sequences[:, -1])
     new, ends = sequences[:, length:].cpu(), _end_tokens(model, tokenizer, generation)
     log_probs = torch.stack(recorder.log_probs, dim=2)

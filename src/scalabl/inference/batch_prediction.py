@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, TextIO
 
-from scalabl.core import processes as ranks
+from scalabl.core import processes
 from scalabl.core.files import sha256
 from scalabl.core.progress import progress_bar
 from scalabl.data.example import Example
@@ -75,26 +75,28 @@ def predict_file(
         settings += [promise.as_dict(), [[r.question, r.choices, r.answer, *r.content[2:]] for r in held_out]]
     identity = hashlib.sha256(json.dumps([settings, [[r.id, *r.content] for r in rows]]).encode())
     unfinished = output.with_name(f".{output.name}.{identity.hexdigest()[:12]}")
-    done = ranks.on_main(lambda: _whole_lines(unfinished))
+    done = processes.on_main(lambda: _whole_lines(unfinished))
     run = load_run(directory, model=model)
     encoded = run.encode(list(rows))  # refuses what it cannot answer before the first answer is written
     # decided from all rows, so that a call that goes on decides alike
     decision = decide(run, asked, rows, batch_size=batch_size)
-    if decision.why is not None and say is not None and ranks.is_main():
+    if decision.why is not None and say is not None and processes.is_main():
         say(decision.why)
     decision = promised(run, asked, decision, batch_size=batch_size)
-    if decision.threshold is not None and tell is not None and ranks.is_main():
+    if decision.threshold is not None and tell is not None and processes.is_main():
         tell(decision.threshold)
     answering = Answering(run, asked, decision)
     prefix = answering.prefix(encoded)
-    at_once = batch_size * ranks.count()
-    writing: AbstractContextManager[Any] = unfinished.open("a", encoding="utf-8") if ranks.is_main() else nullcontext()
+    at_once = batch_size * processes.world_size()
+    writing: AbstractContextManager[Any] = (
+        unfinished.open("a", encoding="utf-8") if processes.is_main() else nullcontext()
+    )
     with progress_bar() as progress, writing as file:
         bar = progress.add_task("predicting", total=len(rows), completed=done, detail="")
         for start in range(done, len(rows), at_once):
             chunk = slice(start, start + at_once)
             found = list(answering.answers(rows[chunk], encoded[chunk], batch_size=batch_size, prefix=prefix))
-            if ranks.is_main():
+            if processes.is_main():
                 _write(file, found)
             progress.advance(bar, len(rows[chunk]))
 
@@ -105,7 +107,7 @@ def predict_file(
         with output.open(encoding="utf-8") as written:  # rows answered before a kill too
             return statistics.fmean(json.loads(line)["particles"] for line in written)
 
-    return ranks.on_main(finish)
+    return processes.on_main(finish)
 
 
 def _write(file: TextIO, answers: Iterable[dict[str, Any]]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scalabl.core import processes as ranks
+from scalabl.core import processes
 from scalabl.core.progress import progress_bar
 from scalabl.data.example import Example
 from scalabl.inference.promise import Promise, held_out_rows
@@ -39,7 +39,7 @@ def log_probabilities(
         UserError: rows that the run's scoring cannot encode.
     """
     encoded = run.encode(list(rows))
-    encoded = ranks.first_on_each_machine(lambda: with_stored_trunk(run.scorer, encoded, batch_size=batch_size))
+    encoded = processes.first_on_each_machine(lambda: with_stored_trunk(run.scorer, encoded, batch_size=batch_size))
     with progress_bar() as progress:
         bar = progress.add_task(description, total=len(encoded), detail="")
         return predict(
@@ -156,7 +156,7 @@ def make_strategy(
         predictive = "auto" if sampling.is_plain else "mc"
     if stochastic_layers is not None and run.is_bayesian and predictive != "mean":
         spec = stochastic_layers
-        stochastic_layers = ranks.on_main(lambda: as_top_layers(run, spec))
+        stochastic_layers = processes.on_main(lambda: as_top_layers(run, spec))
     strategy = run.predictive(predictive, samples=samples, seed=seed, stochastic_layers=stochastic_layers)
     return with_sampling(strategy, sampling)
 
@@ -180,7 +180,7 @@ def choose(
         assert strategy.choice is not None
         return made.name, made.stochastic_layers, strategy.choice.sentence
 
-    name, layers, sentence = ranks.on_main(decide)
+    name, layers, sentence = processes.on_main(decide)
     return strategy.made(name, layers), [sentence]
 
 

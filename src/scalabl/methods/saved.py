@@ -5,7 +5,6 @@ How the fit of a post-hoc method on training rows begins.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from scalabl.core.errors import UserError
-from scalabl.core.files import read_json, write_json
+from scalabl.core.files import read_json, write_json, writing
 from scalabl.data.example import Example
 from scalabl.scoring.base import Encoded
 from scalabl.scoring.trunk_store import with_stored_trunk
@@ -50,12 +49,8 @@ def save(run: Run, method: str, facts: dict[str, Any], tensors: dict[str, Tensor
     directory = directory_of(run, method)
     directory.mkdir(parents=True, exist_ok=True)
     if tensors is not None:
-        unfinished = directory / f".{method}.{os.getpid()}"
-        try:
+        with writing(directory / f"{method}.safetensors") as unfinished:
             save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, unfinished)
-            os.replace(unfinished, directory / f"{method}.safetensors")
-        finally:
-            unfinished.unlink(missing_ok=True)
     whole = {**facts, "adapter_sha256": run.record.get("adapter_sha256")}
     write_json(directory / f"{method}.json", whole)
     return whole

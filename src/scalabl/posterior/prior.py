@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from scalabl.core.errors import UserError
+from scalabl.core.modules import gathered
 
 
 @dataclass(frozen=True)
@@ -39,4 +40,4 @@ class Prior:
         if not self.empirical:
             return torch.full((), self.std**2, dtype=torch.float32, device=mean.device)
         moment = (variance + (mean - self.mean).square()).mean()
-        return moment.full_tensor() if hasattr(moment, "full_tensor") else moment  # shards hold a part of the sum
+        return gathered(moment)  # shards hold a part of the sum

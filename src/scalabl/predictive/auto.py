@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from scalabl.core.errors import UserError
+from scalabl.core.modules import eval_mode
 from scalabl.core.top_layers import holding_variance, top_layers
 from scalabl.metrics.uncertainty import average
 from scalabl.predictive.base import MeanPredictive, Predictive, predict
@@ -184,14 +185,10 @@ class _Trial:
         self._scorer = scorer
         self._linear = LinearizedPredictive(seed=auto.seed)
         self._parts = []
-        was_training = scorer.model.training
-        scorer.model.eval()
-        try:
+        with eval_mode(scorer.model):
             for indices, chunk in batches(rows, batch_size):
                 batch = scorer.with_trunk(scorer.scoring.collate(chunk).to(scorer.device))
                 self._parts.append((indices, *logit_jacobian(scorer, batch, auto.stochastic_layers)))
-        finally:
-            scorer.model.train(was_training)
 
     def gap(self, layers: dict[str, int]) -> float:
         """RMSE over rows and choices of the predictive that is linearised in these layers, to the reference."""

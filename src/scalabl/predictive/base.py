@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from scalabl.core.modules import eval_mode
 from scalabl.scoring.base import Batch, Encoded
 from scalabl.scoring.prefix import SharedPrefix, shared_prefix
 from scalabl.scoring.scorer import Scorer, batches
@@ -48,11 +49,9 @@ def predict(
         prefix: what the rows begin with, kept from call to call; None looks for it in these rows.
     """
     predictive = chosen(predictive, scorer, rows, batch_size)
-    was_training = scorer.model.training
-    scorer.model.eval()
     classes = max(row.num_choices for row in rows)
     out: Tensor | None = None
-    try:
+    with eval_mode(scorer.model):
         prefix = _prefix(scorer, rows, predictive, prefix)
         if prefix is not None:
             rows = [prefix.cut(row) for row in rows]
@@ -68,8 +67,6 @@ def predict(
             out[:, indices, : log_probs.shape[-1]] = log_probs
             if advance is not None:
                 advance(len(indices))
-    finally:
-        scorer.model.train(was_training)
     assert out is not None
     return out
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from scalabl.core import processes as ranks
+from scalabl.core import processes
 from scalabl.predictive.base import Predictive, chosen
 from scalabl.predictive.base import predict as predict_here
 from scalabl.predictive.monte_carlo import MonteCarloPredictive
@@ -34,11 +34,11 @@ def predict(
 
     In one process it is that function. The arguments are the same, and alike on every rank.
     """
-    if ranks.count() == 1:
+    if processes.world_size() == 1:
         return predict_here(scorer, rows, predictive, batch_size=batch_size, advance=advance, prefix=prefix)
     predictive = chosen(predictive, scorer, rows, batch_size)
     if isinstance(predictive, MonteCarloPredictive):
-        own = share(predictive.samples, ranks.number(), ranks.count())
+        own = share(predictive.samples, processes.rank(), processes.world_size())
         part = torch.empty(0, len(rows), 0)
         if own:
             stretch = _Stretch(predictive, own)
@@ -46,7 +46,7 @@ def predict(
         return torch.cat(_of_all_ranks(part, absent=-torch.inf))
     # longest first and in turn, so that every rank gets rows of every length
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i].input_ids))
-    mine = order[ranks.number() :: ranks.count()]
+    mine = order[processes.rank() :: processes.world_size()]
     part = torch.empty(0, 0, 0)
     if mine:
         several = None if advance is None else _Several(advance, len(rows))
@@ -56,7 +56,7 @@ def predict(
     out = torch.full((parts[0].shape[0], len(rows), parts[0].shape[2]), -torch.inf)
     for rank, of_rank in enumerate(parts):
         if of_rank.shape[1]:  # more ranks than rows
-            out[:, order[rank :: ranks.count()]] = of_rank
+            out[:, order[rank :: processes.world_size()]] = of_rank
     return out
 
 
@@ -93,7 +93,7 @@ class _Several:
         self.left = rows
 
     def __call__(self, done: int) -> None:
-        counted = min(done * ranks.count(), self.left)
+        counted = min(done * processes.world_size(), self.left)
         self.left -= counted
         self.advance(counted)
 
@@ -108,9 +108,9 @@ def _of_all_ranks(part: Tensor, *, absent: float) -> list[Tensor]:
     from accelerate import PartialState
     from torch import distributed
 
-    ranks.connect()
+    processes.connect()
     device = PartialState().device
-    sizes = [torch.zeros(3, dtype=torch.long, device=device) for _ in range(ranks.count())]
+    sizes = [torch.zeros(3, dtype=torch.long, device=device) for _ in range(processes.world_size())]
     distributed.all_gather(sizes, torch.tensor(part.shape, device=device))
     shapes = [tuple(size.tolist()) for size in sizes]
     largest = [max(shape[dim] for shape in shapes) for dim in range(3)]

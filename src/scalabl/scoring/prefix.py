@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 
+from scalabl.core.modules import eval_mode
 from scalabl.scoring.base import Batch, Encoded
 from scalabl.scoring.scorer import Scorer
 from scalabl.scoring.trunk import token_logits
@@ -132,16 +133,12 @@ def agrees(scorer: Scorer, prefix: SharedPrefix, row: Encoded, tolerance: float 
     """Whether a row has the same class probabilities behind the prefix as whole; asked once of a scorer."""
     if scorer.shares_prefix is None:
         behind = replace(scorer.scoring.collate([prefix.cut(row)]).to(scorer.device), prefix=prefix)
-        was_training = scorer.model.training
-        scorer.model.eval()
         try:
-            with torch.no_grad():
+            with eval_mode(scorer.model), torch.no_grad():
                 whole = scorer.class_log_probs(scorer.scoring.collate([row]).to(scorer.device)).exp()
                 gap = (scorer.class_log_probs(behind).exp() - whole).abs().max().item()
         except Exception:  # an architecture whose cache is of another kind: its rows are run whole
             gap = float("inf")
-        finally:
-            scorer.model.train(was_training)
         dtype = next(p.dtype for p in scorer.model.parameters() if p.is_floating_point())
         scorer.shares_prefix = gap <= tolerance * (1 if dtype == torch.float32 else 50)
         prefix.claim(None, scorer.model)

@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from scalabl.core.files import cache_directory
+from scalabl.core.files import cache_directory, writing
+from scalabl.core.modules import eval_mode
 from scalabl.core.progress import progress_bar
 from scalabl.scoring.base import Encoded
 from scalabl.scoring.scorer import Scorer, batches
@@ -75,19 +76,14 @@ def keep_trunk(scorer: Scorer, rows: Sequence[Encoded]) -> None:
 def _compute(scorer: Scorer, rows: Sequence[Encoded], batch_size: int, description: str) -> Tensor:
     """(total tokens, d): the rows' trunk outputs behind each other."""
     assert scorer.trunk is not None
-    was_training = scorer.model.training
-    scorer.model.eval()
     parts: list[Tensor] = [torch.empty(0)] * len(rows)
-    try:
-        with progress_bar() as progress:
-            bar = progress.add_task(description, total=len(rows), detail="")
-            for indices, chunk in batches(rows, batch_size):
-                output = scorer.trunk.encode(scorer.model, scorer.scoring.collate(chunk).to(scorer.device)).cpu()
-                for index, row, values in zip(indices, chunk, output, strict=True):
-                    parts[index] = values[-len(row.input_ids) :]  # padding stands on the left
-                progress.advance(bar, len(indices))
-    finally:
-        scorer.model.train(was_training)
+    with eval_mode(scorer.model), progress_bar() as progress:
+        bar = progress.add_task(description, total=len(rows), detail="")
+        for indices, chunk in batches(rows, batch_size):
+            output = scorer.trunk.encode(scorer.model, scorer.scoring.collate(chunk).to(scorer.device)).cpu()
+            for index, row, values in zip(indices, chunk, output, strict=True):
+                parts[index] = values[-len(row.input_ids) :]  # padding stands on the left
+            progress.advance(bar, len(indices))
     return torch.cat(parts)
 
 
@@ -140,12 +136,8 @@ def _read(path: Path) -> Tensor | None:
 
 def _write(path: Path, hidden: Tensor) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with writing(path) as unfinished:
         save_file({"hidden": hidden.contiguous()}, unfinished)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
     stores = sorted(path.parent.glob("*.safetensors"), key=lambda p: p.stat().st_mtime, reverse=True)
     total = 0
     for store in stores:

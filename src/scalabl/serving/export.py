@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from scalabl.core import __version__
 from scalabl.core.errors import UserError
-from scalabl.core.files import ADAPTER, JOINT, read_json, sha256, write_json
+from scalabl.core.files import ADAPTER, JOINT, read_json, require_place, sha256, write_json
 from scalabl.predictive.sampling import Sampling
 from scalabl.runs.adapter_file import require_adapter
 from scalabl.runs.directory import RECORD, finished_record
@@ -231,15 +231,7 @@ def _require_place(output: Path, identity: Identity, name: str) -> None:
         if not is_whole(particles_directory(output), there):
             raise UserError(f"{target} was truncated or altered since it was exported; delete it and export again.")
         return
-    existing = output.resolve()
-    while not existing.exists():
-        existing = existing.parent
-    probe = existing / f".{PARTICLES}.{os.getpid()}.probe"
-    try:
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"{output} cannot be written ({error.strerror}); choose another --output.") from error
+    require_place(output)
 
 
 def _difference(there: ParticleManifest, identity: Identity, name: str) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from scalabl.core.errors import UserError
-from scalabl.core.files import sha256, write_json
+from scalabl.core.files import sha256, write_json, writing
 from scalabl.data.assemble import TrainingRows, select_rows
 from scalabl.data.example import Example
 from scalabl.data.load import load_task
@@ -134,12 +133,8 @@ def _predict(cell: Cell, output: Path) -> dict[str, Any]:
             seconds[name] = enter(f"test:{name}", rows)
             overlaps[name] = overlap(rows, tuning)
     path = cell.directory(output) / PREDICTIONS
-    unfinished = path.with_name(f".{PREDICTIONS}.{os.getpid()}")
-    try:
+    with writing(path) as unfinished:
         save_file(tensors, unfinished)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
     return {
         "seconds": seconds[settings["task"]],  # of its own test set
         "peak_memory": cost.peak_memory,

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from scalabl.core.errors import UserError
+from scalabl.core.modules import gathered
 from scalabl.posterior.gaussian import DiagonalGaussian, Gaussian
 from scalabl.posterior.prior import Prior
 from scalabl.training.kl_gradient import add_kl_gradients, with_parameters
@@ -246,11 +247,7 @@ def _whole(posterior: Gaussian) -> Gaussian:
     """The posterior with whole tensors where its parameters are shards (FSDP 2); itself otherwise."""
     if not any(hasattr(parameter, "full_tensor") for parameter in posterior.parameters()):
         return posterior
-    gathered = {
-        name: parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter  # type: ignore[operator]
-        for name, parameter in posterior.named_parameters()
-    }
-    return with_parameters(posterior, gathered)
+    return with_parameters(posterior, {name: gathered(p) for name, p in posterior.named_parameters()})
 
 
 def _positive_integer(value: Any, name: str, what: str) -> int:

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from scalabl.core.errors import UserError
+from scalabl.core.modules import base_name, gathered
 
 
 class NonFiniteError(UserError):
@@ -84,17 +85,12 @@ def _has_loss_scaler(optimizer: Optimizer) -> bool:
 @torch.no_grad()
 def _norm_is_finite(tensors: Iterable[Tensor]) -> bool:
     norm = get_total_norm([tensor.detach() for tensor in tensors])
-    whole = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # type: ignore[operator]
-    return bool(torch.isfinite(whole).item())
+    return bool(torch.isfinite(gathered(norm)).item())
 
 
 def _is_finite(tensor: Tensor | None) -> bool:
     # the norm of a finite float16 or bfloat16 tensor may overflow: this looks at the numbers
-    return tensor is None or bool(_full(tensor).isfinite().all().item())
-
-
-def _full(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # type: ignore[operator]
+    return tensor is None or bool(gathered(tensor).isfinite().all().item())
 
 
 def _stop(model: nn.Module, *, step: int) -> None:
@@ -103,7 +99,7 @@ def _stop(model: nn.Module, *, step: int) -> None:
     for what, pick in (("weight", lambda p: p.detach()), ("gradient", lambda p: p.grad)):
         bad = [name for name, p in model.named_parameters() if p.is_floating_point() and not _is_finite(pick(p))]
         if bad:
-            name = bad[0].removeprefix("base_model.model.")
+            name = base_name(bad[0])
             others = f" (and of {len(bad) - 1} more)" if len(bad) > 1 else ""
             raise NonFiniteError(
                 f"Training stopped at step {step}: the {what} of {name}{others} is NaN or infinite; resume from the "

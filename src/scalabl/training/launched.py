@@ -9,7 +9,7 @@ import os
 import shutil
 from pathlib import Path
 
-from scalabl.core import processes as ranks
+from scalabl.core import processes
 from scalabl.core.errors import UserError
 from scalabl.runs.recipe import Recipe
 
@@ -21,7 +21,7 @@ def check_launch(recipe: Recipe) -> None:
         UserError: DeepSpeed is not installed or would hide the KL's gradient; an FSDP setting that this package does
             not train with.
     """
-    if ranks.uses_deepspeed():
+    if processes.uses_deepspeed():
         if importlib.util.find_spec("deepspeed") is None:
             raise UserError(
                 "DeepSpeed is not installed; pip install deepspeed, or launch with recipes/accelerate/fsdp2.yaml."
@@ -31,7 +31,7 @@ def check_launch(recipe: Recipe) -> None:
                 f"DeepSpeed keeps gradients to itself, so the KL of {recipe.method} cannot be added to them; launch "
                 "with recipes/accelerate/fsdp2.yaml or ddp.yaml."
             )
-    if not ranks.is_sharded():
+    if not processes.is_sharded():
         return
     if os.environ.get("FSDP_VERSION", "1") != "2":
         raise UserError("The first version of FSDP flattens the posterior into other weights; set fsdp_version to 2.")
@@ -58,11 +58,11 @@ def require_rows(recipe: Recipe, rows: int) -> None:
     Raises:
         UserError: there are fewer rows.
     """
-    together = recipe.batch_size * ranks.count()
-    if ranks.count() > 1 and rows < together:
+    together = recipe.batch_size * processes.world_size()
+    if processes.world_size() > 1 and rows < together:
         raise UserError(
-            f"{ranks.count()} processes with a batch size of {recipe.batch_size} take {together} rows at a time, but "
-            f"there are {rows}; lower --batch-size or the number of processes."
+            f"{processes.world_size()} processes with a batch size of {recipe.batch_size} take {together} rows at a "
+            f"time, but there are {rows}; lower --batch-size or the number of processes."
         )
 
 
@@ -81,13 +81,17 @@ def fit_checkpoint(checkpoint: Path, *, dropout: bool) -> None:
         UserError: it was written by FSDP and this is not, or the other way round.
     """
     sharded = (checkpoint / "pytorch_model_fsdp.bin").exists() or (checkpoint / "pytorch_model_fsdp_0").is_dir()
-    if sharded != ranks.is_sharded():
+    if sharded != processes.is_sharded():
         was, now = ("FSDP", "without it") if sharded else ("no FSDP", "with it")
         raise UserError(f"{checkpoint} was written under {was} and cannot be resumed {now}; launch as before.")
     if dropout:
         return
     present = sorted(checkpoint.glob("rng_state*.pth"))
-    names = ["rng_state.pth"] if ranks.count() == 1 else [f"rng_state_{i}.pth" for i in range(ranks.count())]
+    names = (
+        ["rng_state.pth"]
+        if processes.world_size() == 1
+        else [f"rng_state_{i}.pth" for i in range(processes.world_size())]
+    )
     for name in names:
         if present and not (checkpoint / name).exists():
             shutil.copyfile(present[0], checkpoint / name)

@@ -8,7 +8,7 @@ from typing import Any
 from rich.progress import Progress
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from scalabl.core import processes as ranks
+from scalabl.core import processes
 from scalabl.core.progress import progress_bar
 
 
@@ -86,7 +86,7 @@ class StopOnInterrupt(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         # a signal reaches several processes at different steps; they have to stop at the same one
-        self.interrupted = ranks.anywhere(self.interrupted)
+        self.interrupted = processes.anywhere(self.interrupted)
         if self.interrupted and state.global_step < state.max_steps:
             control.should_save = True
             control.should_training_stop = True

@@ -15,8 +15,7 @@ from torch import Tensor
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
-from scalabl.core import __version__
-from scalabl.core import processes as ranks
+from scalabl.core import __version__, processes
 from scalabl.core.errors import UserError
 from scalabl.core.files import ADAPTER, sha256, write_json
 from scalabl.data.assemble import TrainingRows, select_rows
@@ -71,13 +70,13 @@ def train(recipe: Recipe, output: Path) -> dict[str, Any]:
     rows: TrainingRows[Any] = select_rows(task, recipe)
     check_launch(recipe)
     require_rows(recipe, len(rows.train))
-    if ranks.on_main(lambda: claim(output, recipe.as_dict(), Recipe.defaults(), ranks.count())):
-        return ranks.on_main(lambda: finished_record(output))
+    if processes.on_main(lambda: claim(output, recipe.as_dict(), Recipe.defaults(), processes.world_size())):
+        return processes.on_main(lambda: finished_record(output))
     try:
-        with ranks.cleaning_up(lambda: _remove_traces(output)):
+        with processes.cleaning_up(lambda: _remove_traces(output)):
             return _train(recipe, output, task, rows)
     except NonFiniteError as error:
-        last = last_checkpoint(output) if ranks.is_main() else None
+        last = last_checkpoint(output) if processes.is_main() else None
         kept = f" and choose another --output ({last} is the last good checkpoint)" if last else ""
         raise UserError(f"{str(error).partition(';')[0]}; lower --learning-rate{kept}.") from error
 
@@ -107,13 +106,13 @@ def last_checkpoint(output: Path) -> Path | None:
 def _train(recipe: Recipe, output: Path, task: Task | TextTask, rows: TrainingRows[Any]) -> dict[str, Any]:
     if recipe.optimizer != Recipe.optimizer:
         require_optimizer(recipe.optimizer, "cuda" if torch.cuda.is_available() else "cpu")
-    ranks.connect()
+    processes.connect()
     if recipe.model == EMBEDDED:
-        ranks.first_on_each_machine(embedded_directory)
+        processes.first_on_each_machine(embedded_directory)
     model, tokenizer = load_base(recipe.model, **_placed(held(recipe.as_dict())))
     options = candidates(recipe, tokenizer, (*rows.train, *rows.validation), task.labels)
     longest = max((options[-1].encode(row) for row in rows.train[:50]), key=lambda row: sum(map(bool, row.segments)))
-    ranks.on_main(lambda: Scorer(model, options[-1]).check_packing(longest))
+    processes.on_main(lambda: Scorer(model, options[-1]).check_packing(longest))
 
     method = load_method(recipe.method)
     set_seed(recipe.seed)
@@ -124,7 +123,7 @@ def _train(recipe: Recipe, output: Path, task: Task | TextTask, rows: TrainingRo
         best, nll = choose_scoring(options, adapted, trunk, rows.validation)
         return options.index(best), nll
 
-    chosen, nll = ranks.on_main(choose)
+    chosen, nll = processes.on_main(choose)
     scoring = options[chosen]
     record: dict[str, Any] = {
         "scalabl": __version__,
@@ -139,15 +138,15 @@ def _train(recipe: Recipe, output: Path, task: Task | TextTask, rows: TrainingRo
         "base_fingerprint": fingerprint(model),
         "versions": {name: version(name) for name in ("torch", "transformers", "peft", "accelerate")},
         "device": str(next(adapted.parameters()).device),
-        "processes": ranks.count(),
+        "processes": processes.world_size(),
     }
-    ranks.on_main(lambda: write_json(output / RECORD, record))
+    processes.on_main(lambda: write_json(output / RECORD, record))
     if not output.is_dir():
         raise UserError(f"{output} is not seen by every machine; give a directory on a file system that they share.")
     rows_of_run = [scoring.encode(row) for row in rows.train]
     if isinstance(task, TextTask):
         record["tokens"] = token_counts(rows_of_run)
-    encoded = ranks.first_on_each_machine(lambda: with_stored_trunk(Scorer(adapted, scoring, trunk), rows_of_run))
+    encoded = processes.first_on_each_machine(lambda: with_stored_trunk(Scorer(adapted, scoring, trunk), rows_of_run))
     log = optimise(recipe, output, adapted, scoring, trunk, encoded)
 
     tensors = whole_adapter(adapted)
@@ -165,15 +164,15 @@ def _train(recipe: Recipe, output: Path, task: Task | TextTask, rows: TrainingRo
         shutil.rmtree(output / "checkpoints", ignore_errors=True)
         return finished
 
-    return ranks.on_main(finish)
+    return processes.on_main(finish)
 
 
 def _placed(held_as: dict[str, Any]) -> dict[str, Any]:
     """Where this process of several loads the base: on its own device; on the CPU, where it is to be sharded."""
-    if ranks.count() == 1:
+    if processes.world_size() == 1:
         return held_as
-    device = ranks.own_device()
-    if ranks.is_sharded():
+    device = processes.own_device()
+    if processes.is_sharded():
         if held_as["dtype"] == "auto":
             held_as = held_as | {"dtype": "float32" if device == "cpu" else "bfloat16"}
         device = "cpu"
@@ -209,16 +208,16 @@ def optimise(
         disable_tqdm=True,
         report_to=[],
         # autocast of a sharded model would round s
-        bf16=recipe.dtype == "bfloat16" and torch.cuda.is_available() and not ranks.is_sharded(),
+        bf16=recipe.dtype == "bfloat16" and torch.cuda.is_available() and not processes.is_sharded(),
         use_cpu=not _on_accelerator(model),
     )
     bar, interrupt = ProgressBar(f"training {recipe.method}"), StopOnInterrupt()
-    shown = [bar] if ranks.is_main() else []
+    shown = [bar] if processes.is_main() else []
     method: Any = load_method(recipe.method)
     base = trainer_of(scoring)
     trainer_class = method.trainer_class(base) if hasattr(method, "trainer_class") else base
     of_method = method.callbacks(weighing_the_kl(recipe, rows), len(rows))
-    ranks.let_cpus_shard()
+    processes.let_cpus_shard()
     trainer = trainer_class(
         model,
         arguments,
@@ -227,10 +226,10 @@ def optimise(
         scoring=scoring,
         trunk=trunk,
     )
-    if trainer.is_fsdp_enabled != ranks.is_sharded():
+    if trainer.is_fsdp_enabled != processes.is_sharded():
         raise UserError("FSDP was asked for, but Accelerate does not shard on this machine; launch with ddp.yaml.")
     trainer.remove_callback(PrinterCallback)
-    last = ranks.on_main(lambda: _checkpoint_to_resume(output, has_dropout(model)))
+    last = processes.on_main(lambda: _checkpoint_to_resume(output, has_dropout(model)))
     try:
         trainer.train(resume_from_checkpoint=last)
     finally:
@@ -250,12 +249,12 @@ def _checkpoint_to_resume(output: Path, dropout: bool) -> str | None:
 
 def _on_accelerator(model: PeftModel) -> bool:
     """Whether the model is trained on one: it is there, or waits on the CPU to be sharded."""
-    return next(model.parameters()).device.type != "cpu" or (ranks.is_sharded() and torch.cuda.is_available())
+    return next(model.parameters()).device.type != "cpu" or (processes.is_sharded() and torch.cuda.is_available())
 
 
 def _of_ranks(recipe: Recipe) -> list[TrainerCallback]:
     """What several processes need beside: ours and BLoB's callbacks see to their noise themselves."""
-    return [SeparateNoise()] if ranks.count() > 1 and recipe.method not in ("scalabl", "blob") else []
+    return [SeparateNoise()] if processes.world_size() > 1 and recipe.method not in ("scalabl", "blob") else []
 
 
 def _publish(model: PeftModel, output: Path, tensors: dict[str, Tensor] | None = None) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import Trainer
 
+from scalabl.core.modules import gathered
 from scalabl.scoring.base import Batch, Encoded, Scoring
 from scalabl.scoring.trunk import Trunk, token_logits
 
@@ -41,10 +42,7 @@ def whole_adapter(model: PeftModel) -> dict[str, Tensor] | None:
             return {name: p.detach().cpu().clone() for name, p in trained.items()}
     if not any(hasattr(parameter, "full_tensor") for parameter in trained.values()):
         return None
-    return {
-        name: (p.detach().full_tensor() if hasattr(p, "full_tensor") else p.detach()).cpu()  # type: ignore[attr-defined]
-        for name, p in trained.items()
-    }
+    return {name: gathered(p.detach()).cpu() for name, p in trained.items()}
 
 
 class LengthGroupedOrder(Sampler[int]):

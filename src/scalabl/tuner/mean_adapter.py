@@ -5,7 +5,6 @@ It is made from the adapter's own file, so that it holds for gathered, sharded o
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -17,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from scalabl.core.errors import UserError
+from scalabl.core.files import writing
 
 MEAN_DIRECTORY = "mean"
 
@@ -55,13 +55,8 @@ def fold(tensors: dict[str, Tensor], unit_rows: bool, s_of: Callable[[str, Tenso
 def write_plain_adapter(directory: Path, tensors: dict[str, Tensor], config: LoraConfig) -> None:
     """Write a plain LoRA directory (safetensors and JSON); each file appears whole or not at all."""
     directory.mkdir(parents=True, exist_ok=True)
-    target = directory / SAFETENSORS_WEIGHTS_NAME
-    unfinished = directory / f".{SAFETENSORS_WEIGHTS_NAME}.{os.getpid()}"
-    try:
+    with writing(directory / SAFETENSORS_WEIGHTS_NAME) as unfinished:
         save_file(tensors, unfinished, metadata={"format": "pt"})
-        os.replace(unfinished, target)
-    finally:
-        unfinished.unlink(missing_ok=True)
     lora = plain_lora_config(config)
     lora.inference_mode = True
     lora.save_pretrained(str(directory))

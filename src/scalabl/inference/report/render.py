@@ -1,7 +1,5 @@
 """A report as one HTML file that needs nothing else: no network, no script, no font, no picture beside it."""
 
-import os
-from contextlib import suppress
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -11,6 +9,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from scalabl.core.errors import UserError
+from scalabl.core.files import write_text
 from scalabl.inference.report import figures
 from scalabl.inference.report import results as examples
 from scalabl.inference.report import table as text
@@ -42,21 +41,13 @@ def write(report: Report, path: Path, rows: list[dict[str, Any]] | None = None) 
     """
     path = Path(path)
     html = render(report, table(report) if rows is None else rows)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with beside.open("x", encoding="utf-8") as file:
-            file.write(html)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
+        write_text(path, html)
     except OSError as error:
         raise UserError(
             f"the report cannot be written to {path} ({error.strerror or error}); choose another place or make room."
         ) from error
-    finally:
-        with suppress(OSError):
-            beside.unlink(missing_ok=True)
 
 
 def render(report: Report, rows: list[dict[str, Any]]) -> str:

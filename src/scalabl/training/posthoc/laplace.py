@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from scalabl.core.errors import UserError
+from scalabl.core.modules import eval_mode
 from scalabl.core.progress import progress_bar
 from scalabl.posterior.evidence import log_evidence
 from scalabl.posterior.joint import JointGaussian
@@ -79,9 +80,7 @@ def gauss_newton(
     size = sum(ranks.values())
     _require_memory(size)
     matrix, log_likelihood = torch.zeros(size, size, dtype=torch.float64), 0.0
-    was_training = scorer.model.training
-    scorer.model.eval()
-    try:
+    with eval_mode(scorer.model):
         for indices, chunk in batches(rows, batch_size):
             batch = scorer.with_trunk(scorer.scoring.collate(chunk).to(scorer.device))
             logits, jacobians = logit_jacobian(scorer, batch)
@@ -93,8 +92,6 @@ def gauss_newton(
             log_likelihood += logits.double().log_softmax(-1).gather(-1, batch.answers[:, None]).sum().item()
             if advance is not None:
                 advance(len(indices))
-    finally:
-        scorer.model.train(was_training)
     return JointCurvature(matrix, ranks, log_likelihood, len(rows))
 
 

@@ -9,7 +9,6 @@ From a plain LoRA and rows to a finished run with a posterior.
 
 from __future__ import annotations
 
-import os
 import random
 import shutil
 from collections.abc import Sequence
@@ -25,7 +24,7 @@ from transformers import PreTrainedTokenizerBase, set_seed
 
 from scalabl.core import __version__
 from scalabl.core.errors import UserError
-from scalabl.core.files import ADAPTER, sha256, write_json
+from scalabl.core.files import ADAPTER, sha256, write_json, writing
 from scalabl.data.example import Example, Task
 from scalabl.runs.adapter_file import CONFIG
 from scalabl.runs.directory import RECORD
@@ -105,13 +104,8 @@ def bayesianize(
         UserError: the adapter cannot be made Bayesian, or the rows cannot be scored.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = output.with_name(f".{output.name}.{os.getpid()}")
-    try:
-        record = _build(source, task, rows, held_out, unfinished, settings)
-        os.replace(unfinished, output)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    return record
+    with writing(output) as unfinished:
+        return _build(source, task, rows, held_out, unfinished, settings)
 
 
 def _build(

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from scalabl.core.errors import UserError
-from scalabl.core.files import ADAPTER
+from scalabl.core.files import ADAPTER, require_place
 from scalabl.data.example import Example, Task
 from scalabl.data.load import load_task
 from scalabl.data.training_data import with_labels
@@ -134,15 +134,7 @@ def require_free(output: Path) -> None:
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output} exists and is not empty; choose another --output.")
-    existing = output.resolve().parent
-    while not existing.exists():
-        existing = existing.parent
-    probe = existing / f".{output.name}.probe"
-    try:
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"{output} cannot be written ({error.strerror}); choose another --output.") from error
+    require_place(output.parent, named=output)
 
 
 METHODS = ("laplace", "vi")
