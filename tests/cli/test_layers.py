@@ -8,7 +8,8 @@ import pytest
 from program import Program, train_arguments
 from tiny_base import as_json, questions, write_jsonl
 
-from scalabl.inference.variance import as_top_layers, run_variance
+from scalabl.inference.predictor import Predictor, as_top_layers, run_variance
+from scalabl.inference.settings import PredictionSettings
 from scalabl.predictive import LinearizedPredictive, MonteCarloPredictive
 from scalabl.runs.loading import load_run
 from scalabl.tuner import stochastic_layers
@@ -63,7 +64,8 @@ def test_a_run_makes_its_predictives_with_layers(scalabl_run: Path) -> None:
     run = load_run(scalabl_run)
     drawn = run.predictive("mc", samples=3, stochastic_layers="last:0.5")
     assert isinstance(drawn, MonteCarloPredictive) and (drawn.samples, drawn.stochastic_layers) == (3, "last:0.5")
-    linear = run.predictive("linearized", stochastic_layers="variance:1.0")
+    settings = PredictionSettings(predictive="linearized", stochastic_layers="variance:1.0")
+    linear = Predictor(run, settings).strategy
     assert isinstance(linear, LinearizedPredictive) and linear.stochastic_layers == "last:2"
     assert as_top_layers(run, "last:1") == "last:1"
 

@@ -22,10 +22,10 @@ from scalabl.data.example import Example, check
 from scalabl.data.images import images_of
 from scalabl.metrics.uncertainty import average, decompose
 from scalabl.predictive.adaptive import with_sampling
-from scalabl.predictive.auto import PREDICTIVES, make_predictive
+from scalabl.predictive.auto import make_predictive
 from scalabl.predictive.base import MeanPredictive, Predictive, chosen, predict
 from scalabl.predictive.lora_particles import DropoutPredictive, blob_draws
-from scalabl.predictive.sampling import PLAIN, Sampling
+from scalabl.predictive.sampling import PLAIN, PREDICTIVES, Sampling
 from scalabl.runs.directory import RECORD, classifier_record
 from scalabl.runs.loading import load_adapter, require_base
 from scalabl.runs.models import held, load_base

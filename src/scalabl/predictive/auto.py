@@ -37,6 +37,7 @@ from scalabl.predictive.cost import cost_of
 from scalabl.predictive.drawn_layers import drawn_layers
 from scalabl.predictive.linearized import LinearizedPredictive, logit_covariance, logit_jacobian
 from scalabl.predictive.monte_carlo import MonteCarloPredictive
+from scalabl.predictive.sampling import PREDICTIVES
 from scalabl.scoring.base import Batch, Encoded
 from scalabl.scoring.prefix import shared_prefix
 from scalabl.scoring.scorer import Scorer, batches
@@ -224,9 +225,6 @@ def reference_and_variance(particles: Tensor) -> tuple[Tensor, Tensor]:
     even = pairs.mean(dim=1)
     odd = (pairs[:, 0] - pairs[:, 1]) / 2
     return even.mean(dim=0), odd.square().mean(dim=0) + even.var(dim=0)
-
-
-PREDICTIVES = ("mean", "mc", "linearized", "auto")
 
 
 def make_predictive(name: str, *, samples: int = 10, seed: int = 0) -> Predictive:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from scalabl.core.errors import UserError
 
+PREDICTIVES = ("mean", "mc", "linearized", "auto")
 DRAWS = ("independent", "antithetic", "sobol", "moments")  # `scalabl.posterior.draws` says what each one is
 BOUNDS = ("t", "betting")  # `scalabl.predictive.adaptive` says what each one guarantees
 

@@ -1,0 +1,287 @@
+"""A finished run under its settings: rows in, log class probabilities or answers out.
+
+The one way from rows to predictions: `evaluate`, `predict`, `acquire`, `Classifier` and the workers of batch scoring
+go through it. In another process, `Predictor.load(directory, settings)` with the settings that `resolve` returned
+answers alike.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scalabl.core import processes as ranks
+from scalabl.core.errors import UserError
+from scalabl.core.progress import progress_bar
+from scalabl.core.top_layers import check_spec, holding_variance
+from scalabl.data.example import Example
+from scalabl.inference.promise import held_out_rows
+from scalabl.inference.settings import PredictionSettings
+from scalabl.metrics.temperature import apply_temperature
+from scalabl.metrics.uncertainty import average, decompose, particles_used
+from scalabl.predictive.adaptive import with_sampling
+from scalabl.predictive.auto import AutoPredictive
+from scalabl.predictive.base import Predictive
+from scalabl.predictive.over_ranks import predict
+from scalabl.predictive.variance import LayerVariance, layer_variances
+from scalabl.runs.loading import load_run
+from scalabl.runs.method import Run, load_method, load_post_hoc
+from scalabl.scoring.base import Encoded
+from scalabl.scoring.prefix import SharedPrefix, shared_prefix
+from scalabl.scoring.trunk_store import with_stored_trunk
+
+VARIANCE_ROWS = 100  # on which the layers' variance is measured
+
+
+class Predictor:
+    """A loaded run that predicts by its settings.
+
+    Args:
+        run: the run.
+        settings: what decides its predictions; resolved by this process, by another, or not at all.
+        batch_size: rows at a time; the answers do not depend on it.
+
+    Attributes:
+        settings: as given; "variance:0.9" is resolved to "last:K" at once, and `resolve` does the rest.
+        strategy: the predictive that they name.
+        prefix: what all rows begin with, for calls that see a few of them at a time; `keep_prefix` sets it.
+
+    Raises:
+        UserError: settings that the run does not have.
+    """
+
+    def __init__(self, run: Run, settings: PredictionSettings | None = None, *, batch_size: int = 8) -> None:
+        self.run = run
+        self.settings = settings or PredictionSettings()
+        self.batch_size = batch_size
+        self.prefix: SharedPrefix | None = None
+        spec = self.settings.stochastic_layers
+        if spec is not None and run.is_bayesian and self.settings.predictive != "mean":
+            layers = ranks.on_main(lambda: as_top_layers(run, spec))
+            self.settings = replace(self.settings, stochastic_layers=layers)
+        self.strategy = make_strategy(run, self.settings)
+
+    @classmethod
+    def load(
+        cls,
+        directory: Path,
+        settings: PredictionSettings | None = None,
+        *,
+        model: str | None = None,
+        batch_size: int = 8,
+    ) -> Predictor:
+        """Of a finished run's directory.
+
+        Args:
+            directory: made by `scalabl train`.
+            settings: as above.
+            model: the base model, if it has moved since.
+            batch_size: as above.
+
+        Raises:
+            UserError: not a finished run, altered files, another base model, settings that the run does not have.
+        """
+        return cls(load_run(directory, model=model), settings, batch_size=batch_size)
+
+    def resolve(self, rows: Sequence[Example]) -> PredictionSettings:
+        """Choose what is chosen once for these rows and those to come: auto's predictive, the promise's threshold.
+
+        What was resolved before stays. In several processes the main one chooses.
+
+        Returns:
+            the settings with all that was chosen, under which another process answers alike.
+
+        Raises:
+            UserError: rows that the run cannot encode, or the run's held-out rows cannot be had.
+        """
+        if isinstance(self.strategy, AutoPredictive):
+            self._choose(self.strategy, self.run.encode(list(rows)))
+        promise = self.settings.promise
+        if promise is not None and self.settings.threshold is None:
+            held_out = held_out_rows(self.run.record)
+            log_probs = self.log_probs(held_out, dataset="held-out rows")
+            self.settings = replace(self.settings, threshold=promise.threshold(log_probs, labels_of(held_out)))
+        return self.settings
+
+    def _choose(self, auto: AutoPredictive, encoded: Sequence[Encoded]) -> None:
+        def choice() -> tuple[str, str | None, str]:
+            with progress_bar() as progress:
+                progress.add_task("choosing a predictive", total=None, detail="")
+                made: Any = auto.chosen(self.run.scorer, encoded, batch_size=self.batch_size)
+            assert auto.choice is not None
+            return made.name, made.stochastic_layers, auto.choice.sentence
+
+        name, layers, why = ranks.on_main(choice)
+        self.strategy = auto.made(name, layers)
+        chosen = describe_method(self.run, self.strategy)
+        self.settings = replace(self.settings, predictive=name, stochastic_layers=layers, chosen=chosen, why=why)
+
+    def keep_prefix(self, encoded: Sequence[Encoded]) -> None:
+        """Encode what all these rows begin with once for every later call, where the strategy has use for it."""
+        if getattr(self.strategy, "shares_prefix", False):
+            self.prefix = shared_prefix(self.run.scorer, encoded)
+
+    def log_probs(
+        self, rows: Sequence[Example], encoded: Sequence[Encoded] | None = None, *, dataset: str | None = None
+    ) -> Tensor:
+        """(N, n, C) log class probabilities of n rows; several processes share the work and all get them.
+
+        Args:
+            rows: n questions.
+            encoded: the same as tokens, where they were encoded before.
+            dataset: the progress bar's words for rows that will be predicted again, by other runs and settings: what
+                the frozen layers make of them is kept on disk. None for rows that come once, without a bar.
+
+        Raises:
+            UserError: rows that the run's scoring cannot encode.
+        """
+        if dataset is not None:
+            log_probs = log_probabilities(
+                self.run, rows, self.strategy, batch_size=self.batch_size, description=dataset
+            )
+        else:
+            encoded = self.run.encode(list(rows)) if encoded is None else encoded
+            log_probs = predict(self.run.scorer, encoded, self.strategy, batch_size=self.batch_size, prefix=self.prefix)
+        temperature = self.settings.temperature
+        return log_probs if temperature is None else apply_temperature(log_probs, temperature)
+
+    def answers(self, rows: Sequence[Example], encoded: Sequence[Encoded] | None = None) -> Iterator[dict[str, Any]]:
+        """One answer a row: id, label, probs (choice -> probability), confidence, entropy, aleatoric, epistemic (nats).
+
+        Under adaptive N also `particles`, how many the answer is averaged over; where auto chose, `predictive`.
+
+        Args:
+            rows: n questions.
+            encoded: the same as tokens, where they were encoded before.
+        """
+        log_probs = self.log_probs(rows, encoded)
+        probs, uncertainty, used = average(log_probs), decompose(log_probs), particles_used(log_probs)
+        given = self.answered(log_probs)
+        for i, row in enumerate(rows):
+            of_row = probs[i, : len(row.choices)].tolist()
+            confidence = max(of_row)
+            yield {
+                "id": row.id,
+                "label": row.choices[of_row.index(confidence)] if given[i] else None,
+                "probs": dict(zip(row.choices, of_row, strict=True)),
+                "confidence": confidence,
+                "entropy": uncertainty.total[i].item(),
+                "aleatoric": uncertainty.aleatoric[i].item(),
+                "epistemic": uncertainty.epistemic[i].item(),
+                **({"particles": int(used[i])} if self.settings.is_adaptive else {}),
+                **({"predictive": self.settings.chosen} if self.settings.chosen is not None else {}),
+            }
+
+    def answered(self, log_probs: Tensor) -> list[bool]:
+        """Whether each of n rows is answered; log_probs (N, n, C).
+
+        Raises:
+            UserError: a promise whose threshold was not resolved.
+        """
+        promise, threshold = self.settings.promise, self.settings.threshold
+        if promise is None:
+            return [highest >= (self.settings.abstain or 0.0) for highest in average(log_probs).amax(dim=1).tolist()]
+        if threshold is None:
+            raise UserError("The threshold of the promised error rate is not known; call resolve(rows) first.")
+        return [bool(given) for given in promise.answered(threshold, log_probs)]
+
+
+def make_strategy(run: Run, settings: PredictionSettings) -> Predictive:
+    """The predictive of a run that settings name.
+
+    Raises:
+        UserError: settings that the run or the predictive does not have.
+    """
+    samples, seed = settings.samples, settings.seed
+    if settings.method is not None:
+        return with_sampling(
+            load_post_hoc(settings.method).predictive(run, samples=samples, seed=seed), settings.drawn()
+        )
+    name = settings.predictive
+    if name in (None, "auto"):
+        name = "auto" if settings.sampling.is_plain else "mc"
+    if name == "linearized" and not run.is_bayesian:
+        raise UserError("Only an adapter with a posterior over s has a linearised predictive; leave it out.")
+    strategy = run.predictive(name, samples=samples, seed=seed, stochastic_layers=settings.stochastic_layers)
+    return with_sampling(strategy, settings.drawn())
+
+
+def log_probabilities(
+    run: Run, rows: Sequence[Example], predictive: Predictive, *, batch_size: int = 8, description: str = "predicting"
+) -> Tensor:
+    """(N, n, C) log class probabilities, with a progress bar; several processes share the work and all get them.
+
+    Raises:
+        UserError: rows that the run's scoring cannot encode.
+    """
+    encoded = run.encode(list(rows))
+    encoded = ranks.first_on_each_machine(lambda: with_stored_trunk(run.scorer, encoded, batch_size=batch_size))
+    with progress_bar() as progress:
+        bar = progress.add_task(description, total=len(encoded), detail="")
+        return predict(
+            run.scorer, encoded, predictive, batch_size=batch_size, advance=lambda n: progress.advance(bar, n)
+        )
+
+
+def labels_of(rows: Sequence[Example]) -> Tensor:
+    """(n,) the right choices."""
+    return torch.tensor([row.answer for row in rows])
+
+
+def describe_method(run: Run, predictive: Predictive) -> str:
+    """As in a table: "plain LoRA", "MAP", "ScalaBL, mean", "ScalaBL, N = 10"."""
+    method = run.record["recipe"]["method"]
+    if method == "mle":
+        return "plain LoRA"
+    title = load_method(method).TITLE
+    if not run.is_sampled:
+        return title
+    number = getattr(predictive, "samples", None)
+    kind = getattr(predictive, "draws", "independent")
+    suffix = "" if kind == "independent" else f", {kind}"
+    layers = getattr(predictive, "stochastic_layers", None)
+    suffix += "" if layers is None else f", s in {layers}"
+    return f"{title}, {predictive.name if number is None else f'N = {number}'}{suffix}"
+
+
+def run_variance(run: Run, *, limit: int = VARIANCE_ROWS, batch_size: int = 8) -> list[LayerVariance]:
+    """Each stochastic layer's part of the predictive variance on the run's validation rows, lowest layer first.
+
+    Args:
+        run: a loaded run of ScalaBL.
+        limit: take so many rows, the same ones every time.
+        batch_size: rows at a time.
+
+    Raises:
+        UserError: the run's data is not there any more, it has no validation rows, or nothing is uncertain.
+    """
+    rows = held_out_rows(run.record)
+    if not rows:
+        raise UserError("This run has no validation rows to measure the variance of its layers on; name last:K.")
+    if limit < len(rows):
+        rows = tuple(random.Random(0).sample(list(rows), limit))
+    encoded = with_stored_trunk(run.scorer, run.encode(list(rows)), batch_size=batch_size)
+    with progress_bar() as progress:
+        bar = progress.add_task("variance by layer", total=len(encoded), detail="")
+        return layer_variances(run.scorer, encoded, batch_size=batch_size, advance=lambda n: progress.advance(bar, n))
+
+
+def top_holding(found: Sequence[LayerVariance], share: float) -> str:
+    """The "last:K" of the fewest top layers that carry a share of the variance."""
+    return holding_variance({v.name: v.depth for v in found}, {v.name: v.variance for v in found}, share)
+
+
+def as_top_layers(run: Run, spec: str) -> str:
+    """ "variance:0.9" as the "last:K" that it means for a run; other specifications as they are.
+
+    Raises:
+        UserError: it is no specification, or the variance cannot be measured.
+    """
+    kind, share = check_spec(spec, variance=True)
+    return top_holding(run_variance(run), share) if kind == "variance" else spec

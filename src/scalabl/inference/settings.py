@@ -1,0 +1,94 @@
+"""What decides a prediction: one object with one serialiser, which alone travels to workers. Imports no torch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from scalabl.core.errors import UserError
+from scalabl.inference.promise import Promise
+from scalabl.metrics.selective import Threshold
+from scalabl.predictive.sampling import PLAIN, PREDICTIVES, Sampling
+
+
+@dataclass(frozen=True)
+class PredictionSettings:
+    """Settings that decide the answers of a run.
+
+    Attributes:
+        predictive: "mean", "mc", "linearized" or "auto"; None is what the record says, else auto, or mc where
+            `sampling` is not plain.
+        samples: N of mc.
+        seed: of the particles.
+        sampling: the kind of draws, and adaptive N; `abstain` is the threshold of adaptive N.
+        stochastic_layers: draw s in the top layers alone: "last:K", a fraction "last:0.25", or "variance:0.9", the
+            fewest that carry so much of the predictive variance on the run's validation rows.
+        method: a post-hoc method that was fitted on the run, in place of the run's own.
+        temperature: on the class logits of every particle.
+        abstain: answer null where the highest probability is below this.
+        promise: answer null where an answer would break it.
+        chosen: what auto took, as in a table; None before `Predictor.resolve`, and where nothing was to choose.
+        why: its sentence.
+        threshold: keeps the promise; None before `Predictor.resolve`.
+
+    Raises:
+        UserError: a value is out of its range, or two of them exclude each other.
+    """
+
+    predictive: str | None = None
+    samples: int = 10
+    seed: int = 0
+    sampling: Sampling = PLAIN
+    stochastic_layers: str | None = None
+    method: str | None = None
+    temperature: float | None = None
+    abstain: float | None = None
+    promise: Promise | None = None
+    chosen: str | None = None
+    why: str | None = None
+    threshold: Threshold | None = None
+
+    def __post_init__(self) -> None:
+        if self.predictive not in (None, *PREDICTIVES):
+            raise UserError(f"There is no predictive {self.predictive!r}; choose one of {', '.join(PREDICTIVES)}.")
+        if self.method is not None and (self.predictive is not None or self.stochastic_layers is not None):
+            raise UserError(f"{self.method} has a predictive of its own; leave out predictive and stochastic_layers.")
+        if self.temperature is not None and not 0 < self.temperature < math.inf:
+            raise UserError(f"The temperature is {self.temperature}; it must be above 0.")
+        if self.temperature is not None and self.is_adaptive:
+            raise UserError("Adaptive N settles answers without a temperature; leave out one of the two.")
+        if self.abstain is not None and self.promise is not None:
+            raise UserError("abstain and a promised error rate both say when to answer; give one of them.")
+        self.drawn()  # refuses a threshold that is none
+
+    @property
+    def is_adaptive(self) -> bool:
+        """Whether rows take different numbers of particles."""
+        return self.sampling.confidence is not None
+
+    def drawn(self) -> Sampling:
+        """The draws; adaptive N is settled by the threshold that answers are given by."""
+        return self.sampling if self.abstain is None else replace(self.sampling, threshold=self.abstain)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON, which has no infinities: a threshold without end is written as a word."""
+        values = asdict(self)
+        if self.threshold is not None and math.isinf(self.threshold.above):
+            values["threshold"]["above"] = str(self.threshold.above)
+        return values
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> PredictionSettings:
+        """The settings that `to_dict` wrote.
+
+        Raises:
+            TypeError, KeyError, ValueError: it did not write these.
+        """
+        promise, threshold = values["promise"], values["threshold"]
+        nested = {
+            "sampling": Sampling(**values["sampling"]),
+            "promise": promise and Promise(**promise),
+            "threshold": threshold and Threshold(**threshold | {"above": float(threshold["above"])}),
+        }
+        return cls(**values | nested)
