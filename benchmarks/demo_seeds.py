@@ -22,9 +22,8 @@ from over_seeds import TEST, summarize, told_apart
 from scalabl.core.files import ADAPTER, sha256
 from scalabl.inference.report.table import ARROWS, heading, number, table
 from scalabl.metrics import METRICS
-from scalabl.study import demo_settings
-from scalabl.study.demo import run_demo
-from scalabl.study.demo_settings import demo_recipe
+from scalabl.study import demo
+from scalabl.study.demo import demo_recipe, run_demo
 
 DEFAULTS = {
     name: parameter.default
@@ -63,7 +62,7 @@ def _adapters(directory: Path) -> dict[str, str]:
 def _made_from(seed: int, settings: dict[str, int]) -> dict[str, Any]:
     """Everything that decides the figures of a seed: the recipes of both methods, and the demo's constants."""
     recipes = {name: demo_recipe(name, seed=seed, steps=settings["steps"]).as_dict() for name in ("mle", "scalabl")}
-    constants = {name: value for name, value in vars(demo_settings).items() if name.isupper()}
+    constants = {name: value for name, value in vars(demo).items() if name.isupper() and not isinstance(value, bool)}
     content: dict[str, Any] = json.loads(json.dumps({"recipes": recipes, "constants": constants, "settings": settings}))
     return content
 

@@ -52,7 +52,7 @@ from scalabl.runs.loading import load_run
 from scalabl.runs.method import Run
 from scalabl.scoring import Batch, Encoded, Scorer
 from scalabl.scoring.trunk_store import with_stored_trunk
-from scalabl.study.cells import measured
+from scalabl.study.work import measured
 
 PLAIN = "plain forward"
 LONG = "long-run average"

@@ -26,7 +26,7 @@ from scalabl.predictive import AutoPredictive, MeanPredictive, MonteCarloPredict
 from scalabl.predictive.base import chosen
 from scalabl.scoring import Encoded, Scorer
 from scalabl.scoring.letters import Letters
-from scalabl.study.cells import measured
+from scalabl.study.work import measured
 
 METHODS = ("lora", "scalabl", "blob")  # what the others are divided by comes first
 CHOICES = 4

@@ -23,7 +23,7 @@ from scalabl.metrics import evaluate
 from scalabl.metrics.uncertainty import average
 from scalabl.predictive.auto import make_predictive
 from scalabl.runs.loading import load_run
-from scalabl.study.demo_settings import TASK, demo_recipe
+from scalabl.study.demo import TASK, demo_recipe
 from scalabl.training.run import select_rows, train
 from scalabl.tuner import prior_of, stochastic_layers
 from scalabl.tuner.diagnostics import summarize, weights_of

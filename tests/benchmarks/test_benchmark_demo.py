@@ -108,6 +108,6 @@ def test_results_are_written_and_what_is_known_is_not_done_again(
     (runs / "seed1" / "mle" / "adapter_model.safetensors").write_bytes(b"trained anew")
     demo_seeds.main()
     assert done == [0, 1, 2, 1]
-    monkeypatch.setattr("scalabl.study.demo_settings.SHIFTED_ROWS", 7)
+    monkeypatch.setattr("scalabl.study.demo.SHIFTED_ROWS", 7)
     demo_seeds.main()
     assert done == [0, 1, 2, 1, 0, 1, 2]

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from scalabl.core.errors import UserError
 from scalabl.metrics import METRICS, evaluate, paired_difference
-from scalabl.study.compare import over_seeds, paired_over_seeds, student_quantile
 from scalabl.study.results import Outcome
+from scalabl.study.summary import over_seeds, paired_over_seeds
 
 
 def outcome(probs: Tensor, labels: Tensor) -> Outcome:
@@ -87,12 +87,6 @@ def test_what_is_undefined_is_not_compared() -> None:
     labels = torch.zeros(5, dtype=torch.long)
     right = {0: outcome(torch.tensor([[0.9, 0.1]]).double().repeat(5, 1), labels)}
     assert paired_over_seeds(right, right, "auroc").value is None
-
-
-@pytest.mark.parametrize("freedom", [1, 2, 3, 4, 5, 9, 10, 31])
-@pytest.mark.parametrize("p", [0.6, 0.95, 0.975, 0.999])
-def test_students_quantiles(freedom: int, p: float) -> None:
-    assert student_quantile(p, freedom) == pytest.approx(stats.t.ppf(p, freedom), rel=1e-9)
 
 
 def test_the_interval_over_seeds() -> None:

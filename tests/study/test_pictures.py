@@ -11,9 +11,8 @@ from tiny_study import Done, content
 
 from scalabl.metrics import METRICS
 from scalabl.study.drawing import METRICS_DRAWN, svg
-from scalabl.study.grid_pictures import Grid, grid_pictures, grids, heat_map, points
-from scalabl.study.pictures import RAW, TEMPERED_NAME, comparison, pictures
-from scalabl.study.study import Study, make_study
+from scalabl.study.pictures import RAW, TEMPERED_NAME, comparison, grid_pictures, heat_map, pictures, points
+from scalabl.study.study import Grid, Study, grids, make_study
 from scalabl.study.summary import OTHERS, Figure, Line, Table, figure, summarize
 
 BASE, TASK = Path("/base"), Path("/task")

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from tiny_study import Done
 
+from scalabl.study.benchmark import CellProgress, in_words, time_left
 from scalabl.study.cells import finished
-from scalabl.study.progress import CellProgress, in_words, time_left
 
 
 def finish(done: Done, output: Path, address: str) -> None:

@@ -9,9 +9,8 @@ import pytest
 from tiny_study import content, write
 
 from scalabl.core.errors import UserError
-from scalabl.study.grid_pictures import grids
 from scalabl.study.plan import make_plan
-from scalabl.study.study import Study, make_study, read_study
+from scalabl.study.study import Study, grids, make_study, read_study
 
 ROOT = Path(__file__).parents[2]
 TRAINING = "arc-easy"  # of `scalabl train`

@@ -18,11 +18,10 @@ from scalabl.metrics.temperature import apply_temperature
 from scalabl.metrics.uncertainty import average, decompose
 from scalabl.study.benchmark import facts_of, write_results
 from scalabl.study.cells import finished
-from scalabl.study.layout import NOTES, Document, layout
-from scalabl.study.render import html, latex, markdown
+from scalabl.study.page import NOTES, Document, html, latex, layout, markdown
 from scalabl.study.results import SCHEMA, tidy
 from scalabl.study.study import Variant
-from scalabl.study.summary import OTHERS, RIVALS, Figure, Gap, Line, Table, _mark_best, figure, summarize
+from scalabl.study.summary import BASELINES, OTHERS, Figure, Gap, Line, Table, _mark_best, figure, summarize
 from scalabl.study.work import read_predictions
 
 
@@ -178,15 +177,15 @@ def line(method: str, nll: float, *, collapsed: int = 0, tempered: bool = False)
 def test_bold_is_the_best_and_what_ties_with_it_but_nothing_at_chance() -> None:
     from test_compare import drawn
 
-    said = {"good": drawn(3, 200, gain=2.0, first=1), "bad": drawn(3, 200, gain=-2.0, first=2)}
-    said |= {"twin": said["good"], "chance": drawn(3, 200, gain=5.0, first=3)}
-    means = {name: sum(o.figures["nll"] for o in by_seed.values()) / 3 for name, by_seed in said.items()}
+    found = {"good": drawn(3, 200, gain=2.0, first=1), "bad": drawn(3, 200, gain=-2.0, first=2)}
+    found |= {"twin": found["good"], "chance": drawn(3, 200, gain=5.0, first=3)}
+    means = {name: sum(o.figures["nll"] for o in by_seed.values()) / 3 for name, by_seed in found.items()}
     lines = [line(name, mean, collapsed=int(name == "chance")) for name, mean in means.items()]
     assert min(means, key=means.__getitem__) == "chance"
-    _mark_best(lines, said)
+    _mark_best(lines, found)
     assert {made.method for made in lines if made.figures["nll"].best} == {"good", "twin"}
     alone = [line("good", 1.0)]
-    _mark_best(alone, said)
+    _mark_best(alone, found)
     assert not alone[0].figures["nll"].best
 
 
@@ -195,7 +194,7 @@ def document() -> Document:
     better, worse = line("a_b", 1.04, tempered=True), line("<i>r=8 & 50%", 2.0, collapsed=2)
     better.figures["nll"].best = True
     gaps = (Gap(-0.2, -0.3, -0.1, "better"), Gap(0.05, 0.01, 0.09, "worse"))
-    better.figures["nll"].versus = dict(zip(RIVALS, gaps, strict=True))
+    better.figures["nll"].versus = dict(zip(BASELINES, gaps, strict=True))
     facts = {"model": "a_model", "command": "scalabl benchmark x.yaml"}
     table = Table("arc-easy", "arc-easy", 1200, [better, worse])
     return layout("Study", "Is it so?", facts, [table], answer="It **is**.")

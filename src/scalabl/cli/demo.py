@@ -9,7 +9,7 @@ import typer
 
 from scalabl.cli.app import app
 from scalabl.core.files import require_writable, write_json
-from scalabl.study.demo_settings import SAMPLES, STEPS, TEST_ROWS, check_demo
+from scalabl.study.demo import SAMPLES, STEPS, TEST_ROWS, check_demo
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""A benchmark from beginning to end: plan, work, and results that are written anew whenever predictions are finished.
+"""A benchmark from beginning to end: work, progress, and results, written anew whenever predictions are finished.
 
 RESULTS/results.csv, .parquet    a row for each method, test set and seed
 RESULTS/summary.csv              means, intervals, paired differences
@@ -8,17 +8,22 @@ RESULTS/results.tex, .html       the same tables
 
 from __future__ import annotations
 
+import time
+from collections import defaultdict
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
-from scalabl.study.cells import PREDICTION, finished
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from scalabl.core.files import write_bytes, write_text
+from scalabl.study.cells import PREDICTION, Cell, failure, finished
 from scalabl.study.drawing import svg
-from scalabl.study.layout import layout
+from scalabl.study.page import html, latex, layout, markdown
 from scalabl.study.pictures import pictures
 from scalabl.study.plan import StudyPlan
-from scalabl.study.progress import CellProgress
-from scalabl.study.render import html, latex, markdown
-from scalabl.study.results import csv_of, tidy, write_tables, write_whole
+from scalabl.study.results import csv_of, tidy, write_tables
 from scalabl.study.run import run_here, run_ray, run_workers
 from scalabl.study.study import Study
 from scalabl.study.summary import summarize, summary_rows
@@ -79,48 +84,116 @@ def write_results(
         return
     tables = summarize(study, plan, output, rows)
     summary = summary_rows(tables)
-    write_whole(results / "summary.csv", csv_of(summary, list(summary[0])))
+    write_text(results / "summary.csv", csv_of(summary, list(summary[0])))
     drawn = pictures(study, tables)
     for picture in drawn:
-        write_whole(results / f"{picture.name}.svg", svg(picture))
+        write_bytes(results / f"{picture.name}.svg", svg(picture))
     written = results / "answer.md"
     answer = written.read_text(encoding="utf-8") if written.is_file() else ""
     facts = facts_of(study, plan, output, rows, command)
     document = layout(study.name, study.about, facts, tables, drawn, answer=answer)
-    for name, text in (
-        ("README.md", markdown(document)),
-        ("results.tex", latex(document)),
-        ("results.html", html(document)),
-    ):
-        write_whole(results / name, text.encode())
+    for name, render in (("README.md", markdown), ("results.tex", latex), ("results.html", html)):
+        write_text(results / name, render(document))
 
 
 def facts_of(study: Study, plan: StudyPlan, output: Path, rows: list[dict[str, Any]], command: str) -> dict[str, str]:
-    """What stands above the tables: model, data, training, seeds, versions, device, command."""
-
-    def all_of(column: str) -> str:
-        return "; ".join(dict.fromkeys(str(row[column]) for row in rows))
-
+    """What stands below the tables: model, data, training, seeds, versions, device, command."""
     facts = {"model": study.model}
+    predicted = [(entry, done) for entry in plan.entries if (done := finished(output, entry.prediction)) is not None]
     for task in study.tasks:
-        entries = [entry for entry in plan.entries if entry.task == task and finished(output, entry.prediction)]
-        if entries:
-            trained = finished(output, entries[0].training[0]) or {}
-            predicted = [finished(output, entry.prediction) or {} for entry in entries]
-            tuned_on = max(max(done["rows_also_tuned_on"].values()) for done in predicted)
+        of_task = [(entry, done) for entry, done in predicted if entry.task == task]
+        if of_task:
+            trained = finished(output, of_task[0][0].training[0]) or {}
+            leaked = max(max(done["rows_also_tuned_on"].values()) for _, done in of_task)
             facts[f"data, {task}"] = (
                 f"{trained['rows']['train']:,} training, {trained['rows']['validation']:,} validation rows "
                 f"({trained['task']['source']}; {trained['task']['licence']}), scored by {trained['scoring']}; "
-                f"test rows that are also training or validation rows: {tuned_on}"
+                f"test rows that are also training or validation rows: {leaked}"
             )
-    finished_entries = sum(finished(output, entry.prediction) is not None for entry in plan.entries)
-    return {
-        **facts,
+    return facts | {
         "training": ", ".join(f"{name} {value}" for name, value in study.settings.items()) or "defaults",
         "particles": f"{study.samples} where a method samples",
         "seeds": ", ".join(map(str, study.seeds)),
-        "finished": f"{finished_entries} of {len(plan.entries)} runs",
-        "versions": all_of("versions"),
-        "device": all_of("device"),
+        "finished": f"{len(predicted)} of {len(plan.entries)} runs",
+        **{name: "; ".join(dict.fromkeys(str(row[name]) for row in rows)) for name in ("versions", "device")},
         "command": command,
     }
+
+
+def time_left(plan: StudyPlan, output: Path, workers: int = 1) -> float | None:
+    """Seconds that the open cells will take: each as long as finished ones of its kind and method, or of its kind, or
+    of any; None before the first is finished."""
+    taken: dict[tuple[str, ...], list[float]] = defaultdict(list)
+    left: list[Cell] = []
+    for address, cell in plan.cells.items():
+        done = finished(output, address)
+        if done is None:
+            left.append(cell)
+        else:
+            for key in _keys(cell):
+                taken[key].append(done["wall"])
+    if not taken and left:
+        return None
+    return sum(next(mean(taken[key]) for key in _keys(cell) if key in taken) for cell in left) / workers
+
+
+def _keys(cell: Cell) -> list[tuple[str, ...]]:
+    method = cell.settings["recipe"]["method"] if "recipe" in cell.settings else cell.settings["method"]
+    return [(cell.kind, method), (cell.kind,), ()]
+
+
+def in_words(seconds: float) -> str:
+    """About how long: "40 s", "12 min", "3 h 05 min"."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02} min"
+
+
+class CellProgress(Progress):
+    """A bar of cells on a terminal; in a log file a line for each cell that is finished.
+
+    Args:
+        plan, output: what is looked at.
+        workers: how many cells at a time.
+    """
+
+    def __init__(self, plan: StudyPlan, output: Path, workers: int = 1) -> None:
+        self.plan, self.output, self.workers = plan, output, workers
+        console = Console(stderr=True)
+        # a cell's own words go to its log: the bar keeps the stream that is there now
+        console.file = console.file
+        columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+        super().__init__(
+            TextColumn("cells"), *columns,
+            console=console, transient=True, disable=not console.is_terminal, redirect_stderr=False,
+        )  # fmt: skip
+        self._seen = {address for address in plan.cells if finished(output, address)}
+        self._failed: set[str] = set()
+        self._started = time.time()
+        self._bar = self.add_task("", total=len(plan.cells), completed=len(self._seen))
+
+    def __call__(self) -> list[Cell]:
+        """Look again, and give the cells that were finished since the last look."""
+        new = []
+        for address, cell in self.plan.cells.items():
+            if address not in self._seen and finished(self.output, address):
+                self._seen.add(address)
+                new.append(cell)
+            elif address not in self._seen | self._failed:
+                failed = failure(self.output, address)
+                written = cell.directory(self.output) / "failed.json"
+                if failed and written.exists() and written.stat().st_mtime >= self._started:
+                    self._failed.add(address)
+                    self.console.print(f"[bold yellow]failed[/]: {cell.label}: {failed['error']}", highlight=False)
+        if not new:
+            return new
+        left = time_left(self.plan, self.output, self.workers)
+        words = f"about {in_words(left)} left" if left else ""
+        self.update(self._bar, completed=len(self._seen), description=f"{words}, last: {new[-1].label}")
+        if not self.console.is_terminal:
+            for cell in new:
+                done = finished(self.output, cell.address) or {}
+                line = f"{len(self._seen)}/{len(self.plan.cells)} {cell.label}: {in_words(done.get('wall', 0))}"
+                self.console.print(f"{line}; {words}".rstrip("; "), highlight=False, soft_wrap=True)
+        return new

@@ -8,6 +8,7 @@ from typing import Any
 
 from scalabl.runs.recipe import typed_setting
 from scalabl.study.study import Variant
+from scalabl.study.summary import Table
 
 # in a method's name; "" where the value speaks for itself
 _IN_A_NAME = {
@@ -60,9 +61,9 @@ def method(variant: Variant, *, tempered: bool = False) -> str:
     return variant.family + point + (" + T" if tempered else "")
 
 
-def tasks(names: Sequence[str]) -> dict[str, str]:
+def of_tables(tables: Sequence[Table]) -> dict[str, str]:
     """Each task's name; a path's last part, unless two have the same."""
-    last = {name: PurePath(name).name for name in names}
+    last = {name: PurePath(name).name for table in tables for name in (table.trained_on, table.task)}
     return {name: short if list(last.values()).count(short) == 1 else name for name, short in last.items()}
 
 

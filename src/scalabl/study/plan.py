@@ -1,14 +1,9 @@
-"""The rows of a study: which are trained and tuned on, and which are tested on. Imports no torch.
-
-A study as cells in the order of their needs, and the entries that its table is made of. Imports no torch.
-
-What an entry is compared with: the plain LoRA of the same task and seed whose settings differ least. No torch.
-"""
+"""A study as cells in the order of their needs, its rows, and the entries that its table is made of. Imports no torch."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from scalabl.core.errors import UserError
@@ -46,12 +41,12 @@ def tuning_rows(task: Task) -> tuple[Example, ...]:
 
 def overlap(test: Sequence[Example], tuning: Sequence[Example]) -> int:
     """How many test rows are also tuning rows, by their content."""
-    known = set(map(_asked, tuning))
-    return sum(_asked(row) in known for row in test)
+    known = set(map(_question, tuning))
+    return sum(_question(row) in known for row in test)
 
 
-def _asked(row: Example) -> tuple[Any, ...]:
-    """What a row asks, in whichever order its choices stand."""
+def _question(row: Example) -> tuple[Any, ...]:
+    """A row without its answer, in whichever order its choices stand."""
     return row.question, frozenset(row.choices), *row.content[2:]
 
 
@@ -133,8 +128,8 @@ def make_plan(study: Study) -> StudyPlan:
             for seeds in [study.seeds] if variant.method == "ensemble" else alone:
                 runs = tuple(training[variant.name, seed] for seed in seeds)
                 fitted = add(_post_hoc(variant, task, seeds, runs)) if variant.method in POST_HOC_METHODS else None
-                prediction = add(_prediction(study, variant, task, seeds, runs, fitted, tests))
-                entries.append(Entry(variant, task, seeds, runs, fitted, prediction))
+                entry = Entry(variant, task, seeds, runs, fitted, "")
+                entries.append(replace(entry, prediction=add(_prediction(study, entry, tests))))
     # the first seed of everything comes first, so that there is a table to read early
     rank = {seed: i for i, seed in enumerate(study.seeds)}
     turns = sorted(entries, key=lambda entry: max(rank[seed] for seed in entry.seeds))
@@ -152,15 +147,11 @@ def _test_sets(study: Study, task: str, labels: tuple[str, ...] | None) -> dict[
 
 def _training(study: Study, variant: Variant, task: str, seed: int, rows: str) -> Cell:
     recipe = study.recipe(variant, task, seed)
-    settings = {"recipe": _addressed(recipe), "rows_sha256": rows}
-    name = "mle" if variant.method in POST_HOC_METHODS else variant.name
-    return Cell(TRAINING, settings, (), f"training {name} on {task}, seed {seed}")
-
-
-def _addressed(recipe: Recipe) -> dict[str, Any]:
-    """What of a recipe decides an address."""
     defaults = {field.name: field.default for field in fields(Recipe)}
-    return {k: v for k, v in recipe.as_dict().items() if k not in LATER or v != defaults[k]}
+    addressed = {k: v for k, v in recipe.as_dict().items() if k not in LATER or v != defaults[k]}
+    name = "mle" if variant.method in POST_HOC_METHODS else variant.name
+    label = f"training {name} on {task}, {_seeds((seed,))}"
+    return Cell(TRAINING, {"recipe": addressed, "rows_sha256": rows}, (), label)
 
 
 def _post_hoc(variant: Variant, task: str, seeds: tuple[int, ...], runs: tuple[str, ...]) -> Cell:
@@ -168,23 +159,16 @@ def _post_hoc(variant: Variant, task: str, seeds: tuple[int, ...], runs: tuple[s
     return Cell(POST_HOC, settings, runs, f"fitting {variant.name} on {task}, {_seeds(seeds)}")
 
 
-def _prediction(
-    study: Study,
-    variant: Variant,
-    task: str,
-    seeds: tuple[int, ...],
-    runs: tuple[str, ...],
-    fitted: str | None,
-    tests: dict[str, dict[str, Any]],
-) -> Cell:
+def _prediction(study: Study, entry: Entry, tests: dict[str, dict[str, Any]]) -> Cell:
+    variant = entry.variant
     without_samples = variant.method in _WITHOUT_SAMPLES or variant.predictive == "linearized"
     settings = {
         "method": variant.method,
-        "run": runs[0],
-        "post_hoc": fitted,
+        "run": entry.training[0],
+        "post_hoc": entry.post_hoc,
         "samples": 0 if without_samples else variant.samples,
-        "seed": seeds[0],
-        "task": task,
+        "seed": entry.seeds[0],
+        "task": entry.task,
         "test_sets": tests,
         "test_rows": study.test_rows,
         "shift_rows": study.shift_rows,
@@ -192,8 +176,8 @@ def _prediction(
     }
     if variant.predictive != "mc":  # else left out, so that cells of studies from before have their addresses
         settings["predictive"] = variant.predictive
-    needs = (fitted,) if fitted else runs
-    return Cell(PREDICTION, settings, needs, f"predicting {variant.name} on {task}, {_seeds(seeds)}")
+    needs = (entry.post_hoc,) if entry.post_hoc else entry.training
+    return Cell(PREDICTION, settings, needs, f"predicting {variant.name} on {entry.task}, {_seeds(entry.seeds)}")
 
 
 def _seeds(seeds: tuple[int, ...]) -> str:
@@ -205,17 +189,15 @@ _OWN = ("method", "weight_decay", "lora_dropout")
 
 
 def baseline_variant(study: Study, variant: Variant) -> Variant | None:
-    """The MLE variant of a study that a variant is compared with; None if there is none."""
-    plain = [other for other in study.variants if other.method == "mle"]
-    if not plain:
-        return None
-    own = study.recipe(variant, study.tasks[0], study.seeds[0]).as_dict()
+    """The plain LoRA that a variant is compared with, whose settings differ least; None if the study has none."""
 
-    def differences(other: Variant) -> int:
-        theirs = study.recipe(other, study.tasks[0], study.seeds[0]).as_dict()
-        return sum(own[name] != theirs[name] for name in own if name not in _OWN)
+    def settings(of: Variant) -> dict[str, Any]:
+        recipe = study.recipe(of, study.tasks[0], study.seeds[0]).as_dict()
+        return {name: value for name, value in recipe.items() if name not in _OWN}
 
-    return min(plain, key=differences)
+    own = settings(variant)
+    plain = [(other, settings(other)) for other in study.variants if other.method == "mle"]
+    return min(plain, key=lambda pair: sum(own[k] != pair[1][k] for k in own), default=(None,))[0]
 
 
 def baseline_of(study: Study, plan: StudyPlan, entry: Entry) -> Entry | None:

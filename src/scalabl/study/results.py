@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -34,6 +33,7 @@ import pyarrow
 import pyarrow.parquet
 from torch import Tensor
 
+from scalabl.core.files import write_text, writing
 from scalabl.inference.report.results import count_choices
 from scalabl.metrics import evaluate
 from scalabl.metrics.figures import is_collapsed, ood_auroc
@@ -63,7 +63,7 @@ SCHEMA = pyarrow.schema(
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """What one entry says about one set: probs (n, C) averaged over particles, labels (n,), and the row's figures."""
+    """One entry on one set: probs (n, C) averaged over particles, labels (n,), and the row's figures."""
 
     method: str
     task: str
@@ -78,41 +78,28 @@ def outcomes(cell: Cell, output: Path, name: str) -> tuple[Outcome, ...]:
 
     The temperature is fitted on the cell's validation rows.
     """
-    held = read_predictions(cell, output)
-    temperature = fit_temperature(*held.validation)
-    tuned = evaluate(average(held.validation[0]), held.validation[1], bootstrap=1)["nll"].value
+    predictions = read_predictions(cell, output)
+    tuned = evaluate(average(predictions.validation[0]), predictions.validation[1], bootstrap=1)["nll"].value
     found: list[Outcome] = []
-    for label, t in ((name, None), (name + TEMPERED, temperature)):
+    for label, t in ((name, None), (name + TEMPERED, fit_temperature(*predictions.validation))):
         known: Tensor | None = None
-        for task, (raw, labels) in held.tests.items():
+        for task, (raw, labels) in predictions.tests.items():
             log_probs = raw if t is None else apply_temperature(raw, t)
             probs = average(log_probs)
             metrics = evaluate(probs, labels)
             figures: dict[str, Any] = {metric: value.value for metric, value in metrics.items()}
             why = is_collapsed(metrics["accuracy"], labels, count_choices(log_probs))
-            figures |= {
-                "collapsed": why is not None,
-                "why": why,
-                "n": len(labels),
-                "particles": log_probs.shape[0],
-                "validation_nll": tuned if t is None else None,
-                "temperature": t,
-            }
+            figures |= {"collapsed": why is not None, "why": why, "n": len(labels), "particles": log_probs.shape[0]}
+            figures |= {"validation_nll": tuned if t is None else None, "temperature": t}
             if task == cell.settings["task"]:
                 known = log_probs
             elif known is not None:
-                figures |= _told_apart(known, log_probs)
+                inside, outside = decompose(known), decompose(log_probs)
+                figures["ood_auroc_total"] = ood_auroc(inside.total, outside.total, bootstrap=1).value
+                if known.shape[0] > 1:
+                    figures["ood_auroc"] = ood_auroc(inside.epistemic, outside.epistemic, bootstrap=1).value
             found.append(Outcome(label, task, probs, labels, figures))
     return tuple(found)
-
-
-def _told_apart(known: Tensor, shifted: Tensor) -> dict[str, float | None]:
-    inside, outside = decompose(known), decompose(shifted)
-    epistemic = ood_auroc(inside.epistemic, outside.epistemic, bootstrap=1).value if known.shape[0] > 1 else None
-    return {
-        "ood_auroc": epistemic,
-        "ood_auroc_total": ood_auroc(inside.total, outside.total, bootstrap=1).value,
-    }
 
 
 def tidy(study: Study, plan: StudyPlan, output: Path) -> list[dict[str, Any]]:
@@ -168,26 +155,15 @@ def _done(output: Path, address: str) -> dict[str, Any]:
 
 def write_tables(rows: list[dict[str, Any]], directory: Path) -> None:
     """results.csv and results.parquet, each whole or not at all."""
-    write_whole(directory / "results.csv", csv_of(rows, SCHEMA.names))
-    sink = io.BytesIO()
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema=SCHEMA), sink)
-    write_whole(directory / "results.parquet", sink.getvalue())
+    write_text(directory / "results.csv", csv_of(rows, SCHEMA.names))
+    with writing(directory / "results.parquet") as unfinished:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema=SCHEMA), unfinished)
 
 
-def csv_of(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> bytes:
+def csv_of(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
     """Rows as CSV with a line of names; None is empty."""
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    return text.getvalue().encode()
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """A file, whole or not at all."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        unfinished.write_bytes(content)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    return text.getvalue()

@@ -1,10 +1,8 @@
-"""All cells of a plan done: by this process, or by several that claim cells from each other by lock files.
+"""All cells of a plan done: by this process, by several, or by a Ray cluster that shares the benchmark's directory.
 
 A cell is claimed by locking cells/ADDRESS.lock. The operating system frees the lock of a process that dies, however
 it dies, so another one, or the next call, takes the cell up; a training run goes on from its last checkpoint. Calls
 on several machines that share the directory help each other in the same way.
-
-All cells of a plan done by a Ray cluster whose machines share the benchmark's directory.
 """
 
 from __future__ import annotations
@@ -17,9 +15,7 @@ import threading
 import time
 import traceback
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from multiprocessing.process import BaseProcess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +23,17 @@ from filelock import FileLock, Timeout
 
 from scalabl.core.errors import UserError
 from scalabl.core.files import write_json
+from scalabl.core.quiet import quiet, quiet_imports
 from scalabl.serving.ray_address import connected, gpus_each
 from scalabl.study.cells import Cell, failure, finished
 from scalabl.study.plan import StudyPlan
 
-WAIT = 0.5  # seconds between looks at cells that others hold
-Report = Callable[[], None]
+WAIT = 0.5  # seconds between looks at cells that others do
+Report = Callable[[], Any]
+
+
+def _no_report() -> None:
+    pass
 
 
 def open_cells(plan: StudyPlan, output: Path, invocation: str) -> list[Cell]:
@@ -50,7 +51,16 @@ def open_cells(plan: StudyPlan, output: Path, invocation: str) -> list[Cell]:
     return found
 
 
-def run_here(plan: StudyPlan, output: Path, *, invocation: str | None = None, report: Report | None = None) -> None:
+def failures(plan: StudyPlan, output: Path) -> dict[str, str]:
+    """Label of each cell that failed when last tried -> why; cells that only wait for one of them are left out."""
+    return {
+        cell.label: str(failed["error"])
+        for address, cell in plan.cells.items()
+        if finished(output, address) is None and (failed := failure(output, address)) is not None
+    }
+
+
+def run_here(plan: StudyPlan, output: Path, *, invocation: str | None = None, report: Report = _no_report) -> None:
     """Do every cell that nobody else does, in this process, until nothing is open.
 
     Args:
@@ -64,17 +74,17 @@ def run_here(plan: StudyPlan, output: Path, *, invocation: str | None = None, re
     """
     invocation = invocation or uuid.uuid4().hex
     while cells := open_cells(plan, output, invocation):
-        for cell in cells:
-            if all(finished(output, need) is not None for need in cell.needs) and attempt(cell, output, invocation):
-                break
-        else:
+        if not any(_can_begin(cell, output) and attempt(cell, output, invocation) for cell in cells):
             time.sleep(WAIT)
-        if report is not None:
-            report()
+        report()
+
+
+def _can_begin(cell: Cell, output: Path) -> bool:
+    return all(finished(output, need) is not None for need in cell.needs)
 
 
 def attempt(cell: Cell, output: Path, invocation: str) -> bool:
-    """Do a cell unless another process holds it; a failure is noted down, and the work goes on elsewhere.
+    """Do a cell unless another process does; a failure is noted down, and the work goes on elsewhere.
 
     Returns:
         whether it was ours to do.
@@ -87,26 +97,24 @@ def attempt(cell: Cell, output: Path, invocation: str) -> bool:
 
     directory = cell.directory(output)
     directory.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(f"{directory}.lock", blocking=False):
-            failed = failure(output, cell.address)
-            if finished(output, cell.address) or (failed and failed.get("invocation") == invocation):
-                return False
-            with _said_in(directory / "log.txt"):
-                try:
-                    do(cell, output)
-                except Interrupted:
-                    raise
-                except Exception as error:
-                    traceback.print_exc()
-                    text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-                    write_json(directory / "failed.json", {"error": " ".join(text.split()), "invocation": invocation})
-            return True
-    except Timeout:
-        return False
+    with contextlib.suppress(Timeout), FileLock(f"{directory}.lock", blocking=False):
+        failed = failure(output, cell.address)
+        if finished(output, cell.address) or (failed and failed.get("invocation") == invocation):
+            return False
+        with (directory / "log.txt").open("a", encoding="utf-8") as log, contextlib.redirect_stderr(log):
+            try:
+                do(cell, output)
+            except Interrupted:
+                raise
+            except Exception as error:
+                traceback.print_exc()
+                text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+                write_json(directory / "failed.json", {"error": " ".join(text.split()), "invocation": invocation})
+        return True
+    return False
 
 
-def run_workers(plan: StudyPlan, output: Path, workers: int, *, report: Report | None = None) -> None:
+def run_workers(plan: StudyPlan, output: Path, workers: int, *, report: Report = _no_report) -> None:
     """Do every cell with so many processes on this machine, which share its cores evenly.
 
     Args:
@@ -119,19 +127,15 @@ def run_workers(plan: StudyPlan, output: Path, workers: int, *, report: Report |
         UserError: every worker died (out of memory, for example) before the work was done.
         KeyboardInterrupt: Ctrl-C; the workers have saved their checkpoints.
     """
-    invocation = uuid.uuid4().hex
+    invocation, threads = uuid.uuid4().hex, max(1, (os.cpu_count() or 1) // workers)
     context = multiprocessing.get_context("spawn")
-    with _environment(OMP_NUM_THREADS=str(max(1, (os.cpu_count() or 1) // workers))):
-        processes = [
-            context.Process(target=_worker, args=(plan, output, invocation), name=f"worker {i}") for i in range(workers)
-        ]
-        for process in processes:
-            process.start()
+    processes = [context.Process(target=_worker, args=(plan, output, invocation, threads)) for _ in range(workers)]
+    for process in processes:
+        process.start()
     try:
         while any(process.is_alive() for process in processes):
             time.sleep(WAIT)
-            if report is not None:
-                report()
+            report()
     except KeyboardInterrupt:
         with contextlib.suppress(KeyboardInterrupt):  # a second one does not wait for checkpoints
             for process in processes:
@@ -143,12 +147,16 @@ def run_workers(plan: StudyPlan, output: Path, workers: int, *, report: Report |
     finally:
         for process in processes:
             process.kill()
-    _explain_deaths(processes, len(open_cells(plan, output, invocation)))
+    codes = sorted({process.exitcode for process in processes if process.exitcode})
+    if codes and (left := len(open_cells(plan, output, invocation))):
+        raise UserError(
+            f"Every worker ended early (exit {', '.join(map(str, codes))}; -9 is often too little memory), with "
+            f"{left} cells to do; run the same command again, perhaps with fewer --workers."
+        )
 
 
-def _worker(plan: StudyPlan, output: Path, invocation: str) -> None:
-    from scalabl.core.quiet import quiet, quiet_imports
-
+def _worker(plan: StudyPlan, output: Path, invocation: str, threads: int) -> None:
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # read when torch is imported, which is below
     # away from the terminal: Ctrl-C comes once, from the call, since a second one would not wait for a checkpoint
     with contextlib.suppress(AttributeError, OSError):
         os.setsid()
@@ -170,46 +178,7 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _explain_deaths(processes: Sequence[BaseProcess], left: int) -> None:
-    codes = sorted({process.exitcode for process in processes if process.exitcode})
-    if left and codes:
-        raise UserError(
-            f"Every worker ended early (exit {', '.join(map(str, codes))}; -9 is often too little memory), with "
-            f"{left} cells to do; run the same command again, perhaps with fewer --workers."
-        )
-
-
-def failures(plan: StudyPlan, output: Path) -> dict[str, str]:
-    """Label of each cell that failed when last tried -> why; cells that only wait for one of them are left out."""
-    return {
-        cell.label: str(failed["error"])
-        for address, cell in plan.cells.items()
-        if finished(output, address) is None and (failed := failure(output, address)) is not None
-    }
-
-
-@contextmanager
-def _said_in(path: Path) -> Iterator[None]:
-    """Context whose standard error (bars, warnings, tracebacks) goes to a file."""
-    with path.open("a", encoding="utf-8") as file, contextlib.redirect_stderr(file):
-        yield
-
-
-@contextmanager
-def _environment(**values: str) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-
-
-def run_ray(plan: StudyPlan, output: Path, address: str, *, report: Report | None = None) -> None:
+def run_ray(plan: StudyPlan, output: Path, address: str, *, report: Report = _no_report) -> None:
     """Do every cell as a Ray task of one core (and one GPU, where the cluster has any).
 
     Args:
@@ -221,32 +190,25 @@ def run_ray(plan: StudyPlan, output: Path, address: str, *, report: Report | Non
     Raises:
         UserError: Ray is not installed, or the cluster cannot be reached.
     """
+    output, invocation = output.resolve(), uuid.uuid4().hex
     with connected(address) as ray:
-        task = ray.remote(num_cpus=1, num_gpus=gpus_each(ray), max_retries=2)(_do)
-        _submit(ray, task, plan, output.resolve(), uuid.uuid4().hex, report)
-
-
-def _submit(ray: Any, task: Any, plan: StudyPlan, output: Path, invocation: str, report: Report | None) -> None:
-    # a task whose needs were lost does nothing, so that every order of failures comes to an end
-    submitted: dict[str, Any] = {}
-    for cell in open_cells(plan, output, invocation):
-        needs = [submitted[need] for need in cell.needs if need in submitted]
-        submitted[cell.address] = task.remote(cell, str(output), invocation, *needs)
-    waiting = list(submitted.values())
-    while waiting:
-        done, waiting = ray.wait(waiting, timeout=WAIT)
-        for reference in done:
-            ray.get(reference)
-        if report is not None:
+        task = ray.remote(num_cpus=1, num_gpus=gpus_each(ray), max_retries=2)(_task)
+        # a task whose needs were lost does nothing, so that every order of failures comes to an end
+        submitted: dict[str, Any] = {}
+        for cell in open_cells(plan, output, invocation):
+            needs = [submitted[need] for need in cell.needs if need in submitted]
+            submitted[cell.address] = task.remote(cell, output, invocation, *needs)
+        waiting = list(submitted.values())
+        while waiting:
+            done, waiting = ray.wait(waiting, timeout=WAIT)
+            ray.get(done)
             report()
 
 
-def _do(cell: Cell, output: str, invocation: str, *needs: Any) -> None:
-    from scalabl.core.quiet import quiet, quiet_imports
-
+def _task(cell: Cell, output: Path, invocation: str, *_needs: Any) -> None:
     quiet_imports()
     import torch  # noqa: F401  (before `quiet`, which turns down what importing it has turned up)
 
     quiet()
-    if all(finished(Path(output), need) is not None for need in cell.needs):
-        attempt(cell, Path(output), invocation)
+    if _can_begin(cell, output):
+        attempt(cell, output, invocation)

@@ -1,47 +1,59 @@
 """The tables of means: each method on each test set, over seeds, against MLE and against MLE with a temperature.
 
-summary.csv holds them, a row for each method, test set and metric: mean, standard deviation and 95 % interval
-(Student's) over seeds, and the paired differences with their 95 % intervals (bootstrap over rows and seeds).
+summary.csv has a row for each method, test set and metric: mean, standard deviation and 95 % interval (Student's) over
+seeds, and the paired differences with their 95 % intervals (bootstrap over rows and seeds).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
-from statistics import stdev
+from statistics import mean, stdev
 from typing import Any
 
-from scalabl.metrics.bootstrap import Metric
+import torch
+from scipy import stats
+from torch import Tensor
+
+from scalabl.core.errors import UserError
+from scalabl.metrics import scores
+from scalabl.metrics.bootstrap import Metric, interval, resamples
 from scalabl.metrics.figures import METRICS
+from scalabl.metrics.scores import checked
 from scalabl.study.cells import finished
-from scalabl.study.compare import over_seeds, paired_over_seeds
 from scalabl.study.plan import StudyPlan, baseline_variant
 from scalabl.study.results import Outcome, outcomes
 from scalabl.study.study import TEMPERED, Study, Variant
 
+BOOTSTRAP = 1000
+CONFIDENCE = 0.95
+_BINS = 15
 # means without a comparison
 OTHERS = (
     "ood_auroc", "ood_auroc_total", "validation_nll", "temperature",
     "extra_parameters", "train_cost", "predict_cost", "peak_memory",
 )  # fmt: skip
 _SHARES = ("accuracy", "ece", "auroc", "aurc", "ood_auroc", "ood_auroc_total")
-RIVALS = ("mle", "mle+temperature")
+BASELINES = ("mle", "mle+temperature")
+BySeed = Mapping[int, Outcome]
 
 
 @dataclass(frozen=True)
 class Gap:
-    """A method's metric minus a rival's on the same rows and seeds.
+    """A method's metric minus a baseline's on the same rows and seeds.
 
     Attributes:
         value, low, high: with its 95 % interval; None where the metric is undefined for one of them.
-        verdict: "better", "worse" or "" (not told apart).
+        verdict: "better", "worse" or "" (the interval has zero in it).
     """
 
-    value: float | None
-    low: float | None
-    high: float | None
-    verdict: str
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+    verdict: str = ""
 
 
 @dataclass
@@ -54,7 +66,7 @@ class Figure:
         low, high: of the 95 % interval over seeds, within what the figure can be; None for one seed.
         values: of the seeds, in their order.
         best: whether it is the best, or not told apart from it.
-        versus: of `RIVALS` those that it was compared with -> the difference.
+        versus: of `BASELINES` those that it was compared with -> the difference.
     """
 
     mean: float | None
@@ -113,55 +125,51 @@ def summarize(study: Study, plan: StudyPlan, output: Path, rows: list[dict[str, 
     """
     tables = []
     for task in study.tasks:
-        for tested in (task, *(other for other in study.shift.get(task, ()) if other != task)):
-            said = _by_method(study, plan, output, task, tested)
-            if said:
+        for tested in dict.fromkeys((task, *study.shift.get(task, ()))):
+            by_method = _by_method(study, plan, output, task, tested)
+            if by_method:
                 some = [row for row in rows if row["trained_on"] == task and row["task"] == tested]
-                tables.append(_table(study, task, tested, said, some))
+                tables.append(_table(study, task, tested, by_method, some))
     return sorted(tables, key=lambda table: table.shifted)
 
 
 def _by_method(study: Study, plan: StudyPlan, output: Path, task: str, tested: str) -> dict[str, dict[int, Outcome]]:
     """Method -> seed -> outcome; an ensemble stands for each of its members' seeds."""
-    said: dict[str, dict[int, Outcome]] = {}
-    for tempered in (False, True):
-        for variant in study.variants:
-            name = variant.name + TEMPERED * tempered
-            for entry in plan.entries:
-                if entry.variant != variant or entry.task != task or finished(output, entry.prediction) is None:
-                    continue
+    found: dict[str, dict[int, Outcome]] = {}
+    for variant in study.variants:
+        for entry in plan.entries:
+            if entry.variant == variant and entry.task == task and finished(output, entry.prediction) is not None:
                 for outcome in outcomes(plan.cells[entry.prediction], output, variant.name):
-                    if outcome.method == name and outcome.task == tested:
-                        said.setdefault(name, {}).update(dict.fromkeys(entry.seeds, outcome))
-    return said
+                    if outcome.task == tested:
+                        found.setdefault(outcome.method, {}).update(dict.fromkeys(entry.seeds, outcome))
+    return found
 
 
-def _table(
-    study: Study, task: str, tested: str, said: Mapping[str, dict[int, Outcome]], rows: list[dict[str, Any]]
-) -> Table:
+def _table(study: Study, task: str, tested: str, by_method: Mapping[str, BySeed], rows: list[dict[str, Any]]) -> Table:
     lines = []
     for tempered in (False, True):
         for variant in study.variants:
-            name = variant.name + TEMPERED * tempered
-            if name in said:
+            line = Line(variant, tempered, 0, 0, {})
+            if line.method in by_method:
+                some = [row for row in rows if row["method"] == line.method]
+                line.seeds, line.collapsed = len(some), sum(row["collapsed"] for row in some)
                 mle = baseline_variant(study, variant)
-                rivals = dict(zip(RIVALS, (mle.name, mle.name + TEMPERED), strict=True)) if mle else {}
-                some = [row for row in rows if row["method"] == name]
-                collapsed = sum(row["collapsed"] for row in some)
-                lines.append(Line(variant, tempered, len(some), collapsed, _figures(name, said, rivals, some)))
-    _mark_best(lines, said)
+                line.figures = _figures(line.method, by_method, mle, some)
+                lines.append(line)
+    _mark_best(lines, by_method)
     return Table(task, tested, rows[0]["n"], lines)
 
 
 def _figures(
-    name: str, said: Mapping[str, dict[int, Outcome]], rivals: Mapping[str, str], rows: list[dict[str, Any]]
+    name: str, by_method: Mapping[str, BySeed], mle: Variant | None, rows: list[dict[str, Any]]
 ) -> dict[str, Figure]:
     figures = {column: figure([row[column] for row in rows], column) for column in (*METRICS, *OTHERS)}
-    for metric, higher in METRICS.items():
-        for rival, of in rivals.items():
-            if of in said and of != name and set(said[of]) & set(said[name]):
-                gap = paired_over_seeds(said[name], said[of], metric)
-                figures[metric].versus[rival] = Gap(gap.value, gap.low, gap.high, _verdict(gap, higher))
+    baselines = dict(zip(BASELINES, (mle.name, mle.name + TEMPERED), strict=True)) if mle else {}
+    for baseline, of in baselines.items():
+        if of in by_method and of != name and set(by_method[of]) & set(by_method[name]):
+            for metric, higher in METRICS.items():
+                gap = paired_over_seeds(by_method[name], by_method[of], metric)
+                figures[metric].versus[baseline] = Gap(gap.value, gap.low, gap.high, _verdict(gap, higher))
     return figures
 
 
@@ -170,12 +178,20 @@ def figure(values: Sequence[float | None], column: str) -> Figure:
     known = [float(value) for value in values if value is not None]
     if not known:
         return Figure(None)
-    mean, half = over_seeds(known)
+    center, half = over_seeds(known)
     if half is None:
-        return Figure(mean, values=tuple(known))
+        return Figure(center, values=tuple(known))
     # no figure is below zero, and these are at most one
-    high = min(mean + half, 1.0) if column in _SHARES else mean + half
-    return Figure(mean, stdev(known), max(mean - half, 0.0), high, tuple(known))
+    high = min(center + half, 1.0) if column in _SHARES else center + half
+    return Figure(center, stdev(known), max(center - half, 0.0), high, tuple(known))
+
+
+def over_seeds(values: Sequence[float]) -> tuple[float, float | None]:
+    """The mean, and half the 95 % interval of Student's t; no interval for one value."""
+    if len(values) < 2:
+        return values[0], None
+    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
+    return mean(values), half
 
 
 def _verdict(gap: Metric, higher: bool) -> str:
@@ -184,22 +200,61 @@ def _verdict(gap: Metric, higher: bool) -> str:
     return "better" if (gap.value > 0) == higher else "worse"
 
 
-def _mark_best(lines: list[Line], said: Mapping[str, dict[int, Outcome]]) -> None:
+def _mark_best(lines: list[Line], by_method: Mapping[str, BySeed]) -> None:
     """A method that is at chance with any seed is never best; with one method there is no best."""
-    if len(lines) < 2:
-        return
     for metric, higher in METRICS.items():
         standing = [line for line in lines if not line.collapsed and line.figures[metric].mean is not None]
-        if not standing:
+        if len(lines) < 2 or not standing:
             continue
-        sign = 1 if higher else -1
-        best = max(standing, key=lambda line: sign * (line.figures[metric].mean or 0.0))
+        best = max(standing, key=lambda line: (1 if higher else -1) * (line.figures[metric].mean or 0.0))
+        own = by_method[best.method]
         for line in standing:
-            shared = set(said[line.method]) & set(said[best.method])
-            tied = bool(shared) and not _verdict(
-                paired_over_seeds(said[line.method], said[best.method], metric), higher
-            )
+            other = by_method[line.method]
+            tied = bool(set(other) & set(own)) and not _verdict(paired_over_seeds(other, own, metric), higher)
             line.figures[metric].best = line is best or tied
+
+
+def paired_over_seeds(a: BySeed, b: BySeed, metric: str, *, seed: int = 0) -> Metric:
+    """The mean over seeds of metric(a) - metric(b), with the interval of the paired bootstrap over rows and seeds.
+
+    A resample draws rows, the same ones for both methods and all seeds, and seeds, the same ones for both methods.
+    With three seeds an interval is narrower than it should be: three runs know little about a fourth.
+
+    Args:
+        a, b: seed -> the outcome on the same rows; seeds that only one of them has are left out.
+        metric: a name of `scalabl.metrics.METRICS`.
+        seed: of the resamples.
+
+    Raises:
+        UserError: no seed in common, other rows, or no such metric.
+    """
+    if metric not in METRICS:
+        raise UserError(f"there is no metric {metric!r}; choose from {', '.join(METRICS)}.")
+    common = [s for s in a if s in b]
+    if not common:
+        raise UserError("the two methods have no seed in common; run both with the same seeds.")
+    if not all(torch.equal(a[s].labels, b[s].labels) for s in common):
+        raise UserError("the two methods were not tested on the same rows; test both on one data set.")
+    values = [[math.nan if (x := of[s].figures[metric]) is None else float(x) for s in common] for of in (a, b)]
+    value = mean(x - y for x, y in zip(*values, strict=True))
+    if math.isnan(value):
+        return Metric(None, None, None, f"{metric} is undefined for one of the two methods")
+    gaps = torch.stack([_resampled(a[s], metric, seed) - _resampled(b[s], metric, seed) for s in common])
+    generator = torch.Generator().manual_seed(seed + 1)
+    drawn = torch.randint(len(common), (BOOTSTRAP, len(common)), generator=generator)
+    return interval(value, gaps.T.gather(1, drawn).mean(dim=1), CONFIDENCE)
+
+
+@lru_cache(maxsize=4096)
+def _rows(outcome: Outcome) -> scores.Rows:
+    return scores.Rows(*checked(outcome.probs, outcome.labels), _BINS)
+
+
+@lru_cache(maxsize=32768)
+def _resampled(outcome: Outcome, metric: str, seed: int) -> Tensor:
+    """(BOOTSTRAP,) the metric in each resample of the rows; the same resamples for every outcome of as many rows."""
+    score = getattr(scores, metric)
+    return torch.cat([score(_rows(outcome), counts) for counts in resamples(len(outcome.labels), BOOTSTRAP, seed)])
 
 
 def summary_rows(tables: Sequence[Table]) -> list[dict[str, Any]]:
@@ -212,20 +267,12 @@ def summary_rows(tables: Sequence[Table]) -> list[dict[str, Any]]:
                 if found.mean is None:
                     continue
                 row: dict[str, Any] = {
-                    "trained_on": table.trained_on,
-                    "task": table.task,
-                    "method": line.method,
-                    "metric": metric,
-                }
-                row |= {"seeds": len(found.values), "mean": found.mean, "sd": found.sd}
-                row |= {"low": found.low, "high": found.high, "at_chance": line.collapsed}
-                row["best"] = found.best if metric in METRICS else None
-                for rival in RIVALS:
-                    gap = found.versus.get(rival, Gap(None, None, None, ""))
-                    row |= {
-                        f"minus {rival}": gap.value,
-                        f"minus {rival}, low": gap.low,
-                        f"minus {rival}, high": gap.high,
-                    }
+                    "trained_on": table.trained_on, "task": table.task, "method": line.method, "metric": metric,
+                    "seeds": len(found.values), "mean": found.mean, "sd": found.sd, "low": found.low,
+                    "high": found.high, "at_chance": line.collapsed, "best": found.best if metric in METRICS else None,
+                }  # fmt: skip
+                for name in BASELINES:
+                    gap = found.versus.get(name, Gap())
+                    row |= {f"minus {name}": gap.value, f"minus {name}, low": gap.low, f"minus {name}, high": gap.high}
                 rows.append(row)
     return rows

@@ -1,17 +1,25 @@
-"""One cell done. The test split is read by prediction cells alone."""
+"""One cell done, and what it costs: wall time, peak memory, machine. The test split is read by prediction cells alone."""
 
 from __future__ import annotations
 
 import gc
 import json
+import os
+import platform
+import resource
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from scalabl.core import __version__
 from scalabl.core.errors import UserError
 from scalabl.core.files import sha256, write_json, writing
 from scalabl.data.assemble import TrainingRows, select_rows
@@ -26,7 +34,7 @@ from scalabl.runs.method import Run, load_method, load_post_hoc
 from scalabl.runs.recipe import Recipe
 from scalabl.runs.registry import POST_HOC as POST_HOC_METHODS
 from scalabl.scoring.trunk_store import with_stored_trunk
-from scalabl.study.cells import POST_HOC, PREDICTION, TRAINING, Cell, finished, machine, measured, rows_digest
+from scalabl.study.cells import POST_HOC, PREDICTION, TRAINING, Cell, finished, rows_digest
 from scalabl.study.plan import overlap, shifted_rows, tested_rows, tuning_rows
 from scalabl.training.run import LOG, last_checkpoint, train
 
@@ -197,3 +205,62 @@ def _log_probs(run: Run, rows: list[Example], strategy: Predictive, batch_size: 
 def _require_same(name: str, planned: str, found: str) -> None:
     if planned != found:
         raise UserError(f"The rows of {name} are not those that were planned with; run the benchmark again.")
+
+
+_MIB = 2**20
+
+
+@dataclass
+class CellCost:
+    """Wall time in seconds, and the peak memory in MiB: the accelerator's, or the process's on a CPU."""
+
+    seconds: float = 0.0
+    peak_memory: float = 0.0
+
+
+@contextmanager
+def measured() -> Iterator[CellCost]:
+    """Context whose cost is known at its end."""
+    cost = CellCost()
+    _forget_peak()
+    start = time.perf_counter()
+    try:
+        yield cost
+    finally:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        cost.seconds = time.perf_counter() - start
+        cost.peak_memory = _peak() / _MIB
+
+
+def machine() -> dict[str, str]:
+    """device: "cpu x86_64, 2 cores, 1 thread" or the accelerator's name; versions: of what computes."""
+    if torch.cuda.is_available():
+        device = f"cuda, {torch.cuda.get_device_name()}"
+    else:
+        threads = torch.get_num_threads()
+        cores = f"{os.cpu_count()} cores, {threads} thread{'s' if threads > 1 else ''} a process"
+        device = f"cpu {platform.machine()}, {cores}"
+    packages = {name: version(name) for name in ("torch", "transformers", "peft")}
+    versions = ", ".join(f"{name} {number}" for name, number in {"scalabl": __version__, **packages}.items())
+    return {"device": device, "versions": versions}
+
+
+def _forget_peak() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        return
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts anew
+
+
+def _peak() -> int:
+    """Bytes. Where the system cannot start it anew, the peak of the whole process so far."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    try:
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(status.partition("VmHWM:")[2].split()[0])
+    except (OSError, ValueError, IndexError):
+        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return used if platform.system() == "Darwin" else 1024 * used
