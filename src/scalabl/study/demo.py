@@ -1,4 +1,4 @@
-"""The demo: plain LoRA and ScalaBL trained at the same budget, in and out of distribution. Imports no torch by itself."""
+"""The demo: plain LoRA and ScalaBL trained at the same budget, in and out of distribution. Imports no torch."""
 
 from __future__ import annotations
 

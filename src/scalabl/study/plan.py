@@ -1,4 +1,4 @@
-"""A study as cells in the order of their needs, its rows, and the entries that its table is made of. Imports no torch."""
+"""A study as cells in the order of their needs, with its rows, and the entries of its table. Imports no torch."""
 
 from __future__ import annotations
 

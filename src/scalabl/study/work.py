@@ -1,4 +1,4 @@
-"""One cell done, and what it costs: wall time, peak memory, machine. The test split is read by prediction cells alone."""
+"""One cell done, and what it costs: time, memory, machine. The test split is read by prediction cells alone."""
 
 from __future__ import annotations
 
