@@ -30,10 +30,10 @@ from open_answers_results import write
 from scalabl.core.errors import UserError
 from scalabl.data.open_questions import OpenQuestion, load_open_task
 from scalabl.generation.decoding import Decoded
-from scalabl.generation.draws import EnsembleDraws
 from scalabl.generation.equivalence import equivalence, semantic_sets
 from scalabl.generation.evaluation import Judged, answer_questions, fit_on, judge, plain
-from scalabl.generation.generate import DecodingSettings, decoded_with_samples, draws_of
+from scalabl.generation.fan_out import EnsembleDraws
+from scalabl.generation.generate import AnswerSampling, decoded_with_samples, draws_of
 from scalabl.generation.loading import LanguageRun, load_language_run
 from scalabl.metrics.ranking import judge_ranking
 from scalabl.runs.recipe import make_recipe
@@ -137,7 +137,7 @@ def of_cell(a: argparse.Namespace, task: str, method: str, seed: int) -> dict[st
     found = {"task": Path(task).stem, "method": method, "seed": seed, "settings": settings, "why": why}
     found |= judge(judged, fitted)
     if method == "mle":
-        same = equivalence(DecodingSettings().equivalence)
+        same = equivalence(AnswerSampling().equivalence)
         sets = [semantic_sets([one.text for one in others], same) for _, others in decoded]
         stats = polygraph_scores.statistics([one for one, _ in decoded], [others for _, others in decoded], sets)
         text = json.dumps({"right": judged.right.tolist(), "statistics": stats})
@@ -159,7 +159,7 @@ def answers(
     """Answers to questions, with sampled ones beside them if wished; both are added to `decoded`."""
     return answer_questions(
         run, questions, samples=particles(a, method), seed=seed, max_new_tokens=a.max_new_tokens,
-        batch_size=a.batch_size, sampling=DecodingSettings(a.samples) if sampled else None, draws=ensemble_of(a, method),  # noqa: E501
+        batch_size=a.batch_size, sampling=AnswerSampling(a.samples) if sampled else None, draws=ensemble_of(a, method),  # noqa: E501
         seen=None if decoded is None else lambda answer, others: decoded.append((answer, others)),
     )  # fmt: skip
 
@@ -212,7 +212,7 @@ def costs(a: argparse.Namespace) -> dict[str, Any]:
             # a fixed number of tokens, so that no method gains by ending early
             decoded_with_samples(
                 runs[method], prompts, draws, chat=None, stop=(), max_new_tokens=a.max_new_tokens,
-                sampling=DecodingSettings(a.samples if "samples" in name else 0), min_new_tokens=a.max_new_tokens,
+                sampling=AnswerSampling(a.samples if "samples" in name else 0), min_new_tokens=a.max_new_tokens,
             )  # fmt: skip
             seconds[name].append(time.perf_counter() - begin)
     ratios = {

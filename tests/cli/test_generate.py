@@ -15,7 +15,7 @@ import scalabl
 from scalabl.core.errors import UserError
 from scalabl.generation.answer import GeneratedAnswer, Token
 from scalabl.generation.confidence import Confidence
-from scalabl.generation.generate import CONFIDENCE, DecodingSettings
+from scalabl.generation.generate import CONFIDENCE, AnswerSampling
 from scalabl.generation.shading import in_terminal
 
 
@@ -76,7 +76,7 @@ def test_batches_do_not_change_answers(scalabl_run):
 
 
 def test_further_answers_give_semantic_scores(scalabl_run):
-    [answer] = scalabl.generate(scalabl_run, ["red"], max_new_tokens=4, sampling=DecodingSettings(3))
+    [answer] = scalabl.generate(scalabl_run, ["red"], max_new_tokens=4, sampling=AnswerSampling(3))
     assert 0 <= answer.scores["semantic_entropy"] <= math.log(3) + 1e-9
     assert 0 <= answer.scores["self_consistency"] <= 1
 

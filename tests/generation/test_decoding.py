@@ -12,8 +12,7 @@ from transformers.generation import StoppingCriteria, StoppingCriteriaList
 import scalabl
 from scalabl.core.errors import UserError
 from scalabl.generation.decoding import decode, intersection_probability, token_figures
-from scalabl.generation.draws import EnsembleDraws, MeanDraws
-from scalabl.generation.fan_out import averaged
+from scalabl.generation.fan_out import EnsembleDraws, MeanDraws, averaged
 from scalabl.metrics.uncertainty import decompose
 from scalabl.predictive.lora_particles import DropoutPredictive
 from scalabl.predictive.monte_carlo import MonteCarloPredictive

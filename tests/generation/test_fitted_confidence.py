@@ -11,8 +11,7 @@ from sklearn.linear_model import LogisticRegression
 from scalabl.core.errors import UserError
 from scalabl.data.open_questions import OpenQuestion
 from scalabl.generation.answer import GeneratedAnswer
-from scalabl.generation.calibration import choose_confidence, fit_confidence, left_out
-from scalabl.generation.confidence import Confidence
+from scalabl.generation.confidence import Confidence, choose_confidence, fit_confidence, left_out
 from scalabl.generation.evaluation import Judged, fit_on
 from scalabl.metrics.ranking import judge_confidence
 

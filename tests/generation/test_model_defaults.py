@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, FalconH1Config, GenerationConfig,
 import scalabl
 from scalabl.core.errors import UserError
 from scalabl.generation.decoding import decode
-from scalabl.generation.generate import DecodingSettings, decoded_with_samples
+from scalabl.generation.generate import AnswerSampling, decoded_with_samples
 from scalabl.generation.loading import LanguageRun
 from scalabl.predictive.monte_carlo import MonteCarloPredictive
 
@@ -43,7 +43,7 @@ def tokenizer():
 def answers(model, tokenizer, sampling=None, **generation):
     run = LanguageRun({"scoring": {"chat": False}}, model, tokenizer)
     rows = decoded_with_samples(
-        run, PROMPTS, MonteCarloPredictive(3), chat=None, stop=(), sampling=sampling or DecodingSettings(), max_new_tokens=7,  # noqa: E501
+        run, PROMPTS, MonteCarloPredictive(3), chat=None, stop=(), sampling=sampling or AnswerSampling(), max_new_tokens=7,  # noqa: E501
         **generation,
     )  # fmt: skip
     return [(answer.token_ids, [other.token_ids for other in others]) for _, answer, others in rows]
@@ -52,7 +52,7 @@ def answers(model, tokenizer, sampling=None, **generation):
 def test_defaults_of_a_model_change_no_answer(model, tokenizer):
     def both():
         torch.manual_seed(0)
-        return answers(model, tokenizer, DecodingSettings(2))
+        return answers(model, tokenizer, AnswerSampling(2))
 
     plain = both()
     model.generation_config.update(

@@ -7,6 +7,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_run import arguments, rows, tiny_model, trainer
 from transformers import TrainerCallback
+from transformers.trainer_callback import CallbackHandler
 
 from scalabl.training.callback import ELBOCallback
 from scalabl.tuner import kl_divergence, stochastic_layers
@@ -64,3 +65,25 @@ def test_a_trainer_without_the_callback_logs_as_before(tmp_path: Path) -> None:
     run = trainer(tiny_model(), arguments(tmp_path, logging_strategy="steps", logging_steps=1), [])
     run.train()
     assert not KEYS & run.state.log_history[0].keys()
+    assert CallbackHandler.on_log.__module__ == "transformers.trainer_callback"  # nobody else's Trainer is touched
+    assert not hasattr(CallbackHandler.on_log, "__wrapped__")
+
+
+def test_going_first_leaves_the_others_in_order_and_called_once(tmp_path: Path) -> None:
+    class Counts(Reporter):
+        epochs = 0
+
+        def on_epoch_begin(self, *_: Any, **__: Any) -> None:
+            self.epochs += 1
+
+    class After(Counts):
+        pass
+
+    before, elbo, after = Counts(), ELBOCallback(8), After()
+    args = arguments(tmp_path, logging_strategy="steps", logging_steps=1, max_steps=2)
+    run = trainer(tiny_model(), args, [before, elbo, after])
+    others = [callback for callback in run.callback_handler.callbacks if callback is not elbo]
+    run.train()
+    assert run.callback_handler.callbacks == [elbo, *others]
+    assert before.epochs == after.epochs == 1
+    assert before.seen == after.seen == run.state.log_history

@@ -55,12 +55,12 @@ def generate(
     from rich.console import Console
 
     from scalabl.core.progress import progress_bar
-    from scalabl.generation.generate import DecodingSettings, check
+    from scalabl.generation.generate import AnswerSampling, check
     from scalabl.generation.generate import generate as answer_prompts
     from scalabl.generation.loading import load_language_run
     from scalabl.generation.shading import in_terminal, write_page
 
-    sampling = DecodingSettings(answers, equivalence=equivalence)
+    sampling = AnswerSampling(answers, equivalence=equivalence)
     check(samples, max_new_tokens, batch_size, sampling)
     loaded = load_language_run(run, model=model)
     with progress_bar() as progress:

@@ -72,10 +72,10 @@ def evaluate_open(
     quiet()
     from scalabl.core.progress import progress_bar
     from scalabl.generation.evaluation import answer_questions, fit_on, judge
-    from scalabl.generation.generate import CONFIDENCE, DecodingSettings, check
+    from scalabl.generation.generate import CONFIDENCE, AnswerSampling, check
     from scalabl.generation.loading import load_language_run
 
-    sampling = DecodingSettings(answers, equivalence=equivalence)
+    sampling = AnswerSampling(answers, equivalence=equivalence)
     check(samples, max_new_tokens, batch_size, sampling)
     loaded = load_language_run(run, model=model)
     shared: dict[str, Any] = {

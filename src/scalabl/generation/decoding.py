@@ -1,10 +1,11 @@
-"""What the particles say about the next token: figures of one position from (N, B, V) log-probabilities, in nats.
+"""Bayesian decoding: text from the average over particles, and for every token how sure it is and why.
 
-Bayesian decoding: text from the average over particles, and for every token how sure it is and why.
+The figures of a token come from the particles' (N, B, V) log-probabilities of its position, in nats.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -193,10 +194,13 @@ def decode(
             )
     generation["num_beams"] = 1  # whatever the model's own default is
     ids = [_tokens(tokenizer, prompt) for prompt in prompts]
-    inputs = _left_padded(ids, tokenizer.pad_token_id or 0, _device(model))
+    inputs = _left_padded(ids, tokenizer.pad_token_id or 0, next(model.parameters()).device)
     recorder, length = _Recorder(), inputs["input_ids"].shape[1]
     generation.setdefault("pad_token_id", tokenizer.pad_token_id)
-    stops = _stops(tokenizer, generation, length)
+    generation = with_stop_criterion(tokenizer, generation)
+    stops = _Stops(StoppingCriteriaList(generation.pop("stopping_criteria", None) or []), length)
+    if stops.criteria:
+        generation["stopping_criteria"] = StoppingCriteriaList([stops])
     with eval_mode(model):
         texts: dict[str, Any] = {**inputs, "num_return_sequences": num_return_sequences}
         if can_share(model, inputs, num_return_sequences, generation):
@@ -208,18 +212,31 @@ def decode(
     log_probs = torch.stack(recorder.log_probs, dim=2)
     out: list[list[Decoded]] = []
     for i, prompt in enumerate(prompts):
+        shown = prompt if isinstance(prompt, str) else str(tokenizer.decode(prompt))
         out.append([])
         for row in range(i * num_return_sequences, (i + 1) * num_return_sequences):
             taken, finished = _cut(new[row].tolist(), ends, stops.of(row))
             steps = slice(0, len(taken))
             figures = {n: recorder.figure(n)[row, steps] for n in TokenFigures.__dataclass_fields__}
-            text = str(tokenizer.decode(taken, skip_special_tokens=True))
-            pieces, shown = (
-                _pieces(tokenizer, taken),
-                prompt if isinstance(prompt, str) else str(tokenizer.decode(prompt)),
-            )
+            text, pieces = str(tokenizer.decode(taken, skip_special_tokens=True)), _pieces(tokenizer, taken)
             out[-1].append(Decoded(shown, text, taken, pieces, log_probs[:, row, steps], **figures, finished=finished))
     return out
+
+
+def with_stop_criterion(tokenizer: PreTrainedTokenizerBase, generation: dict[str, Any]) -> dict[str, Any]:
+    """Settings of `generate` with their stop strings as a criterion.
+
+    It is made of the whole vocabulary: whoever decodes many batches makes it once.
+    """
+    strings = next((value for value in _given(generation, "stop_strings") if value), None)
+    if strings is None:
+        return generation
+    made = {name: value for name, value in generation.items() if name != "stop_strings"}
+    if made.get("generation_config") is not None:
+        made["generation_config"] = copy.deepcopy(made["generation_config"])
+        made["generation_config"].stop_strings = None
+    criterion = StopStringCriteria(tokenizer=tokenizer, stop_strings=strings)
+    return made | {"stopping_criteria": [*(made.get("stopping_criteria") or ()), criterion]}
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, prompt: str | list[int]) -> list[int]:
@@ -236,10 +253,6 @@ def _left_padded(rows: list[list[int]], pad: int, device: torch.device) -> dict[
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
-
-
 def _end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase, generation: dict[str, Any]) -> set[int]:
     default = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     given = [*_given(generation, "eos_token_id"), default, tokenizer.eos_token_id]
@@ -250,20 +263,6 @@ def _end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase, generation
 def _given(generation: dict[str, Any], name: str) -> list[Any]:
     """What the caller gave for a setting, as an argument and in a configuration, in the order that `generate` has."""
     return [generation.get(name), getattr(generation.get("generation_config"), name, None)]
-
-
-def _stops(tokenizer: PreTrainedTokenizerBase, generation: dict[str, Any], begin: int) -> _Stops:
-    """The caller's stop strings and criteria as one criterion, which takes their place in `generation`."""
-    criteria = StoppingCriteriaList(generation.pop("stopping_criteria", None) or [])
-    strings = [value for value in _given(generation, "stop_strings") if value]
-    generation.pop("stop_strings", None)
-    if strings:
-        criteria.append(StopStringCriteria(tokenizer=tokenizer, stop_strings=strings[0]))
-        generation["tokenizer"] = tokenizer
-    stops = _Stops(criteria, begin)
-    if criteria:
-        generation["stopping_criteria"] = StoppingCriteriaList([stops])
-    return stops
 
 
 def _cut(tokens: list[int], ends: set[int], stopped: int) -> tuple[list[int], bool]:

@@ -4,22 +4,17 @@ An equivalence looks at n texts and says of each pair whether they mean the same
 
     exact               the same text, outer white space aside
     normalised          the same without case, punctuation and articles (`normalise_answer`)
-    embedding           cosine of small word vectors, from the package wordllama (`embedding.py`)
+    embedding           the cosine of small word vectors is high, those of the package wordllama
     embedding:MODEL     likewise of an encoder: a directory or a Hub id
     entailment:MODEL    each entails the other, by a natural language inference model: a directory or a Hub id
 
+wordllama (MIT; 16 MB) has one trained vector of 256 numbers for each of Llama 2's 32,000 tokens, and the mean of them
+for a text; its two files are read here, so the package's own needs are not. Such vectors know words and not meanings:
+on TriviaQA a cosine above 0.7 joins 40 % of an answer with its aliases that differ when normalised, and none of 4,000
+pairs of answers to different questions; but where the nearest of 8,000 other answers is picked for each, it joins 24 %
+of those too ("World War I" and "World War II"). Texts with other digits are kept apart whatever their cosine.
+
 Sources: Kuhn et al. 2023 (2302.09664), algorithm 1; Farquhar et al. 2024 (Nature 630).
-
-Equivalence by embeddings: two answers mean the same where the cosine of their vectors is high.
-
-The small model that ships in a package is wordllama's (MIT; 16 MB; one trained vector of 256 numbers for each of
-Llama 2's 32,000 tokens, and the mean of them for a text); its two files are read here, so the package's own needs are
-not. Such vectors know words and not meanings: on TriviaQA a cosine above 0.7 joins 40 % of an answer with its aliases
-that differ when normalised, and none of 4,000 pairs of answers to different questions; but where the nearest of 8,000
-other answers is picked for each, it joins 24 % of those too ("World War I" and "World War II"). Texts with other digits
-are kept apart whatever their cosine.
-
-Equivalence by a natural language inference model: two answers mean the same where each entails the other.
 """
 
 from __future__ import annotations
@@ -33,9 +28,18 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors.numpy import load_file
+from tokenizers import Tokenizer
+from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
-from scalabl.core.errors import UserError
+from scalabl.core.errors import UserError, first_line
 from scalabl.generation.correctness import normalise_answer
+
+THRESHOLD = 0.7
+_PACKAGE = "wordllama"
+_WEIGHTS, _TOKENIZER = "weights/l2_supercat_256.safetensors", "tokenizers/l2_supercat_tokenizer_config.json"
+
+Embed = Callable[[Sequence[str]], NDArray[np.float64]]
 
 
 class Equivalence(Protocol):
@@ -44,6 +48,27 @@ class Equivalence(Protocol):
     def __call__(self, texts: Sequence[str], question: str = "") -> NDArray[np.bool_]:
         """(n, n), symmetric, with a true diagonal."""
         ...
+
+
+def equivalence(name: str) -> Equivalence:
+    """The equivalence of a name: one of this module's list.
+
+    Raises:
+        UserError: no such name, the package of the word vectors is not installed, or the model cannot be loaded.
+    """
+    kind, _, model = name.partition(":")
+    if model and kind == "entailment":
+        return Entailment.load(model)
+    if kind == "embedding":
+        return EmbeddingSimilarity(encoder(model) if model else word_vectors())
+    if name == "exact":
+        return SameText(str.strip)
+    if name == "normalised":
+        return SameText(normalise_answer)
+    raise UserError(
+        f"There is no equivalence of answers {name!r}; choose exact, normalised, embedding, embedding:MODEL or "
+        "entailment:MODEL."
+    )
 
 
 def semantic_sets(texts: Sequence[str], equivalence: Equivalence, question: str = "") -> list[int]:
@@ -63,35 +88,6 @@ def semantic_sets(texts: Sequence[str], equivalence: Equivalence, question: str 
     return sets
 
 
-def exact(texts: Sequence[str], question: str = "") -> NDArray[np.bool_]:
-    """The same text, outer white space aside."""
-    return _equal([text.strip() for text in texts])
-
-
-def normalised(texts: Sequence[str], question: str = "") -> NDArray[np.bool_]:
-    """The same without case, punctuation and articles."""
-    return _equal([normalise_answer(text) for text in texts])
-
-
-def equivalence(name: str) -> Equivalence:
-    """The equivalence of a name: one of this module's list.
-
-    Raises:
-        UserError: no such name, the package of the word vectors is not installed, or the model cannot be loaded.
-    """
-    kind, _, model = name.partition(":")
-    if model and kind == "entailment":
-        return Entailment.load(model)
-    if kind == "embedding":
-        return EmbeddingSimilarity(encoder(model) if model else word_vectors())
-    if name not in _BY_MATCH:
-        raise UserError(
-            f"There is no equivalence of answers {name!r}; choose exact, normalised, embedding, embedding:MODEL or "
-            "entailment:MODEL."
-        )
-    return _BY_MATCH[name]
-
-
 def distinct(texts: Sequence[str]) -> tuple[list[str], NDArray[np.int64]]:
     """The different ones among n texts, as they come, and the place (n,) of each text among them."""
     place: dict[str, int] = {}
@@ -99,19 +95,17 @@ def distinct(texts: Sequence[str]) -> tuple[list[str], NDArray[np.int64]]:
     return list(place), number
 
 
-def _equal(texts: Sequence[str]) -> NDArray[np.bool_]:
-    _, number = distinct(texts)
-    same: NDArray[np.bool_] = number[:, None] == number[None, :]
-    return same
+class SameText:
+    """Equal texts, once `form` was applied to each; the question plays no part."""
 
+    def __init__(self, form: Callable[[str], str]) -> None:
+        self.form = form
 
-_BY_MATCH: dict[str, Callable[..., NDArray[np.bool_]]] = {"exact": exact, "normalised": normalised}
-
-THRESHOLD = 0.7
-_PACKAGE = "wordllama"
-_WEIGHTS, _TOKENIZER = "weights/l2_supercat_256.safetensors", "tokenizers/l2_supercat_tokenizer_config.json"
-
-Embed = Callable[[Sequence[str]], NDArray[np.float64]]
+    def __call__(self, texts: Sequence[str], question: str = "") -> NDArray[np.bool_]:
+        """(n, n): whether two texts are equal."""
+        _, number = distinct([self.form(text) for text in texts])
+        same: NDArray[np.bool_] = number[:, None] == number[None, :]
+        return same
 
 
 class EmbeddingSimilarity:
@@ -151,9 +145,6 @@ def word_vectors() -> Embed:
     Raises:
         UserError: the package is not installed, or is another version without these files.
     """
-    from safetensors.numpy import load_file
-    from tokenizers import Tokenizer
-
     # found without importing it: the package imports its own network and configuration libraries
     package = importlib.util.find_spec(_PACKAGE)
     folder = Path(package.origin).parent if package is not None and package.origin else None
@@ -183,15 +174,7 @@ def encoder(name: str, *, batch_size: int = 32) -> Embed:
     Raises:
         UserError: it cannot be loaded.
     """
-    import torch
-    from transformers import AutoModel, AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModel.from_pretrained(name).eval()
-    except (OSError, ValueError, KeyError) as error:
-        first = (str(error).strip().splitlines() or ["no reason given"])[0]
-        raise UserError(f"The embedding model {name} cannot be loaded: {first}") from error
+    model, tokenizer = _loaded("embedding", AutoModel, name)
 
     @torch.no_grad()
     def embed(texts: Sequence[str]) -> NDArray[np.float64]:
@@ -231,40 +214,35 @@ class Entailment:
         self.model, self.tokenizer, self.batch_size, self.label = model, tokenizer, batch_size, found[0]
 
     @classmethod
-    def load(cls, name: str, **options: Any) -> Entailment:
+    def load(cls, name: str) -> Entailment:
         """The model of a directory or a Hub id.
 
         Raises:
             UserError: it cannot be loaded, or is no model for natural language inference.
         """
-        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+        return cls(*_loaded("entailment", AutoModelForSequenceClassification, name))
 
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(name)
-            model = AutoModelForSequenceClassification.from_pretrained(name)
-        except (OSError, ValueError, KeyError) as error:
-            first = (str(error).strip().splitlines() or ["no reason given"])[0]
-            raise UserError(f"The entailment model {name} cannot be loaded: {first}") from error
-        return cls(model.eval(), tokenizer, **options)
-
+    @torch.no_grad()
     def __call__(self, texts: Sequence[str], question: str = "") -> NDArray[np.bool_]:
         """(n, n): whether each text entails the other as an answer to the question."""
         unique, number = distinct([f"{question} {text}".strip() for text in texts])
-        k = len(unique)
-        pairs = [(i, j) for i in range(k) for j in range(k) if i != j]
-        entails = np.eye(k, dtype=np.bool_)
+        pairs = [(i, j) for i in range(len(unique)) for j in range(len(unique)) if i != j]
+        entails = np.eye(len(unique), dtype=np.bool_)
+        self.tokenizer.truncation_side = "left"  # the answer is at the end of "question answer"
         for start in range(0, len(pairs), self.batch_size):
             batch = pairs[start : start + self.batch_size]
             premise, hypothesis = ([unique[pair[side]] for pair in batch] for side in (0, 1))
-            for (i, j), label in zip(batch, self._labels(premise, hypothesis), strict=True):
+            inputs = self.tokenizer(premise, hypothesis, padding=True, truncation=True, return_tensors="pt")
+            logits = self.model(**inputs.to(next(self.model.parameters()).device)).logits
+            for (i, j), label in zip(batch, logits.argmax(dim=-1).tolist(), strict=True):
                 entails[i, j] = label == self.label
         both = entails & entails.T
         return both[number][:, number]
 
-    @torch.no_grad()
-    def _labels(self, premise: list[str], hypothesis: list[str]) -> list[int]:
-        self.tokenizer.truncation_side = "left"  # the answer is at the end of "question answer"
-        inputs = self.tokenizer(premise, hypothesis, padding=True, truncation=True, return_tensors="pt")
-        device = next(self.model.parameters()).device
-        labels: list[int] = self.model(**inputs.to(device)).logits.argmax(dim=-1).tolist()
-        return labels
+
+def _loaded(kind: str, auto: Any, name: str) -> tuple[Any, Any]:
+    """A model in evaluation mode and its tokenizer, of a directory or a Hub id."""
+    try:
+        return auto.from_pretrained(name).eval(), AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"The {kind} model {name} cannot be loaded: {first_line(error)}") from error

@@ -7,17 +7,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from scalabl.core.errors import UserError
 from scalabl.data.open_questions import OpenQuestion
 from scalabl.generation.answer import GeneratedAnswer
-from scalabl.generation.calibration import choose_confidence
-from scalabl.generation.confidence import Confidence
+from scalabl.generation.confidence import Confidence, choose_confidence
 from scalabl.generation.correctness import MEASURES, correctness
+from scalabl.generation.decoding import Decoded
 from scalabl.generation.fan_out import Draws
-from scalabl.generation.generate import DecodingSettings, Seen, answered, draws_of
+from scalabl.generation.generate import AnswerSampling, answers_with_samples, draws_of
 from scalabl.generation.loading import LanguageRun
 from scalabl.generation.sampled_scores import SAMPLED_SCORES
 from scalabl.generation.sequence_scores import SEQUENCE_SCORES, Score
@@ -30,7 +29,6 @@ TOGETHER = (
     "log_probability", "mean_log_probability", "min_log_probability", "first_token_entropy", "mean_aleatoric",
     "mean_epistemic",
 )  # fmt: skip
-Advance = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -64,14 +62,14 @@ def answer_questions(
     samples: int = 10,
     seed: int = 0,
     max_new_tokens: int = 32,
-    sampling: DecodingSettings | None = None,
+    sampling: AnswerSampling | None = None,
     measure: str = "exact_match",
     batch_size: int = 8,
-    advance: Advance | None = None,
+    advance: Callable[[int], None] | None = None,
     draws: Draws | None = None,
-    seen: Seen | None = None,
+    seen: Callable[[Decoded, list[Decoded]], None] | None = None,
 ) -> Judged:
-    """Answer questions greedily with the average over particles, and hold the answers against those that count.
+    """Answer questions greedily with the average over particles, and compare the answers with those that count.
 
     Args:
         run: a finished run.
@@ -95,28 +93,24 @@ def answer_questions(
         raise UserError(f"There is no measure {measure!r} of an answer; choose one of {', '.join(MEASURES)}.")
     for row in questions:  # an answer that the measure cannot read is refused before any is generated
         correctness("", row.answers, measure)
-    sampling = sampling or DecodingSettings()
     stop = () if measure == "number" else ("\n",)
-    draws = draws or draws_of(run, samples, seed)
-    torch.manual_seed(seed)
     answers: list[GeneratedAnswer] = []
-    tokens = [0, 0]
-    for chunk in answered(
-        run, [row.prompt for row in questions], draws, chat=None, stop=stop, sampling=sampling,
-        max_new_tokens=max_new_tokens, batch_size=batch_size, seen=seen,
+    answer_tokens = sampled_tokens = 0
+    for answer, decoded, others in answers_with_samples(
+        run, [row.prompt for row in questions], draws or draws_of(run, samples, seed), seed=seed, stop=stop,
+        sampling=sampling or AnswerSampling(), max_new_tokens=max_new_tokens, batch_size=batch_size, advance=advance,
     ):  # fmt: skip
-        for answer, own, further in chunk:
-            answers.append(answer)
-            tokens[0] += own
-            tokens[1] += further
-        if advance is not None:
-            advance(len(chunk))
+        answers.append(answer)
+        answer_tokens += len(decoded.token_ids)
+        sampled_tokens += sum(len(other.token_ids) for other in others)
+        if seen is not None:
+            seen(decoded, others)
 
-    def held(by: str) -> NDArray[np.float64]:
+    def right(by: str) -> NDArray[np.float64]:
         pairs = zip(answers, questions, strict=True)
         return np.array([correctness(answer.text, row.answers, by, stops=stop) for answer, row in pairs])
 
-    return Judged(questions, answers, held(measure), held("f1"), tokens[0], tokens[1])
+    return Judged(questions, answers, right(measure), right("f1"), answer_tokens, sampled_tokens)
 
 
 def fit_on(judged: Judged, names: Sequence[str] | None = None) -> Confidence:

@@ -5,35 +5,96 @@ above; behind the output layer they are averaged, so that `generate` sees one di
 particles. Sampling, stopping criteria, streaming: all of transformers' own decoding stays as it is.
 
 Several texts for one prompt: the prompt is encoded once a particle, and its keys and values serve all of them.
+
+Particles that are no posterior's: the mean alone, and the members of an ensemble.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
+import torch
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from scalabl.core.errors import UserError
 from scalabl.predictive.drawn_layers import first_difference, restricted
+from scalabl.predictive.lora_particles import removed_after
 from scalabl.scoring.trunk import final_norm, lowest_adapted_layer
-from scalabl.tuner.layers import decoder_layers, unwrap
+from scalabl.tuner.layers import decoder_layers, stochastic_layers, unwrap
+from scalabl.tuner.state import mean
 
 Averaged = Callable[[Tensor, Tensor], None]
 
 
 class Draws(Protocol):
-    """What the particles are: `MonteCarloPredictive` and the rivals' of its kind."""
+    """What the particles are: `MonteCarloPredictive` and the baselines' of its kind."""
 
     samples: int
 
     def context(self, model: nn.Module, first: int, number: int) -> AbstractContextManager[None]:
         """Context in which a batch of `number` B rows carries the particles first .. first + number - 1."""
         ...
+
+
+class MeanDraws:
+    """One particle: the posterior mean, or a plain LoRA as it is."""
+
+    samples = 1
+
+    def context(self, model: nn.Module, first: int, number: int) -> AbstractContextManager[None]:
+        try:
+            stochastic_layers(model)
+        except UserError:
+            return nullcontext()
+        return mean(model)
+
+
+class EnsembleDraws:
+    """M adapters of one base model, member m on the rows m B .. (m + 1) B - 1 [Lakshminarayanan et al. 2017].
+
+    Args:
+        adapters: names of the members' plain LoRA adapters in the model.
+
+    Raises:
+        UserError: there is no member.
+    """
+
+    def __init__(self, adapters: Sequence[str]) -> None:
+        if not adapters:
+            raise UserError("An ensemble needs members; give the directories of runs of other seeds.")
+        self.adapters, self.samples = list(adapters), len(adapters)
+
+    @contextmanager
+    def context(self, model: nn.Module, first: int, number: int) -> Iterator[None]:
+        """Every adapted layer adds scaling B_m A_m x to the rows of member m."""
+        chosen = self.adapters[first : first + number]
+        handles = []
+        for module in unwrap(model).modules():
+            if isinstance(module, LoraLayer) and any(name in module.lora_A for name in chosen):
+                handles.append(module.register_forward_hook(_members(chosen)))
+        with removed_after(handles), model.disable_adapter():  # type: ignore[operator]
+            yield
+
+
+def _members(adapters: list[str]) -> Any:
+    def hook(layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        x = inputs[0].unflatten(0, (len(adapters), -1))
+        added = []
+        for rows, name in zip(x, adapters, strict=True):
+            if name in layer.lora_A:
+                a, b = layer.lora_A[name], layer.lora_B[name]
+                added.append(b(a(rows.to(a.weight.dtype))) * layer.scaling[name])
+            else:
+                added.append(rows.new_zeros(*rows.shape[:-1], output.shape[-1]))
+        return output + torch.cat(added).to(output.dtype)
+
+    return hook
 
 
 @contextmanager
@@ -79,8 +140,8 @@ def averaged(model: nn.Module, draws: Draws, seen: Averaged | None = None) -> It
         if number == 1:
             out.logits = logits[0]
         else:
-            mean = log_probs.logsumexp(dim=0) - math.log(number)
-            out.logits = mean + normaliser.mean(dim=0)  # float32: rounded to bfloat16, likely tokens would tie
+            mixture = log_probs.logsumexp(dim=0) - math.log(number)
+            out.logits = mixture + normaliser.mean(dim=0)  # float32: rounded to bfloat16, likely tokens would tie
         return out
 
     # the first of these repeats the hidden states; masks and positions are given to each layer anew
@@ -90,12 +151,8 @@ def averaged(model: nn.Module, draws: Draws, seen: Averaged | None = None) -> It
         output.register_forward_hook(average, with_kwargs=True),
         *(layer.register_forward_pre_hook(fan_out, with_kwargs=True) for layer in entered),
     ]
-    try:
-        with draws.context(model, 0, number), restricted(model, drawn):
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    with removed_after(handles), draws.context(model, 0, number), restricted(model, drawn):
+        yield
 
 
 def _repeated(value: Any, rows: int, number: int) -> Any:

@@ -12,30 +12,28 @@ import torch
 from scalabl.core.errors import UserError
 from scalabl.generation.answer import AnswerEnd, GeneratedAnswer, answer_span, tokens_of
 from scalabl.generation.confidence import Confidence
-from scalabl.generation.decoding import Decoded, decode
-from scalabl.generation.draws import MeanDraws
+from scalabl.generation.decoding import Decoded, decode, with_stop_criterion
 from scalabl.generation.equivalence import Equivalence, equivalence
-from scalabl.generation.fan_out import Draws
+from scalabl.generation.fan_out import Draws, MeanDraws
 from scalabl.generation.loading import LanguageRun, load_language_run
 from scalabl.generation.sampled_scores import sampled_scores
 from scalabl.generation.sequence_scores import sequence_scores
 from scalabl.runs.method import load_method
 from scalabl.scoring.text import Text
 
-Seen = Callable[[Decoded, list[Decoded]], None]
 # a model's own defaults (its generation_config.json) would take other tokens than the average's
 _PLAIN = {"do_sample": False, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
 CONFIDENCE = "confidence.json"  # in a run's directory: what `scalabl evaluate` fitted on validation answers
 
 
 @dataclass(frozen=True)
-class DecodingSettings:
+class AnswerSampling:
     """How further answers are sampled for the scores that need them.
 
     Attributes:
         number: k further answers to each prompt, 0 for none, else 2 or more.
         temperature, top_p: of the samples.
-        equivalence: which answers mean the same, a name of `clusters`.
+        equivalence: which answers mean the same, a name of `scalabl.generation.equivalence`.
     """
 
     number: int = 0
@@ -53,7 +51,7 @@ def generate(
     max_new_tokens: int = 64,
     chat: bool | None = None,
     stop: Sequence[str] = (),
-    sampling: DecodingSettings | None = None,
+    sampling: AnswerSampling | None = None,
     batch_size: int = 8,
     advance: Callable[[int], None] | None = None,
     **generation: Any,
@@ -74,70 +72,60 @@ def generate(
         **generation: of transformers' `generate` (do_sample, temperature, top_p, ...); greedy if it says nothing.
 
     Returns:
-        one answer a prompt. Its confidence is the fitted one where the run's directory holds `confidence.json`.
+        one answer a prompt. Its confidence is the fitted one where the run's directory has a `confidence.json`.
 
     Raises:
         UserError: not a finished run, no prompt, an empty prompt, numbers out of range.
     """
     run = run if isinstance(run, LanguageRun) else load_language_run(Path(run))
-    sampling = sampling or DecodingSettings()
+    sampling = sampling or AnswerSampling()
     check(samples, max_new_tokens, batch_size, sampling)
     if not prompts:
         raise UserError("There is no prompt to answer; give at least one.")
-    draws = draws_of(run, samples, seed)
-    torch.manual_seed(seed)
-    answers = []
-    for chunk in answered(
-        run, prompts, draws, chat=chat, stop=stop, sampling=sampling, max_new_tokens=max_new_tokens,
-        batch_size=batch_size, fitted=fitted_confidence(run), **generation,
-    ):  # fmt: skip
-        answers += [answer for answer, _, _ in chunk]
-        if advance is not None:
-            advance(len(chunk))
-    return answers
+    found = answers_with_samples(
+        run, prompts, draws_of(run, samples, seed), seed=seed, chat=chat, stop=stop, sampling=sampling,
+        max_new_tokens=max_new_tokens, batch_size=batch_size, advance=advance, fitted=fitted_confidence(run),
+        **generation,
+    )  # fmt: skip
+    return [answer for answer, _, _ in found]
 
 
-def answered(
+def answers_with_samples(
     run: LanguageRun,
     prompts: Sequence[str],
     draws: Draws,
     *,
-    chat: bool | None,
-    stop: Sequence[str],
-    sampling: DecodingSettings,
+    seed: int,
+    sampling: AnswerSampling,
     max_new_tokens: int,
     batch_size: int,
+    chat: bool | None = None,
+    stop: Sequence[str] = (),
+    advance: Callable[[int], None] | None = None,
     fitted: Confidence | None = None,
-    seen: Seen | None = None,
     **generation: Any,
-) -> Iterator[list[tuple[GeneratedAnswer, int, int]]]:
-    """Batch by batch, each answer with the tokens that it took, and those of its further answers.
+) -> Iterator[tuple[GeneratedAnswer, Decoded, list[Decoded]]]:
+    """Each answer, the decoded text that it was made of, and the further ones; a batch of prompts at a time.
 
     Args:
         fitted: the confidence of the answers; without one it is the length-normalised probability.
-        seen: called with each decoded answer and its further ones.
 
     The others are those of `generate`.
     """
     for prompt in prompts:  # none is refused after others were answered
         _require_room(run, len(prompt_tokens(run, prompt, chat)), max_new_tokens)
     same = equivalence(sampling.equivalence) if sampling.number else None
+    generation = with_stop_criterion(run.tokenizer, generation)
+    torch.manual_seed(seed)
     for start in range(0, len(prompts), batch_size):
-        chunk = list(prompts[start : start + batch_size])
         rows = decoded_with_samples(
-            run, chunk, draws, chat=chat, stop=stop, sampling=sampling, max_new_tokens=max_new_tokens, **generation
-        )
-        if seen is not None:
-            for _, decoded, others in rows:
-                seen(decoded, others)
-        yield [
-            (
-                make_answer(prompt, decoded, others, same, fitted),
-                len(decoded.token_ids),
-                sum(len(other.token_ids) for other in others),
-            )
-            for prompt, decoded, others in rows
-        ]
+            run, prompts[start : start + batch_size], draws, chat=chat, stop=stop, sampling=sampling,
+            max_new_tokens=max_new_tokens, **generation,
+        )  # fmt: skip
+        for prompt, decoded, others in rows:
+            yield make_answer(prompt, decoded, others, same, fitted), decoded, others
+        if advance is not None:
+            advance(len(rows))
 
 
 def _require_room(run: LanguageRun, tokens: int, max_new_tokens: int) -> None:
@@ -155,10 +143,10 @@ def decoded_with_samples(
     prompts: Sequence[str],
     draws: Draws,
     *,
-    chat: bool | None,
-    stop: Sequence[str],
-    sampling: DecodingSettings,
+    sampling: AnswerSampling,
     max_new_tokens: int,
+    chat: bool | None = None,
+    stop: Sequence[str] = (),
     **generation: Any,
 ) -> list[tuple[str, Decoded, list[Decoded]]]:
     """Each prompt with its answer and k further, sampled ones, all cut behind the first stop text."""
@@ -175,11 +163,10 @@ def decoded_with_samples(
     if sampling.number:
         sampled = {
             "do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0, "min_p": 0.0,
-            "typical_p": 1.0,
+            "typical_p": 1.0, "num_return_sequences": sampling.number,
         }  # fmt: skip
         shared = {"min_new_tokens": generation["min_new_tokens"]} if "min_new_tokens" in generation else {}
-        settings |= {**sampled, **shared, "num_return_sequences": sampling.number}
-        further = decode(run.model, run.tokenizer, tokens, draws, **settings)
+        further = decode(run.model, run.tokenizer, tokens, draws, **settings | sampled | shared)
 
     def cut(decoded: Decoded) -> Decoded:
         return answer_span(decoded, stop) if stop else decoded
@@ -209,7 +196,7 @@ def make_answer(
     )
 
 
-def check(samples: int, max_new_tokens: int, batch_size: int, sampling: DecodingSettings) -> None:
+def check(samples: int, max_new_tokens: int, batch_size: int, sampling: AnswerSampling) -> None:
     """Refuse numbers out of range before anything is loaded.
 
     Raises:

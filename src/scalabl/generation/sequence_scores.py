@@ -1,6 +1,4 @@
-"""What a score of an answer is: a number, which way it points, and how many decodes it takes.
-
-Scores of one answer, from its one decode: (N, T) log-probabilities of its tokens and (T,) figures, in nats.
+"""Scores of one answer, from its one decode: (N, T) log-probabilities of its tokens and (T,) figures, in nats.
 
 With y the T tokens, p_n(y_t) = p(y_t | y_<t, x, s_n) of particle n, and p(y_t) = 1/N sum_n p_n(y_t):
 
@@ -36,7 +34,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -48,16 +45,14 @@ from scalabl.generation.decoding import Decoded
 
 @dataclass(frozen=True)
 class Score:
-    """One score.
+    """What is known of a score beside its value.
 
     Attributes:
-        function: of one `Decoded`; of sampled scores (answer, samples, sets), as `sampled_scores` says.
         higher_is_uncertain: which way it points.
         sampled: whether it needs samples beside the answer.
         particles: whether it takes two particles or more: with one it is the same for every answer.
     """
 
-    function: Callable[..., float]
     higher_is_uncertain: bool
     sampled: bool = False
     particles: bool = False
@@ -72,6 +67,39 @@ class Score:
 
 
 _LOWEST = math.log(torch.finfo(torch.float64).tiny)  # one impossible token must not make every figure infinite
+_FIGURES = {"entropy": "total", "aleatoric": "aleatoric", "epistemic": "epistemic", "intersection": "intersection"}
+_POOLS: dict[str, Callable[[Tensor], Tensor]] = {
+    "mean": Tensor.mean,
+    "sum": Tensor.sum,
+    "max": Tensor.amax,
+    "first_token": lambda values: values[0],
+}
+# name -> figure and pool of its tokens' values
+_POOLED = {
+    f"{pool}_{name}": (name, pool)
+    for name in _FIGURES
+    for pool in _POOLS
+    if pool != "first_token" or name in ("entropy", "epistemic")
+}
+
+SEQUENCE_SCORES: dict[str, Score] = {
+    "log_probability": Score(False),
+    "mean_log_probability": Score(False),
+    "min_log_probability": Score(False),
+    "joint_log_probability": Score(False),
+    "first_token_log_probability": Score(False),
+    **{name: Score(True, particles=figure == "epistemic") for name, (figure, _) in _POOLED.items()},
+    "variance_log_probability": Score(True, particles=True),
+    "std_log_probability": Score(True, particles=True),
+    "variance_mean_log_probability": Score(True, particles=True),
+    "std_mean_log_probability": Score(True, particles=True),
+    "sum_reverse_mutual_information": Score(True, particles=True),
+    "mean_reverse_mutual_information": Score(True, particles=True),
+    "sum_pairwise_kl": Score(True, particles=True),
+    "mean_pairwise_kl": Score(True, particles=True),
+    "sequence_mutual_information": Score(True, particles=True),
+}
+"""The scores that one decode gives, by name; the module's docstring has their equations."""
 
 
 def sequence_scores(answer: Decoded) -> dict[str, float]:
@@ -80,11 +108,39 @@ def sequence_scores(answer: Decoded) -> dict[str, float]:
     Raises:
         UserError: the answer has no token, or NaN.
     """
-    return {name: score.function(answer) for name, score in SEQUENCE_SCORES.items()}
+    log_probs = token_log_probs(answer)  # (N, T)
+    mean, text = log_mean(log_probs), log_probs.sum(dim=1)  # (T,) and (N,)
+    ratio = log_probs - mean  # log w_n of every token
+    # >= 0 token by token (Jensen), but for rounding
+    reverse = (-ratio).mean(dim=0)
+    # 1/N sum_n w_n = 1, so that the mean over m is the reverse mutual information
+    pairwise = ((ratio.exp() * ratio).mean(dim=0) + reverse).clamp(min=0)
+    reverse = reverse.clamp(min=0)
+    text_ratio = text - log_mean(text)
+    variance, variance_of_mean = _variance(text), _variance(log_probs.mean(dim=1))
+    figures = {name: _figure(answer, figure) for name, figure in _FIGURES.items()}
+    found = {
+        "log_probability": mean.sum(),
+        "mean_log_probability": mean.mean(),
+        "min_log_probability": mean.min(),
+        "joint_log_probability": log_mean(text),
+        "first_token_log_probability": mean[0],
+        **{name: _POOLS[pool](figures[figure]) for name, (figure, pool) in _POOLED.items()},
+        "variance_log_probability": variance,
+        "std_log_probability": variance.sqrt(),
+        "variance_mean_log_probability": variance_of_mean,
+        "std_mean_log_probability": variance_of_mean.sqrt(),
+        "sum_reverse_mutual_information": reverse.sum(),
+        "mean_reverse_mutual_information": reverse.mean(),
+        "sum_pairwise_kl": pairwise.sum(),
+        "mean_pairwise_kl": pairwise.mean(),
+        "sequence_mutual_information": (text_ratio.exp() * text_ratio).mean().clamp(min=0),
+    }
+    return {name: float(value) for name, value in found.items()}
 
 
 def token_log_probs(answer: Decoded) -> Tensor:
-    """(N, T) float64 log-probability of every token under every particle, checked and held above log 1e-308.
+    """(N, T) float64 log-probability of every token under every particle, checked and kept above log 1e-308.
 
     Raises:
         UserError: the answer has no token, or NaN.
@@ -106,129 +162,15 @@ def log_mean(log_probs: Tensor) -> Tensor:
     return highest + (log_probs - highest).exp().mean(dim=0).log()
 
 
-def log_probability(answer: Decoded) -> float:
-    """sum_t log p(y_t), under the average of every token."""
-    return float(log_mean(token_log_probs(answer)).sum())
-
-
-def mean_log_probability(answer: Decoded) -> float:
-    """1/T sum_t log p(y_t)."""
-    return float(log_mean(token_log_probs(answer)).mean())
-
-
-def min_log_probability(answer: Decoded) -> float:
-    """min_t log p(y_t)."""
-    return float(log_mean(token_log_probs(answer)).min())
-
-
-def joint_log_probability(answer: Decoded) -> float:
-    """log 1/N sum_n prod_t p_n(y_t): the average over particles of the whole answer's probability."""
-    return float(log_mean(token_log_probs(answer).sum(dim=1)))
-
-
-def first_token_log_probability(answer: Decoded) -> float:
-    """log p(y_1)."""
-    return float(log_mean(token_log_probs(answer))[0])
-
-
-def variance_log_probability(answer: Decoded) -> float:
-    """Variance over particles of sum_t log p_n(y_t), divided by N: 0 of one particle."""
-    return _variance(token_log_probs(answer).sum(dim=1))
-
-
-def variance_mean_log_probability(answer: Decoded) -> float:
-    """Variance over particles of 1/T sum_t log p_n(y_t), divided by N: 0 of one particle."""
-    return _variance(token_log_probs(answer).mean(dim=1))
-
-
-def sum_reverse_mutual_information(answer: Decoded) -> float:
-    """sum_t log p(y_t) - 1/N sum_n log p_n(y_t), >= 0 token by token (Jensen)."""
-    return float(_reverse(token_log_probs(answer)).sum())
-
-
-def mean_reverse_mutual_information(answer: Decoded) -> float:
-    """`sum_reverse_mutual_information` divided by T."""
-    return float(_reverse(token_log_probs(answer)).mean())
-
-
-def sum_pairwise_kl(answer: Decoded) -> float:
-    """sum_t 1/N sum_n w_n (log p_n(y_t) - 1/N sum_m log p_m(y_t)) with w_n = p_n(y_t) / p(y_t), >= 0."""
-    return float(_pairwise(token_log_probs(answer)).sum())
-
-
-def mean_pairwise_kl(answer: Decoded) -> float:
-    """`sum_pairwise_kl` divided by T."""
-    return float(_pairwise(token_log_probs(answer)).mean())
-
-
-def sequence_mutual_information(answer: Decoded) -> float:
-    """1/N sum_n w_n log w_n with w_n = prod_t p_n(y_t) / (1/N sum_m prod_t p_m(y_t)), between 0 and log N."""
-    whole = token_log_probs(answer).sum(dim=1)
-    ratio = whole - log_mean(whole)
-    return max(0.0, float((ratio.exp() * ratio).mean()))
-
-
-def _variance(values: Tensor) -> float:
+def _variance(values: Tensor) -> Tensor:
+    """Variance over particles, divided by N."""
     # taken off the first one, equal values leave exact zeros
-    return float((values - values[0]).var(dim=0, correction=0))
+    return (values - values[0]).var(dim=0, correction=0)
 
 
-def _reverse(log_probs: Tensor) -> Tensor:
-    return (log_mean(log_probs) - log_probs).mean(dim=0).clamp(min=0)
-
-
-def _pairwise(log_probs: Tensor) -> Tensor:
-    mean, ratio = log_mean(log_probs), log_probs - log_mean(log_probs)
-    # 1/N sum_n w_n = 1, so that the mean over m is the reverse mutual information
-    return ((ratio.exp() * ratio).mean(dim=0) + (mean - log_probs).mean(dim=0)).clamp(min=0)
-
-
-def _root(function: Callable[[Decoded], float], answer: Decoded) -> float:
-    return math.sqrt(function(answer))
-
-
-_POOLS: dict[str, Callable[[Tensor], Tensor]] = {
-    "mean": Tensor.mean,
-    "sum": Tensor.sum,
-    "max": Tensor.amax,
-    "first_token": lambda values: values[0],
-}
-
-
-def _pooled(pool: str, figure: str, answer: Decoded) -> float:
-    """A figure of the tokens (T,) as one number."""
-    values: Tensor = getattr(answer, figure).detach().to("cpu").double()
-    if values.numel() == 0:
-        raise UserError(
-            "An answer needs at least one token to have a score; generate with max_new_tokens of 1 or more."
-        )
+def _figure(answer: Decoded, name: str) -> Tensor:
+    """A figure of the answer's tokens, (T,)."""
+    values: Tensor = getattr(answer, name).detach().to("cpu").double()
     if values.isnan().any():
-        raise UserError(f"The {figure} uncertainty of the answer {answer.text!r} holds NaN; check the model.")
-    return float(_POOLS[pool](values))
-
-
-_FIGURES = {"entropy": "total", "aleatoric": "aleatoric", "epistemic": "epistemic", "intersection": "intersection"}
-
-SEQUENCE_SCORES: dict[str, Score] = {
-    "log_probability": Score(log_probability, False),
-    "mean_log_probability": Score(mean_log_probability, False),
-    "min_log_probability": Score(min_log_probability, False),
-    "joint_log_probability": Score(joint_log_probability, False),
-    "first_token_log_probability": Score(first_token_log_probability, False),
-    **{
-        f"{pool}_{name}": Score(partial(_pooled, pool, figure), True, particles=name == "epistemic")
-        for name, figure in _FIGURES.items()
-        for pool in _POOLS
-        if pool != "first_token" or name in ("entropy", "epistemic")
-    },
-    "variance_log_probability": Score(variance_log_probability, True, particles=True),
-    "std_log_probability": Score(partial(_root, variance_log_probability), True, particles=True),
-    "variance_mean_log_probability": Score(variance_mean_log_probability, True, particles=True),
-    "std_mean_log_probability": Score(partial(_root, variance_mean_log_probability), True, particles=True),
-    "sum_reverse_mutual_information": Score(sum_reverse_mutual_information, True, particles=True),
-    "mean_reverse_mutual_information": Score(mean_reverse_mutual_information, True, particles=True),
-    "sum_pairwise_kl": Score(sum_pairwise_kl, True, particles=True),
-    "mean_pairwise_kl": Score(mean_pairwise_kl, True, particles=True),
-    "sequence_mutual_information": Score(sequence_mutual_information, True, particles=True),
-}
-"""The scores that one decode gives: name -> function, direction and cost."""
+        raise UserError(f"The {name} uncertainty of the answer {answer.text!r} holds NaN; check the model.")
+    return values

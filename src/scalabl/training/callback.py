@@ -92,7 +92,6 @@ class ELBOCallback(LogContributor):
             )
         if kl not in ("reverse", "forward"):
             raise UserError(f"kl is {kl!r}; it must be reverse, KL(q || p) as in the ELBO, or forward, KL(p || q).")
-        super().__init__()
         self.kl = kl
         self.beta = float(beta)
         self.schedule: Schedule = schedule

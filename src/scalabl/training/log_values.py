@@ -2,13 +2,13 @@
 
 `Trainer.log` builds a dict, appends a copy to `state.log_history`, and hands the dict to its callbacks in order, where
 TensorBoard, W&B and the others stand before any callback of the user: what those add in `on_log` is never reported.
-A callback is given no handle on the trainer through which it could go first, so `CallbackHandler.on_log` is wrapped,
-once in a process; a handler without a `LogContributor` among its callbacks behaves as before.
+So a contributor goes to the front of its trainer's list. A trainer hands that list to no callback, but the handler that
+has it is what calls the callback: it is found among the callers.
 """
 
 from __future__ import annotations
 
-import functools
+import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -21,14 +21,28 @@ from transformers.trainer_callback import CallbackHandler
 class LogContributor(TrainerCallback, ABC):
     """A callback whose `log_values` are in every training log: in `state.log_history` and in every reporter."""
 
-    def __init__(self) -> None:
-        _let_contributors_go_first()
-
     @abstractmethod
     def log_values(self, logs: dict[str, Any]) -> dict[str, float]:
         """The values to add to `logs`, a training log (it has "loss")."""
 
-    def contribute(self, state: TrainerState, logs: dict[str, Any] | None) -> None:
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Go first, before there is anything to log."""
+        handler = _calling_handler()
+        if handler is not None and self in handler.callbacks:
+            # those behind are still to be called, and keep their places
+            handler.callbacks.remove(self)
+            handler.callbacks.insert(0, self)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
         """Add the values to `logs` and to the newest entry of the log history."""
         if not logs or "loss" not in logs:  # an evaluation, or the run's summary
             return
@@ -38,27 +52,15 @@ class LogContributor(TrainerCallback, ABC):
             state.log_history[-1].update(values)
 
 
-def _let_contributors_go_first() -> None:
-    original = CallbackHandler.on_log
-    if getattr(original, "contributors_go_first", False):
-        return
-
-    @functools.wraps(original)
-    def on_log(
-        self: CallbackHandler,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any],
-        **kwargs: Any,
-    ) -> TrainerControl:
-        for callback in self.callbacks:
-            if isinstance(callback, LogContributor):
-                callback.contribute(state, logs)
-        return original(self, args, state, control, logs, **kwargs)
-
-    on_log.contributors_go_first = True  # type: ignore[attr-defined]
-    CallbackHandler.on_log = on_log  # type: ignore[method-assign]
+def _calling_handler() -> CallbackHandler | None:
+    """The handler that called the callback from which this is called; None if something else did."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, CallbackHandler):
+            return caller
+        frame = frame.f_back
+    return None
 
 
 def finite(log: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
