@@ -1,24 +1,26 @@
-"""JSON over HTTP with the standard library: one kept connection a thread, time-outs, and retries that are safe.
+"""JSON over HTTP by httpx: kept connections, time-outs, a bound on answers, and retries that are safe.
 
 Only requests that may be repeated are sent through it: asking for probabilities changes nothing on a server.
 """
 
 from __future__ import annotations
 
-import http.client
 import json
+import ssl
 import threading
 from typing import Any
-from urllib.parse import urlsplit
 
-from scalabl.core.errors import UserError
+import httpx
+
+from scalabl.core.errors import UserError, first_line
 
 _BUSY = (429, 502, 503, 504)
 _FIRST_PAUSE = 0.2  # seconds; doubles with every try
+MAX_BYTES = 1 << 28  # of an answer: the whole vocabulary's log-probabilities of a prompt's next token are some 20 MB
 
 
 class HTTPError(Exception):
-    """The server's own refusal: its status and what it says."""
+    """The server's own refusal: its status and its message."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
@@ -40,21 +42,23 @@ class JSONClient:
 
     def __init__(self, url: str, *, timeout: float = 60.0, retries: int = 3, api_key: str | None = None) -> None:
         try:
-            parts = urlsplit(url)
-            self._host, self._port = parts.hostname, parts.port
-        except ValueError as error:
+            parts = httpx.URL(url)
+        except httpx.InvalidURL as error:
             raise UserError(f"{url} is no address ({error}); give one like http://127.0.0.1:8000.") from error
-        if parts.scheme not in ("http", "https") or not self._host:
+        if parts.scheme not in ("http", "https") or not parts.host:
             raise UserError(f"{url} is no address of a server; give one like http://127.0.0.1:8000.")
         if not timeout > 0 or retries < 0:
             raise UserError(f"timeout is {timeout} and retries {retries}; they must be above 0, and 0 or more.")
-        self.url = url
-        self._secure, self._path = parts.scheme == "https", parts.path.rstrip("/")
-        self._timeout, self._retries = timeout, retries
-        self._headers = {"Content-Type": "application/json", "Accept": "application/json"}
-        if api_key:
-            self._headers["Authorization"] = f"Bearer {api_key}"
-        self._local = threading.local()
+        self.url, self._timeout, self._retries = url, timeout, retries
+        # the address is the server's own: no proxy of the environment stands between, as many connections as threads
+        self._client = httpx.Client(
+            base_url=parts,
+            headers={"Accept": "application/json"} | ({"Authorization": f"Bearer {api_key}"} if api_key else {}),
+            timeout=timeout,
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
+            verify=ssl.create_default_context() if parts.scheme == "https" else False,
+            trust_env=False,
+        )
 
     def get(self, path: str) -> Any:
         """The JSON at a path; raises as `post`."""
@@ -70,18 +74,11 @@ class JSONClient:
 
         Raises:
             HTTPError: the server refused the request itself.
-            UserError: there is no server, it did not answer in time, it stayed busy, or it answered no JSON.
+            UserError: there is no server, it did not answer in time, it stayed busy, it answered no JSON or too much.
         """
-        return self._request("POST", path, json.dumps(content).encode(), stop or threading.Event())
+        return self._request("POST", path, content, stop or threading.Event())
 
-    def close(self) -> None:
-        """Close this thread's connection."""
-        connection = getattr(self._local, "connection", None)
-        if connection is not None:
-            connection.close()
-            self._local.connection = None
-
-    def _request(self, method: str, path: str, body: bytes | None, stop: threading.Event) -> Any:
+    def _request(self, method: str, path: str, content: Any, stop: threading.Event) -> Any:
         pause, why = _FIRST_PAUSE, ""
         for attempt in range(self._retries + 1):
             if attempt:
@@ -89,28 +86,26 @@ class JSONClient:
                     break
                 pause *= 2
             try:
-                status, answer = self._once(method, path, body)
-            except TimeoutError:
+                status, answer = self._once(method, path, content)
+            except httpx.TimeoutException:
                 why = f"did not answer within {self._timeout:g} s; raise timeout or lower concurrency"
-            except (OSError, http.client.HTTPException) as error:
-                why = f"cannot be reached ({error or type(error).__name__}); start it or mend the address"
+            except httpx.RequestError as error:
+                why = f"cannot be reached ({first_line(error)}); start it or mend the address"
             else:
                 if status not in _BUSY:
                     return self._content(status, answer)
                 why = f"is busy (status {status}); try later or lower concurrency"
-            self.close()
         tries = f" (tried {self._retries + 1} times)" if self._retries else ""
         raise UserError(f"The server at {self.url} {why}{tries}.")
 
-    def _once(self, method: str, path: str, body: bytes | None) -> tuple[int, bytes]:
-        connection = getattr(self._local, "connection", None)
-        if connection is None:
-            kind = http.client.HTTPSConnection if self._secure else http.client.HTTPConnection
-            connection = kind(self._host or "", self._port, timeout=self._timeout)
-            self._local.connection = connection
-        connection.request(method, self._path + path, body=body, headers=self._headers)
-        response = connection.getresponse()
-        return response.status, response.read()
+    def _once(self, method: str, path: str, content: Any) -> tuple[int, bytes]:
+        found = bytearray()
+        with self._client.stream(method, path, json=content) as response:
+            for part in response.iter_bytes():
+                found += part
+                if len(found) > MAX_BYTES:
+                    raise UserError(f"The server at {self.url} answers more than {MAX_BYTES >> 20} MiB; is it vLLM's?")
+        return response.status_code, bytes(found)
 
     def _content(self, status: int, answer: bytes) -> Any:
         try:
@@ -125,6 +120,6 @@ class JSONClient:
 
 
 def _message(content: Any) -> str:
-    """What an OpenAI-compatible server says of an error: {"error": {"message": ...}} or older forms of it."""
+    """An OpenAI-compatible server's words on an error: {"error": {"message": ...}} or older forms of it."""
     inner = content.get("error", content) if isinstance(content, dict) else content
     return str(inner.get("message", inner) if isinstance(inner, dict) else inner)[:500]

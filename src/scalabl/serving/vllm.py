@@ -178,8 +178,6 @@ class VLLMClassifier:
             raise self._refused(error) from error
         except (KeyError, TypeError) as error:
             raise UserError(f"The server at {self._client.url} lists no models; is it vLLM's?") from error
-        finally:
-            self._client.close()
         missing = [adapter for adapter in self.adapters if adapter not in there]
         if missing:
             raise UserError(
