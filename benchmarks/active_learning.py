@@ -33,7 +33,6 @@ from scalabl.metrics.uncertainty import average
 from scalabl.runs.loading import load_run
 from scalabl.runs.method import Run
 from scalabl.runs.recipe import Recipe
-from scalabl.scoring.trunk_store import keep_trunk, with_stored_trunk
 from scalabl.training.run import train
 
 START = "start"
@@ -163,10 +162,6 @@ def picks(
         else:
             scores = informativeness(log_probs, by)
         chosen[by] = [left[i] for i in most_informative(scores[left], study.k)]
-    if chosen:
-        encoded = with_stored_trunk(run.scorer, run.encode(study.pool))
-        for new in chosen.values():
-            keep_trunk(run.scorer, [encoded[i] for i in labelled + new])
     return chosen
 
 

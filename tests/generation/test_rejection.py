@@ -10,7 +10,7 @@ from sklearn.metrics import log_loss, roc_auc_score
 
 from scalabl.core.errors import UserError
 from scalabl.metrics import evaluate
-from scalabl.metrics.ranking import judge_confidence, judge_ranking, paired_ranking_difference, rejection_curve
+from scalabl.metrics.ranking import judge_confidence, judge_ranking, rejection_curve
 from scalabl.metrics.selective import exact_threshold
 
 FEW = {"bootstrap": 20}
@@ -93,26 +93,11 @@ def test_the_interval_holds_the_figure_and_narrows_with_rows():
     assert widths[1] < widths[0] / 2
 
 
-def test_pairs_share_their_resamples():
-    u, right = rows()
-    same = paired_ranking_difference(u, 2 * u, right, "prr", **FEW)
-    assert same.value == same.low == same.high == 0
-    better, settings = 1 - right, {"bootstrap": 100}
-    for metric, sign in (("auroc", 1), ("prr", 1), ("aurc", -1)):
-        found = paired_ranking_difference(better, u, right, metric, **settings)
-        a, b = (judge_ranking(x, right, **FEW)[metric].value for x in (better, u))
-        assert found.value == pytest.approx(a - b) and found.low <= found.value <= found.high
-        assert min(sign * found.low, sign * found.high) > 0
-    with pytest.raises(UserError, match="no metric 'ece'"):
-        paired_ranking_difference(u, u, right, "ece")
-
-
 def test_what_is_not_defined_says_why():
     for right, side in ((np.ones(5), "right"), (np.zeros(5), "wrong"), (np.full(5, 0.5), "equally right")):
         found = judge_ranking(np.arange(5.0), right, **FEW)
         assert found["auroc"].value is None and f"every answer is {side}" in found["prr"].reason
         assert found["aurc"].value == pytest.approx(1 - right[0])
-        assert paired_ranking_difference(np.arange(5.0), np.zeros(5), right, "prr", **FEW).value is None
     half = judge_ranking(np.arange(4.0), [1, 0.5, 0, 0], **FEW)
     assert "half right" in half["auroc"].reason and half["prr"].value == pytest.approx(1)
 

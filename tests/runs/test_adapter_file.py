@@ -9,7 +9,8 @@ from tiny_base import adapted
 
 from scalabl.core.errors import UserError
 from scalabl.runs.adapter_file import describe_adapter, require_adapter
-from scalabl.tuner import kl_divergence
+from scalabl.tuner import kl_divergence, prior_of
+from scalabl.tuner.diagnostics import summarize, weights_of
 
 
 @pytest.mark.parametrize("covariance", ["diagonal", "full"])
@@ -50,6 +51,15 @@ def test_modules_without_a_posterior_are_counted_as_lora(tmp_path: Path) -> None
     assert [layer["name"].rpartition(".")[2] for layer in found["layers"]] == ["v_proj"] * 3
     assert found["variational_parameters"] == 3 * 2 * 4
     assert found["lora_parameters"] == 3 * 4 * ((32 + 32) + (32 + 16))
+
+
+def test_alpha_patterns_mean_what_they_mean_to_peft(tmp_path: Path) -> None:
+    patterns = {r"layers\.0\.self_attn\.q_proj": 1, "v_proj": 32, "v": 64, "self_attn": 128, r"^model\.layers\.1": 256}
+    model = adapted(alpha_pattern=patterns, lora_alpha=8, init_lora_weights=False)
+    model.save_pretrained(str(tmp_path))
+    shown = {layer["name"]: layer["effect"] for layer in describe_adapter(tmp_path)["layers"]}
+    wanted = {layer.name: layer.effect for layer in summarize(weights_of(model), prior_of(model))}
+    assert shown == pytest.approx(wanted, rel=1e-5) and min(wanted.values()) > 0
 
 
 def test_what_is_no_adapter_is_refused(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from tiny_base import adapted
 from torch import Tensor
 
 from scalabl.core.errors import UserError
-from scalabl.posterior import Prior
+from scalabl.posterior import DiagonalGaussian, Prior
 from scalabl.tuner import kl_divergence, prior_of, stochastic_layers
 from scalabl.tuner.diagnostics import LayerSummary, summarize, unconverged, warnings_of, weights_of
 
@@ -20,9 +20,8 @@ def summaries(model: PeftModel) -> list[LayerSummary]:
 def model() -> PeftModel:
     """Six layers (q and v of three decoder layers) in good order."""
     model = adapted()
-    with torch.no_grad():
-        for leaf in stochastic_layers(model).values():
-            leaf.posterior.reset(torch.full((4,), 0.8), torch.full((4,), 0.1))
+    for leaf in stochastic_layers(model).values():
+        leaf.posterior = DiagonalGaussian(torch.full((4,), 0.8), torch.full((4,), 0.1))
     return model
 
 
@@ -60,7 +59,7 @@ def test_a_posterior_in_good_order_has_no_warnings(model: PeftModel) -> None:
 def test_each_failure_is_named_with_its_layers(model: PeftModel, mean: float, sigma: float, sentence: str) -> None:
     leaves = stochastic_layers(model)
     for name in list(leaves)[2:4]:
-        leaves[name].posterior.reset(torch.full((4,), mean), torch.full((4,), sigma))
+        leaves[name].posterior = DiagonalGaussian(torch.full((4,), mean), torch.full((4,), sigma))
     (warning,) = warnings_of(summaries(model))
     assert warning.startswith(f"2 of 6 layers (model.layers.1.self_attn.q_proj first): {sentence}")
 
@@ -85,7 +84,7 @@ def test_sigma_is_held_against_the_layers_own_prior_where_it_is_empirical(
     model: PeftModel, mean: float, sigma: float, fixed: list[str], empirical: list[str]
 ) -> None:
     for leaf in stochastic_layers(model).values():
-        leaf.posterior.reset(torch.full((4,), mean), torch.full((4,), sigma))
+        leaf.posterior = DiagonalGaussian(torch.full((4,), mean), torch.full((4,), sigma))
     layers = weights_of(model)
     for prior, std, words in ((Prior(), 1.0, fixed), (Prior(empirical=True), (mean**2 + sigma**2) ** 0.5, empirical)):
         rows = summarize(layers, prior)

@@ -6,7 +6,7 @@ alone: two methods judged on the same rows with one seed share their resamples (
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -66,6 +66,34 @@ def interval(
     # Rounding must not put the figure a hair outside its own interval.
     low, high = min(ends[0].item(), value), max(ends[1].item(), value)
     return Metric(value, max(low, bounds[0]), min(high, bounds[1]))
+
+
+def judged(
+    figures: Mapping[str, Callable[[Tensor], Tensor]],
+    rows: int,
+    bootstrap: int,
+    seed: int,
+    confidence: float,
+    bounds: Mapping[str, tuple[float, float]],
+    undefined: Mapping[str, str],
+) -> dict[str, Metric]:
+    """Figures with their intervals, from one walk through the resamples.
+
+    Args:
+        figures: name -> the figure as a function of counts (k, rows) -> (k,).
+        rows: how many there are.
+        bootstrap, seed, confidence: of the intervals.
+        bounds: the ends of a figure's range.
+        undefined: why a figure has no value; the others are computed alone.
+    """
+    defined = {name: figure for name, figure in figures.items() if name not in undefined}
+    chunks = [{name: figure(counts) for name, figure in defined.items()} for counts in resamples(rows, bootstrap, seed)]
+    once = torch.ones(1, rows, dtype=torch.float64)
+    found = {name: Metric(None, None, None, reason) for name, reason in undefined.items()}
+    for name, figure in defined.items():
+        draws = torch.cat([chunk[name] for chunk in chunks])
+        found[name] = interval(figure(once).item(), draws, confidence, bounds.get(name, (-math.inf, math.inf)))
+    return {name: found[name] for name in figures}
 
 
 def check_settings(bootstrap: int, confidence: float, num_bins: int = 1) -> None:

@@ -1,17 +1,18 @@
-"""A model at chance can have a fine ECE: it is called collapsed, in words, wherever its figures stand.
+"""The figures of one method, of two methods against each other, and of two data sets against each other.
 
-The figures of one method, of two methods against each other, and of two data sets against each other.
+A model at chance can have a fine ECE: it is called collapsed, in words, wherever its figures stand.
 """
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from scalabl.core.errors import UserError
 from scalabl.metrics import scores
-from scalabl.metrics.bootstrap import Metric, check_settings, interval, resamples
+from scalabl.metrics.bootstrap import Metric, check_settings, interval, judged, resamples
 from scalabl.metrics.scores import checked
 
 
@@ -48,14 +49,7 @@ _FUNCTIONS: dict[str, Callable[[scores.Rows, Tensor], Tensor]] = {
     "auroc": scores.auroc,
     "aurc": scores.aurc,
 }
-_BOUNDS: dict[str, tuple[float, float]] = {
-    "accuracy": (0, 1),
-    "nll": (0, math.inf),
-    "ece": (0, 1),
-    "brier": (0, 2),
-    "auroc": (0, 1),
-    "aurc": (0, 1),
-}
+_BOUNDS: dict[str, tuple[float, float]] = dict.fromkeys(_FUNCTIONS, (0, 1)) | {"nll": (0, math.inf), "brier": (0, 2)}
 
 METRICS: dict[str, bool] = {name: name in ("accuracy", "auroc") for name in _FUNCTIONS}
 """The metrics by name, and whether higher is better."""
@@ -82,14 +76,12 @@ def evaluate(
     """
     check_settings(bootstrap, confidence, num_bins)
     rows = scores.Rows(*checked(probs, labels), num_bins)
-    values = {name: score(rows, _once(rows)).item() for name, score in _FUNCTIONS.items()}
-    draws = _draws(rows, list(_FUNCTIONS), bootstrap, seed)
-    result = {name: interval(values[name], draws[name], confidence, _BOUNDS[name]) for name in _FUNCTIONS}
-    if math.isnan(values["auroc"]):
-        side = "right" if values["accuracy"] == 1 else "wrong"
-        reason = f"every answer is {side}, so there is nothing to tell apart"
-        result["auroc"] = Metric(None, None, None, reason)
-    return result
+    undefined = {}
+    if rows.correct.min() == rows.correct.max():
+        side = "right" if rows.correct[0] == 1 else "wrong"
+        undefined["auroc"] = f"every answer is {side}, so there is nothing to tell apart"
+    figures = {name: partial(score, rows) for name, score in _FUNCTIONS.items()}
+    return judged(figures, len(rows.correct), bootstrap, seed, confidence, _BOUNDS, undefined)
 
 
 def paired_difference(
@@ -116,11 +108,13 @@ def paired_difference(
         raise UserError(f"there is no metric {metric!r}; choose from {', '.join(_FUNCTIONS)}.")
     a, b = (scores.Rows(*checked(probs, labels), num_bins) for probs in (probs_a, probs_b))
     score = _FUNCTIONS[metric]
-    value = (score(a, _once(a)) - score(b, _once(b))).item()
-    if math.isnan(value):
-        return Metric(None, None, None, f"{metric} is undefined for one of the two methods")
-    draws = _draws(a, [metric], bootstrap, seed)[metric] - _draws(b, [metric], bootstrap, seed)[metric]
-    return interval(value, draws, confidence)
+
+    def difference(counts: Tensor) -> Tensor:
+        return score(a, counts) - score(b, counts)
+
+    defined = not difference(torch.ones(1, len(a.correct), dtype=torch.float64)).isnan()
+    undefined = {} if defined else {metric: f"{metric} is undefined for one of the two methods"}
+    return judged({metric: difference}, len(a.correct), bootstrap, seed, confidence, {}, undefined)[metric]
 
 
 def ood_auroc(
@@ -184,16 +178,3 @@ def _separations(score_in: Tensor, score_out: Tensor, bootstrap: int, seed: int)
     # A hundred resamples at a time: the pairs of counts are copied a few times over.
     parts = zip(out_counts.split(100), in_counts.split(100), strict=True)
     return value, torch.cat([separation(*part) for part in parts])
-
-
-def _once(rows: scores.Rows) -> Tensor:
-    return torch.ones(1, len(rows.correct), dtype=torch.float64)
-
-
-def _draws(rows: scores.Rows, names: list[str], bootstrap: int, seed: int) -> dict[str, Tensor]:
-    """The value of each metric in each resample, (bootstrap,) a metric."""
-    chunks = [
-        {name: _FUNCTIONS[name](rows, counts) for name in names}
-        for counts in resamples(len(rows.correct), bootstrap, seed)
-    ]
-    return {name: torch.cat([chunk[name] for chunk in chunks]) for name in names}

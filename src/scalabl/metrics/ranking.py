@@ -30,9 +30,8 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from scalabl.core.errors import UserError
-from scalabl.metrics.bootstrap import Metric, check_settings, interval, resamples
-from scalabl.metrics.curves import risk_by_coverage
-from scalabl.metrics.scores import Ranking, calibration_error, gap_by_bin, risk_area, separation
+from scalabl.metrics.bootstrap import Metric, check_settings, judged
+from scalabl.metrics.scores import Ranking, calibration_error, gap_by_bin, risk_area, risk_by_coverage, separation
 
 RANKING_METRICS: dict[str, bool] = {"auroc": True, "prr": True, "aurc": False}
 """The metrics of an uncertainty, and whether higher is better."""
@@ -40,7 +39,8 @@ RANKING_METRICS: dict[str, bool] = {"auroc": True, "prr": True, "aurc": False}
 CONFIDENCE_METRICS: dict[str, bool] = {"ece": False, "brier": False, "nll": False}
 """The metrics of a confidence, and whether higher is better."""
 
-_BOUNDS = {"prr": (-math.inf, 1.0), "nll": (0.0, math.inf)}
+_BOUNDS: dict[str, tuple[float, float]] = {name: (0, 1) for name in (*RANKING_METRICS, *CONFIDENCE_METRICS)}
+_BOUNDS |= {"prr": (-math.inf, 1), "nll": (0, math.inf)}
 _Figure = Callable[[Tensor], Tensor]
 
 
@@ -69,8 +69,9 @@ def judge_ranking(
         UserError: no answers, shapes that differ, NaN, a correctness or a setting out of range.
     """
     check_settings(bootstrap, confidence)
-    figures, reasons = _ranking_figures(_values(uncertainty, "uncertainty"), _correctness(right), max_rejection)
-    return _judged(figures, reasons, len(_correctness(right)), bootstrap, seed, confidence)
+    correct = _correctness(right)
+    figures, undefined = _ranking_figures(_values(uncertainty, "uncertainty"), correct, max_rejection)
+    return judged(figures, len(correct), bootstrap, seed, confidence, _BOUNDS, undefined)
 
 
 def judge_confidence(
@@ -106,35 +107,7 @@ def judge_confidence(
         "brier": lambda counts: counts @ brier / counts.sum(dim=1),
         "nll": lambda counts: counts @ nll / counts.sum(dim=1),
     }
-    return _judged(figures, {}, len(correct), bootstrap, seed, level)
-
-
-def paired_ranking_difference(
-    uncertainty_a: ArrayLike,
-    uncertainty_b: ArrayLike,
-    right: ArrayLike,
-    metric: str,
-    *,
-    max_rejection: float = 1.0,
-    bootstrap: int = 1000,
-    seed: int = 0,
-    confidence: float = 0.95,
-) -> Metric:
-    """metric(a) - metric(b) of two scores of the same answers, with the interval of the paired bootstrap.
-
-    Raises:
-        UserError: a metric that is not in `RANKING_METRICS`, and as `judge_ranking`.
-    """
-    check_settings(bootstrap, confidence)
-    if metric not in RANKING_METRICS:
-        raise UserError(f"There is no metric {metric!r} of a ranking; choose from {', '.join(RANKING_METRICS)}.")
-    correct = _correctness(right)
-    (a, reasons), (b, _) = (
-        _ranking_figures(_values(u, "uncertainty"), correct, max_rejection) for u in (uncertainty_a, uncertainty_b)
-    )
-    difference = {metric: lambda counts: a[metric](counts) - b[metric](counts)}
-    found = _judged(difference, reasons, len(correct), bootstrap, seed, confidence, bounded=False)
-    return found[metric]
+    return judged(figures, len(correct), bootstrap, seed, level, _BOUNDS, {})
 
 
 def rejection_curve(uncertainty: ArrayLike, right: ArrayLike) -> tuple[Tensor, Tensor]:
@@ -180,28 +153,6 @@ def _ranking_figures(
     elif not ((right == 0) | (right == 1)).all():
         reasons["auroc"] = "some answers are half right; take a measure that is 0 or 1"
     return figures, reasons
-
-
-def _judged(
-    figures: dict[str, _Figure],
-    reasons: dict[str, str],
-    n: int,
-    bootstrap: int,
-    seed: int,
-    level: float,
-    *,
-    bounded: bool = True,
-) -> dict[str, Metric]:
-    found = {}
-    for name, figure in figures.items():
-        if name in reasons:
-            found[name] = Metric(None, None, None, reasons[name])
-            continue
-        value = figure(torch.ones(1, n, dtype=torch.float64)).item()
-        draws = torch.cat([figure(counts) for counts in resamples(n, bootstrap, seed)])
-        bounds = _BOUNDS.get(name, (0.0, 1.0)) if bounded else (-math.inf, math.inf)
-        found[name] = interval(value, draws, level, bounds)
-    return found
 
 
 def _values(given: ArrayLike, what: str) -> Tensor:

@@ -1,15 +1,12 @@
-from __future__ import annotations
+"""Temperature scaling: one number that makes probabilities as sure as held-out rows say (Guo et al. 2017)."""
 
-from typing import TYPE_CHECKING
+from __future__ import annotations
 
 import torch
 from torch import Tensor
 
 from scalabl.core.errors import UserError
 from scalabl.metrics.uncertainty import is_drawn, particles_used
-
-if TYPE_CHECKING:
-    pass
 
 
 def apply_temperature(log_probs: Tensor, temperature: float) -> Tensor:

@@ -1,15 +1,13 @@
-"""What every posterior over s can do: q(s) = N(mean, scale scale^T) with s in R^r.
+"""The posterior over the r numbers s of a layer, q(s) = N(mean, scale scale^T).
 
-Means are held as logarithms, as in the paper (s_mu = exp(log s_mu)): they stay positive, as the singular values
-they start from. All parameters are float32 whatever the model's own precision is, and stay so when a model is moved
-to another one: in bfloat16, of 8 bits, a step of 2e-2 on log s near 1 would be rounded away.
+    diagonal   N(s_mu, diag(s_sigma^2)): the paper's posterior, 2 r numbers a layer
+    full       N(s_mu, L L^T), L lower triangular with a positive diagonal: r (r + 3) / 2 numbers a layer
 
-q(s) = N(s_mu, diag(s_sigma^2)): the paper's posterior, 2 r numbers a layer.
-
-q(s) = N(s_mu, L L^T), L lower triangular with a positive diagonal: r (r + 3) / 2 numbers a layer.
-
-The paper's full covariance is parametrised by eigenvalues and eigenvectors; the Cholesky factor spans the same set
-of covariances, is positive definite by construction, and needs no orthogonality to be kept up.
+Means are logarithms, as in the paper (s_mu = exp(log s_mu)): they stay positive, as the singular values they start
+from. All parameters are float32 whatever the model's own precision is, and stay so when a model is moved to another
+one: in bfloat16, of 8 bits, a step of 2e-2 on log s near 1 would be rounded away. The paper's full covariance is
+parametrised by eigenvalues and eigenvectors; the Cholesky factor spans the same set of covariances, is positive
+definite by construction, and needs no orthogonality to be kept up.
 """
 
 from abc import ABC, abstractmethod
@@ -78,12 +76,6 @@ class Gaussian(nn.Module, ABC):
     def kl_gradient(self, prior: Prior) -> dict[str, Tensor]:
         """The gradient of `kl` in closed form, by parameter name; elementwise, so that it holds for shards too."""
 
-    @torch.no_grad()
-    def reset(self, mean: Tensor, std: Tensor) -> None:
-        """Set mean (r,) and standard deviations (r,), without correlations."""
-        self.log_mean.copy_(mean.log())
-        self.log_std.copy_(std.log())
-
 
 class DiagonalGaussian(Gaussian):
     """Independent Gaussians [ScalaBL, eq. of q(s)]."""
@@ -119,6 +111,19 @@ class DiagonalGaussian(Gaussian):
             "log_mean": mean * (mean - prior.mean) / prior_variance,
             "log_std": variance / prior_variance - 1,
         }
+
+
+@torch.no_grad()
+def forward_kl_gradient(posterior: DiagonalGaussian, prior: Prior) -> dict[str, Tensor]:
+    """The gradient of KL(p || q), the direction of the reference code's diagonal model, by parameter name: an ablation.
+
+    KL(p || q) = sum_j log(sigma_j / p_std) + (p_std^2 + (p_mean - mu_j)^2) / (2 sigma_j^2) - 1/2. It asks q to cover
+    the prior and is no bound on anything: it drives sigma up to |mu - p_mean| and beyond whatever the data say. Its
+    prior is fixed: `Prior.empirical` belongs to KL(q || p).
+    """
+    mean, variance = posterior.mean, posterior.std.square()
+    shift = mean - prior.mean
+    return {"log_mean": mean * shift / variance, "log_std": 1 - (prior.std**2 + shift.square()) / variance}
 
 
 class FullGaussian(Gaussian):
@@ -174,11 +179,6 @@ class FullGaussian(Gaussian):
             "log_std": diagonal_squared / prior_variance - 1,
             "lower": self.lower.float() / prior_variance,
         }
-
-    @torch.no_grad()
-    def reset(self, mean: Tensor, std: Tensor) -> None:
-        super().reset(mean, std)
-        self.lower.zero_()
 
 
 def exact_products(like: Tensor) -> AbstractContextManager[Any]:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from scalabl.core.errors import UserError
+from scalabl.core.modules import base_name
 from scalabl.posterior.draws import standard_normal, uniform
 from scalabl.predictive.monte_carlo import MonteCarloPredictive
 from scalabl.tuner.blob import blob_layers
@@ -61,7 +62,7 @@ def lora_parts(model: nn.Module) -> dict[str, LoraParts]:
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer) and adapter in module.lora_A:
             parts = LoraParts(module.lora_A[adapter], module.lora_B[adapter], module.scaling[adapter])
-            found[name.removeprefix("base_model.model.")] = parts
+            found[base_name(name)] = parts
     if not found:
         raise UserError("The model has no LoRA layer; load a run of scalabl train.")
     return found

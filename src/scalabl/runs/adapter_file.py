@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from scalabl.core.errors import UserError
 from scalabl.core.files import ADAPTER, read_json
+from scalabl.core.modules import split_leaf
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -94,40 +95,22 @@ def _prior_in_words(prior: Prior) -> str:
 
 
 def _stochastic_layers(tensors: dict[str, Tensor], config: dict[str, Any]) -> list[LayerWeights]:
-    import torch
+    from peft.utils.other import get_pattern_key
 
-    from scalabl.posterior.gaussian import POSTERIORS
     from scalabl.tuner.diagnostics import LayerWeights
-    from scalabl.tuner.mean_adapter import projection_rows
+    from scalabl.tuner.mean_adapter import projection_rows, stored_leaves
 
     found = []
-    for name, direction in tensors.items():
-        layer, _, rest = name.partition(".lora_A.")
-        if rest != "direction":
-            continue
-        layer_name, r = _bare(layer), direction.shape[0]
-        log_mean = tensors[f"{layer}.lora_A.posterior.log_mean"]
-        posterior = POSTERIORS[config["covariance"]](torch.ones_like(log_mean), torch.ones_like(log_mean))
-        prefix = f"{layer}.lora_A.posterior."
-        posterior.load_state_dict({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
-        alpha = next((v for k, v in config["alpha_pattern"].items() if k in layer_name), config["lora_alpha"])
-        found.append(
-            LayerWeights(
-                layer_name,
-                posterior,
-                projection_rows(direction, config["unit_rows"]),
-                tensors[f"{layer}.lora_B.weight"],
-                alpha / (r**0.5 if config["use_rslora"] else r),
-            )
-        )
+    for name, leaf in stored_leaves(tensors, config["covariance"]).items():
+        patterns, r = config["alpha_pattern"], leaf.posterior.r
+        alpha = patterns.get(get_pattern_key(patterns, name), config["lora_alpha"])
+        rows = projection_rows(leaf.direction, config["unit_rows"])
+        scaling = alpha / (r**0.5 if config["use_rslora"] else r)
+        found.append(LayerWeights(name, leaf.posterior, rows, leaf.up, scaling))
     return found
 
 
 def _plain_layers(tensors: dict[str, Tensor]) -> list[dict[str, Any]]:
     empty = dict.fromkeys(("mean", "sigma", "noise", "prior_std", "kl", "effect"))
-    layers = {name.partition(".lora_A.")[0]: t.shape[0] for name, t in tensors.items() if ".lora_A." in name}
-    return [{"name": _bare(layer), "r": r, **empty} for layer, r in layers.items()]
-
-
-def _bare(layer: str) -> str:
-    return layer.removeprefix("base_model.model.")
+    layers = {split_leaf(name)[0]: tensor.shape[0] for name, tensor in tensors.items() if split_leaf(name)[1]}
+    return [{"name": layer, "r": r, **empty} for layer, r in layers.items()]

@@ -60,18 +60,6 @@ def with_stored_trunk(
     return [replace(row, trunk=hidden[end - len(row.input_ids) : end]) for row, end in zip(rows, ends, strict=True)]
 
 
-def keep_trunk(scorer: Scorer, rows: Sequence[Encoded]) -> None:
-    """Store what rows already carry, so that this very list of them, a part of a known one, is not computed again."""
-    outputs = [row.trunk for row in rows if row.trunk is not None]
-    if not outputs or len(outputs) < len(rows):
-        return
-    dtype = next(p.dtype for p in scorer.model.parameters() if p.is_floating_point())
-    path = cache_directory() / "trunks" / f"{_key(scorer, rows, dtype)}.safetensors"
-    if not path.is_file():
-        with suppress(OSError, SafetensorError):
-            _write(path, torch.cat(outputs))
-
-
 @torch.no_grad()
 def _compute(scorer: Scorer, rows: Sequence[Encoded], batch_size: int, description: str) -> Tensor:
     """(total tokens, d): the rows' trunk outputs behind each other."""

@@ -6,7 +6,7 @@ the model, which the base model's configuration tells.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -14,12 +14,9 @@ from torch import Tensor
 
 from scalabl.core.errors import UserError
 from scalabl.posterior.draws import noise
-from scalabl.posterior.gaussian import POSTERIORS, Gaussian
 from scalabl.tuner.config import ScalaBLConfig
 from scalabl.tuner.joint import load_joint
-from scalabl.tuner.layers import bare
-
-_LEAF = ".lora_A."
+from scalabl.tuner.mean_adapter import stored_leaves
 
 
 def particle_values(
@@ -42,32 +39,21 @@ def particle_values(
         UserError: there is no stochastic layer, the joint covariance is over others, or Sobol draws of a base model
             whose configuration cannot be had.
     """
-    leaves = {name.removesuffix("direction"): name for name in tensors if name.endswith(f"{_LEAF}direction")}
+    leaves = stored_leaves(tensors, config.covariance)
     if not leaves:
         raise UserError(f"The adapter in {directory} has no stochastic layer; there is nothing to draw.")
-    layers = {bare(prefix.removesuffix(_LEAF)): prefix for prefix in leaves}
-    posteriors = {layer: _posterior(tensors, prefix, config) for layer, prefix in layers.items()}
-    order = _model_order(config, layers) if draws == "sobol" else list(layers)
-    drawn: Mapping[str, Tensor] = noise(draws, number, {layer: posteriors[layer].r for layer in order}, seed)
+    order = _model_order(config, leaves) if draws == "sobol" else list(leaves)
+    drawn: Mapping[str, Tensor] = noise(draws, number, {layer: leaves[layer].posterior.r for layer in order}, seed)
     joint = load_joint(directory)
     if joint is not None:
-        if dict(joint.ranks) != {layer: posterior.r for layer, posterior in posteriors.items()}:
+        if dict(joint.ranks) != {layer: leaf.posterior.r for layer, leaf in leaves.items()}:
             raise UserError(f"The joint covariance in {directory} is over other layers than the adapter's; restore it.")
         drawn = joint.correlate(drawn)
     with torch.no_grad():
-        return {layers[layer]: posterior.sample(drawn[layer]) for layer, posterior in posteriors.items()}
+        return {leaf.prefix: leaf.posterior.sample(drawn[layer]) for layer, leaf in leaves.items()}
 
 
-def _posterior(tensors: Mapping[str, Tensor], prefix: str, config: ScalaBLConfig) -> Gaussian:
-    start = f"{prefix}posterior."
-    state = {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
-    blank = torch.ones_like(state["log_mean"])
-    posterior = POSTERIORS[config.covariance](blank, blank)
-    posterior.load_state_dict(state)
-    return posterior
-
-
-def _model_order(config: ScalaBLConfig, layers: Mapping[str, str]) -> list[str]:
+def _model_order(config: ScalaBLConfig, layers: Collection[str]) -> list[str]:
     """The layers as they stand in the model, which is built without weights."""
     from transformers import AutoConfig, AutoModelForCausalLM
 

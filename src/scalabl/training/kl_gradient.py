@@ -9,8 +9,7 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from scalabl.posterior.forward_kl import forward_kl_gradient
-from scalabl.posterior.gaussian import DiagonalGaussian, Gaussian
+from scalabl.posterior.gaussian import DiagonalGaussian, Gaussian, forward_kl_gradient
 from scalabl.posterior.prior import Prior
 
 

@@ -1,17 +1,9 @@
 """BLoB as a PEFT tuner: a mean-field Gaussian on every number of A, kept, saved and merged as our own tuner is.
 
-`scalabl.tuner` registers it with PEFT.
-
-BLoBConfig: LoraConfig with a Gaussian on A.
-
-BLoB's leaf: A with a Gaussian on each of its numbers, flipped out over the rows of a batch while training.
-
     q(A) = prod_ij N(A_ij; M_ij, sigma_ij^2),   sigma = G^2                              [BLoB 2406.11675]
 
 Training draws one E ~ N(0, 1)^(r x d_in) a pass and gives row b of the batch its own, nearly independent draw by two
 sign vectors (flipout): (M + (sigma * E) * (t_b s_b^T)) x = M x + t_b * ((sigma * E) (s_b * x)).
-
-BLoBModel: PEFT's LoraModel whose every A is a `BLoBProjection`.
 """
 
 from __future__ import annotations
@@ -26,12 +18,11 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 from scalabl.core.errors import UserError
+from scalabl.core.modules import split_leaf
 from scalabl.posterior.prior import Prior
 from scalabl.tuner.config import ScalaBLType, refuse_unsupported
 from scalabl.tuner.layers import active_adapters, unwrap
 from scalabl.tuner.model import ScalaBLModel
-
-__all__ = ["SCALABL_BLOB", "BLoBConfig", "BLoBModel", "BLoBProjection", "blob_layers"]
 
 SCALABL_BLOB = ScalaBLType("SCALABL_BLOB")
 
@@ -152,7 +143,7 @@ def blob_layers(model: nn.Module) -> dict[str, BLoBProjection]:
     adapter = active_adapters(model)[0]
     found = {}
     for name, module in model.named_modules():
-        layer, _, of = name.removeprefix("base_model.model.").partition(".lora_A.")
+        layer, of = split_leaf(name)
         if isinstance(module, BLoBProjection) and of == adapter:
             found[layer] = module
     if not found:

@@ -69,7 +69,7 @@ def weights_of(model: nn.Module, adapter: str | None = None) -> list[LayerWeight
     paths = {id(module): path for path, module in modules.items()}
     found = []
     for name, leaf in stochastic_layers(model, adapter).items():
-        layer_path, _, adapter_name = paths[id(leaf)].partition(".lora_A.")
+        layer_path, _, adapter_name = paths[id(leaf)].partition(".lora_A.")  # wrappers and all
         layer: Any = modules[layer_path]
         up = layer.lora_B[adapter_name].weight
         found.append(LayerWeights(name, leaf.posterior, leaf.rows(), up, layer.scaling[adapter_name]))

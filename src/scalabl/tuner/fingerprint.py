@@ -7,6 +7,8 @@ import hashlib
 import torch
 from torch import Tensor, nn
 
+from scalabl.core.modules import gathered
+
 # parts of the names of what adapters add; a trained copy of a normalisation layer (modules_to_save) is no base weight
 _ADDED = ("lora_", "modules_to_save")
 _SIZES = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
@@ -30,7 +32,7 @@ def fingerprint(model: nn.Module) -> str | None:
     config = getattr(model, "config", None)
     sizes = [f"{key}={getattr(config, key, None)};" for key in _SIZES]
     # the first and the last: a base that was tuned further differs in at least one of them
-    values = [_whole(parameter).to("cpu") for parameter in (norms[0], norms[-1])]
+    values = [gathered(parameter.detach()).to("cpu") for parameter in (norms[0], norms[-1])]
     names = [_digest(sizes, values), _digest(sizes, [value.to(torch.float16) for value in values])]
     return ":".join(dict.fromkeys(names))
 
@@ -38,12 +40,6 @@ def fingerprint(model: nn.Module) -> str | None:
 def same_base(one: str, other: str) -> bool:
     """Whether two fingerprints can be of one model, each in a precision of its own."""
     return not set(one.split(":")).isdisjoint(other.split(":"))
-
-
-def _whole(parameter: Tensor) -> Tensor:
-    """The parameter, gathered where it is sharded."""
-    value = parameter.detach()
-    return value.full_tensor() if hasattr(value, "full_tensor") else value
 
 
 def _digest(sizes: list[str], values: list[Tensor]) -> str:

@@ -1,8 +1,6 @@
-"""The stochastic layers of a model, by name, and sums over them.
+"""Which layers of a model are adapted, which of them are stochastic, and how deep they lie.
 
-The language side of an image-text model: what is adapted by default, and whose layers are counted.
-
-How deep a module lies: the number of its decoder layer.
+Of an image-text model the language side alone is adapted by default, and its decoder layers are the ones counted.
 """
 
 from __future__ import annotations
@@ -15,11 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from scalabl.core.errors import UserError
+from scalabl.core.modules import base_name, split_leaf
 from scalabl.posterior.prior import Prior
 from scalabl.tuner.projection import StochasticProjection
-
-# what torch.compile, FSDP and checkpointing wrappers put into the names of the modules inside them
-_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -70,7 +66,7 @@ def prior_of(model: nn.Module, adapter: str | None = None) -> Prior:
 def kl_divergence(model: nn.Module, adapter: str | None = None) -> Tensor:
     """KL(q || p) in nats, summed over all stochastic layers of the (active) adapter: a differentiable scalar.
 
-    Where several adapters are active, each is held against its own prior.
+    Where several adapters are active, each has its own prior.
 
     Raises:
         UserError: the model has no stochastic layer.
@@ -86,7 +82,7 @@ def _leaves(model: nn.Module, adapter: str | None) -> list[tuple[str, str, Stoch
     leaves = []
     for name, module in model.named_modules():
         if isinstance(module, StochasticProjection):
-            layer, _, adapter_name = bare(name).partition(".lora_A.")
+            layer, adapter_name = split_leaf(name)
             if adapter_name in wanted:
                 leaves.append((layer, adapter_name, module))
     if not leaves:
@@ -95,13 +91,6 @@ def _leaves(model: nn.Module, adapter: str | None) -> list[tuple[str, str, Stoch
             "a plain LoraConfig has no posterior."
         )
     return leaves
-
-
-def bare(name: str) -> str:
-    """The name in the base model, without what wrappers put in front or between."""
-    for wrapper in _WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name.removeprefix("base_model.model.")
 
 
 def reads_images(model: nn.Module) -> bool:
@@ -129,8 +118,8 @@ def beside_language(model: nn.Module) -> str | None:
         return None
     base: Any = unwrap(model)
     base = base.get_base_model() if hasattr(base, "get_base_model") else base
-    kept = [bare(name) for name, module in base.named_modules() if module is base.get_decoder()]
-    kept += [bare(name) for name, module in base.named_modules() if module is base.get_output_embeddings()]
+    kept = [base_name(name) for name, module in base.named_modules() if module is base.get_decoder()]
+    kept += [base_name(name) for name, module in base.named_modules() if module is base.get_output_embeddings()]
     names = "|".join(re.escape(name) for name in kept)
     return rf"(?!(?:{names})(?:\.|$)).*"
 
@@ -161,9 +150,9 @@ def depths(model: nn.Module, names: Iterable[str]) -> dict[str, int]:
     """
     model = unwrap(model)
     layers = decoder_layers(model)
-    prefix = bare(next(name for name, module in model.named_modules() if module is layers))
+    prefix = base_name(next(name for name, module in model.named_modules() if module is layers))
     found = {}
     for name in names:
-        inside = re.match(re.escape(prefix) + r"\.(\d+)(\.|$)", bare(name))
+        inside = re.match(re.escape(prefix) + r"\.(\d+)(\.|$)", base_name(name))
         found[name] = int(inside[1]) if inside else 0 if "embed" in name else len(layers)
     return found

@@ -5,10 +5,11 @@ It is made from the adapter's own file, so that it holds for gathered, sharded o
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 
+import torch
 import torch.nn.functional as F
 from peft import LoraConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
@@ -17,6 +18,8 @@ from torch import Tensor
 
 from scalabl.core.errors import UserError
 from scalabl.core.files import writing
+from scalabl.core.modules import split_leaf
+from scalabl.posterior.gaussian import POSTERIORS, Gaussian
 
 MEAN_DIRECTORY = "mean"
 
@@ -32,6 +35,48 @@ def plain_lora_config(config: LoraConfig) -> LoraConfig:
     return LoraConfig(**shared)
 
 
+@dataclass(frozen=True)
+class StoredLeaf:
+    """A stochastic layer in an adapter's file.
+
+    Attributes:
+        prefix: of its tensors' names, up to and with "lora_A.".
+        direction: (r, d_in) A, before its rows are brought to unit length.
+        posterior: q(s).
+        up: (d_out, r) B.
+    """
+
+    prefix: str
+    direction: Tensor
+    posterior: Gaussian
+    up: Tensor
+
+
+def stored_leaves(tensors: Mapping[str, Tensor], covariance: str) -> dict[str, StoredLeaf]:
+    """The stochastic layers in an adapter's file by the name of the layer they adapt.
+
+    Args:
+        tensors: the contents of `adapter_model.safetensors`.
+        covariance: of the adapter's configuration.
+
+    Raises:
+        KeyError, RuntimeError: a layer lacks tensors, or they have other shapes.
+    """
+    found = {}
+    for name, direction in tensors.items():
+        layer, rest = split_leaf(name)
+        if rest == "direction":
+            prefix = name.removesuffix(rest)
+            start = f"{prefix}posterior."
+            state = {n.removeprefix(start): tensor for n, tensor in tensors.items() if n.startswith(start)}
+            blank = torch.ones_like(state["log_mean"])
+            posterior = POSTERIORS[covariance](blank, blank)
+            posterior.load_state_dict(state)
+            up = tensors[f"{prefix.removesuffix('lora_A.')}lora_B.weight"]
+            found[layer] = StoredLeaf(prefix, direction, posterior, up)
+    return found
+
+
 def fold(tensors: dict[str, Tensor], unit_rows: bool, s_of: Callable[[str, Tensor], Tensor]) -> dict[str, Tensor]:
     """Adapter tensors by name -> a plain LoRA's, with A_k = diag(s) A for the s that `s_of(prefix, mean)` gives.
 
@@ -42,7 +87,7 @@ def fold(tensors: dict[str, Tensor], unit_rows: bool, s_of: Callable[[str, Tenso
     """
     plain: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        if name.endswith(".direction"):
+        if split_leaf(name)[1] == "direction":
             prefix = name.removesuffix("direction")
             rows = projection_rows(tensor, unit_rows)
             s = s_of(prefix, tensors[f"{prefix}posterior.log_mean"].float().exp())

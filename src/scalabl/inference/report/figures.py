@@ -22,7 +22,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
 from torch import Tensor
 
-from scalabl.metrics.curves import reliability, risk_coverage
+from scalabl.metrics.scores import reliability, risk_coverage
 from scalabl.metrics.selective import Threshold
 
 SERIES = ["#0000a1", "#0000a2", "#0000a3", "#0000a4", "#0000a5", "#0000a6"]

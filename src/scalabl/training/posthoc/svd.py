@@ -16,6 +16,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from scalabl.core.errors import UserError
+from scalabl.core.modules import base_name
 from scalabl.posterior.gaussian import POSTERIORS
 from scalabl.posterior.joint import JointGaussian
 from scalabl.predictive.lora_particles import lora_parts
@@ -145,7 +146,7 @@ class StochasticLeaves:
         """Context in which the model's active adapter is Bayesian."""
         adapter = active_adapters(unwrap(model))[0]
         layers = {
-            name.removeprefix("base_model.model."): module
+            base_name(name): module
             for name, module in unwrap(model).named_modules()
             if isinstance(module, LoraLayer) and adapter in module.lora_A
         }
