@@ -19,9 +19,9 @@ from covariance_study import loaded, study_of
 from tiny_base import adapted, questions, tiny_base, write_task
 from tiny_base import loaded as tiny
 
-from scalabl.methods import subspace_laplace
 from scalabl.posterior.joint import JointGaussian
 from scalabl.predictive import LinearizedPredictive
+from scalabl.runs.method import load_post_hoc
 from scalabl.runs.recipe import Recipe
 from scalabl.scoring import Continuation, Scorer
 from scalabl.training.posthoc.laplace import JointCurvature
@@ -151,12 +151,12 @@ def study(line: list[str], monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_the_exact_posterior_of_a_plain_lora_is_that_of_bayesianize(study: Any) -> None:
     run = study.run("mle")
-    fitted = subspace_laplace.fit(run, study.train, [])
+    fitted = load_post_hoc("subspace_laplace").fit(run, study.train, [])
     joint, facts = position(study, "mle").exact("evidence")
     assert facts["effective_parameters"] == pytest.approx(fitted["effective_parameters"], rel=1e-4)
     assert facts["prior_std"] == pytest.approx(fitted["prior_precision"] ** -0.5, rel=1e-6)
     assert facts["log_likelihood"] == pytest.approx(fitted["log_likelihood"] / len(study.train), rel=1e-6)
-    placed = subspace_laplace.predictive(run).leaves.joint  # type: ignore[attr-defined]
+    placed = load_post_hoc("subspace_laplace").predictive(run).leaves.joint  # type: ignore[attr-defined]
     torch.testing.assert_close(joint.covariance(), placed.covariance(), rtol=1e-3, atol=1e-5)
 
 

@@ -19,7 +19,7 @@ from scalabl.inference.classifier import Classifier
 from scalabl.methods.blob import KLStepCallback, cycle_steps, kl_step
 from scalabl.posterior import Prior
 from scalabl.predictive import predict
-from scalabl.predictive.lora_particles import WeightNoisePredictive, lora_parts
+from scalabl.predictive.lora_particles import WeightNoisePredictive, lora_matrices
 from scalabl.runs.loading import load_run
 from scalabl.runs.method import Run
 from scalabl.tuner.blob import BLoBConfig, BLoBProjection, blob_layers
@@ -230,11 +230,11 @@ def test_a_particle_is_a_draw_from_the_posterior(blob: Run) -> None:
     predictive = blob.predictive(samples=4000)
     assert isinstance(predictive, WeightNoisePredictive)
     for name, noise in predictive.noise(blob.scorer.model).items():
-        sigma = blob_layers(blob.scorer.model)[name].posterior.std
+        sigma = blob_layers(blob.scorer.model)[name.removesuffix(".lora_A")].posterior.std
         standard = noise / sigma
         assert standard.mean(0).abs().max() < 5 / math.sqrt(4000)
         assert (standard.std(0) - 1).abs().max() < 5 / math.sqrt(8000)
-        assert noise.shape[1:] == lora_parts(blob.scorer.model)[name].a.shape
+        assert noise.shape[1:] == lora_matrices(blob.scorer.model)[name].weight.shape
 
 
 def test_the_classifier_draws_from_it_too(trained: Callable[..., Path]) -> None:

@@ -10,11 +10,12 @@ import torch
 
 from scalabl.core.errors import UserError
 from scalabl.data import Example
-from scalabl.methods import ensemble
 from scalabl.metrics.uncertainty import average
 from scalabl.predictive import MeanPredictive, predict
 from scalabl.runs.loading import load_run
-from scalabl.runs.method import Run
+from scalabl.runs.method import Run, load_post_hoc
+
+ensemble = load_post_hoc("ensemble")
 
 
 @pytest.fixture

@@ -11,9 +11,9 @@ from scalabl.core.errors import UserError
 from scalabl.data import Example
 from scalabl.predictive import MeanPredictive, Predictive, predict
 from scalabl.runs.loading import load_run
-from scalabl.runs.method import Run, load_method, load_post_hoc
+from scalabl.runs.method import PostHocMethod, Run, TrainedMethod, load_method, load_post_hoc
 from scalabl.runs.recipe import Recipe, make_recipe
-from scalabl.runs.registry import METHODS, POST_HOC, SAMPLED, SETTINGS, TRAINED
+from scalabl.runs.registry import METHODS, POST_HOC, SAMPLED, TRAINED
 
 N = 4
 
@@ -63,12 +63,11 @@ def test_particles_are_fixed_by_their_seed_and_differ_from_each_other(
 def test_no_method_is_missing_or_has_another_signature() -> None:
     assert set(TRAINED) | set(POST_HOC) == set(METHODS) and set(SAMPLED) <= set(METHODS)
     for name in METHODS:
-        module = load_method(name) if name in TRAINED else load_post_hoc(name)
-        assert module.TITLE and inspect.getdoc(module)
-        signature = inspect.signature(module.predictive)
+        method = load_method(name) if name in TRAINED else load_post_hoc(name)
+        assert method.name == name and method.traits.title and inspect.getdoc(method)
+        assert isinstance(method, TrainedMethod if name in TRAINED else PostHocMethod)
+        signature = inspect.signature(method.predictive)
         assert list(signature.parameters)[:3] == ["run", "samples", "seed"]
-        functions = ("adapter_config", "callbacks") if name in TRAINED else ("fit",)
-        assert all(callable(getattr(module, function)) for function in functions)
 
 
 def test_methods_of_the_wrong_kind_are_refused() -> None:
@@ -84,7 +83,8 @@ def test_methods_of_the_wrong_kind_are_refused() -> None:
 
 
 def test_a_methods_own_settings_hold_unless_others_are_given() -> None:
-    for method, settings in SETTINGS.items():
+    for method in TRAINED:
+        settings = METHODS[method].settings
         recipe = make_recipe({"method": method})
         assert {name: getattr(recipe, name) for name in settings} == settings
     assert make_recipe({"method": "map", "weight_decay": 0.1}).weight_decay == 0.1

@@ -11,14 +11,16 @@ from torch.distributions import MultivariateNormal
 
 from scalabl.core.errors import UserError
 from scalabl.data import Example
-from scalabl.methods import laplace
 from scalabl.methods.laplace import LinearizedLaplacePredictive
 from scalabl.metrics.uncertainty import average
 from scalabl.posterior.evidence import best_precision, log_evidence
 from scalabl.predictive import MeanPredictive, predict
-from scalabl.predictive.kronecker import gauss_newton, matrices
+from scalabl.predictive.kronecker import gauss_newton
+from scalabl.predictive.lora_particles import lora_matrices
 from scalabl.runs.loading import load_run
-from scalabl.runs.method import Run
+from scalabl.runs.method import Run, load_post_hoc
+
+laplace = load_post_hoc("laplace")
 
 
 @pytest.mark.parametrize("precision", [0.1, 1.0, 30.0])
@@ -84,7 +86,7 @@ def test_the_logits_covariance_is_the_sum_of_dense_ones(fitted: Run, test_rows: 
         flat = j.flatten(2).double()
         expected += flat @ inverse @ flat.transpose(1, 2)
     torch.testing.assert_close(covariance.double(), expected, rtol=1e-3, atol=1e-5)
-    assert set(made.blocks) == set(matrices(fitted.scorer.model))
+    assert set(made.blocks) == set(lora_matrices(fitted.scorer.model))
     with torch.no_grad():
         torch.testing.assert_close(mean, fitted.scorer.class_logits(batch))
 
@@ -93,11 +95,11 @@ def test_the_linearised_predictive_is_exact_where_the_logits_are_linear() -> Non
     """The output layer's B: class logits are linear in it, so that they are Gaussian with that very covariance."""
     of = scorer(LETTERS, ("lm_head",))
     rows = [one_token(t) for t in (10, 40)]
-    name = next(n for n in matrices(of.model) if n.endswith("lora_B"))
+    name = next(n for n in lora_matrices(of.model) if n.endswith("lora_B"))
     blocks = gauss_newton(of, rows, rank=1024).blocks
-    module, precision = matrices(of.model)[name], 0.5
+    module, precision = lora_matrices(of.model)[name], 0.5
     made = LinearizedLaplacePredictive({n: b for n, b in blocks.items() if n == name}, precision)
-    for other in matrices(of.model):
+    for other in lora_matrices(of.model):
         if other != name:  # A is held: no variance is asked of it
             made.blocks = {**made.blocks, other: _certain(blocks[other])}
     batch = of.scoring.collate(rows)
@@ -173,12 +175,12 @@ def test_a_prior_that_allows_nothing_leaves_the_adapters_prediction(fitted: Run,
 def test_what_was_fitted_is_written_down(trained: Callable[..., Path], train_rows: list[Example]) -> None:
     run = load_run(trained("mle", seed=3))
     facts = laplace.fit(run, train_rows, [])
-    norm = sum(m.weight.double().square().sum().item() for m in matrices(run.scorer.model).values())
+    norm = sum(m.weight.double().square().sum().item() for m in lora_matrices(run.scorer.model).values())
     assert facts["squared_norm"] == pytest.approx(norm) and facts["rows"] == len(train_rows)
     values = [b.eigenvalues.double() for b in strategy(run).blocks.values()]
     assert facts["prior_precision"] == pytest.approx(best_precision(norm, values), rel=1e-6)
     low = laplace.fit(run, train_rows, [], rank=6)
-    assert low["rank"] == 6 and strategy(run).blocks.keys() == {n for n in matrices(run.scorer.model)}
+    assert low["rank"] == 6 and strategy(run).blocks.keys() == {n for n in lora_matrices(run.scorer.model)}
 
 
 def test_impossible_options_are_refused() -> None:

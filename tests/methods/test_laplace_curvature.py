@@ -10,7 +10,8 @@ from tiny_base import loaded, questions
 from torch import Tensor
 from torch.func import functional_call
 
-from scalabl.predictive.kronecker import Block, Factor, gauss_newton, jacobians, likelihood_root, matrices, recorded
+from scalabl.predictive.kronecker import Block, Factor, gauss_newton, jacobians, likelihood_root, recorded
+from scalabl.predictive.lora_particles import lora_matrices
 from scalabl.scoring import Batch, Encoded, Scorer
 from scalabl.scoring.scorer import make_scoring
 
@@ -44,7 +45,7 @@ def class_logits(of: Scorer, batch: Batch) -> Tensor:
 def dense_jacobian(of: Scorer, row: Encoded, name: str) -> Tensor:
     """(C, d_out, d_in) by reverse-mode autograd in one weight matrix alone."""
     batch = of.scoring.collate([row])
-    module = matrices(of.model)[name]
+    module = lora_matrices(of.model)[name]
     path = next(path for path, m in of.model.named_modules() if m is module)
 
     class Logits(torch.nn.Module):
@@ -87,7 +88,7 @@ def test_jacobians_are_autograds_for_every_row_of_a_batch(settings: dict[str, An
     batch = of.scoring.collate(rows)
     with torch.enable_grad(), recorded(of.model) as passed:
         found = jacobians(of.class_logits(batch), passed)
-    assert set(found) == set(matrices(of.model)) and len(found) == 8
+    assert set(found) == set(lora_matrices(of.model)) and len(found) == 8
     for name, j in found.items():
         for i, row in enumerate(rows):
             expected = dense_jacobian(of, row, name)

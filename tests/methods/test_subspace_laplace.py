@@ -7,14 +7,15 @@ import pytest
 import torch
 
 from scalabl.data import Example, load_task
-from scalabl.methods import subspace_laplace
 from scalabl.metrics.uncertainty import average
 from scalabl.posterior.joint import KEPT, STRUCTURES
 from scalabl.predictive import LinearizedPredictive, MeanPredictive, MonteCarloPredictive, predict
 from scalabl.runs.loading import load_run
-from scalabl.runs.method import Run
+from scalabl.runs.method import Run, load_post_hoc
 from scalabl.training.posthoc.run import bayesianize
 from scalabl.training.posthoc.settings import read_source, settings_for
+
+subspace_laplace = load_post_hoc("subspace_laplace")
 
 
 def test_it_predicts_as_the_run_that_bayesianize_makes(

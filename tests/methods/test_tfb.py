@@ -11,7 +11,7 @@ from scalabl.metrics.temperature import negative_log_likelihood
 from scalabl.posterior import standard_normal
 from scalabl.predictive import MeanPredictive, predict
 from scalabl.predictive.lora_particles import lora_parts
-from scalabl.runs.method import Run
+from scalabl.runs.method import Run, load_post_hoc
 
 D_OUT, R, D_IN = 7, 3, 5
 
@@ -38,7 +38,7 @@ def test_it_is_so_for_drawn_noise_too() -> None:
     b, sigma, number = up(), 0.3, 20_000
     x = torch.randn(D_IN, generator=torch.Generator().manual_seed(1))
     normal = standard_normal(range(number), R * D_IN, seed=0, stream="x").view(number, R, D_IN)
-    noise = tfb._noisy(noise_mixers({"b": b}), sigma, samples=1, seed=0).spread["b"](normal)
+    noise = tfb._noisy(noise_mixers({"b": b}), sigma, samples=1, seed=0).spread("b.lora_A", normal)
     outputs = noise @ x @ b.T
     u = torch.linalg.svd(b, full_matrices=False).U
     variance = sigma**2 * x.square().sum()
@@ -75,7 +75,7 @@ def test_where_nothing_passes_the_lowest_scale_is_left() -> None:
 
 
 def test_the_fitted_scale_keeps_the_nll_within_the_tolerance(mle: Run, train_rows: list[Example]) -> None:
-    facts = tfb.fit(mle, train_rows, [], seed=3)
+    facts = load_post_hoc("tfb").fit(mle, train_rows, [], seed=3)
     labels = torch.tensor([row.answer for row in train_rows])
     encoded = mle.encode(train_rows)
 
@@ -89,9 +89,9 @@ def test_the_fitted_scale_keeps_the_nll_within_the_tolerance(mle: Run, train_row
     # what was refused is larger, and nothing larger passed
     assert all(sigma > facts["sigma"] for sigma, ok in within.items() if not ok)
     assert all(sigma <= facts["sigma"] for sigma, ok in within.items() if ok)
-    again = nll(tfb.predictive(mle, samples=10, seed=3))
+    again = nll(load_post_hoc("tfb").predictive(mle, samples=10, seed=3))
     assert again == pytest.approx(next(t["nll"] for t in facts["nll_tried"] if t["sigma"] == facts["sigma"]), rel=1e-5)
-    assert set(tfb.load_tensors(mle, "tfb")) == set(lora_parts(mle.scorer.model))
+    assert set(load_post_hoc("tfb").tensors(mle)) == set(lora_parts(mle.scorer.model))
 
 
 def test_a_wider_tolerance_lets_more_noise_pass(
@@ -100,5 +100,5 @@ def test_a_wider_tolerance_lets_more_noise_pass(
     scales = []
     for tolerance in (1e-5, 0.003, 10.0):
         monkeypatch.setattr(tfb, "TOLERANCE", tolerance)
-        scales.append(tfb.fit(mle, train_rows, [])["sigma"])
+        scales.append(load_post_hoc("tfb").fit(mle, train_rows, [])["sigma"])
     assert scales == sorted(scales) and scales[0] < scales[-1] == pytest.approx(0.2, abs=0.007)

@@ -36,13 +36,13 @@ def with_weights(run: Run, rows: list[Example], change: Callable[[str, Tensor], 
 def test_noise_on_a_is_that_models_prediction(mle: Run, test_rows: list[Example]) -> None:
     generator = torch.Generator().manual_seed(0)
     noise = {
-        name: 0.2 * torch.randn(N, *part.a.shape, generator=generator)
+        f"{name}.lora_A": 0.2 * torch.randn(N, *part.a.shape, generator=generator)
         for name, part in lora_parts(mle.scorer.model).items()
     }
     with weight_noise(mle.scorer.model, noise):
         together = class_logits(mle, test_rows, copies=N).view(N, len(test_rows), -1)
     for n in range(N):
-        alone = with_weights(mle, test_rows, lambda name, a, n=n: a + noise[name][n])  # type: ignore[misc]
+        alone = with_weights(mle, test_rows, lambda name, a, n=n: a + noise[f"{name}.lora_A"][n])  # type: ignore[misc]
         torch.testing.assert_close(together[n], alone, atol=2e-5, rtol=1e-5)
     assert (together[0] - together[1]).nan_to_num().abs().max() > 1e-4
 
@@ -63,7 +63,7 @@ def test_the_model_is_as_before_after_the_context(mle: Run, test_rows: list[Exam
     before = class_logits(mle, test_rows)
     parts = lora_parts(mle.scorer.model)
     for context, values in (
-        (weight_noise, {name: torch.ones(1, *part.a.shape) for name, part in parts.items()}),
+        (weight_noise, {f"{name}.lora_A": torch.ones(1, *part.a.shape) for name, part in parts.items()}),
         (input_masks, {name: torch.zeros(1, part.a.shape[1]) for name, part in parts.items()}),
     ):
         with pytest.raises(RuntimeError, match="inside"), context(mle.scorer.model, values):

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from scalabl.planning.meta_device import QuantizedLinear
 from scalabl.planning.meta_model import build, read_config
+from scalabl.runs.method import load_method
 from scalabl.training.run import count_parameters
 
 
@@ -45,7 +46,9 @@ def test_counts_are_the_real_models(architecture: str, settings: dict[str, Any])
     recipe = recipe_of(architecture, **settings)
     _, counts = build(recipe, read_config(recipe.model), "cpu")
     real = real_model(recipe)
-    assert {"base": counts.base, "lora": counts.lora, "variational": counts.variational} == count_parameters(real)
+    assert {"base": counts.base, "lora": counts.lora, "variational": counts.variational} == count_parameters(
+        real, load_method(recipe.method)
+    )
     held = dict(real.named_parameters()) | dict(real.named_buffers())
     assert counts.weights == bytes_of([t for name, t in held.items() if "lora_" not in name])
     assert counts.adapter == bytes_of([t for name, t in held.items() if "lora_" in name])
@@ -61,7 +64,9 @@ def test_quantised_bytes_are_the_real_models(architecture: str, bits: int, libra
     held = dict(real.named_parameters()) | dict(real.named_buffers())
     assert counts.weights == bytes_of([t for name, t in held.items() if "lora_" not in name])
     assert counts.adapter == bytes_of([t for name, t in held.items() if "lora_" in name])
-    assert {"base": counts.base, "lora": counts.lora, "variational": counts.variational} == count_parameters(real)
+    assert {"base": counts.base, "lora": counts.lora, "variational": counts.variational} == count_parameters(
+        real, load_method(recipe.method)
+    )
     planned = {name for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
     quantised = {
         name

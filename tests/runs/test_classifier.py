@@ -18,7 +18,6 @@ from scalabl.core.errors import UserError
 from scalabl.core.files import ADAPTER, sha256
 from scalabl.data import Example
 from scalabl.inference.classifier import Answer, Classifier, rows_of
-from scalabl.methods import mc_dropout
 from scalabl.predictive import MonteCarloPredictive, predict
 from scalabl.runs.directory import RECORD
 from scalabl.runs.loading import load_run
@@ -128,7 +127,7 @@ def test_a_run_of_mc_dropout_keeps_its_masks(task_directory: Path, tmp_path: Pat
     rows = questions(5)
     answer = Classifier.from_pretrained(tmp_path / "run", samples=4, seed=2)(rows)
     found = load_run(tmp_path / "run")
-    own = mc_dropout.predictive(found, samples=4, seed=2)
+    own = found.predictive(samples=4, seed=2)
     expected = predict(found.scorer, [found.scorer.scoring.encode(row) for row in rows_of(rows, None)], own)
     np.testing.assert_allclose(answer.particle_log_probs, expected, atol=1e-5)
     assert answer.epistemic.max() > 0

@@ -13,8 +13,8 @@ from scalabl.core.errors import UserError
 from scalabl.data import load_task
 from scalabl.data.training_data import rows_of
 from scalabl.inference.evaluation import answers, log_probabilities
-from scalabl.methods.saved import load_facts
 from scalabl.runs.loading import load_run
+from scalabl.runs.method import load_post_hoc
 from scalabl.runs.recipe import Recipe
 from scalabl.study.cells import PREDICTION, TRAINING, address_of, finished
 from scalabl.study.plan import Entry, make_plan
@@ -90,7 +90,7 @@ def test_a_fit_lies_in_its_own_cell_and_leaves_the_run_alone(done: Done) -> None
     assert entry.post_hoc
     run = load_run(done.output / "cells" / entry.training[0] / RUN)
     assert not (done.output / "cells" / entry.training[0] / RUN / "posthoc").exists()
-    facts = load_facts(replace(run, directory=done.output / "cells" / entry.post_hoc), "tfb")
+    facts = load_post_hoc("tfb").facts(replace(run, directory=done.output / "cells" / entry.post_hoc))
     assert facts["rows"] == 24
 
 

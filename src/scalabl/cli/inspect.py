@@ -10,6 +10,7 @@ import typer
 from scalabl.cli import options
 from scalabl.cli.app import app
 from scalabl.core.errors import UserError
+from scalabl.runs.registry import OVER_S
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -75,7 +76,7 @@ def inspect(
 
 
 def _check_variance(record: dict[str, Any], rows: int) -> None:
-    if record["recipe"]["method"] != "scalabl":
+    if record["recipe"]["method"] not in OVER_S:
         raise UserError("--variance is of a posterior over s, which this run does not have; leave it out.")
     options.require_counts(rows=rows)
 

@@ -8,7 +8,7 @@ from scalabl.core.errors import UserError
 from scalabl.core.top_layers import check_spec
 from scalabl.predictive.sampling import Sampling
 from scalabl.runs.recipe import LARGEST_SEED
-from scalabl.runs.registry import SAMPLED
+from scalabl.runs.registry import OVER_S, SAMPLED
 
 Predictive = Annotated[str | None, typer.Option(help="mean, mc, linearized or auto, the default.")]
 
@@ -44,7 +44,7 @@ def check_predictive(
     """Refuse a predictive that there is not or that the run does not have, and numbers below 1."""
     if predictive not in (None, "mean", "mc", "linearized", "auto"):
         raise UserError(f"--predictive is {predictive!r}; it must be mean, mc or linearized, or auto, the default.")
-    if predictive == "linearized" and record["recipe"]["method"] != "scalabl":
+    if predictive == "linearized" and record["recipe"]["method"] not in OVER_S:
         raise UserError("Only ScalaBL runs have a linearised predictive; use --predictive mean or mc.")
     if predictive == "mc" and record["recipe"]["method"] not in SAMPLED:
         raise UserError("This run is a plain LoRA without a posterior; use --predictive mean.")
@@ -76,7 +76,7 @@ def check_sampling(
     sampled = predictive == "mc" or (predictive in (None, "auto") and record["recipe"]["method"] in SAMPLED)
     if adaptive and not sampled:
         raise UserError("--adaptive is for the mc predictive of runs that draw particles; leave it out here.")
-    if draws != "independent" and not (sampled and record["recipe"]["method"] == "scalabl"):
+    if draws != "independent" and not (sampled and record["recipe"]["method"] in OVER_S):
         raise UserError(f"--draws {draws} is for the mc predictive of ScalaBL runs; leave it out here.")
     if draws == "moments" and samples < 2:
         raise UserError("--draws moments needs at least 2 --samples: one particle has no variance to match.")
@@ -88,7 +88,7 @@ def check_layers(stochastic_layers: str | None, predictive: str | None, record: 
     if stochastic_layers is None:
         return
     check_spec(stochastic_layers, variance=True)
-    if predictive == "mean" or record["recipe"]["method"] != "scalabl":
+    if predictive == "mean" or record["recipe"]["method"] not in OVER_S:
         raise UserError(
             "--stochastic-layers is for the mc and linearized predictives of ScalaBL runs; leave it out here."
         )

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from scalabl.runs.directory import finished_record
 from scalabl.runs.loading import load_adapted
-from scalabl.runs.registry import SAMPLED
+from scalabl.runs.registry import OVER_S, SAMPLED
 from scalabl.scoring.text import Text
 
 
@@ -34,7 +34,7 @@ class LanguageRun:
     @property
     def is_bayesian(self) -> bool:
         """Whether the adapter has a posterior over s."""
-        return bool(self.record["recipe"]["method"] == "scalabl")
+        return self.record["recipe"]["method"] in OVER_S
 
     @property
     def is_sampled(self) -> bool:

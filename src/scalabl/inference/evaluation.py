@@ -24,7 +24,8 @@ from scalabl.predictive.base import Predictive
 from scalabl.predictive.over_ranks import predict
 from scalabl.predictive.sampling import PLAIN, Sampling
 from scalabl.runs.loading import load_run
-from scalabl.runs.method import Run, load_method
+from scalabl.runs.method import Run
+from scalabl.runs.registry import METHODS
 from scalabl.scoring.trunk_store import with_stored_trunk
 from scalabl.tuner.diagnostics import summarize, warnings_of, weights_of
 from scalabl.tuner.layers import prior_of
@@ -186,10 +187,7 @@ def choose(
 
 def describe_method(run: Run, predictive: Predictive) -> str:
     """As in a table: "plain LoRA", "MAP", "ScalaBL, mean", "ScalaBL, N = 10"."""
-    method = run.record["recipe"]["method"]
-    if method == "mle":
-        return "plain LoRA"
-    title = load_method(method).TITLE
+    title = METHODS[run.record["recipe"]["method"]].title
     if not run.is_sampled:
         return title
     number = getattr(predictive, "samples", None)

@@ -31,7 +31,8 @@ from scalabl.predictive.base import Predictive
 from scalabl.predictive.over_ranks import predict
 from scalabl.predictive.variance import LayerVariance, layer_variances
 from scalabl.runs.loading import load_run
-from scalabl.runs.method import Run, load_method, load_post_hoc
+from scalabl.runs.method import Run, load_post_hoc
+from scalabl.runs.registry import METHODS
 from scalabl.scoring.base import Encoded
 from scalabl.scoring.prefix import SharedPrefix, shared_prefix
 from scalabl.scoring.trunk_store import with_stored_trunk
@@ -236,10 +237,7 @@ def labels_of(rows: Sequence[Example]) -> Tensor:
 
 def describe_method(run: Run, predictive: Predictive) -> str:
     """As in a table: "plain LoRA", "MAP", "ScalaBL, mean", "ScalaBL, N = 10"."""
-    method = run.record["recipe"]["method"]
-    if method == "mle":
-        return "plain LoRA"
-    title = load_method(method).TITLE
+    title = METHODS[run.record["recipe"]["method"]].title
     if not run.is_sampled:
         return title
     number = getattr(predictive, "samples", None)

@@ -1,1 +1,1 @@
-"""What is compared: each method and each rival, one file each."""
+"""What is compared: the methods behind one interface (`scalabl.runs.method`), found by name."""

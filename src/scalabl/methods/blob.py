@@ -11,16 +11,18 @@ of m = 100 N^(pi/gamma) / batch steps, and by the trainer's learning-rate schedu
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from scalabl.methods.mle import shared_options
+from scalabl.methods.plain import lora_options
 from scalabl.posterior.prior import Prior
 from scalabl.predictive.base import MeanPredictive, Predictive
-from scalabl.predictive.lora_particles import blob_draws
+from scalabl.predictive.lora_particles import blob_draws, empty_noise
+from scalabl.runs.method import Run, TrainedMethod
 from scalabl.runs.recipe import Recipe
 from scalabl.training.log_values import LogContributor
 from scalabl.training.parameter_group import innermost
@@ -30,34 +32,30 @@ from scalabl.training.schedule import Schedule, kl_weight
 from scalabl.tuner.blob import BLoBConfig, BLoBProjection, blob_layers
 from scalabl.tuner.layers import prior_of
 
-if TYPE_CHECKING:
-    from scalabl.runs.method import Run
-
-
-TITLE = "BLoB"
 GAMMA = 8.0
 
 
-def adapter_config(recipe: Recipe, model: PreTrainedModel) -> PeftConfig:
-    """The adapter that the recipe asks for."""
-    return BLoBConfig(**shared_options(recipe, model), prior_std=recipe.prior_std, init_eps=recipe.init_sigma)
+class BLoB(TrainedMethod):
+    """A Gaussian on A, the KL's own step, and the average over N draws of A, with neither flipout nor fresh noise."""
 
+    def adapter_config(self, recipe: Recipe, model: PreTrainedModel) -> PeftConfig:
+        return BLoBConfig(**lora_options(recipe, model), prior_std=recipe.prior_std, init_eps=recipe.init_sigma)
 
-def callbacks(recipe: Recipe, num_examples: int) -> list[TrainerCallback]:
-    """The KL's own step."""
-    return [
-        KLStepCallback(
-            cycle_steps(num_examples, recipe.batch_size * recipe.gradient_accumulation),
-            learning_rate=recipe.variational_learning_rate,
-            beta=recipe.beta,
-            schedule=recipe.schedule,  # type: ignore[arg-type]
-        )
-    ]
+    def callbacks(self, recipe: Recipe, num_examples: int) -> list[TrainerCallback]:
+        return [
+            KLStepCallback(
+                cycle_steps(num_examples, recipe.batch_size * recipe.gradient_accumulation),
+                learning_rate=recipe.variational_learning_rate,
+                beta=recipe.beta,
+                schedule=recipe.schedule,  # type: ignore[arg-type]
+            )
+        ]
 
+    def predictive(self, run: Run, *, samples: int = 10, seed: int = 0) -> Predictive:
+        return blob_draws(run.model, samples=samples, seed=seed) if samples else MeanPredictive()
 
-def predictive(run: Run, *, samples: int = 10, seed: int = 0) -> Predictive:
-    """The average over N draws of A, with neither flipout nor fresh noise; N = 0 is the posterior mean."""
-    return blob_draws(run.model, samples=samples, seed=seed) if samples else MeanPredictive()
+    def empty_particles(self, model: PeftModel, samples: int) -> AbstractContextManager[None]:
+        return empty_noise(model, samples, [f"{name}.lora_A" for name in blob_layers(model)])
 
 
 def cycle_steps(num_examples: int, batch_size: int, gamma: float = GAMMA) -> int:

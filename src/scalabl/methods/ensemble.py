@@ -1,8 +1,6 @@
-"""Deep ensemble: p(y | x) = 1/M sum_m p(y | x, theta_m), the members as adapters of one base model.
+"""Deep ensemble (Lakshminarayanan et al. 2017, 1612.01474): independently trained LoRAs, averaged.
 
-Deep ensemble (Lakshminarayanan et al. 2017, 1612.01474): independently trained LoRAs, averaged.
-
-    p(y | x) = 1/M sum_m p(y | x, theta_m)
+    p(y | x) = 1/M sum_m p(y | x, theta_m),   the members as adapters of one base model
 
 Nothing is trained here: the members are finished runs of other seeds, and this run is the first of them.
 """
@@ -12,22 +10,20 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from scalabl.core.errors import UserError
 from scalabl.data.example import Example
-from scalabl.methods.saved import directory_of, load_facts, save
+from scalabl.methods.saved import SavedMethod
 from scalabl.predictive.base import Predictive
 from scalabl.runs.directory import finished_record
+from scalabl.runs.method import Run
 from scalabl.scoring.base import Batch
 from scalabl.scoring.scorer import Scorer
 from scalabl.tuner.layers import active_adapters
-
-if TYPE_CHECKING:
-    from scalabl.runs.method import Run
 
 
 class EnsemblePredictive:
@@ -60,56 +56,60 @@ class EnsemblePredictive:
         return torch.stack(members)
 
 
-TITLE = "Deep ensemble"
+class Ensemble(SavedMethod):
+    """Finished runs of other seeds as members; one pass a member."""
 
+    def fit(
+        self,
+        run: Run,
+        train_rows: Sequence[Example],
+        validation_rows: Sequence[Example],
+        *,
+        members: Sequence[Path] = (),
+        batch_size: int = 8,
+        seed: int = 0,
+    ) -> dict[str, Any]:
+        """Note down the other members; no row is read.
 
-def fit(
-    run: Run,
-    train_rows: Sequence[Example],
-    validation_rows: Sequence[Example],
-    *,
-    members: Sequence[Path] = (),
-    batch_size: int = 8,
-    seed: int = 0,
-) -> dict[str, Any]:
-    """Note down the other members; no row is read.
+        Raises:
+            UserError: there is no other member, one of them is not finished, or differs in more than its seed.
+        """
+        self.directory_of(run)
+        assert run.directory is not None
+        listed = []
+        for member in members:
+            record = finished_record(member)
+            _require_alike(run.record, record, member)
+            path = os.path.relpath(member.resolve(), run.directory.resolve())
+            listed.append({"path": path, "seed": record["recipe"]["seed"], "adapter_sha256": record["adapter_sha256"]})
+        digests = {run.record["adapter_sha256"], *(m["adapter_sha256"] for m in listed)}
+        if len(digests) < 2 or len(digests) <= len(listed):
+            raise UserError("An ensemble needs members that differ; give the directories of runs of other seeds.")
+        return self.save(run, {"members": listed})
 
-    Raises:
-        UserError: there is no other member, one of them is not finished, or differs in more than its seed.
-    """
-    directory_of(run, "ensemble")
-    assert run.directory is not None
-    listed = []
-    for member in members:
-        record = finished_record(member)
-        _require_alike(run.record, record, member)
-        path = os.path.relpath(member.resolve(), run.directory.resolve())
-        listed.append({"path": path, "seed": record["recipe"]["seed"], "adapter_sha256": record["adapter_sha256"]})
-    digests = {run.record["adapter_sha256"], *(m["adapter_sha256"] for m in listed)}
-    if len(digests) < 2 or len(digests) <= len(listed):
-        raise UserError("An ensemble needs members that differ; give the directories of runs of other seeds.")
-    return save(run, "ensemble", {"members": listed})
+    def predictive(self, run: Run, *, samples: int = 10, seed: int = 0) -> Predictive:
+        """One pass a member.
 
+        Raises:
+            UserError: a member is gone or was trained anew since.
+        """
+        facts = self.facts(run)
+        assert run.directory is not None
+        model: Any = run.scorer.model
+        adapters = [active_adapters(model)[0]]
+        for number, member in enumerate(facts["members"], start=1):
+            directory, name = run.directory / member["path"], f"member{number}"
+            if finished_record(directory)["adapter_sha256"] != member["adapter_sha256"]:
+                raise UserError(f"The member {directory} was trained anew since; fit ensemble again.")
+            if name not in model.peft_config:
+                model.load_adapter(str(directory), adapter_name=name)
+            adapters.append(name)
+        model.eval()
+        return EnsemblePredictive(adapters)
 
-def predictive(run: Run, *, samples: int = 10, seed: int = 0) -> Predictive:
-    """One pass a member.
-
-    Raises:
-        UserError: a member is gone or was trained anew since.
-    """
-    facts = load_facts(run, "ensemble")
-    assert run.directory is not None
-    model: Any = run.scorer.model
-    adapters = [active_adapters(model)[0]]
-    for number, member in enumerate(facts["members"], start=1):
-        directory, name = run.directory / member["path"], f"member{number}"
-        if finished_record(directory)["adapter_sha256"] != member["adapter_sha256"]:
-            raise UserError(f"The member {directory} was trained anew since; fit ensemble again.")
-        if name not in model.peft_config:
-            model.load_adapter(str(directory), adapter_name=name)
-        adapters.append(name)
-    model.eval()
-    return EnsemblePredictive(adapters)
+    def extra_numbers(self, run: Run, facts: dict[str, Any], saved: int) -> int:
+        lora: int = run.record["parameters"]["lora"]
+        return lora * len(facts["members"])
 
 
 def _require_alike(own: dict[str, Any], other: dict[str, Any], member: Path) -> None:

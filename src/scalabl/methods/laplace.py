@@ -1,13 +1,10 @@
-"""Laplace's linearised predictive: class logits are Gaussian, N(f(x), J (H + precision I)^-1 J^T).
+"""Laplace-LoRA (Yang et al. 2024, 2308.13111): a Gaussian around the trained A and B, from the curvature there.
 
-One forward pass and C backward passes a row give the logits' mean and covariance; the softmax's average is taken over
-fixed draws of the logits, or by the probit approximation.
+    q(theta) = N(theta_MAP, (H + precision I)^-1),   H the Kronecker-factored Gauss-Newton matrix of the training rows
+    f(x) ~ N(f_MAP(x), J (H + precision I)^-1 J^T),   p(y | x) = E[softmax f(x)]
 
-Laplace-LoRA (Yang et al. 2024, 2308.13111): a Gaussian around the trained A and B, from the curvature there.
-
-q(theta) = N(theta_MAP, (H + precision I)^-1),   H the Kronecker-factored Gauss-Newton matrix of the training rows
-precision: maximises the marginal likelihood, 100 steps of Adam at 0.1
-f(x) ~ N(f_MAP(x), J (H + precision I)^-1 J^T),   p(y | x) = E[softmax f(x)]
+The precision maximises the marginal likelihood. One forward pass and C backward passes a row give the logits' mean and
+covariance; the softmax's average is taken over fixed draws of the logits, or by the probit approximation.
 """
 
 from __future__ import annotations
@@ -15,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -23,17 +20,15 @@ from torch import Tensor
 from scalabl.core.errors import UserError
 from scalabl.core.progress import progress_bar
 from scalabl.data.example import Example
-from scalabl.methods.saved import encoded_training_rows, load_facts, load_tensors, save
+from scalabl.methods.saved import SavedMethod
 from scalabl.posterior.draws import standard_normal
 from scalabl.posterior.evidence import best_precision, log_evidence
 from scalabl.predictive.base import Predictive
-from scalabl.predictive.kronecker import Block, gauss_newton, jacobians, matrices, recorded
+from scalabl.predictive.kronecker import Block, gauss_newton, jacobians, recorded
+from scalabl.predictive.lora_particles import lora_matrices
+from scalabl.runs.method import Run
 from scalabl.scoring.base import Batch
 from scalabl.scoring.scorer import Scorer
-
-if TYPE_CHECKING:
-    from scalabl.runs.method import Run
-
 
 # the most choices that a row can have: a particle's noise does not depend on what stands beside the row
 _CLASSES = 26
@@ -97,57 +92,62 @@ class LinearizedLaplacePredictive:
         return class_logits.detach().float(), torch.stack(parts).sum(dim=0)
 
 
-TITLE = "Laplace-LoRA"
 # factors of up to so many dimensions are exact; larger ones are kept at this rank
 RANK = 2048
 # draws of the logits cost no forward pass (the paper takes 100,000)
 DRAWS = 1000
 
 
-def fit(
-    run: Run,
-    train_rows: Sequence[Example],
-    validation_rows: Sequence[Example],
-    *,
-    members: Sequence[Path] = (),
-    batch_size: int = 8,
-    seed: int = 0,
-    rank: int = RANK,
-) -> dict[str, Any]:
-    """The curvature over the training rows, and the prior precision of the highest evidence.
+class LaplaceLoRA(SavedMethod):
+    """Fitted by one pass over the training rows and a search; predicts with draws of the logits."""
 
-    Raises:
-        UserError: no training rows, or the run is no plain LoRA.
-    """
-    encoded = encoded_training_rows(run, "laplace", train_rows, batch_size=batch_size)
-    with progress_bar() as progress:
-        bar = progress.add_task("curvature", total=len(encoded), detail="")
-        curvature = gauss_newton(
-            run.scorer, encoded, rank=rank, batch_size=batch_size, advance=lambda n: progress.advance(bar, n)
+    def fit(
+        self,
+        run: Run,
+        train_rows: Sequence[Example],
+        validation_rows: Sequence[Example],
+        *,
+        members: Sequence[Path] = (),
+        batch_size: int = 8,
+        seed: int = 0,
+        rank: int = RANK,
+    ) -> dict[str, Any]:
+        """The curvature over the training rows, and the prior precision of the highest evidence.
+
+        Raises:
+            UserError: no training rows, or the run is no plain LoRA.
+        """
+        encoded = self.encoded(run, train_rows, batch_size=batch_size)
+        with progress_bar() as progress:
+            bar = progress.add_task("curvature", total=len(encoded), detail="")
+            curvature = gauss_newton(
+                run.scorer, encoded, rank=rank, batch_size=batch_size, advance=lambda n: progress.advance(bar, n)
+            )
+        weights = [matrix.weight.detach().double() for matrix in lora_matrices(run.scorer.model).values()]
+        squared_norm = sum(weight.square().sum().item() for weight in weights)
+        eigenvalues = [block.eigenvalues.double() for block in curvature.blocks.values()]
+        precision = best_precision(squared_norm, eigenvalues)
+        evidence = log_evidence(
+            curvature.log_likelihood, squared_norm, eigenvalues, eigenvalues[0].new_tensor(precision)
         )
-    squared_norm = sum(m.weight.detach().double().square().sum().item() for m in matrices(run.scorer.model).values())
-    eigenvalues = [block.eigenvalues.double() for block in curvature.blocks.values()]
-    precision = best_precision(squared_norm, eigenvalues)
-    evidence = log_evidence(curvature.log_likelihood, squared_norm, eigenvalues, eigenvalues[0].new_tensor(precision))
-    facts = {
-        "prior_precision": precision,
-        "log_evidence": evidence.item(),
-        "log_likelihood": curvature.log_likelihood,
-        "squared_norm": squared_norm,
-        "rows": len(train_rows),
-        "rank": rank,
-    }
-    tensors = {f"{name}|{k}": v for name, block in curvature.blocks.items() for k, v in vars(block).items()}
-    return save(run, "laplace", facts, tensors)
+        facts = {
+            "prior_precision": precision,
+            "log_evidence": evidence.item(),
+            "log_likelihood": curvature.log_likelihood,
+            "squared_norm": squared_norm,
+            "rows": len(train_rows),
+            "rank": rank,
+        }
+        tensors = {f"{name}|{k}": v for name, block in curvature.blocks.items() for k, v in vars(block).items()}
+        return self.save(run, facts, tensors)
 
-
-def predictive(
-    run: Run, *, samples: int = 10, seed: int = 0, link: Literal["sample", "probit"] = "sample"
-) -> Predictive:
-    """The linearised predictive, over at least 1,000 draws of the logits."""
-    facts, tensors = load_facts(run, "laplace"), load_tensors(run, "laplace")
-    names = dict.fromkeys(key.rsplit("|", 1)[0] for key in tensors)
-    blocks = {name: Block(**{k: tensors[f"{name}|{k}"] for k in Block.__dataclass_fields__}) for name in names}
-    return LinearizedLaplacePredictive(
-        blocks, facts["prior_precision"], samples=max(samples, DRAWS), seed=seed, link=link
-    )
+    def predictive(
+        self, run: Run, *, samples: int = 10, seed: int = 0, link: Literal["sample", "probit"] = "sample"
+    ) -> Predictive:
+        """The linearised predictive, over at least 1,000 draws of the logits."""
+        facts, tensors = self.facts(run), self.tensors(run)
+        names = dict.fromkeys(key.rsplit("|", 1)[0] for key in tensors)
+        blocks = {name: Block(**{k: tensors[f"{name}|{k}"] for k in Block.__dataclass_fields__}) for name in names}
+        return LinearizedLaplacePredictive(
+            blocks, facts["prior_precision"], samples=max(samples, DRAWS), seed=seed, link=link
+        )

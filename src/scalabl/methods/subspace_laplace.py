@@ -10,67 +10,69 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
 from scalabl.data.example import Example
-from scalabl.methods.saved import encoded_training_rows, load_facts, load_tensors, save
+from scalabl.methods.saved import SavedMethod
 from scalabl.posterior.joint import JointGaussian, Kept, Structure
 from scalabl.predictive.base import Predictive
 from scalabl.predictive.linearized import LinearizedPredictive
 from scalabl.predictive.monte_carlo import MonteCarloPredictive
+from scalabl.runs.method import Run
 from scalabl.scoring.base import Batch
 from scalabl.scoring.scorer import Scorer
 from scalabl.training.posthoc.laplace import fit_laplace
 from scalabl.training.posthoc.svd import Factors, StochasticLeaves, factors_of
 
-if TYPE_CHECKING:
-    from scalabl.runs.method import Run
 
+class SubspaceLaplace(SavedMethod):
+    """One pass over the training rows, and the prior precision of the highest evidence."""
 
-TITLE = "ScalaBL, post-hoc"
+    def fit(
+        self,
+        run: Run,
+        train_rows: Sequence[Example],
+        validation_rows: Sequence[Example],
+        *,
+        members: Sequence[Path] = (),
+        batch_size: int = 8,
+        seed: int = 0,
+    ) -> dict[str, Any]:
+        """The curvature, and the prior precision of the highest evidence.
 
+        Raises:
+            UserError: no training rows, or the run is no plain LoRA.
+        """
+        encoded = self.encoded(run, train_rows, batch_size=batch_size)
+        leaves = StochasticLeaves(factors_of(run.scorer.model))
+        with leaves.in_place(run.scorer.model):
+            joint, facts = fit_laplace(run.scorer, encoded, batch_size=batch_size)
+        facts |= {"ranks": dict(joint.ranks), "variational_numbers": joint.size * (joint.size + 3) // 2}
+        # the factors too: singular vectors of like values may turn out otherwise on another machine
+        tensors = {f"{name}|{part}": tensor for name, f in leaves.factors.items() for part, tensor in vars(f).items()}
+        return self.save(run, facts, {**tensors, "factor": joint.factor})
 
-def fit(
-    run: Run,
-    train_rows: Sequence[Example],
-    validation_rows: Sequence[Example],
-    *,
-    members: Sequence[Path] = (),
-    batch_size: int = 8,
-    seed: int = 0,
-) -> dict[str, Any]:
-    """One pass over the training rows, and the prior precision of the highest evidence.
+    def predictive(
+        self,
+        run: Run,
+        *,
+        samples: int = 10,
+        seed: int = 0,
+        kind: Literal["linearized", "mc"] = "linearized",
+        structure: Structure = "joint",
+        kept: Kept = "marginal",
+    ) -> Predictive:
+        """The linearised predictive; or an average over N draws of s, and without some of the correlations."""
+        facts, tensors = self.facts(run), self.tensors(run)
+        joint = JointGaussian(tensors["factor"], facts["ranks"]).restricted(structure, kept)
+        factors = {name: Factors(tensors[f"{name}|rows"], tensors[f"{name}|up"]) for name in facts["ranks"]}
+        inner = LinearizedPredictive(seed=seed) if kind == "linearized" else MonteCarloPredictive(samples, seed=seed)
+        return _InPlace(StochasticLeaves(factors, joint), inner)
 
-    Raises:
-        UserError: no training rows, or the run is no plain LoRA.
-    """
-    encoded = encoded_training_rows(run, "subspace_laplace", train_rows, batch_size=batch_size)
-    leaves = StochasticLeaves(factors_of(run.scorer.model))
-    with leaves.in_place(run.scorer.model):
-        joint, facts = fit_laplace(run.scorer, encoded, batch_size=batch_size)
-    facts |= {"ranks": dict(joint.ranks), "variational_numbers": joint.size * (joint.size + 3) // 2}
-    # the factors too: singular vectors of like values may turn out otherwise on another machine
-    tensors = {f"{name}|{part}": tensor for name, f in leaves.factors.items() for part, tensor in vars(f).items()}
-    return save(run, "subspace_laplace", facts, {**tensors, "factor": joint.factor})
-
-
-def predictive(
-    run: Run,
-    *,
-    samples: int = 10,
-    seed: int = 0,
-    kind: Literal["linearized", "mc"] = "linearized",
-    structure: Structure = "joint",
-    kept: Kept = "marginal",
-) -> Predictive:
-    """The linearised predictive; or an average over N draws of s, and without some of the correlations."""
-    facts, tensors = load_facts(run, "subspace_laplace"), load_tensors(run, "subspace_laplace")
-    joint = JointGaussian(tensors["factor"], facts["ranks"]).restricted(structure, kept)
-    factors = {name: Factors(tensors[f"{name}|rows"], tensors[f"{name}|up"]) for name in facts["ranks"]}
-    inner = LinearizedPredictive(seed=seed) if kind == "linearized" else MonteCarloPredictive(samples, seed=seed)
-    return _InPlace(StochasticLeaves(factors, joint), inner)
+    def extra_numbers(self, run: Run, facts: dict[str, Any], saved: int) -> int:
+        return int(facts["variational_numbers"])  # A and B are the run's own, in other factors
 
 
 class _InPlace:

@@ -1,6 +1,4 @@
-"""Any predictive with a temperature on its particles' class logits.
-
-Temperature scaling (Guo et al. 2017, 1706.04599): one scalar on the class logits, fitted on held-out rows.
+"""Temperature scaling (Guo et al. 2017, 1706.04599): one scalar on the class logits, fitted on held-out rows.
 
     p_T(y | x) = softmax(log p(y | x) / T),   T minimises the NLL of validation rows
 
@@ -11,22 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from scalabl.core.errors import UserError
 from scalabl.data.example import Example
-from scalabl.methods.saved import load_facts, save
-from scalabl.metrics.temperature import fit_temperature
-from scalabl.predictive.base import Predictive
+from scalabl.methods.saved import SavedMethod
+from scalabl.metrics.temperature import apply_temperature, fit_temperature
+from scalabl.predictive.base import Predictive, predict
+from scalabl.runs.method import Run
 from scalabl.scoring.base import Batch
 from scalabl.scoring.scorer import Scorer
-
-if TYPE_CHECKING:
-    from scalabl.predictive.base import Predictive
-    from scalabl.runs.method import Run
+from scalabl.scoring.trunk_store import with_stored_trunk
 
 
 class TemperedPredictive:
@@ -44,43 +40,37 @@ class TemperedPredictive:
         self.shares_prefix = getattr(inner, "shares_prefix", False)
 
     def __call__(self, scorer: Scorer, batch: Batch) -> Tensor:
-        log_probs = self.inner(scorer, batch)
-        scaled = (log_probs / self.temperature).log_softmax(dim=-1)
-        # a particle that a row has not drawn stays so
-        return scaled.masked_fill(log_probs == -torch.inf, -torch.inf)
+        return apply_temperature(self.inner(scorer, batch), self.temperature)
 
 
-TITLE = "Temperature"
+class Temperature(SavedMethod):
+    """The temperature of the run's own predictive, on its particles."""
 
+    def fit(
+        self,
+        run: Run,
+        train_rows: Sequence[Example],
+        validation_rows: Sequence[Example],
+        *,
+        members: Sequence[Path] = (),
+        batch_size: int = 8,
+        seed: int = 0,
+        samples: int = 10,
+    ) -> dict[str, Any]:
+        """The temperature of the run's own predictive on validation rows.
 
-def fit(
-    run: Run,
-    train_rows: Sequence[Example],
-    validation_rows: Sequence[Example],
-    *,
-    members: Sequence[Path] = (),
-    batch_size: int = 8,
-    seed: int = 0,
-    samples: int = 10,
-) -> dict[str, Any]:
-    """The temperature of the run's own predictive on validation rows.
+        Raises:
+            UserError: there are no validation rows.
+        """
+        if not validation_rows:
+            raise UserError("A temperature needs validation rows, but there are none; give a validation split.")
+        inner = run.predictive(samples=samples, seed=seed)
+        encoded = with_stored_trunk(run.scorer, run.encode(list(validation_rows)), batch_size=batch_size)
+        log_probs = predict(run.scorer, encoded, inner, batch_size=batch_size)
+        temperature = fit_temperature(log_probs, torch.tensor([row.answer for row in validation_rows]))
+        return self.save(run, {"temperature": temperature, "rows": len(validation_rows), "samples": samples})
 
-    Raises:
-        UserError: there are no validation rows.
-    """
-    from scalabl.predictive.base import predict
-    from scalabl.scoring.trunk_store import with_stored_trunk
-
-    if not validation_rows:
-        raise UserError("A temperature needs validation rows, but there are none; give a validation split.")
-    inner = run.predictive(samples=samples, seed=seed)
-    encoded = with_stored_trunk(run.scorer, run.encode(list(validation_rows)), batch_size=batch_size)
-    log_probs = predict(run.scorer, encoded, inner, batch_size=batch_size)
-    temperature = fit_temperature(log_probs, torch.tensor([row.answer for row in validation_rows]))
-    return save(run, "temperature", {"temperature": temperature, "rows": len(validation_rows), "samples": samples})
-
-
-def predictive(run: Run, *, samples: int = 10, seed: int = 0) -> Predictive:
-    """The run's own predictive with the temperature on its particles."""
-    temperature = load_facts(run, "temperature")["temperature"]
-    return TemperedPredictive(run.predictive(samples=samples, seed=seed), temperature)
+    def predictive(self, run: Run, *, samples: int = 10, seed: int = 0) -> Predictive:
+        """The run's own predictive with the temperature on its particles."""
+        temperature = self.facts(run)["temperature"]
+        return TemperedPredictive(run.predictive(samples=samples, seed=seed), temperature)

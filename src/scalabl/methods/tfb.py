@@ -12,22 +12,18 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from scalabl.data.example import Example
-from scalabl.methods.saved import encoded_training_rows, load_facts, load_tensors, save
+from scalabl.methods.saved import SavedMethod
 from scalabl.metrics.temperature import negative_log_likelihood
 from scalabl.predictive.base import MeanPredictive, Predictive, predict
 from scalabl.predictive.lora_particles import WeightNoisePredictive, lora_parts
+from scalabl.runs.method import Run
 
-if TYPE_CHECKING:
-    from scalabl.runs.method import Run
-
-
-TITLE = "TFB"
 LOW, HIGH, STEPS, TOLERANCE = 0.001, 0.2, 5, 0.003
 # the search costs 6 N passes over the anchor rows
 ANCHOR_ROWS, SEARCH_SAMPLES = 200, 10
@@ -35,54 +31,59 @@ ANCHOR_ROWS, SEARCH_SAMPLES = 200, 10
 _NEGLIGIBLE = 1e-6
 
 
-def fit(
-    run: Run,
-    train_rows: Sequence[Example],
-    validation_rows: Sequence[Example],
-    *,
-    members: Sequence[Path] = (),
-    batch_size: int = 8,
-    seed: int = 0,
-    anchor_rows: int = ANCHOR_ROWS,
-) -> dict[str, Any]:
-    """The largest noise that the anchor rows, training rows drawn without the seed, let pass.
+class TFB(SavedMethod):
+    """The largest noise that the anchor rows let pass; the average over N draws of it, or the adapter for N = 0."""
 
-    Raises:
-        UserError: no training rows, or the run is no plain LoRA.
-    """
-    anchor = list(train_rows)
-    if anchor_rows < len(anchor):
-        anchor = random.Random(0).sample(anchor, anchor_rows)
-    encoded = encoded_training_rows(run, "tfb", anchor, batch_size=batch_size)
-    labels = torch.tensor([row.answer for row in anchor])
-    mixers = noise_mixers({name: parts.b for name, parts in lora_parts(run.scorer.model).items()})
+    def fit(
+        self,
+        run: Run,
+        train_rows: Sequence[Example],
+        validation_rows: Sequence[Example],
+        *,
+        members: Sequence[Path] = (),
+        batch_size: int = 8,
+        seed: int = 0,
+        anchor_rows: int = ANCHOR_ROWS,
+    ) -> dict[str, Any]:
+        """The largest noise that the anchor rows, training rows drawn without the seed, let pass.
 
-    def nll(strategy: Predictive) -> float:
-        return negative_log_likelihood(predict(run.scorer, encoded, strategy, batch_size=batch_size), labels).item()
+        Raises:
+            UserError: no training rows, or the run is no plain LoRA.
+        """
+        anchor = list(train_rows)
+        if anchor_rows < len(anchor):
+            anchor = random.Random(0).sample(anchor, anchor_rows)
+        encoded = self.encoded(run, anchor, batch_size=batch_size)
+        labels = torch.tensor([row.answer for row in anchor])
+        mixers = noise_mixers({name: parts.b for name, parts in lora_parts(run.scorer.model).items()})
 
-    without = nll(MeanPredictive())
-    tried: dict[float, float] = {}
+        def nll(strategy: Predictive) -> float:
+            return negative_log_likelihood(predict(run.scorer, encoded, strategy, batch_size=batch_size), labels).item()
 
-    def passes(sigma: float) -> bool:
-        tried[sigma] = nll(_noisy(mixers, sigma, samples=SEARCH_SAMPLES, seed=seed))
-        return abs(tried[sigma] - without) <= TOLERANCE * without
+        without = nll(MeanPredictive())
+        tried: dict[float, float] = {}
 
-    sigma = largest_passing(passes, LOW, HIGH, STEPS)
-    facts = {
-        "sigma": sigma,
-        "within_tolerance": abs(tried[sigma] - without) <= TOLERANCE * without,
-        "nll_without": without,
-        "nll_tried": [{"sigma": s, "nll": value} for s, value in tried.items()],
-        "tolerance": TOLERANCE,
-        "rows": len(anchor),
-    }
-    return save(run, "tfb", facts, mixers)
+        def passes(sigma: float) -> bool:
+            tried[sigma] = nll(_noisy(mixers, sigma, samples=SEARCH_SAMPLES, seed=seed))
+            return abs(tried[sigma] - without) <= TOLERANCE * without
 
+        sigma = largest_passing(passes, LOW, HIGH, STEPS)
+        facts = {
+            "sigma": sigma,
+            "within_tolerance": abs(tried[sigma] - without) <= TOLERANCE * without,
+            "nll_without": without,
+            "nll_tried": [{"sigma": s, "nll": value} for s, value in tried.items()],
+            "tolerance": TOLERANCE,
+            "rows": len(anchor),
+        }
+        return self.save(run, facts, mixers)
 
-def predictive(run: Run, *, samples: int = 10, seed: int = 0) -> Predictive:
-    """The average over N draws of the noise; N = 0 is the adapter itself."""
-    facts, mixers = load_facts(run, "tfb"), load_tensors(run, "tfb")
-    return _noisy(mixers, facts["sigma"], samples=samples, seed=seed) if samples else MeanPredictive()
+    def predictive(self, run: Run, *, samples: int = 10, seed: int = 0) -> Predictive:
+        facts, mixers = self.facts(run), self.tensors(run)
+        return _noisy(mixers, facts["sigma"], samples=samples, seed=seed) if samples else MeanPredictive()
+
+    def extra_numbers(self, run: Run, facts: dict[str, Any], saved: int) -> int:
+        return 1  # one scale of noise: what lies beside it follows from B
 
 
 def noise_mixers(ups: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -115,7 +116,7 @@ def largest_passing(passes: Callable[[float], bool], low: float, high: float, st
 
 
 def _noisy(mixers: Mapping[str, Tensor], sigma: float, *, samples: int, seed: int) -> WeightNoisePredictive:
-    def spread_of(mixer: Tensor) -> Callable[[Tensor], Tensor]:
-        return lambda normal: sigma * (mixer.to(normal) @ normal)
+    def spread(name: str, normal: Tensor) -> Tensor:
+        return sigma * (mixers[name.removesuffix(".lora_A")].to(normal) @ normal)
 
-    return WeightNoisePredictive({name: spread_of(m) for name, m in mixers.items()}, samples=samples, seed=seed)
+    return WeightNoisePredictive([f"{name}.lora_A" for name in mixers], spread, samples=samples, seed=seed)

@@ -15,11 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from scalabl.core.errors import UserError, one_line
 from scalabl.planning.meta_device import DeviceKernels, quantize
-from scalabl.runs.method import load_method
+from scalabl.runs.method import TrainedMethod, load_method
 from scalabl.runs.models import DTYPES, UNREADABLE, model_path, why_unreadable
 from scalabl.runs.recipe import Recipe
-
-_VARIATIONAL = (".posterior.", "_sampler.")  # parts of names, as in a run's record
 
 
 @dataclass(frozen=True)
@@ -89,10 +87,11 @@ def build(recipe: Recipe, config: PretrainedConfig, device: str) -> tuple[PeftMo
         number = sum(parameter.numel() for parameter in base.parameters())
         if recipe.bits is not None:
             quantize(base, recipe.bits, recipe.quantization, device)
-        model: Any = get_peft_model(base, load_method(recipe.method).adapter_config(recipe, base))
+        method = load_method(recipe.method)
+        model: Any = get_peft_model(base, method.adapter_config(recipe, base))
     if recipe.gradient_checkpointing:
         use_checkpointing(model, recipe, device)
-    return model, _count(model, number)
+    return model, _count(model, method, number)
 
 
 def use_checkpointing(model: PeftModel, recipe: Recipe, device: str) -> None:
@@ -126,14 +125,13 @@ def storage_bytes(tensors: Iterable[Tensor]) -> int:
     return sum(storages.values())
 
 
-def _count(model: PeftModel, base: int) -> Counts:
+def _count(model: PeftModel, method: TrainedMethod, base: int) -> Counts:
     named = dict(model.named_parameters())
-    adapter = {name: p for name, p in named.items() if "lora_" in name}
-    variational = sum(p.numel() for name, p in adapter.items() if any(part in name for part in _VARIATIONAL))
+    lora, variational = method.count(model)
     held = named | dict(model.named_buffers())
     return Counts(
         base=base,
-        lora=sum(p.numel() for p in adapter.values()) - variational,
+        lora=lora,
         variational=variational,
         weights=storage_bytes(tensor for name, tensor in held.items() if "lora_" not in name),
         adapter=storage_bytes(tensor for name, tensor in held.items() if "lora_" in name),

@@ -14,6 +14,7 @@ from scalabl.planning.memory import optimizer_bytes
 from scalabl.planning.meta_model import Counts, build, compute_dtype, hidden_size, model_dtype, read_config
 from scalabl.planning.rows import MOST, PlannedRows
 from scalabl.planning.step import MetaRun, particles_of
+from scalabl.runs.method import load_method
 from scalabl.runs.recipe import Recipe
 from scalabl.training.refusals import require_known
 from scalabl.tuner.layers import decoder_layers
@@ -76,13 +77,20 @@ class Planner:
     """
 
     def __init__(self, recipe: Recipe, device: str, config: PretrainedConfig | None = None) -> None:
-        if recipe.method == "monteclora":
-            raise CannotPlanError("What monteclora takes depends on the numbers that it draws and cannot be planned.")
+        method = load_method(recipe.method)
+        if not method.plannable:
+            raise CannotPlanError(
+                f"What {recipe.method} takes depends on the numbers that it draws and cannot be planned."
+            )
         self.recipe = recipe
         self.device = device
         config = read_config(recipe.model) if config is None else config
         model, self.counts = build(recipe, config, device)
-        self.optimizer = optimizer_bytes(recipe.optimizer, model.parameters())
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        if method.optimizer_numbers is None:
+            self.optimizer = optimizer_bytes(recipe.optimizer, trained)
+        else:
+            self.optimizer = 4 * method.optimizer_numbers * sum(parameter.numel() for parameter in trained)
         self.dtype = str(compute_dtype(recipe, device)).removeprefix("torch.")
         self._run = MetaRun.of(model, recipe, device)
         self._layers = decoder_layers(model)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -15,16 +15,13 @@ from scalabl.planning.meta_device import DeviceKernels, LiveBytes, Use
 from scalabl.planning.meta_model import autocast_dtype, hidden_size, model_dtype, storage_bytes
 from scalabl.planning.rows import PlannedRows
 from scalabl.predictive.drawn_layers import first_difference
-from scalabl.predictive.lora_particles import input_masks, lora_parts, weight_noise
+from scalabl.runs.method import load_method
 from scalabl.runs.recipe import Recipe
+from scalabl.runs.registry import SAMPLED
 from scalabl.scoring.base import Batch
 from scalabl.scoring.continuation import Continuation
 from scalabl.scoring.trunk import Trunk, token_logits
-from scalabl.tuner.layers import stochastic_layers
 from scalabl.tuner.projection import StochasticProjection
-from scalabl.tuner.state import noise_particles
-
-DRAWN = ("scalabl", "blob", "mc_dropout")  # methods whose particles are rows of a batch
 
 
 @dataclass(frozen=True)
@@ -85,10 +82,10 @@ class MetaRun:
                 hidden = self.trunk.encode(self.model, on_meta, start)
                 on_meta = replace(on_meta, trunk=hidden, start=start)
                 del hidden
-            number, context = _particles(self.model, self.recipe, samples)
-            if number > 1:
-                on_meta, inputs = on_meta.repeat(number), inputs.repeat(number)
-            with context:
+            if particles > 1:
+                on_meta, inputs = on_meta.repeat(particles), inputs.repeat(particles)
+            drawn = load_method(self.recipe.method).empty_particles(self.model, samples) if samples else nullcontext()
+            with drawn:
                 _log_probs(self.model, inputs, on_meta, self.trunk, rows)
         return live.use()
 
@@ -107,7 +104,7 @@ class MetaRun:
 
 def particles_of(method: str, samples: int) -> int:
     """How many rows a question takes while a method predicts with N samples."""
-    return max(1, samples) if method in DRAWN else 1
+    return max(1, samples) if method in SAMPLED else 1
 
 
 def training_loss(model: Any, inputs: Batch, on_meta: Batch, trunk: Trunk | None, rows: PlannedRows) -> Tensor:
@@ -133,25 +130,6 @@ def _class_logits(model: Any, inputs: Batch, on_meta: Batch, trunk: Trunk | None
     scoring = Continuation(None, normalization="token")  # type: ignore[arg-type]  # encodes nothing here
     logits = token_logits(model, on_meta, trunk, scoring.positions(inputs))
     return scoring.class_logits(logits, replace(inputs, input_ids=on_meta.input_ids))
-
-
-def _particles(model: PeftModel, recipe: Recipe, samples: int) -> tuple[int, AbstractContextManager[None]]:
-    """How many rows a question takes, and the context in which these are particles."""
-
-    def empty(*shape: int) -> Tensor:
-        return torch.empty(shape, device="meta")
-
-    if samples < 1:
-        return 1, nullcontext()
-    if recipe.method == "scalabl":
-        layers = stochastic_layers(model)
-        return samples, noise_particles(model, {name: empty(samples, x.out_features) for name, x in layers.items()})
-    if recipe.method == "blob":
-        return samples, weight_noise(model, {name: empty(samples, *p.a.shape) for name, p in lora_parts(model).items()})
-    if recipe.method == "mc_dropout":
-        masks = {name: empty(samples, parts.a.shape[1]) for name, parts in lora_parts(model).items()}
-        return samples, input_masks(model, masks)
-    return 1, nullcontext()
 
 
 def _is(value: Any) -> bool:

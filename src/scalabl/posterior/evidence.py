@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
+from scipy.optimize import brentq
 from torch import Tensor
+
+LOWEST, HIGHEST = 1e-8, 1e4  # of a prior precision
 
 
 def log_evidence(
@@ -27,23 +31,28 @@ def log_evidence(
 
 
 def best_precision(
-    squared_norm: float, eigenvalues: Sequence[Tensor], *, steps: int = 100, learning_rate: float = 0.1
+    squared_norm: float, eigenvalues: Sequence[Tensor], *, low: float = LOWEST, high: float = HIGHEST
 ) -> float:
-    """The prior precision of the highest evidence, by Adam on its logarithm from 1 on [Yang et al.: 100 steps, 0.1].
+    """The prior precision of the highest evidence, within limits: MacKay's equation, solved by Brent's method.
+
+        precision |theta|^2 = sum_i h_i / (h_i + precision)
+
+    The right side, the number of effective parameters, falls in the precision while the left one rises, so that the
+    evidence has one maximum.
 
     Args:
         squared_norm: |theta|^2.
-        eigenvalues: the h_i of H.
-        steps: of Adam.
-        learning_rate: of Adam; the precision moves by a factor of exp(steps * learning_rate) at most.
+        eigenvalues: the h_i of H, at least 0.
+        low: the lowest precision.
+        high: the highest.
     """
-    device = eigenvalues[0].device
-    values = [h.double() for h in eigenvalues]
-    log_precision = torch.zeros((), dtype=torch.float64, device=device, requires_grad=True)
-    optimizer = torch.optim.Adam([log_precision], lr=learning_rate)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        loss = -log_evidence(0.0, squared_norm, values, log_precision.exp())
-        loss.backward()
-        optimizer.step()
-    return log_precision.detach().exp().item()
+    values = torch.cat([h.double().flatten() for h in eigenvalues])
+    values = values[values > 0]
+
+    def excess(log_precision: float) -> float:
+        precision = math.exp(log_precision)
+        return precision * squared_norm - (values / (values + precision)).sum().item()
+
+    if excess(math.log(low)) >= 0:
+        return low
+    return high if excess(math.log(high)) <= 0 else math.exp(brentq(excess, math.log(low), math.log(high)))

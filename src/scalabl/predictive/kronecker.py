@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from scalabl.predictive.lora_particles import lora_parts
+from scalabl.predictive.lora_particles import lora_matrices, removed_after
 from scalabl.scoring.base import Batch, Encoded
 from scalabl.scoring.scorer import Scorer, batches
 
@@ -35,7 +35,7 @@ class Recorded:
 def recorded(model: nn.Module) -> Iterator[dict[str, Recorded]]:
     """Context in which a forward pass leaves its inputs and outputs at every A and B, by "LAYER.lora_A" and so on."""
     found: dict[str, Recorded] = {}
-    modules = matrices(model)
+    modules = lora_matrices(model)
     required = {name: module.weight.requires_grad for name, module in modules.items()}
 
     def hook_of(name: str) -> Any:
@@ -44,24 +44,14 @@ def recorded(model: nn.Module) -> Iterator[dict[str, Recorded]]:
 
         return hook
 
-    handles = [module.register_forward_hook(hook_of(name)) for name, module in modules.items()]
     try:
-        for module in modules.values():
-            module.weight.requires_grad_(True)  # outputs need a graph, though no weight is moved
-        yield found
+        with removed_after([module.register_forward_hook(hook_of(name)) for name, module in modules.items()]):
+            for module in modules.values():
+                module.weight.requires_grad_(True)  # outputs need a graph, though no weight is moved
+            yield found
     finally:
-        for handle in handles:
-            handle.remove()
         for name, module in modules.items():
             module.weight.requires_grad_(required[name])
-
-
-def matrices(model: nn.Module) -> dict[str, Any]:
-    """Every A and B of the active adapter by name, as modules with a `weight`."""
-    found: dict[str, Any] = {}
-    for name, parts in lora_parts(model).items():
-        found |= {f"{name}.lora_A": parts.down, f"{name}.lora_B": parts.up}
-    return found
 
 
 def output_gradients(class_logits: Tensor, coefficients: Tensor, passed: dict[str, Recorded]) -> dict[str, Tensor]:
@@ -207,7 +197,7 @@ def gauss_newton(
         batch_size: rows at a time; the sum does not depend on it.
         advance: called with the number of rows done.
     """
-    modules = matrices(scorer.model)
+    modules = lora_matrices(scorer.model)
     device = scorer.device
     inputs = {name: Factor(module.weight.shape[1], rank, device) for name, module in modules.items()}
     outputs = {name: Factor(module.weight.shape[0], rank, device) for name, module in modules.items()}

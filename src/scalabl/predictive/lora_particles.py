@@ -1,18 +1,17 @@
-"""Particles in a LoRA layer that has no posterior of its own: noise on A, or masks of A's input, a particle a row.
+"""Particles in a LoRA layer without a posterior over s: noise on A and B, or masks of A's input, a particle a row.
+
+    noise:    p(y | x) = 1/N sum_n p(y | x, A + noise_An, B + noise_Bn)
+    dropout:  p(y | x) = 1/N sum_n p(y | x, z_n), N fixed masks of every A's input (Gal and Ghahramani 2016)
 
 Rows i B .. (i + 1) B - 1 of a batch of N B rows carry particle i in every layer, as `scalabl.particles` has it.
-
-MC dropout: p(y | x) = 1/N sum_n p(y | x, z_n), with N fixed masks of every A's input (Gal and Ghahramani 2016).
-
-Monte Carlo over Gaussian noise on A: p(y | x) = 1/N sum_n p(y | x, A + noise_n), the particles as rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -68,13 +67,21 @@ def lora_parts(model: nn.Module) -> dict[str, LoraParts]:
     return found
 
 
+def lora_matrices(model: nn.Module) -> dict[str, Any]:
+    """Every A and B of the active adapter as a module with a `weight`, by "LAYER.lora_A" and "LAYER.lora_B"."""
+    found: dict[str, Any] = {}
+    for name, parts in lora_parts(model).items():
+        found |= {f"{name}.lora_A": parts.down, f"{name}.lora_B": parts.up}
+    return found
+
+
 @contextmanager
 def weight_noise(model: nn.Module, noise: Mapping[str, Tensor]) -> Iterator[None]:
-    """Context in which particle n has A + noise[n] in the place of A.
+    """Context in which particle n has W + noise[n] in the place of the matrix W.
 
     Args:
         model: a PEFT model with a LoRA adapter.
-        noise: (N, r, d_in) by the layer's name.
+        noise: (N, d_out, d_in) by the name of an A or a B, as in `lora_matrices`.
     """
 
     def hook_of(values: Tensor) -> Any:
@@ -86,9 +93,15 @@ def weight_noise(model: nn.Module, noise: Mapping[str, Tensor]) -> Iterator[None
 
         return hook
 
-    parts = lora_parts(model)
-    with removed_after([parts[name].down.register_forward_hook(hook_of(values)) for name, values in noise.items()]):
+    matrices = lora_matrices(model)
+    with removed_after([matrices[name].register_forward_hook(hook_of(values)) for name, values in noise.items()]):
         yield
+
+
+def empty_noise(model: nn.Module, samples: int, names: Sequence[str]) -> AbstractContextManager[None]:
+    """`weight_noise` of these matrices as shapes alone, on the meta device."""
+    shapes = {name: lora_matrices(model)[name].weight.shape for name in names}
+    return weight_noise(model, {name: torch.empty(samples, *shape, device="meta") for name, shape in shapes.items()})
 
 
 @contextmanager
@@ -175,35 +188,50 @@ class DropoutPredictive(MonteCarloPredictive):
 
 
 class WeightNoisePredictive(MonteCarloPredictive):
-    """N fixed draws of noise on every A, the same for every input and every run of the same seed.
+    """N fixed draws of noise on A, B or both, the same for every input and every run of the same seed.
 
     Args:
-        spread: layer name -> a function from standard normal noise (N, r, d_in) to the noise on A, of the same
-            shape. BLoB scales it elementwise, TFB mixes its rows.
+        names: the matrices, as in `lora_matrices`; BLoB and TFB have noise on every A, IVON on every A and B.
+        spread: a matrix's name and standard normal noise (N, d_out, d_in) -> the noise on it, of the same shape. BLoB
+            and IVON scale it elementwise, TFB mixes its rows.
         samples: N, at least 1.
-        seed: of the draws; a draw depends on (seed, particle, layer) alone.
+        seed: of the draws; a draw depends on (seed, particle, matrix) alone.
         chunk: how many particles at once; None fits them to the free memory. The answers do not depend on it.
     """
 
     def __init__(
         self,
-        spread: Mapping[str, Callable[[Tensor], Tensor]],
+        names: Sequence[str],
+        spread: Callable[[str, Tensor], Tensor],
         *,
         samples: int = 10,
         seed: int = 0,
         chunk: int | None = None,
     ) -> None:
         super().__init__(samples, seed=seed, chunk=chunk)
+        self.names = list(names)
         self.spread = spread
         self._noise: dict[str, Tensor] = {}
 
+    @classmethod
+    def of_std(cls, std: Mapping[str, Tensor], *, samples: int = 10, seed: int = 0) -> Self:
+        """Draws from N(W, std^2), elementwise.
+
+        Args:
+            std: standard deviations (d_out, d_in) by the matrix's name.
+            samples: N.
+            seed: of the draws.
+        """
+        return cls(list(std), lambda name, normal: std[name].to(normal) * normal, samples=samples, seed=seed)
+
     def noise(self, model: nn.Module) -> dict[str, Tensor]:
-        """(N, r, d_in) noise on A by layer, drawn once."""
+        """(N, d_out, d_in) noise by the matrix's name, drawn once."""
         if not self._noise:
-            for name, parts in lora_parts(model).items():
-                shape, stream = parts.a.shape, f"{name}.lora_A"
-                normal = standard_normal(range(self.samples), shape.numel(), seed=self.seed, stream=stream)
-                self._noise[name] = self.spread[name](normal.view(self.samples, *shape).to(parts.a.device))
+            matrices = lora_matrices(model)
+            for name in self.names:
+                weight = matrices[name].weight
+                normal = standard_normal(range(self.samples), weight.numel(), seed=self.seed, stream=name)
+                self._noise[name] = self.spread(name, normal.view(self.samples, *weight.shape).to(weight.device))
         return self._noise
 
     def context(self, model: nn.Module, first: int, number: int) -> AbstractContextManager[None]:
@@ -217,9 +245,5 @@ def blob_draws(model: nn.Module, *, samples: int = 10, seed: int = 0) -> WeightN
     Raises:
         UserError: the model has no BLoB layer, or samples is below 1.
     """
-
-    def spread_of(std: Tensor) -> Callable[[Tensor], Tensor]:
-        return lambda normal: std * normal
-
-    spread = {name: spread_of(leaf.posterior.std.detach()) for name, leaf in blob_layers(model).items()}
-    return WeightNoisePredictive(spread, samples=samples, seed=seed)
+    std = {f"{name}.lora_A": leaf.posterior.std.detach() for name, leaf in blob_layers(model).items()}
+    return WeightNoisePredictive.of_std(std, samples=samples, seed=seed)

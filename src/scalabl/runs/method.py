@@ -1,11 +1,7 @@
-"""The one interface of all methods. Each is a module, with its sections in the same order:
+"""The one interface of all methods, and the run that they train, are fitted on and predict with.
 
-    what it is, its paper and equation    the docstring
-    its name and its own settings         TITLE, constants
-    how it is trained or fitted           adapter_config, callbacks (trained), or fit (post-hoc)
-    how it predicts                       predictive
-
-A trained method's numbers lie in its adapter, which PEFT saves and loads. A post-hoc method's lie in
+A method is one object of a class, found by its name in `scalabl.runs.registry`; docs/adding-a-method.md shows how one
+is added. A trained method's numbers lie in its adapter, which PEFT saves and loads; a post-hoc method's lie in
 DIR/posthoc/NAME/ of the run that it was fitted on (`scalabl.methods.saved`).
 """
 
@@ -13,13 +9,15 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from peft import PeftConfig
-from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from peft import PeftConfig, PeftModel
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 
 from scalabl.core.errors import UserError
 from scalabl.data.example import Example
@@ -28,19 +26,28 @@ from scalabl.predictive.base import MeanPredictive, Predictive
 from scalabl.predictive.linearized import LinearizedPredictive
 from scalabl.predictive.monte_carlo import MonteCarloPredictive
 from scalabl.runs.recipe import Recipe
-from scalabl.runs.registry import POST_HOC, SAMPLED, TRAINED
+from scalabl.runs.registry import METHODS, OVER_S, POST_HOC, SAMPLED, TRAINED
 from scalabl.scoring.base import Encoded, Scoring
 from scalabl.scoring.scorer import Scorer
 
 
-class Method(Protocol):
-    """What every method has."""
+class Method:
+    """What every method has.
 
-    TITLE: str  # as in a table
+    Args:
+        name: by which the registry has found it.
+
+    Attributes:
+        traits: what the registry says of it.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.traits = METHODS[name]
 
     def predictive(self, run: Run, *, samples: int = 10, seed: int = 0) -> Predictive:
         """A run of this method (post-hoc: fitted with it) -> the strategy that gives (N, B, C) log class
-        probabilities of a batch of B rows.
+        probabilities of a batch of B rows. Without particles: one pass.
 
         Args:
             run: the loaded run.
@@ -50,13 +57,19 @@ class Method(Protocol):
         Raises:
             UserError: a post-hoc method was not fitted on this run, or the run's adapter has changed since.
         """
+        return MeanPredictive()
 
 
-class TrainedMethod(Method, Protocol):
+class TrainedMethod(Method):
     """A method with a training run of its own.
 
-    A module may also have `trainer_class(base)`, a subclass of the Trainer that adds the method's own loss.
+    Attributes:
+        plannable: whether memory and time of a run can be worked out without its numbers.
+        optimizer_numbers: float32 numbers that its own optimiser keeps for each trained one.
     """
+
+    plannable = True
+    optimizer_numbers: int | None = None
 
     def adapter_config(self, recipe: Recipe, model: PreTrainedModel) -> PeftConfig:
         """The adapter that the recipe asks for.
@@ -65,12 +78,36 @@ class TrainedMethod(Method, Protocol):
             UserError: a target matches no module, more layers are asked for than there are, or a setting without
                 which the method would be another one.
         """
+        raise NotImplementedError
 
     def callbacks(self, recipe: Recipe, num_examples: int) -> list[TrainerCallback]:
         """What the training needs beside the likelihood, for so many training rows."""
+        return []
+
+    def trainer_class(self, base: type[Trainer]) -> type[Trainer]:
+        """The trainer, with what the method changes in its steps."""
+        return base
+
+    def optimizer(self, recipe: Recipe, model: PeftModel, num_examples: int) -> Optimizer | None:
+        """The method's own optimiser; None where the settings name one."""
+        return None
+
+    def beside(self, trainer: Trainer) -> dict[str, Tensor]:
+        """What a finished training leaves beside the adapter, to be saved as DIR/NAME.safetensors."""
+        return {}
+
+    def empty_particles(self, model: PeftModel, samples: int) -> AbstractContextManager[None]:
+        """Context in which N particles are rows of a batch, as shapes on the meta device: for planning."""
+        return nullcontext()
+
+    def count(self, model: PeftModel) -> tuple[int, int]:
+        """How many numbers A and B have, and how many their distribution (means, standard deviations, scales)."""
+        adapter = {name: p.numel() for name, p in model.named_parameters() if "lora_" in name}
+        own = sum(n for name, n in adapter.items() if ".posterior." in name or "_sampler." in name)
+        return sum(adapter.values()) - own, own
 
 
-class PostHocMethod(Method, Protocol):
+class PostHocMethod(Method):
     """A method that is fitted on a finished run and saved beside its adapter."""
 
     def fit(
@@ -96,10 +133,15 @@ class PostHocMethod(Method, Protocol):
         Raises:
             UserError: rows are missing, or the run is not one that the method can be fitted on.
         """
+        raise NotImplementedError
+
+    def extra_numbers(self, run: Run, facts: dict[str, Any], saved: int) -> int:
+        """How many numbers it adds to the run: by default all that it has saved."""
+        return saved
 
 
 def load_method(name: str) -> TrainedMethod:
-    """The module of a trained method.
+    """A trained method.
 
     Raises:
         UserError: there is no such method, or it is not a trained one.
@@ -108,12 +150,12 @@ def load_method(name: str) -> TrainedMethod:
         raise UserError(f"{name} is not trained but fitted on a finished run; choose one of {', '.join(TRAINED)}.")
     if name not in TRAINED:
         raise UserError(f"There is no method {name!r}; choose one of {', '.join(TRAINED)}.")
-    module: Any = importlib.import_module(f"scalabl.methods.{name}")
-    return module  # type: ignore[no-any-return]
+    method: TrainedMethod = _imported(name)
+    return method
 
 
 def load_post_hoc(name: str) -> PostHocMethod:
-    """The module of a post-hoc method.
+    """A post-hoc method.
 
     Raises:
         UserError: there is no such method, or it is not a post-hoc one.
@@ -122,8 +164,13 @@ def load_post_hoc(name: str) -> PostHocMethod:
         raise UserError(f"{name} has a training run of its own; fitted on a finished one are {', '.join(POST_HOC)}.")
     if name not in POST_HOC:
         raise UserError(f"There is no method {name!r}; choose one of {', '.join(POST_HOC)}.")
-    module: Any = importlib.import_module(f"scalabl.methods.{name}")
-    return module  # type: ignore[no-any-return]
+    method: PostHocMethod = _imported(name)
+    return method
+
+
+def _imported(name: str) -> Any:
+    file, _, of_class = METHODS[name].source.partition(":")
+    return getattr(importlib.import_module(f"scalabl.methods.{file}"), of_class)(name)
 
 
 @dataclass
@@ -154,7 +201,7 @@ class Run:
     @property
     def is_bayesian(self) -> bool:
         """Whether the adapter has a posterior over s."""
-        return self.record["recipe"]["method"] == "scalabl"
+        return self.record["recipe"]["method"] in OVER_S
 
     @property
     def is_sampled(self) -> bool:

@@ -11,6 +11,7 @@ from scalabl.data.example import Example, Task
 from scalabl.data.load import load_task
 from scalabl.data.training_data import rows_of
 from scalabl.runs.recipe import Recipe
+from scalabl.runs.registry import BASELINE, METHODS
 from scalabl.runs.registry import POST_HOC as POST_HOC_METHODS
 from scalabl.study.cells import POST_HOC, PREDICTION, TRAINING, Cell, rows_digest
 from scalabl.study.study import Study, Variant
@@ -57,8 +58,6 @@ def _labelled(rows: list[Example], task: str) -> list[Example]:
     return rows
 
 
-# methods whose predictions do not depend on a number of samples
-_WITHOUT_SAMPLES = ("mle", "map", "monteclora", "ensemble", "subspace_laplace")
 # settings younger than the first studies: left out of an address at their default, so that older cells keep theirs
 LATER: tuple[str, ...] = ("quantization", "kl_normalization", "prior_mean")
 
@@ -125,7 +124,7 @@ def make_plan(study: Study) -> StudyPlan:
         }
         for variant in study.variants:
             alone = [(seed,) for seed in study.seeds]
-            for seeds in [study.seeds] if variant.method == "ensemble" else alone:
+            for seeds in [study.seeds] if METHODS[variant.method].members else alone:
                 runs = tuple(training[variant.name, seed] for seed in seeds)
                 fitted = add(_post_hoc(variant, task, seeds, runs)) if variant.method in POST_HOC_METHODS else None
                 entry = Entry(variant, task, seeds, runs, fitted, "")
@@ -149,7 +148,7 @@ def _training(study: Study, variant: Variant, task: str, seed: int, rows: str) -
     recipe = study.recipe(variant, task, seed)
     defaults = {field.name: field.default for field in fields(Recipe)}
     addressed = {k: v for k, v in recipe.as_dict().items() if k not in LATER or v != defaults[k]}
-    name = "mle" if variant.method in POST_HOC_METHODS else variant.name
+    name = BASELINE if variant.method in POST_HOC_METHODS else variant.name
     label = f"training {name} on {task}, {_seeds((seed,))}"
     return Cell(TRAINING, {"recipe": addressed, "rows_sha256": rows}, (), label)
 
@@ -161,12 +160,13 @@ def _post_hoc(variant: Variant, task: str, seeds: tuple[int, ...], runs: tuple[s
 
 def _prediction(study: Study, entry: Entry, tests: dict[str, dict[str, Any]]) -> Cell:
     variant = entry.variant
-    without_samples = variant.method in _WITHOUT_SAMPLES or variant.predictive == "linearized"
+    traits = METHODS[variant.method]
+    reads_samples = (traits.sampled or traits.logit_draws) and variant.predictive != "linearized"
     settings = {
         "method": variant.method,
         "run": entry.training[0],
         "post_hoc": entry.post_hoc,
-        "samples": 0 if without_samples else variant.samples,
+        "samples": variant.samples if reads_samples else 0,
         "seed": entry.seeds[0],
         "task": entry.task,
         "test_sets": tests,
@@ -196,7 +196,7 @@ def baseline_variant(study: Study, variant: Variant) -> Variant | None:
         return {name: value for name, value in recipe.items() if name not in _OWN}
 
     own = settings(variant)
-    plain = [(other, settings(other)) for other in study.variants if other.method == "mle"]
+    plain = [(other, settings(other)) for other in study.variants if other.method == BASELINE]
     return min(plain, key=lambda pair: sum(own[k] != pair[1][k] for k in own), default=(None,))[0]
 
 

@@ -34,7 +34,7 @@ from typing import Any
 from scalabl.core.errors import UserError
 from scalabl.core.files import read_yaml
 from scalabl.runs.recipe import Recipe, make_recipe, typed_setting
-from scalabl.runs.registry import METHODS, POST_HOC, SETTINGS
+from scalabl.runs.registry import BASELINE, METHODS, POST_HOC, SETTINGS
 
 TEMPERED = "+temperature"
 # decided by the study, not by settings
@@ -45,7 +45,6 @@ _OF_POSTERIORS = (
     "variational_learning_rate", "beta", "schedule", "kl_warmup", "covariance", "prior_std", "init_sigma", "unit_rows",
     "prior_mean", "empirical_prior", "draws", "kl", "stochastic_modules", "stochastic_layers",
 )  # fmt: skip
-_PLAIN = ("mle", "map", "mc_dropout", "monteclora")
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ class Variant:
     @property
     def trained_method(self) -> str:
         """The method of its training run: a post-hoc method is fitted on an MLE run."""
-        return "mle" if self.method in POST_HOC else self.method
+        return BASELINE if self.method in POST_HOC else self.method
 
 
 @dataclass(frozen=True)
@@ -124,7 +123,7 @@ class Study:
             recipe = make_recipe(values)
         except UserError as error:
             raise UserError(f"{variant.name}: {error}") from error
-        if recipe.method in _PLAIN:
+        if not METHODS[recipe.method].variational:
             recipe = replace(recipe, **{name: getattr(Recipe(), name) for name in _OF_POSTERIORS})
         return recipe
 
@@ -212,13 +211,13 @@ def _variants(
             )
         # every method is reported with a temperature beside it: MLE's is the row that this name asks for
         if method == "temperature":
-            method = "mle"
+            method = BASELINE
         name, number = str(own.pop("name", method)), _whole("samples", own.pop("samples", samples), 0)
         predictive = _predictive(name, method, number, own.pop("predictive", "mc"))
         grid = own.pop("grid", {}) or {}
         if not isinstance(grid, dict) or not all(isinstance(values, list) and values for values in grid.values()):
             raise UserError(f"grid of {name} must name settings with lists of values, for example r: [4, 8, 16].")
-        trained = "mle" if method in POST_HOC else method
+        trained = BASELINE if method in POST_HOC else method
         shared = {**settings, **SETTINGS.get(trained, {}), **of_method.get(trained, {}), **of_method.get(method, {})}
         for point in itertools.product(*grid.values()):
             chosen = dict(zip(grid, point, strict=True))
@@ -235,7 +234,7 @@ def _variants(
 def _predictive(name: str, method: str, samples: int, given: Any) -> str:
     if given not in _PREDICTIVES:
         raise UserError(f"predictive of {name} is {given!r}; it must be one of {', '.join(_PREDICTIVES)}.")
-    if given != "mc" and method != "scalabl":
+    if given != "mc" and not METHODS[method].over_s:
         raise UserError(
             f"predictive of {name} is {given}, which is of scalabl alone; {method} has its own, leave it out."
         )
@@ -252,7 +251,7 @@ def _check(study: Study) -> None:
         if TEMPERED in name:
             raise UserError(f"The name {name!r} holds {TEMPERED!r}, which marks tempered rows; choose another.")
     for variant in study.variants:
-        if variant.method == "ensemble" and len(study.seeds) < 2:
+        if METHODS[variant.method].members and len(study.seeds) < 2:
             raise UserError("An ensemble is made of the seeds' runs, but there is one seed; give two or more.")
         study.recipe(variant, study.tasks[0], study.seeds[0])
 

@@ -89,24 +89,18 @@ def _train(cell: Cell, output: Path) -> dict[str, Any]:
 
 
 def _fit(cell: Cell, output: Path) -> dict[str, Any]:
-    method = cell.settings["method"]
+    method = load_post_hoc(cell.settings["method"])
     run = _loaded(cell.settings["run"], output, fitted=cell.address)
     rows = _rows_of(run)
     members = [output / "cells" / address / RUN for address in cell.settings["members"]]
     with measured() as cost:
-        facts = load_post_hoc(method).fit(run, rows.train, rows.validation, members=members, seed=cell.settings["seed"])
-    saved = cell.directory(output) / POST_HOC_DIRECTORY / method / f"{method}.safetensors"
-    extra = {
-        "ensemble": run.record["parameters"]["lora"] * len(members),
-        "subspace_laplace": facts.get("variational_numbers", 0),  # A and B are the run's own, in other factors
-        "tfb": 1,  # one scale of noise: what lies beside it follows from B
-    }
-    if method not in extra:
-        extra[method] = sum(t.numel() for t in load_file(saved).values()) if saved.is_file() else 0
+        facts = method.fit(run, rows.train, rows.validation, members=members, seed=cell.settings["seed"])
+    path = cell.directory(output) / POST_HOC_DIRECTORY / method.name / f"{method.name}.safetensors"
+    saved = sum(t.numel() for t in load_file(path).values()) if path.is_file() else 0
     return {
         "seconds": cost.seconds,
         "peak_memory": cost.peak_memory,
-        "extra_parameters": extra[method],
+        "extra_parameters": method.extra_numbers(run, facts, saved),
         "facts": {k: v for k, v in facts.items() if isinstance(v, int | float | bool)},
     }
 
@@ -118,8 +112,8 @@ def _predict(cell: Cell, output: Path) -> dict[str, Any]:
     if "predictive" in settings:
         strategy = run.predictive(settings["predictive"], samples=settings["samples"], seed=settings["seed"])
     else:
-        module = load_post_hoc(method) if method in POST_HOC_METHODS else load_method(method)
-        strategy = module.predictive(run, samples=settings["samples"], seed=settings["seed"])
+        own = load_post_hoc(method) if method in POST_HOC_METHODS else load_method(method)
+        strategy = own.predictive(run, samples=settings["samples"], seed=settings["seed"])
     task = load_task(settings["task"])
     tensors: dict[str, Tensor] = {}
 

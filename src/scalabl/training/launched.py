@@ -12,6 +12,7 @@ from pathlib import Path
 from scalabl.core import processes
 from scalabl.core.errors import UserError
 from scalabl.runs.recipe import Recipe
+from scalabl.runs.registry import METHODS
 
 
 def check_launch(recipe: Recipe) -> None:
@@ -26,7 +27,7 @@ def check_launch(recipe: Recipe) -> None:
             raise UserError(
                 "DeepSpeed is not installed; pip install deepspeed, or launch with recipes/accelerate/fsdp2.yaml."
             )
-        if recipe.method in ("scalabl", "blob"):
+        if METHODS[recipe.method].variational:
             raise UserError(
                 f"DeepSpeed keeps gradients to itself, so the KL of {recipe.method} cannot be added to them; launch "
                 "with recipes/accelerate/fsdp2.yaml or ddp.yaml."
@@ -48,7 +49,7 @@ def check_launch(recipe: Recipe) -> None:
         raise UserError("Every process reads the base by itself; set fsdp_cpu_ram_efficient_loading to false.")
     if recipe.bits is not None:
         raise UserError("A base of 4 or 8 bits is not sharded; leave out --bits, or launch with ddp.yaml.")
-    if recipe.method not in ("scalabl", "mle", "map", "mc_dropout"):
+    if not METHODS[recipe.method].shardable:
         raise UserError(f"{recipe.method} was not tried with FSDP; launch with recipes/accelerate/ddp.yaml.")
 
 

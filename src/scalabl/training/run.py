@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
@@ -23,7 +24,7 @@ from scalabl.data.example import Task
 from scalabl.data.text_rows import TextTask
 from scalabl.data.training_data import load_training_task
 from scalabl.runs.directory import CHOICES, LANGUAGE, RECORD, claim, finished_record, read_record
-from scalabl.runs.method import load_method
+from scalabl.runs.method import TrainedMethod, load_method
 from scalabl.runs.models import EMBEDDED, embedded_directory, held, load_base
 from scalabl.runs.recipe import Recipe
 from scalabl.scoring.base import Encoded, Scoring
@@ -134,7 +135,7 @@ def _train(recipe: Recipe, output: Path, task: Task | TextTask, rows: TrainingRo
         "rows": {"train": len(rows.train), "validation": len(rows.validation)},
         "scoring": scoring.settings(),
         "scoring_nll": nll,
-        "parameters": count_parameters(adapted),
+        "parameters": count_parameters(adapted, method),
         "base_fingerprint": fingerprint(model),
         "versions": {name: version(name) for name in ("torch", "transformers", "peft", "accelerate")},
         "device": str(next(adapted.parameters()).device),
@@ -147,16 +148,19 @@ def _train(recipe: Recipe, output: Path, task: Task | TextTask, rows: TrainingRo
     if isinstance(task, TextTask):
         record["tokens"] = token_counts(rows_of_run)
     encoded = processes.first_on_each_machine(lambda: with_stored_trunk(Scorer(adapted, scoring, trunk), rows_of_run))
-    log = optimise(recipe, output, adapted, scoring, trunk, encoded)
+    log, beside = optimise(recipe, output, adapted, scoring, trunk, encoded)
 
     tensors = whole_adapter(adapted)
 
     def finish() -> dict[str, Any]:
         _publish(adapted, output, tensors)
         write_json(output / LOG, finite(log))
+        digest = sha256(output / ADAPTER)
+        if beside:
+            save_file(beside, output / f"{recipe.method}.safetensors", metadata={"adapter_sha256": digest})
         finished = record | {
             "status": "finished",
-            "adapter_sha256": sha256(output / ADAPTER),
+            "adapter_sha256": digest,
             "scoring_name": describe(scoring),
             "warnings": unconverged(log),
         }
@@ -181,7 +185,8 @@ def _placed(held_as: dict[str, Any]) -> dict[str, Any]:
 
 def optimise(
     recipe: Recipe, output: Path, model: PeftModel, scoring: Scoring, trunk: Trunk | None, rows: list[Encoded]
-) -> list[dict[str, float]]:
+) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
+    """Train, from the last checkpoint if there is one: the log, and what the method leaves beside the adapter."""
     arguments = TrainingArguments(
         output_dir=str(output / "checkpoints"),
         max_steps=recipe.steps,
@@ -213,16 +218,16 @@ def optimise(
     )
     bar, interrupt = ProgressBar(f"training {recipe.method}"), StopOnInterrupt()
     shown = [bar] if processes.is_main() else []
-    method: Any = load_method(recipe.method)
-    base = trainer_of(scoring)
-    trainer_class = method.trainer_class(base) if hasattr(method, "trainer_class") else base
-    of_method = method.callbacks(weighing_the_kl(recipe, rows), len(rows))
+    method, weighing = load_method(recipe.method), weighing_the_kl(recipe, rows)
+    of_method = method.callbacks(weighing, len(rows))
     processes.let_cpus_shard()
+    trainer_class: Any = method.trainer_class(trainer_of(scoring))
     trainer = trainer_class(
         model,
         arguments,
         train_dataset=rows,  # type: ignore[arg-type]
-        callbacks=[*_of_ranks(recipe), *of_method, NonFiniteGuard(), *shown, interrupt],
+        callbacks=[*_of_ranks(method), *of_method, NonFiniteGuard(), *shown, interrupt],
+        optimizers=(method.optimizer(weighing, model, len(rows)), None),
         scoring=scoring,
         trunk=trunk,
     )
@@ -237,7 +242,8 @@ def optimise(
         interrupt.restore()
     if interrupt.interrupted and trainer.state.global_step < recipe.steps:
         raise Interrupted(f"stopped at step {trainer.state.global_step} of {recipe.steps}")
-    return [{k: v for k, v in entry.items() if isinstance(v, int | float)} for entry in trainer.state.log_history]
+    log = [{k: v for k, v in entry.items() if isinstance(v, int | float)} for entry in trainer.state.log_history]
+    return log, method.beside(trainer)
 
 
 def _checkpoint_to_resume(output: Path, dropout: bool) -> str | None:
@@ -252,9 +258,9 @@ def _on_accelerator(model: PeftModel) -> bool:
     return next(model.parameters()).device.type != "cpu" or (processes.is_sharded() and torch.cuda.is_available())
 
 
-def _of_ranks(recipe: Recipe) -> list[TrainerCallback]:
-    """What several processes need beside: ours and BLoB's callbacks see to their noise themselves."""
-    return [SeparateNoise()] if processes.world_size() > 1 and recipe.method not in ("scalabl", "blob") else []
+def _of_ranks(method: TrainedMethod) -> list[TrainerCallback]:
+    """What several processes need beside: variational methods see to their noise themselves."""
+    return [SeparateNoise()] if processes.world_size() > 1 and not method.traits.variational else []
 
 
 def _publish(model: PeftModel, output: Path, tensors: dict[str, Tensor] | None = None) -> None:
@@ -276,10 +282,9 @@ def _publish(model: PeftModel, output: Path, tensors: dict[str, Tensor] | None =
     unfinished.rmdir()
 
 
-def count_parameters(model: PeftModel) -> dict[str, int]:
-    """Parameters: base, LoRA (A and B), variational (means and standard deviations of s, a rival's scales)."""
-    own = (".posterior.", "_sampler.")
-    variational = sum(p.numel() for n, p in model.named_parameters() if any(part in n for part in own))
+def count_parameters(model: PeftModel, method: TrainedMethod) -> dict[str, int]:
+    """Parameters: base, LoRA (A and B), variational (means and standard deviations of s, another method's scales)."""
+    lora, variational = method.count(model)
     adapter = sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
     total = model.get_nb_trainable_parameters()[1]  # two 4-bit weights are one number of their tensor
-    return {"base": total - adapter, "lora": adapter - variational, "variational": variational}
+    return {"base": total - adapter, "lora": lora, "variational": variational}

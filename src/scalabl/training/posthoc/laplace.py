@@ -29,7 +29,7 @@ from torch import Tensor
 from scalabl.core.errors import UserError
 from scalabl.core.modules import eval_mode
 from scalabl.core.progress import progress_bar
-from scalabl.posterior.evidence import log_evidence
+from scalabl.posterior.evidence import best_precision, log_evidence
 from scalabl.posterior.joint import JointGaussian
 from scalabl.predictive.kronecker import likelihood_root
 from scalabl.predictive.linearized import logit_jacobian
@@ -106,8 +106,6 @@ def _require_memory(size: int) -> None:
 
 # components below this share of their layer's strongest are not used: rounding alone made them
 _NEGLIGIBLE = 1e-6
-_LOWEST, _HIGHEST, _A_DECADE = 1e-8, 1e4, 10
-_GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 def fit_laplace(
@@ -147,7 +145,7 @@ def posterior_of(
     """
     eigenvalues, vectors = torch.linalg.eigh(curvature.matrix)
     eigenvalues = eigenvalues.clamp_min(0)  # rounding
-    precision = best_precision(squared_norm, eigenvalues) if prior_precision is None else prior_precision
+    precision = best_precision(squared_norm, [eigenvalues]) if prior_precision is None else prior_precision
     if not (math.isfinite(precision) and precision > 0):
         raise UserError(f"The prior precision is {precision}; it must be a positive number.")
     joint = JointGaussian.from_precision(eigenvalues + precision, vectors, curvature.ranks)
@@ -162,30 +160,6 @@ def posterior_of(
         "rows": curvature.rows,
     }
     return joint, facts
-
-
-def best_precision(squared_norm: float, eigenvalues: Tensor) -> float:
-    """The prior precision of the highest evidence: the best of a logarithmic grid, refined by golden section.
-
-    The evidence may have several maxima; the grid (10 points a decade, 1e-8 to 1e4) finds the highest.
-
-    Args:
-        squared_norm: |s|^2, positive.
-        eigenvalues: (D,) of H, float64.
-    """
-
-    def at(log_precision: float) -> float:
-        precision = eigenvalues.new_tensor(log_precision).exp()
-        return log_evidence(0.0, squared_norm, [eigenvalues], precision).item()
-
-    points = round(math.log10(_HIGHEST / _LOWEST)) * _A_DECADE + 1
-    grid = torch.linspace(math.log(_LOWEST), math.log(_HIGHEST), points, dtype=torch.float64).tolist()
-    best = max(range(points), key=lambda i: at(grid[i]))
-    low, high = grid[max(0, best - 1)], grid[min(points - 1, best + 1)]
-    while high - low > 1e-9:
-        left, right = high - _GOLDEN * (high - low), low + _GOLDEN * (high - low)
-        low, high = (low, right) if at(left) >= at(right) else (left, high)
-    return math.exp((low + high) / 2)
 
 
 def used_components(scorer: Scorer) -> int:

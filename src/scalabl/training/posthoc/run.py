@@ -29,6 +29,7 @@ from scalabl.data.example import Example, Task
 from scalabl.runs.adapter_file import CONFIG
 from scalabl.runs.directory import RECORD
 from scalabl.runs.loading import load_adapter, require_base
+from scalabl.runs.method import load_method
 from scalabl.runs.models import held, load_base
 from scalabl.runs.recipe import Recipe
 from scalabl.scoring.base import Encoded, Scoring
@@ -68,7 +69,7 @@ def fit_variational(recipe: Recipe, scratch: Path, scorer: Scorer, rows: Sequenc
     model.requires_grad_(False)
     for leaf in stochastic_layers(model).values():
         leaf.posterior.requires_grad_(True)
-    log = optimise(recipe, scratch, model, scorer.scoring, scorer.trunk, list(rows))
+    log, _ = optimise(recipe, scratch, model, scorer.scoring, scorer.trunk, list(rows))
     model.eval()
     return log
 
@@ -151,7 +152,7 @@ def _build(
         "scoring": scorer.scoring.settings(),
         "scoring_nll": nll,
         "scoring_name": describe(scorer.scoring),
-        "parameters": count_parameters(model),
+        "parameters": count_parameters(model, load_method("scalabl")),
         "base_fingerprint": config.base_fingerprint,
         "versions": {name: version(name) for name in ("torch", "transformers", "peft", "accelerate")},
         "device": str(scorer.device),
