@@ -10,7 +10,6 @@ directory named after all settings, and results are written after each. Needs th
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
@@ -32,7 +31,7 @@ from scalabl.metrics import evaluate
 from scalabl.metrics.uncertainty import average
 from scalabl.runs.loading import load_run
 from scalabl.runs.method import Run
-from scalabl.runs.recipe import Recipe
+from scalabl.runs.settings import Settings
 from scalabl.training.run import train
 
 START = "start"
@@ -54,7 +53,7 @@ class Study:
         seeds: each starts with other rows.
     """
 
-    recipe: Recipe
+    recipe: Settings
     pool: list[Example]
     validation: list[Example]
     test: list[Example]
@@ -82,7 +81,7 @@ def study_of(a: argparse.Namespace) -> Study:
     validation, pool = rows[:VALIDATION_ROWS], rows[VALIDATION_ROWS : VALIDATION_ROWS + a.pool]
     if a.start + a.rounds * a.k > len(pool):
         raise SystemExit(f"the pool has {len(pool)} rows and {a.start} + {a.rounds} x {a.k} are to be labelled")
-    recipe = Recipe(
+    recipe = Settings.flat(
         model=a.model,
         data=a.data,
         steps=a.steps,
@@ -131,7 +130,7 @@ def cell(
             return known
     _write_rows(directory / "rows" / "train.jsonl", [study.pool[i] for i in labelled])
     _write_rows(directory / "rows" / "validation.jsonl", study.validation)
-    recipe = dataclasses.replace(study.recipe, data=str(directory / "rows"), seed=seed)
+    recipe = study.recipe.changed(data=str(directory / "rows"), seed=seed)
     train(recipe, directory / "run")
     run = load_run(directory / "run")
     predictive = run.predictive(samples=study.samples, seed=seed)
@@ -197,11 +196,12 @@ def main() -> None:
     a = parser.parse_args()
     quiet()
     study = study_of(a)
+    fit = study.recipe.optimisation
     known = facts(
         model=a.model,
         data=f"{a.data}: a pool of {len(study.pool)} training rows, {len(study.test)} test rows",
-        method=f"ScalaBL, {study.recipe.steps} steps of {study.recipe.batch_size} rows, AdamW "
-        f"{study.recipe.learning_rate:g}, adapters of r = {study.recipe.r} on {a.layers}, N = {a.samples}",
+        method=f"ScalaBL, {fit.steps} steps of {fit.batch_size} rows, AdamW "
+        f"{fit.learning_rate:g}, adapters of r = {study.recipe.adapter.r} on {a.layers}, N = {a.samples}",
         seeds=", ".join(map(str, a.seeds)),
     )
     done: list[dict[str, Any]] = []

@@ -123,12 +123,13 @@ class Report:
         recipes = {name: study.recipe(name) for name in RUNS}
         first = recipes["mle"]
         of_runs = "; ".join(
-            f"{RUNS[name]}: {r.steps} steps of {r.batch_size}, seed {r.seed}, "
+            f"{RUNS[name]}: {r.optimisation.steps} steps of {r.optimisation.batch_size}, seed {r.seed}, "
             f"{study.records[name]['rows']['train']:,} rows"
             for name, r in recipes.items()
         )
         return facts(
-            model=f"{first.model}, adapters of r = {first.r} on {first.target_modules} of {first.layers} layers",
+            model=f"{first.model}, adapters of r = {first.adapter.r} on "
+            f"{first.adapter.target_modules} of {first.adapter.layers} layers",
             data=f"{first.data}: {len(study.train):,} training rows, {len(study.test):,} test rows; "
             f"{study.options.ood}: {len(study.shifted):,} rows",
             runs=of_runs,

@@ -21,7 +21,7 @@ from torch import Tensor
 from scalabl.core.progress import progress_bar
 from scalabl.posterior import FullGaussian, Gaussian, standard_normal
 from scalabl.runs.method import Run
-from scalabl.runs.recipe import Recipe
+from scalabl.runs.settings import Settings
 from scalabl.scoring import Encoded, Scorer
 from scalabl.training.run import train
 from scalabl.tuner import prior_of, stochastic_layers, values
@@ -162,23 +162,23 @@ def _gradients(study: Study, where: str) -> Made:
     with progress_bar() as progress:
         bar = progress.add_task(f"gradients, {where}", total=len(rows), detail="")
         gradient, noise = s_gradients(
-            run.scorer, rows, o.draws, seed=o.seed, shared=recipe.draws == "batch",
+            run.scorer, rows, o.draws, seed=o.seed, shared=recipe.posterior.draws == "batch",
             advance=lambda n: progress.advance(bar, n),
         )  # fmt: skip
     posteriors: list[Any] = [leaf.posterior for leaf in stochastic_layers(run.scorer.model).values()]
-    weight = recipe.beta / study.records["full"]["rows"]["train"]
+    weight = recipe.posterior.beta / study.records["full"]["rows"]["train"]
     found = {kind: each.float() for kind, each in parameter_gradients(posteriors, gradient, noise).items()}
     return found | {f"kl|{kind}": each for kind, each in kl_gradients(posteriors, run, weight).items()}, {}
 
 
-def _start(study: Study, recipe: Recipe) -> Run:
+def _start(study: Study, recipe: Settings) -> Run:
     """A run of a few steps of the same recipe, on the rows that this study knows.
 
     At the very first step B is 0, and with it every gradient in s.
     """
     o, scoring = study.options, study.records["full"]["scoring"]
     limit = min(o.train_rows, study.records["full"]["rows"]["train"])
-    short = replace(recipe, steps=o.start_steps, train_rows=limit, validation_rows=0, model=o.model or recipe.model)
+    short = recipe.changed(steps=o.start_steps, train_rows=limit, validation_rows=0, model=o.model or recipe.model)
     short = replace(short, scoring=scoring["scoring"], normalization=scoring.get("normalization", "auto"))
     directory = o.work / f"start-{o.start_steps}-{study.records['full']['adapter_sha256'][:12]}-{limit}"
     train(short, directory)

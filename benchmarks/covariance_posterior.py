@@ -105,7 +105,7 @@ def position(study: Study, name: str) -> Position:
         tensors.get("precision"),
         learnt,
         factors,
-        study.recipe(name).beta,
+        study.recipe(name).posterior.beta,
     )
 
 

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from scalabl.data.training_data import rows_of, with_labels
 from scalabl.runs.directory import finished_record
 from scalabl.runs.loading import load_run
 from scalabl.runs.method import Run
-from scalabl.runs.recipe import Recipe
+from scalabl.runs.settings import Settings
 from scalabl.scoring import Encoded
 from scalabl.scoring.trunk_store import with_stored_trunk
 from scalabl.training.run import select_rows
@@ -48,8 +48,8 @@ class Study:
     shifted: list[Example]
     options: argparse.Namespace
 
-    def recipe(self, name: str) -> Recipe:
-        return Recipe(**self.records[name]["recipe"])
+    def recipe(self, name: str) -> Settings:
+        return Settings.flat(**self.records[name]["recipe"])
 
     def run(self, name: str) -> Run:
         """The loaded run; one is held at a time."""
@@ -111,9 +111,9 @@ def study_of(options: argparse.Namespace) -> Study:
                     f"{recipes['mle'][setting]!r}; the three runs must share it."
                 )
     data, labels = recipes["mle"]["data"], records["mle"]["task"]["labels"]
-    recipe = Recipe(**recipes["mle"])
+    recipe = Settings.flat(**recipes["mle"])
     limit = min(options.train_rows, records["mle"]["rows"]["train"])
-    train = with_labels(select_rows(load_task(data), replace(recipe, train_rows=limit)).train, labels, data)
+    train = with_labels(select_rows(load_task(data), recipe.changed(train_rows=limit).rows).train, labels, data)
     return Study(
         directories,
         records,

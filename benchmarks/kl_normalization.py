@@ -26,7 +26,7 @@ from scalabl.core.quiet import quiet
 from scalabl.data import TextTask, load_training_task
 from scalabl.generation.loading import LanguageRun, load_language_run
 from scalabl.predictive import MonteCarloPredictive
-from scalabl.runs.recipe import KL_NORMALIZATIONS, Recipe
+from scalabl.runs.settings import KL_NORMALIZATIONS, Settings
 from scalabl.scoring import Scorer
 from scalabl.scoring.text import EncodedText
 from scalabl.scoring.trunk import Trunk
@@ -38,9 +38,9 @@ SAMPLES = 10
 BATCH = 4
 
 
-def recipe_of(normalization: str, arguments: argparse.Namespace, seed: int) -> Recipe:
+def recipe_of(normalization: str, arguments: argparse.Namespace, seed: int) -> Settings:
     """Both ways the same, but for what the KL is divided by."""
-    return Recipe(
+    return Settings.flat(
         model=arguments.model,
         data=arguments.data,
         steps=arguments.steps,
@@ -81,7 +81,7 @@ def measure(normalization: str, arguments: argparse.Namespace, seed: int) -> dic
     task = load_training_task(recipe.data)
     if not isinstance(task, TextTask):
         raise UserError(f"{recipe.data} has no rows of text; give prompts with completions or open questions.")
-    held_out = select_rows(task, recipe).validation
+    held_out = select_rows(task, recipe.rows).validation
     rows = [run.text.encode(row) for row in held_out]
     layers = summarize(weights_of(run.model), prior_of(run.model))
     of_mean, of_particles = log_likelihoods(run, rows, seed)
@@ -115,7 +115,7 @@ def report(rows: Sequence[dict[str, Any]], known: dict[str, str]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default=Recipe.model)
+    parser.add_argument("--model", default=Settings().model)
     parser.add_argument("--data", default="nq-open")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--seeds", default="0")

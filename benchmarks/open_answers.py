@@ -36,7 +36,7 @@ from scalabl.generation.fan_out import EnsembleDraws
 from scalabl.generation.generate import AnswerSampling, decoded_with_samples, draws_of
 from scalabl.generation.loading import LanguageRun, load_language_run
 from scalabl.metrics.ranking import judge_ranking
-from scalabl.runs.recipe import make_recipe
+from scalabl.runs.settings import make_settings
 from scalabl.training.run import train
 
 TASKS = ("triviaqa", "nq-open", "sciq")
@@ -85,7 +85,7 @@ def run_of(a: argparse.Namespace, task: str, method: str, seed: int) -> Path:
     """A finished run; trained if there is none. "scalabl mean" is a way to answer, not to train."""
     method = method.partition(" ")[0]
     directory: Path = a.runs / Path(task).stem / f"{method}-{seed}"
-    recipe = make_recipe(
+    recipe = make_settings(
         {
             "model": a.model, "data": task, "method": method, "seed": seed, "steps": a.steps, "batch_size": 8,
             "layers": a.layers, "target_modules": TARGETS, "r": 8, "lora_alpha": 16, "train_rows": a.train_rows,

@@ -100,9 +100,9 @@ def planned(case: Case, model: str, device: str) -> dict[str, int]:
     """Bytes of the model with its adapter, and of the work."""
     from scalabl.planning.plan import Planner
     from scalabl.planning.rows import PlannedRows
-    from scalabl.runs.recipe import Recipe
+    from scalabl.runs.settings import Settings
 
-    planner, rows = Planner(Recipe(**case.recipe(model)), device), PlannedRows(**case.rows())
+    planner, rows = Planner(Settings.flat(**case.recipe(model)), device), PlannedRows(**case.rows())
     staying = planner.counts.weights + planner.counts.adapter
     if case.what == "training":
         stored = 2 * case.batch * case.length * planner.bytes_per_token if planner.stores_rows else 0

@@ -29,7 +29,7 @@ from scalabl.planning.rows import PlannedRows
 from scalabl.predictive import MeanPredictive, MonteCarloPredictive, predict
 from scalabl.runs.method import load_method
 from scalabl.runs.models import load_base
-from scalabl.runs.recipe import Recipe
+from scalabl.runs.settings import Settings
 from scalabl.scoring import Continuation, Encoded, Letters, Scorer, Scoring
 from scalabl.scoring.trunk import Trunk
 from scalabl.training.run import optimise
@@ -82,9 +82,9 @@ class Scales:
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 
-def adapted(recipe: Recipe, device: str) -> tuple[PeftModel, Any]:
+def adapted(recipe: Settings, device: str) -> tuple[PeftModel, Any]:
     """The model with its adapter, every weight of it in memory, and its tokenizer."""
-    base, tokenizer = load_base(recipe.model, dtype=recipe.dtype, bits=recipe.bits, device=device)
+    base, tokenizer = load_base(recipe.model, dtype=recipe.machine.dtype, bits=recipe.machine.bits, device=device)
     model: Any = get_peft_model(base, load_method(recipe.method).adapter_config(recipe, base))
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = tensor.data.clone()  # mapped files come into memory at their first use
@@ -92,12 +92,12 @@ def adapted(recipe: Recipe, device: str) -> tuple[PeftModel, Any]:
     return model, tokenizer
 
 
-def train(model: PeftModel, recipe: Recipe, rows: PlannedRows, scoring: Scoring) -> None:
+def train(model: PeftModel, recipe: Settings, rows: PlannedRows, scoring: Scoring) -> None:
     """Two steps."""
     encoded = encoded_rows(rows, STEPS * rows.batch, model.config.vocab_size)
     if rows.loss == "tokens":
         return train_on_tokens(model, recipe, torch.tensor([row.input_ids for row in encoded]), rows.batch)
-    trunk = None if recipe.gradient_checkpointing else Trunk(model)
+    trunk = None if recipe.optimisation.gradient_checkpointing else Trunk(model)
     if trunk is not None and trunk.depth:
         shape = (rows.length, model.config.get_text_config().hidden_size)
         dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
@@ -108,9 +108,9 @@ def train(model: PeftModel, recipe: Recipe, rows: PlannedRows, scoring: Scoring)
         optimise(recipe, Path(directory), model, scoring, trunk, encoded)
 
 
-def train_on_tokens(model: Any, recipe: Recipe, ids: torch.Tensor, batch: int) -> None:
+def train_on_tokens(model: Any, recipe: Settings, ids: torch.Tensor, batch: int) -> None:
     """Plain supervised fine-tuning: the loss of every token."""
-    if recipe.gradient_checkpointing:
+    if recipe.optimisation.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     model.train()
@@ -129,7 +129,7 @@ def answer(model: PeftModel, rows: PlannedRows, scoring: Scoring, samples: int) 
 
 def measure(case: dict[str, Any], device: str) -> dict[str, Any]:
     """Bytes of the model with its adapter, and of the work on top of them."""
-    recipe, rows = Recipe(**case["recipe"]), PlannedRows(**case["rows"])
+    recipe, rows = Settings.flat(**case["recipe"]), PlannedRows(**case["rows"])
     scales = Scales(torch.device(device))
     scales.reset()
     empty = scales.now()
@@ -137,7 +137,7 @@ def measure(case: dict[str, Any], device: str) -> dict[str, Any]:
     letters = Letters(tokenizer, num_letters=rows.choices)
     scoring = letters if rows.loss == "letters" else Continuation(tokenizer, normalization="token")
 
-    def work(recipe: Recipe, rows: PlannedRows) -> None:
+    def work(recipe: Settings, rows: PlannedRows) -> None:
         if case["what"] == "training":
             train(model, recipe, rows, scoring)
         else:
@@ -145,7 +145,7 @@ def measure(case: dict[str, Any], device: str) -> dict[str, Any]:
         model.zero_grad(set_to_none=True)
 
     # one short row first: what libraries load and set up at their first use is not the work's
-    work(replace(recipe, batch_size=1), replace(rows, batch=1, length=_SHORT))
+    work(recipe.changed(batch_size=1), replace(rows, batch=1, length=_SHORT))
     scales.reset()
     loaded = scales.now()
     work(recipe, rows)

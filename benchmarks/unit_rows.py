@@ -37,7 +37,7 @@ def measure(unit_rows: bool, seed: int, steps: int, runs: Path) -> dict[str, Any
     directory = own / f"scalabl-seed{seed}-steps{steps}"
     train(recipe, directory)
     run = load_run(directory)
-    rows = select_rows(load_task(TASK), recipe).validation
+    rows = select_rows(load_task(TASK), recipe.rows).validation
     model = run.scorer.model
     layers = summarize(weights_of(model), prior_of(model))
     lengths = [leaf.direction.detach().norm(dim=1).mean().item() for leaf in stochastic_layers(model).values()]
@@ -67,7 +67,8 @@ def main() -> None:
     recipe = demo_recipe("scalabl", seed=0, steps=arguments.steps)
     known = facts(
         model=recipe.model,
-        data=f"{TASK}: {recipe.train_rows} training rows, {recipe.validation_rows} validation rows (measured on)",
+        data=f"{TASK}: {recipe.rows.train_rows} training rows, {recipe.rows.validation_rows} validation rows "
+        "(measured on)",
         seeds=arguments.seeds,
     )
     names = list(rows[0])

@@ -28,7 +28,7 @@ from scalabl.inference.batch_prediction import predict_file
 from scalabl.inference.promise import Promise
 from scalabl.metrics.selective import Threshold
 from scalabl.predictive.sampling import Sampling
-from scalabl.runs.recipe import Recipe
+from scalabl.runs.settings import Settings
 from scalabl.serving.ray_pool import ATTEMPTS, Job, Pool
 from scalabl.serving.ray_prediction import Summary, predict_shards
 from scalabl.training.run import train
@@ -50,7 +50,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for seed, (split, number) in enumerate((("train", 24), ("validation", 30))):
         write_jsonl(task / f"{split}.jsonl", map(as_json, questions(number, seed=seed)))
     output = tmp_path_factory.mktemp("runs") / "run"
-    recipe = Recipe(
+    recipe = Settings.flat(
         model=str(tiny_base()), data=str(task), steps=6, batch_size=4, r=4, layers="last:2", learning_rate=0.05,
         scoring="continuation", normalization="token", validation_rows=30, max_length=64, init_sigma=0.5,
     )  # fmt: skip

@@ -22,7 +22,7 @@ from tiny_base import loaded as tiny
 from scalabl.posterior.joint import JointGaussian
 from scalabl.predictive import LinearizedPredictive
 from scalabl.runs.method import load_post_hoc
-from scalabl.runs.recipe import Recipe
+from scalabl.runs.settings import Settings
 from scalabl.scoring import Continuation, Scorer
 from scalabl.training.posthoc.laplace import JointCurvature
 from scalabl.training.run import train
@@ -46,9 +46,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "layers": "last:2", "scoring": "continuation", "normalization": "token", "learning_rate": 0.05,
         "validation_rows": 4,
     }  # fmt: skip
-    train(Recipe(method="mle", **settings), folder / "mle")
+    train(Settings.flat(method="mle", **settings), folder / "mle")
     for kind in ("diagonal", "full"):
-        train(Recipe(covariance=kind, beta=0.5, init_sigma=0.3, **settings), folder / kind)
+        train(Settings.flat(covariance=kind, beta=0.5, init_sigma=0.3, **settings), folder / kind)
     write_task(folder / "other", test=7)
     return folder
 

@@ -15,7 +15,7 @@ from tiny_base import as_json, questions, tiny_base, write_jsonl
 
 from scalabl.data import Example
 from scalabl.predictive import MonteCarloPredictive
-from scalabl.runs.recipe import Recipe
+from scalabl.runs.settings import Settings
 from scalabl.training.run import train
 
 TOY = [
@@ -31,7 +31,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         for seed, (split, number) in enumerate((("train", 16), ("validation", 6), ("test", 9))):
             rows = map(as_json, questions(number, choices=(choices,), seed=seed))
             write_jsonl(directory / f"task{choices}" / f"{split}.jsonl", rows)
-        recipe = Recipe(
+        recipe = Settings.flat(
             model=str(tiny_base()), data=str(directory / f"task{choices}"), steps=2, batch_size=4, r=4, layers="last:2",
             scoring="continuation", learning_rate=0.05, init_sigma=0.3, validation_rows=4,
         )  # fmt: skip

@@ -10,7 +10,7 @@ import pytest
 from tiny_base import tiny_base
 
 import scalabl.predictive.over_ranks as predicting
-from scalabl.runs.recipe import Recipe
+from scalabl.runs.settings import Settings
 
 
 @dataclass(frozen=True)
@@ -39,13 +39,13 @@ def train_arguments(data: object, output: Path, *more: object) -> tuple[object, 
     return ("train", "--model", tiny_base(), "--data", data, "--output", output, "--steps", 2, "--rank", 4, *more)
 
 
-def short(task: Path, **changes: object) -> Recipe:
+def short(task: Path, **changes: object) -> Settings:
     """Four steps of training."""
     settings: dict[str, object] = {
         "model": str(tiny_base()), "data": str(task), "steps": 4, "batch_size": 4, "r": 4, "layers": "last:2",
         "scoring": "continuation", "normalization": "token", "validation_rows": 4,
     }  # fmt: skip
-    return Recipe(**{**settings, **changes})  # type: ignore[arg-type]
+    return Settings.flat(**{**settings, **changes})  # type: ignore[arg-type]
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from scalabl.core.files import require_writable
 from scalabl.planning.plan import make_plan
 from scalabl.planning.rows import MOST, PlannedRows
 from scalabl.runs.directory import hold
-from scalabl.runs.recipe import Recipe
+from scalabl.runs.settings import Settings
 from scalabl.training.log_values import finite
 
 SHORT = ("--samples", 2, "--max-new-tokens", 2)
@@ -162,7 +162,7 @@ def test_plans_of_what_no_machine_holds(program: Program, options: tuple[object,
 
 
 def test_the_largest_batch_is_looked_for_among_those_that_can_be_planned() -> None:
-    recipe, rows = Recipe(model=str(tiny_base()), layers="last:1"), PlannedRows(1, MOST // 4)
+    recipe, rows = Settings.flat(model=str(tiny_base()), layers="last:1"), PlannedRows(1, MOST // 4)
     made = make_plan(recipe, rows, device="cuda", card=2**60, samples=2)
     assert made.largest["training"] == 4 and made.largest["prediction"] == 2
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import scalabl
-from scalabl.runs.recipe import Recipe
+from scalabl.runs.settings import Settings
 from scalabl.training.progress import StopOnInterrupt
 
 HERE = Path(__file__).parent
@@ -19,7 +19,7 @@ CONFIGS = HERE.parents[1] / "recipes" / "accelerate"
 STEPS = 12
 
 
-def recipe(work: Path, **changes: Any) -> Recipe:
+def recipe(work: Path, **changes: Any) -> Settings:
     """Twelve steps on `work`/base and `work`/task, a checkpoint after every fifth; the trunk below is frozen."""
     settings: dict[str, Any] = {
         "model": str(work / "base"),
@@ -31,7 +31,7 @@ def recipe(work: Path, **changes: Any) -> Recipe:
         "validation_rows": 4,
         "layers": "last:2",
     }
-    return Recipe(**{**settings, **changes})
+    return Settings.flat(**{**settings, **changes})
 
 
 def command(config: str, *program: str) -> list[str]:

@@ -16,18 +16,18 @@ from scalabl.generation.loading import load_language_run
 from scalabl.inference.classifier import Classifier
 from scalabl.runs.directory import classifier_record, read_record
 from scalabl.runs.loading import load_run
-from scalabl.runs.recipe import Recipe, make_recipe
 from scalabl.runs.registry import TRAINED
+from scalabl.runs.settings import Settings, make_settings
 from scalabl.training.language import LanguageTrainer
 from scalabl.training.run import train
 
 
-def recipe(data: Path, **changes: Any) -> Recipe:
+def recipe(data: Path, **changes: Any) -> Settings:
     settings: dict[str, Any] = {
         "model": str(tiny_base()), "data": str(data), "steps": 12, "batch_size": 4, "save_steps": 5, "r": 4,
         "learning_rate": 1e-2, "layers": "last:2",
     }  # fmt: skip
-    return make_recipe({**settings, **changes})
+    return make_settings({**settings, **changes})
 
 
 @pytest.fixture(scope="module")

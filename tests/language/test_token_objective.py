@@ -19,7 +19,7 @@ from scalabl.core.errors import UserError
 from scalabl.data import TextRow
 from scalabl.runs.method import load_method
 from scalabl.runs.models import load_base
-from scalabl.runs.recipe import Recipe
+from scalabl.runs.settings import Settings
 from scalabl.scoring import Text
 from scalabl.scoring.text import EncodedText
 from scalabl.training.callback import ELBOCallback
@@ -93,7 +93,7 @@ def test_an_epoch_of_ours_is_the_elbo_however_it_is_cut(
     tmp_path: Path, batch: int, accumulation: int, normalization: str
 ) -> None:
     rows, model, seen = encoded(), model_without_noise(), MeanGradient()
-    recipe = Recipe(
+    recipe = Settings.flat(
         batch_size=batch, gradient_accumulation=accumulation, kl_normalization=normalization,
         variational_learning_rate=1e-30,
     )  # fmt: skip
@@ -153,10 +153,10 @@ def test_trained_tokens_are_counted_as_the_trainer_counts_them() -> None:
 
 def test_the_kl_of_a_token_is_what_a_row_has_of_it() -> None:
     rows = encoded()
-    recipe = Recipe(beta=0.5)
-    assert weighing_the_kl(recipe, rows).beta == pytest.approx(0.5 * ROWS / sum(row.trained for row in rows))
+    recipe = Settings.flat(beta=0.5)
+    assert weighing_the_kl(recipe, rows).posterior.beta == pytest.approx(0.5 * ROWS / sum(row.trained for row in rows))
     assert tokens_a_row(rows) == sum(row.trained for row in rows) / ROWS
-    sequence = Recipe(beta=0.5, kl_normalization="sequence")
+    sequence = Settings.flat(beta=0.5, kl_normalization="sequence")
     assert weighing_the_kl(sequence, rows) is sequence
     # BLoB's own weights, which sum to one over a cycle, go by the same factor
     (token,) = load_method("blob").callbacks(weighing_the_kl(recipe, rows), ROWS)

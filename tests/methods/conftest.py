@@ -11,7 +11,7 @@ from tiny_base import as_json, questions, write_jsonl
 from scalabl.data import Example
 from scalabl.runs.loading import load_run
 from scalabl.runs.method import Run
-from scalabl.runs.recipe import make_recipe
+from scalabl.runs.settings import make_settings
 from scalabl.training.run import train
 
 TRAIN, VALIDATION, TEST = questions(16, seed=0), questions(8, seed=1), questions(7, seed=2)
@@ -47,7 +47,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, base_directory: Path, cach
             made[key] = tmp_path_factory.mktemp(f"{method}-{seed}") / "run"
             with pytest.MonkeyPatch.context() as patch:
                 patch.setenv("SCALABL_CACHE", str(cache))
-                train(make_recipe(settings), made[key])
+                train(make_settings(settings), made[key])
         return made[key]
 
     return make

@@ -12,8 +12,8 @@ from scalabl.data import Example
 from scalabl.predictive import MeanPredictive, Predictive, predict
 from scalabl.runs.loading import load_run
 from scalabl.runs.method import PostHocMethod, Run, TrainedMethod, load_method, load_post_hoc
-from scalabl.runs.recipe import Recipe, make_recipe
 from scalabl.runs.registry import METHODS, POST_HOC, SAMPLED, TRAINED
+from scalabl.runs.settings import Settings, make_settings
 
 N = 4
 
@@ -79,22 +79,22 @@ def test_methods_of_the_wrong_kind_are_refused() -> None:
         with pytest.raises(UserError, match="no method 'sgld'"):
             load("sgld")
     with pytest.raises(UserError, match="method is 'tfb'"):
-        make_recipe({"method": "tfb"})
+        make_settings({"method": "tfb"})
 
 
 def test_a_methods_own_settings_hold_unless_others_are_given() -> None:
     for method in TRAINED:
         settings = METHODS[method].settings
-        recipe = make_recipe({"method": method})
-        assert {name: getattr(recipe, name) for name in settings} == settings
-    assert make_recipe({"method": "map", "weight_decay": 0.1}).weight_decay == 0.1
-    assert make_recipe({"method": "mle"}) == Recipe(method="mle")
+        flat = make_settings({"method": method}).as_dict()
+        assert {name: flat[name] for name in settings} == settings
+    assert make_settings({"method": "map", "weight_decay": 0.1}).optimisation.weight_decay == 0.1
+    assert make_settings({"method": "mle"}) == Settings.flat(method="mle")
 
 
 @pytest.mark.parametrize(("method", "word"), [("map", "weight_decay"), ("mc_dropout", "lora_dropout")])
 def test_a_method_that_would_be_mle_is_refused(method: str, word: str, mle: Run) -> None:
     with pytest.raises(UserError, match=f"{word} is 0"):
-        load_method(method).adapter_config(Recipe(method=method), mle.scorer.model)
+        load_method(method).adapter_config(Settings.flat(method=method), mle.scorer.model)
 
 
 def test_weight_decay_shrinks_both_a_and_b(trained: Callable[..., Path]) -> None:

@@ -13,14 +13,14 @@ from tiny_base import loaded, questions
 from scalabl.predictive import MeanPredictive
 from scalabl.runs.loading import load_run
 from scalabl.runs.method import load_method
-from scalabl.runs.recipe import make_recipe
+from scalabl.runs.settings import make_settings
 from scalabl.scoring.scorer import make_scoring
 from scalabl.training.trainer import ChoiceTrainer, collate
 
 
 def test_the_loss_is_ours_and_the_methods_own() -> None:
     (base, tokenizer), monteclora = loaded(), load_method("monteclora")
-    model = get_peft_model(base, monteclora.adapter_config(make_recipe({"method": "monteclora"}), base)).train()
+    model = get_peft_model(base, monteclora.adapter_config(make_settings({"method": "monteclora"}), base)).train()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:

@@ -16,30 +16,30 @@ from scalabl.planning.meta_model import build, read_config
 from scalabl.planning.rows import PlannedRows
 from scalabl.planning.step import MetaRun, training_loss
 from scalabl.runs.method import load_method
-from scalabl.runs.models import held, load_base
-from scalabl.runs.recipe import Recipe, make_recipe
+from scalabl.runs.models import load_base
+from scalabl.runs.settings import Settings, make_settings
 from scalabl.scoring.trunk import Trunk
 
 ROWS = PlannedRows(3, 24, scored=8, choices=3)
 
 
-def recipe_of(architecture: str = "llama", *, depth: int = 3, **settings: Any) -> Recipe:
+def recipe_of(architecture: str = "llama", *, depth: int = 3, **settings: Any) -> Settings:
     """A recipe on a tiny base."""
     base = str(tiny_base(architecture, layers=depth))
-    return make_recipe({"model": base, "r": 4, "batch_size": ROWS.batch, "dtype": "float32", **settings})
+    return make_settings({"model": base, "r": 4, "batch_size": ROWS.batch, "dtype": "float32", **settings})
 
 
-def meta_run(recipe: Recipe, device: str = "cpu") -> MetaRun:
+def meta_run(recipe: Settings, device: str = "cpu") -> MetaRun:
     """Its model on the meta device."""
     model, _ = build(recipe, read_config(recipe.model), device)
     return MetaRun.of(model, recipe, device)
 
 
-def real_model(recipe: Recipe) -> PeftModel:
+def real_model(recipe: Settings) -> PeftModel:
     """Its model with numbers."""
-    base, _ = load_base(recipe.model, **held(recipe.as_dict()))
+    base, _ = load_base(recipe.model, **recipe.machine.of_base)
     model: Any = get_peft_model(base, load_method(recipe.method).adapter_config(recipe, base))
-    if recipe.gradient_checkpointing:
+    if recipe.optimisation.gradient_checkpointing:
         model.get_base_model().activation_checkpointing_enable()
     return model.train()
 
@@ -82,13 +82,13 @@ def state(model: PeftModel) -> list[Tensor]:
 
 
 def saved_by_the_real_step(
-    recipe: Recipe, rows: PlannedRows, *, attention: str = "sdpa", autocast: bool = False
+    recipe: Settings, rows: PlannedRows, *, attention: str = "sdpa", autocast: bool = False
 ) -> Saved:
     """One forward pass with numbers, as a run has it."""
     model = real_model(recipe)
     model.get_base_model().set_attn_implementation(attention)
     inputs = rows.of(rows.batch)
-    trunk = None if recipe.gradient_checkpointing else Trunk(model)
+    trunk = None if recipe.optimisation.gradient_checkpointing else Trunk(model)
     if trunk is not None and trunk.depth and rows.loss != "tokens":
         with torch.no_grad():
             inputs.trunk = trunk.encode(model.eval(), inputs)

@@ -14,7 +14,7 @@ from scalabl.planning.plan import CannotPlanError, Planner
 from scalabl.planning.refusal import plan_run
 from scalabl.planning.rows import PlannedRows
 from scalabl.runs.models import load_tokenizer
-from scalabl.runs.recipe import Recipe
+from scalabl.runs.settings import Settings
 from scalabl.scoring import Continuation, Letters
 
 
@@ -29,8 +29,10 @@ def task(tmp_path: Path) -> Path:
     return write_task(tmp_path / "task")
 
 
-def recipe(model: Path, task: Path, **settings: Any) -> Recipe:
-    return Recipe(**{"model": str(model), "data": str(task), "r": 4, "batch_size": 8, "validation_rows": 5, **settings})
+def recipe(model: Path, task: Path, **settings: Any) -> Settings:
+    return Settings.flat(
+        **{"model": str(model), "data": str(task), "r": 4, "batch_size": 8, "validation_rows": 5, **settings}
+    )
 
 
 def have(memory: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,7 +99,7 @@ def test_stored_rows_are_part_of_the_plan(weightless: Path, task: Path) -> None:
 
 def test_what_cannot_be_planned_says_so(weightless: Path) -> None:
     with pytest.raises(CannotPlanError, match="monteclora"):
-        Planner(Recipe(model=str(weightless), method="monteclora"), "cpu")
+        Planner(Settings.flat(model=str(weightless), method="monteclora"), "cpu")
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,10 @@ import torch
 from real_step import ROWS, meta_run, recipe_of, saved_by_the_real_step, saving, state
 
 from scalabl.planning.rows import PlannedRows
-from scalabl.runs.recipe import Recipe
+from scalabl.runs.settings import Settings
 
 
-def compare(recipe: Recipe, rows: PlannedRows = ROWS, *, attention: str = "sdpa", autocast: bool = False) -> None:
+def compare(recipe: Settings, rows: PlannedRows = ROWS, *, attention: str = "sdpa", autocast: bool = False) -> None:
     real = saved_by_the_real_step(recipe, rows, attention=attention, autocast=autocast)
     run = meta_run(recipe)
     run.model.get_base_model().set_attn_implementation(attention)
@@ -22,7 +22,8 @@ def compare(recipe: Recipe, rows: PlannedRows = ROWS, *, attention: str = "sdpa"
     others = 3 * rows.batch * rows.length * 8 + 2 * rows.batch * 8 + 4
     if run.trunk.depth and rows.loss != "tokens":
         others += rows.batch * rows.length * 32 * 4
-    if recipe.gradient_checkpointing:  # the mask, cosines and sines of two kinds, for the layers that are run again
+    if recipe.optimisation.gradient_checkpointing:
+        # the mask, cosines and sines of two kinds, for the layers that are run again
         others += rows.batch * rows.length * (rows.length + 2 * 2 * 8) * 4
     assert planned.bytes() <= forward.kept <= planned.bytes() + others
     assert forward.kept <= whole.peak

@@ -20,7 +20,7 @@ from scalabl.core.files import ADAPTER, JOINT
 from scalabl.inference.classifier import Classifier
 from scalabl.predictive import LinearizedPredictive, MeanPredictive, predict
 from scalabl.runs.loading import load_run
-from scalabl.runs.recipe import Recipe
+from scalabl.runs.settings import Settings
 from scalabl.scoring import Scorer
 from scalabl.training.posthoc.run import bayesianize
 from scalabl.training.posthoc.settings import read_source, rows_for, settings_for
@@ -106,7 +106,7 @@ def test_structure_can_be_dropped_before_it_is_stored(structure: str, stock: Pat
 def test_a_finished_run_keeps_its_scoring_and_settings(task_directory: Path, tmp_path: Path) -> None:
     settings = {"model": str(tiny_base()), "data": str(task_directory), "method": "mle", "steps": 3, "batch_size": 4}
     settings |= {"r": 4, "layers": "last:2", "scoring": "continuation", "normalization": "sum", "learning_rate": 0.05}
-    train(Recipe(**settings), tmp_path / "mle")  # type: ignore[arg-type]
+    train(Settings.flat(**settings), tmp_path / "mle")  # type: ignore[arg-type]
     before = {path: path.read_bytes() for path in (tmp_path / "mle").rglob("*") if path.is_file()}
     record = make(tmp_path / "mle", task_directory, tmp_path / "run")
     assert record["scoring"] == json.loads((tmp_path / "mle" / "scalabl.json").read_text())["scoring"]

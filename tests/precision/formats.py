@@ -25,7 +25,7 @@ class Format:
     """How a recipe holds the base.
 
     Attributes:
-        held: keywords of `load_base` and fields of a `Recipe`.
+        held: keywords of `load_base` and settings of a run.
         rounding: of the format's arithmetic beside float32 arithmetic on the same weights, relative: bfloat16 rounds
             activations to 8 bits, as bitsandbytes' 8-bit products do, and its 4-bit products on CPUs with AVX-512 BF16.
     """

@@ -11,7 +11,7 @@ from tiny_base import write_task
 from torch import Tensor, nn
 
 from scalabl.core.errors import UserError
-from scalabl.runs.recipe import Recipe
+from scalabl.runs.settings import Settings
 from scalabl.training.parameter_group import VariationalGroup
 from scalabl.training.refusals import require_optimizer
 from scalabl.training.run import train
@@ -115,13 +115,13 @@ def test_torchao_keeps_its_rate_as_a_tensor_and_the_group_goes_with_it() -> None
     assert moved == pytest.approx([OWN, OWN / 2], rel=1e-3)
 
 
-def recipe(task: Path, **changes: Any) -> Recipe:
+def recipe(task: Path, **changes: Any) -> Settings:
     settings: dict[str, Any] = {
         "model": str(saved_base()), "data": str(task), "steps": 12, "batch_size": 4, "save_steps": 4, "r": 4,
         "scoring": "continuation", "normalization": "token", "validation_rows": 4, "learning_rate": 1e-2,
         "optimizer": "paged_adamw_8bit",
     }  # fmt: skip
-    return Recipe(**{**settings, **changes})
+    return Settings.flat(**{**settings, **changes})
 
 
 def test_a_run_with_a_paged_8_bit_optimiser_is_the_one_of_adamw(tmp_path: Path) -> None:

@@ -20,18 +20,18 @@ from scalabl.runs.loading import load_run
 from scalabl.runs.method import Run
 from scalabl.runs.models import held, load_base
 from scalabl.runs.quantization import quantization_config
-from scalabl.runs.recipe import Recipe
+from scalabl.runs.settings import DEFAULTS, Settings
 from scalabl.scoring import Scorer
 from scalabl.study.plan import LATER
 from scalabl.training.run import train
 
 
-def recipe(task: Path, form: Format, **changes: Any) -> Recipe:
+def recipe(task: Path, form: Format, **changes: Any) -> Settings:
     settings: dict[str, Any] = {
         "model": str(saved_base()), "data": str(task), "steps": 40, "batch_size": 4, "r": 4, "scoring": "letters",
         "validation_rows": 4, "learning_rate": 2e-2, "layers": "last:2", "save_steps": 100,
     }  # fmt: skip
-    return Recipe(**{**settings, **form.held, **changes})
+    return Settings.flat(**{**settings, **form.held, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +106,7 @@ def test_a_run_can_be_made_bayesian_on_its_format(form: Format, task: Path, tmp_
     train(recipe(task, form, method="mle", steps=4), tmp_path / "mle")
     source = read_source(tmp_path / "mle", None)
     settings = settings_for(source, str(task))
-    assert held(settings.recipe.as_dict()) == held(recipe(task, form).as_dict())
+    assert settings.training.machine == recipe(task, form).machine
     bayesianize(source, *rows_for(source, str(task), 8), tmp_path / "bayes", settings)
     made = load_run(tmp_path / "bayes")
     assert type(weight_of(made)).__name__ != "Parameter" or "bits" not in form.held
@@ -114,12 +114,12 @@ def test_a_run_can_be_made_bayesian_on_its_format(form: Format, task: Path, tmp_
 
 
 def test_records_from_before_the_setting_are_of_bitsandbytes(tmp_path: Path) -> None:
-    older = {name: value for name, value in Recipe(bits=8).as_dict().items() if name != "quantization"}
+    older = {name: value for name, value in Settings.flat(bits=8).as_dict().items() if name != "quantization"}
     assert held(older) == {"dtype": "auto", "bits": 8}
     (tmp_path / "scalabl.json").write_text(json.dumps({"recipe": older, "status": "running"}))
-    assert claim(tmp_path, Recipe(bits=8).as_dict(), Recipe.defaults()) is False
+    assert claim(tmp_path, Settings.flat(bits=8).as_dict(), DEFAULTS) is False
     with pytest.raises(UserError, match="quantization was bitsandbytes, now torchao"):
-        claim(tmp_path, Recipe(bits=8, quantization="torchao").as_dict(), Recipe.defaults())
+        claim(tmp_path, Settings.flat(bits=8, quantization="torchao").as_dict(), DEFAULTS)
     assert "quantization" in LATER, "addresses of cells from before stay theirs"
 
 
@@ -134,7 +134,7 @@ def test_records_from_before_the_setting_are_of_bitsandbytes(tmp_path: Path) -> 
 )
 def test_what_there_is_not_is_refused(settings: dict[str, Any], sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
-        Recipe(**settings)
+        Settings.flat(**settings)
 
 
 def test_a_library_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,18 +26,18 @@ from scalabl.predictive import MeanPredictive, MonteCarloPredictive, predict
 from scalabl.runs.loading import load_run
 from scalabl.runs.method import Run
 from scalabl.runs.models import load_base
-from scalabl.runs.recipe import Recipe
+from scalabl.runs.settings import Settings
 from scalabl.scoring import Letters, Scorer
 from scalabl.scoring.images import image_reader
 from scalabl.training.run import train
 
 
-def recipe(architecture: str, images: Path, **changes: Any) -> Recipe:
+def recipe(architecture: str, images: Path, **changes: Any) -> Settings:
     settings: dict[str, Any] = {
         "model": str(image_text_base(architecture)), "data": str(images), "steps": 30, "batch_size": 6, "r": 4,
         "scoring": "letters", "learning_rate": 1e-2, "save_steps": 100, "max_length": 200,
     }  # fmt: skip
-    return Recipe(**{**settings, **changes})
+    return Settings.flat(**{**settings, **changes})
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from torch import nn
 from scalabl.core.errors import UserError
 from scalabl.runs.method import load_method
 from scalabl.runs.models import load_base
-from scalabl.runs.recipe import Recipe
+from scalabl.runs.settings import Settings
 from scalabl.scoring import Letters, Scorer
 from scalabl.scoring.trunk import Trunk
 from scalabl.tuner import stochastic_layers
@@ -39,7 +39,7 @@ def test_targets_are_of_the_language_side_alone(architecture: str) -> None:
 def test_every_method_and_mean_adapter_keep_to_the_language_side(architecture: str, tmp_path: Path) -> None:
     base, _ = load_base(str(image_text_base(architecture)))
     for method in ("mle", "scalabl", "blob"):
-        config: Any = load_method(method).adapter_config(Recipe(target_modules="q_proj", layers="last:1"), base)
+        config: Any = load_method(method).adapter_config(Settings.flat(target_modules="q_proj", layers="last:1"), base)
         model = get_peft_model(base, config)
         trained = {n for n, p in model.named_parameters() if p.requires_grad}
         assert trained and all("language_model.layers.2.self_attn.q_proj" in name for name in trained), method

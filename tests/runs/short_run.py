@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from scalabl.core.files import ADAPTER, sha256
-from scalabl.runs.recipe import Recipe
+from scalabl.runs.settings import Settings
 
 STEPS = 30
 
 
-def recipe(base: Path, task: Path, **changes: Any) -> Recipe:
+def recipe(base: Path, task: Path, **changes: Any) -> Settings:
     """A dozen steps an epoch or less, checkpoints every 5 steps."""
     settings: dict[str, Any] = {
         "model": str(base),
@@ -29,7 +29,7 @@ def recipe(base: Path, task: Path, **changes: Any) -> Recipe:
         "validation_rows": 4,
         "layers": "last:2",
     }
-    return Recipe(**{**settings, **changes})
+    return Settings.flat(**{**settings, **changes})
 
 
 def weights(run: Path) -> str:
@@ -40,9 +40,9 @@ def weights(run: Path) -> str:
 _TRAIN = """
 import json, sys
 from pathlib import Path
-from scalabl.runs.recipe import Recipe
+from scalabl.runs.settings import Settings
 from scalabl.training.run import train
-train(Recipe(**json.loads(sys.argv[1])), Path(sys.argv[2]))
+train(Settings.flat(**json.loads(sys.argv[1])), Path(sys.argv[2]))
 """
 
 

@@ -10,7 +10,7 @@ from tiny_base import loaded, questions
 
 from scalabl.metrics.temperature import negative_log_likelihood
 from scalabl.predictive import MeanPredictive, predict
-from scalabl.runs.recipe import Recipe
+from scalabl.runs.settings import Settings
 from scalabl.scoring import Batch, Scorer
 from scalabl.scoring.trunk import Trunk
 from scalabl.training.choose_scoring import candidates, choose_scoring, describe
@@ -26,7 +26,7 @@ def model() -> PeftModel:
 
 @pytest.mark.parametrize("frozen", [True, False])
 def test_every_nll_is_that_of_a_pass_of_its_own(model: PeftModel, frozen: bool, own_cache: Path) -> None:
-    options = candidates(Recipe(), loaded()[1], ROWS, None)
+    options = candidates(Settings(), loaded()[1], ROWS, None)
     trunk = Trunk(model) if frozen else None
     best, nll = choose_scoring(options, model, trunk, ROWS)
     assert list(nll) == ["letters", "continuation (sums)", "continuation (per token)"]
@@ -48,12 +48,12 @@ def test_sums_and_means_share_their_pass(model: PeftModel, monkeypatch: pytest.M
         return original(self, batch)
 
     monkeypatch.setattr(Scorer, "logits", counted)
-    choose_scoring(candidates(Recipe(), loaded()[1], ROWS, None), model, None, ROWS)
+    choose_scoring(candidates(Settings(), loaded()[1], ROWS, None), model, None, ROWS)
     assert passes == ["letters"] * 2 + ["continuation"] * 2  # 11 rows, 8 at a time
 
 
 def test_one_option_or_no_rows_need_no_pass(model: PeftModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Scorer, "logits", None)
-    options = candidates(Recipe(), loaded()[1], ROWS, None)
+    options = candidates(Settings(), loaded()[1], ROWS, None)
     assert choose_scoring(options[:1], model, None, ROWS) == (options[0], {})
     assert choose_scoring(options, model, None, []) == (options[-1], {})

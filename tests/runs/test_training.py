@@ -174,7 +174,7 @@ def test_rows_of_text_and_label_train_by_letters(tmp_path: Path, own_cache: Path
 def test_row_limits_take_the_same_rows_for_every_seed(task_directory: Path) -> None:
     task = load_task(str(task_directory))
     chosen = [
-        select_rows(task, recipe(tiny_base(), task_directory, train_rows=7, validation_rows=3, seed=seed))
+        select_rows(task, recipe(tiny_base(), task_directory, train_rows=7, validation_rows=3, seed=seed).rows)
         for seed in (0, 1)
     ]
     assert chosen[0] == chosen[1]
@@ -184,7 +184,7 @@ def test_row_limits_take_the_same_rows_for_every_seed(task_directory: Path) -> N
 
 def test_validation_rows_are_held_out_where_the_data_has_none(tmp_path: Path) -> None:
     data = write_jsonl(tmp_path / "rows.jsonl", map(as_json, questions(40)))
-    rows = select_rows(load_task(str(data)), recipe(tiny_base(), data, validation_rows=300))
+    rows = select_rows(load_task(str(data)), recipe(tiny_base(), data, validation_rows=300).rows)
     assert len(rows.validation) == 4 and not set(rows.train) & set(rows.validation)
     assert len(rows.train) == 36
 

@@ -10,7 +10,7 @@ from particle_server import Faults, ParticleServer, serving
 from served import NUMBER, SEED
 from tiny_base import tiny_base
 
-from scalabl.runs.recipe import Recipe
+from scalabl.runs.settings import Settings
 from scalabl.serving.export import export
 from scalabl.serving.manifest import read_manifest
 from scalabl.training.run import train
@@ -22,7 +22,7 @@ def _trained(output: Path, task: Path, method: str) -> Path:
         "scoring": "continuation", "normalization": "token", "validation_rows": 4, "learning_rate": 0.1,
         "init_sigma": 0.5, "method": method,
     }  # fmt: skip
-    train(Recipe(**settings), output)  # type: ignore[arg-type]
+    train(Settings.flat(**settings), output)  # type: ignore[arg-type]
     return output
 
 

@@ -15,7 +15,7 @@ from scalabl.data.training_data import rows_of
 from scalabl.inference.evaluation import answers, log_probabilities
 from scalabl.runs.loading import load_run
 from scalabl.runs.method import load_post_hoc
-from scalabl.runs.recipe import Recipe
+from scalabl.runs.settings import Settings
 from scalabl.study.cells import PREDICTION, TRAINING, address_of, finished
 from scalabl.study.plan import Entry, make_plan
 from scalabl.study.study import make_study
@@ -46,7 +46,7 @@ def test_predictions_are_those_of_the_run(done: Done, name: str, particles: int,
     held = read_predictions(done.plan.cells[entry.prediction], done.output)
     run = load_run(done.output / "cells" / entry.training[0] / RUN)
     strategy = run.predictive("mean" if particles == 1 else None, samples=3, seed=seed)
-    validation = select_rows(load_task(done.task), Recipe(**run.record["recipe"])).validation
+    validation = select_rows(load_task(done.task), Settings.flat(**run.record["recipe"]).rows).validation
     for (log_probs, labels), rows in [
         (held.validation, validation),
         (held.tests[done.task], rows_of(done.task, split="test")),

@@ -7,8 +7,8 @@ import typer
 from scalabl.core.errors import UserError
 from scalabl.core.top_layers import check_spec
 from scalabl.predictive.sampling import Sampling
-from scalabl.runs.recipe import LARGEST_SEED
 from scalabl.runs.registry import OVER_S, SAMPLED
+from scalabl.runs.settings import LARGEST_SEED
 
 Predictive = Annotated[str | None, typer.Option(help="mean, mc, linearized or auto, the default.")]
 

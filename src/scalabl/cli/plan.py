@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,7 +9,7 @@ import typer
 
 from scalabl.cli.app import app
 from scalabl.core.errors import UserError
-from scalabl.runs.recipe import make_recipe
+from scalabl.runs.settings import make_settings
 
 if TYPE_CHECKING:
     from scalabl.planning.plan import Plan
@@ -54,15 +53,15 @@ def plan(
 ) -> None:
     """Memory, operations and the largest batch of a training, before any weight is read."""
     own = ("config", "scored", "loss", "samples", "card", "device", "json")
-    settings = {name: value for name, value in locals().items() if name not in own and name != "own"}
+    given = {name: value for name, value in locals().items() if name not in own and name != "own"}
     from scalabl.core.files import require_writable, write_json
     from scalabl.planning.memory import machine_device, machine_memory, parse_bytes
 
     if config is None and batch_size is None:
-        settings["batch_size"] = _BATCH
-    recipe = make_recipe(settings | {"bits": None if bits == 16 else bits}, config)
+        given["batch_size"] = _BATCH
+    settings = make_settings(given | {"bits": None if bits == 16 else bits}, config)
     if bits == 16:
-        recipe = replace(recipe, bits=None, quantization="bitsandbytes")
+        settings = settings.changed(bits=None, quantization="bitsandbytes")
     for name, value, least in (("scored", scored, 1), ("samples", samples, 1)):
         if value < least:
             raise UserError(f"--{name} is {value}; it must be at least {least}.")
@@ -85,10 +84,10 @@ def plan(
     from scalabl.planning.rows import PlannedRows
 
     quiet()
-    read = loss or ("letters" if recipe.scoring == "letters" else "continuation")
-    rows = PlannedRows(recipe.batch_size, recipe.max_length, loss=read, scored=scored)
+    read = loss or ("letters" if settings.rows.scoring == "letters" else "continuation")
+    rows = PlannedRows(settings.optimisation.batch_size, settings.rows.max_length, loss=read, scored=scored)
     with Console(stderr=True).status("planning"):
-        made = make_plan(recipe, rows, device=device, card=size, samples=samples)
+        made = make_plan(settings, rows, device=device, card=size, samples=samples)
     _print(made, Console())
     if json is not None:
         write_json(json, made.as_dict())
@@ -100,14 +99,22 @@ def _print(made: Plan, console: Any) -> None:
 
     from scalabl.planning.memory import in_words
 
-    recipe, rows, counts = made.recipe, made.rows, made.counts
+    adapter = made.settings.adapter
+    settings, rows, counts = made.settings, made.rows, made.counts
     plain, saved = made.training[False], made.training[True]
     drawn, mean = made.prediction[made.samples], made.prediction[0]
     columns = (plain, saved, drawn, mean)
-    bits = "" if recipe.bits is None else f", weights of {recipe.bits} bit ({recipe.quantization})"
+    bits = (
+        ""
+        if settings.machine.bits is None
+        else f", weights of {settings.machine.bits} bit ({settings.machine.quantization})"
+    )
     facts = Table.grid(padding=(0, 2))
-    facts.add_row("model", Text(f"{recipe.model}, {made.dtype} on {made.device}{bits}"))
-    facts.add_row("adapter", f"{recipe.method}, r = {recipe.r}, {recipe.target_modules}, layers {recipe.layers}")
+    facts.add_row("model", Text(f"{settings.model}, {made.dtype} on {made.device}{bits}"))
+    facts.add_row(
+        "adapter",
+        f"{settings.method}, r = {adapter.r}, {adapter.target_modules}, layers {adapter.layers}",
+    )
     numbers = f"{counts.base:,} base, {counts.lora:,} LoRA, {counts.variational:,} variational"
     facts.add_row("parameters", numbers)
     facts.add_row("memory", in_words(made.card))

@@ -10,7 +10,7 @@ import typer
 
 from scalabl.cli.app import app, fail
 from scalabl.core import processes
-from scalabl.runs.recipe import Recipe, make_recipe
+from scalabl.runs.settings import DEFAULTS, Settings, make_settings
 
 
 @app.command()
@@ -61,21 +61,21 @@ def train(
     json: Annotated[Path | None, typer.Option(help="Write the run's record here too.")] = None,
 ) -> None:
     """Train a LoRA adapter with a posterior (or without, --method mle)."""
-    settings = {k: v for k, v in locals().items() if k not in ("output", "config", "ignore_memory", "json")}
+    given = {k: v for k, v in locals().items() if k not in ("output", "config", "ignore_memory", "json")}
     from scalabl.core.files import require_writable, write_json
     from scalabl.data.training_data import load_training_task
     from scalabl.runs.directory import claim, finished_record, hold
 
-    recipe = make_recipe(settings, config)
+    settings = make_settings(given, config)
     require_writable(json, unlike=(output,))
-    load_training_task(recipe.data)
-    finished = processes.on_main(lambda: claim(output, recipe.as_dict(), Recipe.defaults(), processes.world_size()))
+    load_training_task(settings.data)
+    finished = processes.on_main(lambda: claim(output, settings.as_dict(), DEFAULTS, processes.world_size()))
     if finished:
         record = processes.on_main(lambda: finished_record(output))
     else:
         held = processes.on_main(lambda: hold(output))
         try:
-            record = _train(recipe, output, ignore_memory)
+            record = _train(settings, output, ignore_memory)
         finally:
             if held is not None and processes.is_main():
                 os.close(held)
@@ -86,15 +86,15 @@ def train(
     _print(record, output)
 
 
-def _train(recipe: Recipe, output: Path, ignore_memory: bool) -> dict[str, Any]:
+def _train(settings: Settings, output: Path, ignore_memory: bool) -> dict[str, Any]:
     try:
         from scalabl.core.quiet import quiet
         from scalabl.training.run import Interrupted, train
 
         quiet()
-        _plan(recipe, ignore_memory)
+        _plan(settings, ignore_memory)
         try:
-            return train(recipe, output)
+            return train(settings, output)
         except Interrupted as stopped:
             fail(f"Interrupted, {stopped}; run the same command again to go on.", code=130)
     finally:
@@ -103,7 +103,7 @@ def _train(recipe: Recipe, output: Path, ignore_memory: bool) -> dict[str, Any]:
             output.rmdir()
 
 
-def _plan(recipe: Recipe, ignore_memory: bool) -> None:
+def _plan(settings: Settings, ignore_memory: bool) -> None:
     """Say what the run takes, and refuse one that cannot fit; whole models alone are planned, no shards of one."""
     if processes.is_sharded() or processes.uses_deepspeed():
         return
@@ -112,7 +112,7 @@ def _plan(recipe: Recipe, ignore_memory: bool) -> None:
 
     def said() -> str:
         try:
-            return plan_run(recipe, ignore_memory=ignore_memory).in_words()
+            return plan_run(settings, ignore_memory=ignore_memory).in_words()
         except CannotPlanError as error:
             return f"memory: not planned. {error}"
 

@@ -118,19 +118,19 @@ def held_out_rows(record: dict[str, Any]) -> tuple[Example, ...]:
     """
     from scalabl.data.assemble import select_rows
     from scalabl.data.load import load_task
-    from scalabl.runs.recipe import Recipe
+    from scalabl.runs.settings import Settings
 
     _require_known(record)
-    recipe = Recipe(**record["recipe"])
+    settings = Settings.flat(**record["recipe"])
     try:
-        rows = select_rows(load_task(recipe.data), recipe)
+        rows = select_rows(load_task(settings.data), settings.rows)
     except UserError as error:
         raise UserError(
-            f"The run's held-out rows come from {recipe.data}, which cannot be read now: {error}"
+            f"The run's held-out rows come from {settings.data}, which cannot be read now: {error}"
         ) from error
     if {"train": len(rows.train), "validation": len(rows.validation)} != record["rows"]:
         raise UserError(
-            f"{recipe.data} has changed since the run was trained on it, so that its held-out rows are not known; "
+            f"{settings.data} has changed since the run was trained on it, so that its held-out rows are not known; "
             "restore the file or train again."
         )
     return rows.validation

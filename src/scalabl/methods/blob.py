@@ -23,7 +23,7 @@ from scalabl.posterior.prior import Prior
 from scalabl.predictive.base import MeanPredictive, Predictive
 from scalabl.predictive.lora_particles import blob_draws, empty_noise
 from scalabl.runs.method import Run, TrainedMethod
-from scalabl.runs.recipe import Recipe
+from scalabl.runs.settings import Settings
 from scalabl.training.log_values import LogContributor
 from scalabl.training.parameter_group import innermost
 from scalabl.training.rank_noise import separate_noise
@@ -38,16 +38,22 @@ GAMMA = 8.0
 class BLoB(TrainedMethod):
     """A Gaussian on A, the KL's own step, and the average over N draws of A, with neither flipout nor fresh noise."""
 
-    def adapter_config(self, recipe: Recipe, model: PreTrainedModel) -> PeftConfig:
-        return BLoBConfig(**lora_options(recipe, model), prior_std=recipe.prior_std, init_eps=recipe.init_sigma)
+    def adapter_config(self, settings: Settings, model: PreTrainedModel) -> PeftConfig:
+        return BLoBConfig(
+            **lora_options(settings, model),
+            prior_std=settings.posterior.prior_std,
+            init_eps=settings.posterior.init_sigma,
+        )
 
-    def callbacks(self, recipe: Recipe, num_examples: int) -> list[TrainerCallback]:
+    def callbacks(self, settings: Settings, num_examples: int) -> list[TrainerCallback]:
         return [
             KLStepCallback(
-                cycle_steps(num_examples, recipe.batch_size * recipe.gradient_accumulation),
-                learning_rate=recipe.variational_learning_rate,
-                beta=recipe.beta,
-                schedule=recipe.schedule,  # type: ignore[arg-type]
+                cycle_steps(
+                    num_examples, settings.optimisation.batch_size * settings.optimisation.gradient_accumulation
+                ),
+                learning_rate=settings.posterior.variational_learning_rate,
+                beta=settings.posterior.beta,
+                schedule=settings.posterior.schedule,  # type: ignore[arg-type]
             )
         ]
 

@@ -34,33 +34,33 @@ from scalabl.core.errors import UserError
 from scalabl.predictive.base import MeanPredictive, Predictive
 from scalabl.predictive.lora_particles import DropoutPredictive, input_masks, lora_parts
 from scalabl.runs.method import Run, TrainedMethod
-from scalabl.runs.recipe import Recipe, layer_fraction
+from scalabl.runs.settings import Settings, layer_fraction
 from scalabl.tuner.layers import beside_language
 
 
 class PlainLoRA(TrainedMethod):
     """MLE: nothing beyond the likelihood, and one pass."""
 
-    def adapter_config(self, recipe: Recipe, model: PreTrainedModel) -> PeftConfig:
-        return LoraConfig(**lora_options(recipe, model))
+    def adapter_config(self, settings: Settings, model: PreTrainedModel) -> PeftConfig:
+        return LoraConfig(**lora_options(settings, model))
 
 
 class MAP(PlainLoRA):
     """The trainer gives weight decay to matrices, so to A and B."""
 
-    def adapter_config(self, recipe: Recipe, model: PreTrainedModel) -> PeftConfig:
-        if recipe.weight_decay == 0:
+    def adapter_config(self, settings: Settings, model: PreTrainedModel) -> PeftConfig:
+        if settings.optimisation.weight_decay == 0:
             raise UserError("map is plain LoRA with weight decay, but weight_decay is 0; 0.01 is the usual choice.")
-        return super().adapter_config(recipe, model)
+        return super().adapter_config(settings, model)
 
 
 class MCDropout(PlainLoRA):
     """The average over N fixed masks at the training's own probability; N = 0 leaves dropout off."""
 
-    def adapter_config(self, recipe: Recipe, model: PreTrainedModel) -> PeftConfig:
-        if recipe.lora_dropout == 0:
+    def adapter_config(self, settings: Settings, model: PreTrainedModel) -> PeftConfig:
+        if settings.adapter.lora_dropout == 0:
             raise UserError("mc_dropout is trained with dropout, but lora_dropout is 0; 0.1 is the usual choice.")
-        return super().adapter_config(recipe, model)
+        return super().adapter_config(settings, model)
 
     def predictive(self, run: Run, *, samples: int = 10, seed: int = 0) -> Predictive:
         p = float(run.record["recipe"]["lora_dropout"])
@@ -76,8 +76,8 @@ class MonteCLoRA(PlainLoRA):
 
     plannable = False  # PEFT's sampler computes with the numbers that it draws
 
-    def adapter_config(self, recipe: Recipe, model: PreTrainedModel) -> PeftConfig:
-        return LoraConfig(**lora_options(recipe, model), monteclora_config=MontecloraConfig())
+    def adapter_config(self, settings: Settings, model: PreTrainedModel) -> PeftConfig:
+        return LoraConfig(**lora_options(settings, model), monteclora_config=MontecloraConfig())
 
     def trainer_class(self, base: type[Trainer]) -> type[Trainer]:
         """The trainer with the method's own terms in its loss, as PEFT documents it."""
@@ -85,28 +85,28 @@ class MonteCLoRA(PlainLoRA):
         return made  # type: ignore[no-any-return]
 
 
-def lora_options(recipe: Recipe, model: PreTrainedModel) -> dict[str, Any]:
+def lora_options(settings: Settings, model: PreTrainedModel) -> dict[str, Any]:
     """LoRA's options, equal for every method that is compared.
 
     Raises:
         UserError: a target matches no module, or more layers are asked for than there are.
     """
     names = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
-    missing = [target for target in recipe.targets if target.rsplit(".", 1)[-1] not in names]
+    missing = [target for target in settings.adapter.targets if target.rsplit(".", 1)[-1] not in names]
     if missing:
         linear = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if "Linear" in type(m).__name__})
         raise UserError(f"target_modules names {', '.join(missing)}, but this model has {', '.join(linear)}.")
     options = {
-        "r": recipe.r,
-        "lora_alpha": recipe.lora_alpha,
-        "lora_dropout": recipe.lora_dropout,
-        "target_modules": recipe.targets,
+        "r": settings.adapter.r,
+        "lora_alpha": settings.adapter.lora_alpha,
+        "lora_dropout": settings.adapter.lora_dropout,
+        "target_modules": settings.adapter.targets,
         "task_type": "CAUSAL_LM",
     }
     beside = beside_language(model)
     if beside is not None:
         options["exclude_modules"] = beside
-    last = layer_fraction(recipe.layers)
+    last = layer_fraction(settings.adapter.layers)
     if last is not None:
         total = model.config.get_text_config().num_hidden_layers
         if last > total:

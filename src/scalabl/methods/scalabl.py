@@ -16,7 +16,7 @@ from scalabl.methods.plain import lora_options
 from scalabl.predictive.base import MeanPredictive, Predictive
 from scalabl.predictive.monte_carlo import MonteCarloPredictive
 from scalabl.runs.method import Run, TrainedMethod
-from scalabl.runs.recipe import Recipe
+from scalabl.runs.settings import Settings
 from scalabl.training.callback import ELBOCallback
 from scalabl.tuner.config import ScalaBLConfig
 from scalabl.tuner.layers import stochastic_layers
@@ -26,29 +26,29 @@ from scalabl.tuner.state import noise_particles
 class ScalaBL(TrainedMethod):
     """A posterior over s, the KL's side of the ELBO, and the average over N draws of s (N = 0: its mean)."""
 
-    def adapter_config(self, recipe: Recipe, model: PreTrainedModel) -> PeftConfig:
+    def adapter_config(self, settings: Settings, model: PreTrainedModel) -> PeftConfig:
         return ScalaBLConfig(
-            **lora_options(recipe, model),
-            covariance=recipe.covariance,  # type: ignore[arg-type]
-            prior_mean=recipe.prior_mean,
-            prior_std=recipe.prior_std,
-            init_sigma=recipe.init_sigma,
-            empirical_prior=recipe.empirical_prior,
-            unit_rows=recipe.unit_rows,
-            draws=recipe.draws,  # type: ignore[arg-type]
-            stochastic_modules=recipe.stochastic,
-            stochastic_layers=recipe.stochastic_layers,
+            **lora_options(settings, model),
+            covariance=settings.posterior.covariance,  # type: ignore[arg-type]
+            prior_mean=settings.posterior.prior_mean,
+            prior_std=settings.posterior.prior_std,
+            init_sigma=settings.posterior.init_sigma,
+            empirical_prior=settings.posterior.empirical_prior,
+            unit_rows=settings.posterior.unit_rows,
+            draws=settings.posterior.draws,  # type: ignore[arg-type]
+            stochastic_modules=settings.posterior.stochastic,
+            stochastic_layers=settings.posterior.stochastic_layers,
         )
 
-    def callbacks(self, recipe: Recipe, num_examples: int) -> list[TrainerCallback]:
+    def callbacks(self, settings: Settings, num_examples: int) -> list[TrainerCallback]:
         return [
             ELBOCallback(
                 num_examples,
-                beta=recipe.beta,
-                schedule=recipe.schedule,  # type: ignore[arg-type]
-                warmup_fraction=recipe.kl_warmup,
-                learning_rate=recipe.variational_learning_rate,
-                kl=recipe.kl,  # type: ignore[arg-type]
+                beta=settings.posterior.beta,
+                schedule=settings.posterior.schedule,  # type: ignore[arg-type]
+                warmup_fraction=settings.posterior.kl_warmup,
+                learning_rate=settings.posterior.variational_learning_rate,
+                kl=settings.posterior.kl,  # type: ignore[arg-type]
             )
         ]
 

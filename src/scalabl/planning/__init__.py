@@ -1,4 +1,4 @@
-"""What a recipe takes, before its weights are read: memory by part, operations, the largest batch. Imports no torch.
+"""What a training takes, before its weights are read: memory by part, operations, the largest batch. Imports no torch.
 
     configuration -> the adapted model on the meta device -> a step of it there -> bytes alive and operations
 

@@ -1,4 +1,4 @@
-"""The model of a recipe without its weights: built from its configuration on the meta device and adapted there."""
+"""The model of a training without its weights: built from its configuration on the meta device and adapted there."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from scalabl.core.errors import UserError, one_line
 from scalabl.planning.meta_device import DeviceKernels, quantize
 from scalabl.runs.method import TrainedMethod, load_method
 from scalabl.runs.models import DTYPES, UNREADABLE, model_path, why_unreadable
-from scalabl.runs.recipe import Recipe
+from scalabl.runs.settings import Settings
 
 
 @dataclass(frozen=True)
@@ -53,22 +53,22 @@ def read_config(name: str) -> PretrainedConfig:
     return config
 
 
-def compute_dtype(recipe: Recipe, device: str) -> torch.dtype:
-    """The precision that a recipe's model has on a device."""
+def compute_dtype(settings: Settings, device: str) -> torch.dtype:
+    """The precision that a training's model has on a device."""
     automatic = "float32" if device == "cpu" else "bfloat16"
-    return DTYPES[automatic if recipe.dtype == "auto" else recipe.dtype]
+    return DTYPES[automatic if settings.machine.dtype == "auto" else settings.machine.dtype]
 
 
-def autocast_dtype(recipe: Recipe, device: str) -> torch.dtype | None:
+def autocast_dtype(settings: Settings, device: str) -> torch.dtype | None:
     """The precision of automatic mixed precision while training, which a run turns on as its Trainer is told to."""
-    return torch.bfloat16 if recipe.dtype == "bfloat16" and device != "cpu" else None
+    return torch.bfloat16 if settings.machine.dtype == "bfloat16" and device != "cpu" else None
 
 
-def build(recipe: Recipe, config: PretrainedConfig, device: str) -> tuple[PeftModel, Counts]:
+def build(settings: Settings, config: PretrainedConfig, device: str) -> tuple[PeftModel, Counts]:
     """The adapted model on the meta device, and what it holds.
 
     Args:
-        recipe: what is to be trained.
+        settings: what is to be trained.
         config: of the base model.
         device: "cpu" or "cuda", where it is to be trained.
 
@@ -78,27 +78,27 @@ def build(recipe: Recipe, config: PretrainedConfig, device: str) -> tuple[PeftMo
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            base: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=compute_dtype(recipe, device))
+            base: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=compute_dtype(settings, device))
         except ValueError as error:
             why = f"{getattr(config, 'model_type', type(config).__name__)} is no causal language model"
-            raise UserError(f"The model {recipe.model} cannot be loaded: {why}.") from error
+            raise UserError(f"The model {settings.model} cannot be loaded: {why}.") from error
         except (RuntimeError, ArithmeticError) as error:  # sizes that no layer can have
-            raise UserError(f"The configuration of {recipe.model} makes no model: {one_line(error)}") from error
+            raise UserError(f"The configuration of {settings.model} makes no model: {one_line(error)}") from error
         number = sum(parameter.numel() for parameter in base.parameters())
-        if recipe.bits is not None:
-            quantize(base, recipe.bits, recipe.quantization, device)
-        method = load_method(recipe.method)
-        model: Any = get_peft_model(base, method.adapter_config(recipe, base))
-    if recipe.gradient_checkpointing:
-        use_checkpointing(model, recipe, device)
+        if settings.machine.bits is not None:
+            quantize(base, settings.machine.bits, settings.machine.quantization, device)
+        method = load_method(settings.method)
+        model: Any = get_peft_model(base, method.adapter_config(settings, base))
+    if settings.optimisation.gradient_checkpointing:
+        use_checkpointing(model, settings, device)
     return model, _count(model, method, number)
 
 
-def use_checkpointing(model: PeftModel, recipe: Recipe, device: str) -> None:
+def use_checkpointing(model: PeftModel, settings: Settings, device: str) -> None:
     """Gradient checkpointing as the Trainer turns it on; what is computed anew has the device's kernels."""
 
     def contexts() -> tuple[AbstractContextManager[None], DeviceKernels]:
-        return nullcontext(), DeviceKernels(device, autocast_dtype(recipe, device))
+        return nullcontext(), DeviceKernels(device, autocast_dtype(settings, device))
 
     base: Any = model.get_base_model()
     enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable

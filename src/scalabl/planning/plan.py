@@ -1,9 +1,9 @@
-"""The memory and the operations that a recipe will take, before any of its weights are read."""
+"""The memory and the operations that a training will take, before any of its weights are read."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import PretrainedConfig
@@ -15,7 +15,7 @@ from scalabl.planning.meta_model import Counts, build, compute_dtype, hidden_siz
 from scalabl.planning.rows import MOST, PlannedRows
 from scalabl.planning.step import MetaRun, particles_of
 from scalabl.runs.method import load_method
-from scalabl.runs.recipe import Recipe
+from scalabl.runs.settings import Settings
 from scalabl.training.refusals import require_known
 from scalabl.tuner.layers import decoder_layers
 
@@ -59,10 +59,10 @@ class Prediction:
 
 
 class Planner:
-    """Asks one recipe's model, on the meta device, what it takes at any number of rows.
+    """Asks one training's model, on the meta device, what it takes at any number of rows.
 
     Args:
-        recipe: what is to be trained.
+        settings: what is to be trained.
         device: "cpu" or "cuda".
         config: of the base model; read by its name if None.
 
@@ -76,23 +76,23 @@ class Planner:
         CannotPlanError: here or later: a step of it cannot be run without numbers.
     """
 
-    def __init__(self, recipe: Recipe, device: str, config: PretrainedConfig | None = None) -> None:
-        method = load_method(recipe.method)
+    def __init__(self, settings: Settings, device: str, config: PretrainedConfig | None = None) -> None:
+        method = load_method(settings.method)
         if not method.plannable:
             raise CannotPlanError(
-                f"What {recipe.method} takes depends on the numbers that it draws and cannot be planned."
+                f"What {settings.method} takes depends on the numbers that it draws and cannot be planned."
             )
-        self.recipe = recipe
+        self.settings = settings
         self.device = device
-        config = read_config(recipe.model) if config is None else config
-        model, self.counts = build(recipe, config, device)
+        config = read_config(settings.model) if config is None else config
+        model, self.counts = build(settings, config, device)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if method.optimizer_numbers is None:
-            self.optimizer = optimizer_bytes(recipe.optimizer, trained)
+            self.optimizer = optimizer_bytes(settings.optimisation.optimizer, trained)
         else:
             self.optimizer = 4 * method.optimizer_numbers * sum(parameter.numel() for parameter in trained)
-        self.dtype = str(compute_dtype(recipe, device)).removeprefix("torch.")
-        self._run = MetaRun.of(model, recipe, device)
+        self.dtype = str(compute_dtype(settings, device)).removeprefix("torch.")
+        self._run = MetaRun.of(model, settings, device)
         self._layers = decoder_layers(model)
         types = getattr(config.get_text_config(), "layer_types", None)
         marks = (self._run.trunk.depth, self._run.trunk.depth if self._run.start is None else self._run.start)
@@ -101,7 +101,7 @@ class Planner:
     @property
     def stores_rows(self) -> bool:
         """Whether a run keeps what the layers below all adapters give for its rows."""
-        return self._run.trunk.depth > 0 and not self.recipe.gradient_checkpointing
+        return self._run.trunk.depth > 0 and not self.settings.optimisation.gradient_checkpointing
 
     @property
     def bytes_per_token(self) -> int:
@@ -143,7 +143,7 @@ class Planner:
             return over_depth(self._layers, self._kinds, measure)
         except (RuntimeError, NotImplementedError, TypeError) as error:  # an operation that asks for numbers
             why = first_line(error)
-            raise CannotPlanError(f"The memory of {self.recipe.model} cannot be planned: {why}") from error
+            raise CannotPlanError(f"The memory of {self.settings.model} cannot be planned: {why}") from error
 
 
 def largest_batch(card: int, peak: Callable[[int], int], most: int = LARGEST) -> int:
@@ -176,21 +176,21 @@ def largest_batch(card: int, peak: Callable[[int], int], most: int = LARGEST) ->
 
 @dataclass(frozen=True)
 class Plan:
-    """What a recipe takes.
+    """What a training takes.
 
     Attributes:
-        recipe, rows: what is planned.
+        settings, rows: what is planned.
         device, dtype: where, and in which precision.
         card: bytes that there are.
         samples: N of the predictions.
         counts, optimizer: as `Planner` has them.
-        training: a step, with `recipe.gradient_checkpointing` False and True.
+        training: a step, with `gradient_checkpointing` False and True.
         prediction: with N particles, and with the mean alone.
         cache: bytes of the keys and values of all particles of a batch.
         largest: rows of the largest batch that fits the card: training (without, with checkpointing), prediction.
     """
 
-    recipe: Recipe
+    settings: Settings
     rows: PlannedRows
     device: str
     dtype: str
@@ -205,20 +205,20 @@ class Plan:
 
     @property
     def peak(self) -> int:
-        """Bytes of the recipe's training."""
-        return self.training[self.recipe.gradient_checkpointing].peak
+        """Bytes of the training."""
+        return self.training[self.settings.optimisation.gradient_checkpointing].peak
 
     @property
     def particles(self) -> int:
         """Rows that a question takes in a prediction."""
-        return particles_of(self.recipe.method, self.samples)
+        return particles_of(self.settings.method, self.samples)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values."""
         plain, saved = self.training[False], self.training[True]
         drawn, mean = self.prediction[self.samples], self.prediction[0]
         return {
-            "recipe": self.recipe.as_dict(),
+            "recipe": self.settings.as_dict(),
             "device": self.device,
             "dtype": self.dtype,
             "batch": self.rows.batch,
@@ -259,11 +259,11 @@ class Plan:
         }
 
 
-def make_plan(recipe: Recipe, rows: PlannedRows, *, device: str, card: int, samples: int = 10) -> Plan:
-    """Everything about a recipe, from its model's configuration alone.
+def make_plan(settings: Settings, rows: PlannedRows, *, device: str, card: int, samples: int = 10) -> Plan:
+    """Everything about a training, from its model's configuration alone.
 
     Args:
-        recipe: what is to be trained.
+        settings: what is to be trained.
         rows: what its batches are like.
         device: "cpu" or "cuda".
         card: bytes that there are.
@@ -274,14 +274,14 @@ def make_plan(recipe: Recipe, rows: PlannedRows, *, device: str, card: int, samp
     """
     if samples < 1:
         raise UserError(f"samples is {samples}; it must be at least 1.")
-    require_known(recipe.optimizer)
-    config = read_config(recipe.model)
-    planners = {on: Planner(replace(recipe, gradient_checkpointing=on), device, config) for on in (False, True)}
+    require_known(settings.optimisation.optimizer)
+    config = read_config(settings.model)
+    planners = {on: Planner(settings.changed(gradient_checkpointing=on), device, config) for on in (False, True)}
     plain = planners[False]
     most = max(1, min(LARGEST, MOST // rows.length))
-    drawn = max(1, min(LARGEST, MOST // (rows.length * particles_of(recipe.method, samples))))
+    drawn = max(1, min(LARGEST, MOST // (rows.length * particles_of(settings.method, samples))))
     return Plan(
-        recipe=recipe,
+        settings=settings,
         rows=rows,
         device=device,
         dtype=plain.dtype,
@@ -291,7 +291,7 @@ def make_plan(recipe: Recipe, rows: PlannedRows, *, device: str, card: int, samp
         optimizer=plain.optimizer,
         training={on: planner.training(rows) for on, planner in planners.items()},
         prediction={number: plain.prediction(rows, number) for number in (samples, 0)},
-        cache=rows.batch * particles_of(recipe.method, samples) * plain.key_value_cache(rows.length),
+        cache=rows.batch * particles_of(settings.method, samples) * plain.key_value_cache(rows.length),
         largest={
             "training": largest_batch(card, lambda batch: plain.training(rows, batch).peak, most),
             "training_checkpointed": largest_batch(card, lambda batch: planners[True].training(rows, batch).peak, most),

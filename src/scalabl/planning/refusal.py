@@ -19,7 +19,7 @@ from scalabl.planning.meta_model import read_config
 from scalabl.planning.plan import Planner, Training
 from scalabl.planning.rows import PlannedRows, rows_like
 from scalabl.runs.models import load_tokenizer
-from scalabl.runs.recipe import Recipe, layer_fraction
+from scalabl.runs.settings import Settings, layer_fraction
 from scalabl.scoring.base import Encoded
 from scalabl.scoring.trunk_store import LARGEST
 from scalabl.training.choose_scoring import candidates
@@ -27,11 +27,11 @@ from scalabl.training.choose_scoring import candidates
 _LEAST = 0.02  # of the peak: what saves less is not worth naming
 
 
-def refuse_what_cannot_fit(recipe: Recipe, rows: PlannedRows, peak: int, *, device: str, memory: int) -> None:
+def refuse_what_cannot_fit(settings: Settings, rows: PlannedRows, peak: int, *, device: str, memory: int) -> None:
     """Refuse a training whose peak is more than there is.
 
     Args:
-        recipe: what is to be trained.
+        settings: what is to be trained.
         rows: what its batches are like.
         peak: its bytes, as planned.
         device: "cpu" or "cuda".
@@ -42,7 +42,7 @@ def refuse_what_cannot_fit(recipe: Recipe, rows: PlannedRows, peak: int, *, devi
     """
     if peak <= memory:
         return
-    helps = [f"{change} ({in_words(left)})" for left, change in savings(recipe, rows, peak, device)]
+    helps = [f"{change} ({in_words(left)})" for left, change in savings(settings, rows, peak, device)]
     lower = f"change one or several of {', '.join(helps)}" if helps else "take a smaller model"
     where = "this GPU has" if device == "cuda" else "are available"
     raise UserError(
@@ -51,10 +51,10 @@ def refuse_what_cannot_fit(recipe: Recipe, rows: PlannedRows, peak: int, *, devi
     )
 
 
-def savings(recipe: Recipe, rows: PlannedRows, peak: int, device: str) -> list[tuple[int, str]]:
+def savings(settings: Settings, rows: PlannedRows, peak: int, device: str) -> list[tuple[int, str]]:
     """What would lower a peak: (the peak that it leaves, the option as one types it), what helps most first."""
     found = []
-    for changed, fewer, option in _changes(recipe, rows, device):
+    for changed, fewer, option in _changes(settings, rows, device):
         try:
             left = Planner(changed, device).training(fewer).peak
         except UserError:  # a setting that this model does not take
@@ -64,31 +64,31 @@ def savings(recipe: Recipe, rows: PlannedRows, peak: int, device: str) -> list[t
     return sorted(found)
 
 
-def _changes(recipe: Recipe, rows: PlannedRows, device: str) -> Iterator[tuple[Recipe, PlannedRows, str]]:
-    def change(option: str, **settings: Any) -> tuple[Recipe, PlannedRows, str]:
-        return replace(recipe, **settings), rows, option
+def _changes(settings: Settings, rows: PlannedRows, device: str) -> Iterator[tuple[Settings, PlannedRows, str]]:
+    def change(option: str, **changed: Any) -> tuple[Settings, PlannedRows, str]:
+        return settings.changed(**changed), rows, option
 
     if rows.batch > 1:
         half = rows.batch // 2
-        yield recipe, replace(rows, batch=half), f"--batch-size {half}"
+        yield settings, replace(rows, batch=half), f"--batch-size {half}"
     if rows.length > 1:
         shorter = math.ceil(rows.length / 2)
         fewer = replace(rows, length=shorter, stored=rows.stored * shorter // rows.length)
-        yield recipe, fewer, f"--max-length {shorter}"
-    if not recipe.gradient_checkpointing:
-        yield replace(recipe, gradient_checkpointing=True), replace(rows, stored=0), "--gradient-checkpointing"
-    if recipe.bits is None:
+        yield settings, fewer, f"--max-length {shorter}"
+    if not settings.optimisation.gradient_checkpointing:
+        yield settings.changed(gradient_checkpointing=True), replace(rows, stored=0), "--gradient-checkpointing"
+    if settings.machine.bits is None:
         yield change("--bits 8", bits=8)
-    if recipe.bits != 4:
+    if settings.machine.bits != 4:
         yield change("--bits 4", bits=4, quantization="bitsandbytes")
-    if recipe.dtype == "float32" or (recipe.dtype == "auto" and device == "cpu"):
+    if settings.machine.dtype == "float32" or (settings.machine.dtype == "auto" and device == "cpu"):
         yield change("--dtype bfloat16", dtype="bfloat16")
-    number = layer_fraction(recipe.layers) or read_config(recipe.model).get_text_config().num_hidden_layers
+    number = layer_fraction(settings.adapter.layers) or read_config(settings.model).get_text_config().num_hidden_layers
     if number > 1:
         yield change(f"--layers last:{number // 2}", layers=f"last:{number // 2}")
-    if recipe.r > 1:
-        yield change(f"--rank {recipe.r // 2}", r=recipe.r // 2)
-    if "8bit" not in recipe.optimizer:
+    if settings.adapter.r > 1:
+        yield change(f"--rank {settings.adapter.r // 2}", r=settings.adapter.r // 2)
+    if "8bit" not in settings.optimisation.optimizer:
         yield change("--optimizer adamw_8bit", optimizer="adamw_8bit")
 
 
@@ -100,7 +100,7 @@ class RunPlan:
     """What a run takes, and what there is.
 
     Attributes:
-        planner: of its recipe.
+        planner: of its settings.
         rows: its largest batch.
         training: a step of it.
         memory: bytes that there are.
@@ -128,27 +128,27 @@ class RunPlan:
         )
 
 
-def plan_run(recipe: Recipe, *, ignore_memory: bool = False) -> RunPlan:
+def plan_run(settings: Settings, *, ignore_memory: bool = False) -> RunPlan:
     """Plan a training on this machine, and refuse one that cannot fit; no weights are read.
 
     Args:
-        recipe: what is to be trained.
+        settings: what is to be trained.
         ignore_memory: refuse nothing.
 
     Raises:
         UserError: it cannot fit, or the run would refuse its settings, model or rows.
         CannotPlanError: it may run, but what it takes cannot be told.
     """
-    task = load_training_task(recipe.data)
-    rows: Any = select_rows(task, recipe)
-    tokenizer = load_tokenizer(recipe.model)
-    options = candidates(recipe, tokenizer, (*rows.train, *rows.validation), task.labels)
+    task = load_training_task(settings.data)
+    rows: Any = select_rows(task, settings.rows)
+    tokenizer = load_tokenizer(settings.model)
+    options = candidates(settings, tokenizer, (*rows.train, *rows.validation), task.labels)
     longest = sorted((*rows.train, *rows.validation), key=_characters, reverse=True)[:_LONGEST]
     encoded = [option.encode(row) for option in {x.name: x for x in options}.values() for row in longest]
 
     device = machine_device()
-    planner = Planner(recipe, device)
-    largest = rows_like(encoded, min(recipe.batch_size, len(rows.train)))
+    planner = Planner(settings, device)
+    largest = rows_like(encoded, min(settings.optimisation.batch_size, len(rows.train)))
     if device == "cpu" and planner.stores_rows:
         some = rows.train[:: max(1, len(rows.train) // _SPREAD)]
         stored = _stored(planner, [options[-1].encode(row) for row in some], len(rows.train))
@@ -158,7 +158,7 @@ def plan_run(recipe: Recipe, *, ignore_memory: bool = False) -> RunPlan:
         memory //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     training = planner.training(largest)
     if not ignore_memory:
-        refuse_what_cannot_fit(recipe, largest, training.peak, device=device, memory=memory)
+        refuse_what_cannot_fit(settings, largest, training.peak, device=device, memory=memory)
     return RunPlan(planner, largest, training, memory)
 
 

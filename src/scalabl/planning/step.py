@@ -16,8 +16,8 @@ from scalabl.planning.meta_model import autocast_dtype, hidden_size, model_dtype
 from scalabl.planning.rows import PlannedRows
 from scalabl.predictive.drawn_layers import first_difference
 from scalabl.runs.method import load_method
-from scalabl.runs.recipe import Recipe
 from scalabl.runs.registry import SAMPLED
+from scalabl.runs.settings import Settings
 from scalabl.scoring.base import Batch
 from scalabl.scoring.continuation import Continuation
 from scalabl.scoring.trunk import Trunk, token_logits
@@ -30,32 +30,32 @@ class MetaRun:
 
     Args:
         model: adapted.
-        recipe: of its training.
+        settings: of its training.
         device: "cpu" or "cuda", whose kernels are meant.
         trunk: its lower layers.
         start: the lowest decoder layer in which particles differ, None where nothing is stochastic.
     """
 
     model: PeftModel
-    recipe: Recipe
+    settings: Settings
     device: str
     trunk: Trunk
     start: int | None
 
     @classmethod
-    def of(cls, model: PeftModel, recipe: Recipe, device: str) -> Self:
+    def of(cls, model: PeftModel, settings: Settings, device: str) -> Self:
         """As the model is adapted."""
         for leaf in (x for x in model.modules() if isinstance(x, StochasticProjection)):
             _ = leaf.weight  # what it keeps from its first use on is no step's
-        return cls(model, recipe, device, Trunk(model), first_difference(model, None))
+        return cls(model, settings, device, Trunk(model), first_difference(model, None))
 
     def training_step(self, rows: PlannedRows, batch: int) -> tuple[Use, Use]:
         """The forward pass of one training step, whose kept bytes are inputs and activations, and the whole step."""
         self.model.train()
         # checkpointing has every layer's backward pass run, so that a run stores nothing then
-        trunk = None if self.recipe.gradient_checkpointing else self.trunk
+        trunk = None if self.settings.optimisation.gradient_checkpointing else self.trunk
         inputs = rows.of(batch)
-        with self._live() as live, DeviceKernels(self.device, autocast_dtype(self.recipe, self.device)):
+        with self._live() as live, DeviceKernels(self.device, autocast_dtype(self.settings, self.device)):
             on_meta = inputs.to("meta")
             if trunk is not None and trunk.depth and rows.loss != "tokens":
                 shape = (*on_meta.input_ids.shape, hidden_size(self.model))
@@ -71,7 +71,7 @@ class MetaRun:
     def prediction(self, rows: PlannedRows, batch: int, samples: int) -> Use:
         """The average over N particles, all at once: N B rows; B rows where a method draws none, or N is 0."""
         self.model.eval()
-        inputs, particles = rows.of(batch), particles_of(self.recipe.method, samples)
+        inputs, particles = rows.of(batch), particles_of(self.settings.method, samples)
         rows.require_few(particles * batch)
         if rows.loss == "tokens":
             inputs = replace(inputs, keep=rows.length)
@@ -84,7 +84,7 @@ class MetaRun:
                 del hidden
             if particles > 1:
                 on_meta, inputs = on_meta.repeat(particles), inputs.repeat(particles)
-            drawn = load_method(self.recipe.method).empty_particles(self.model, samples) if samples else nullcontext()
+            drawn = load_method(self.settings.method).empty_particles(self.model, samples) if samples else nullcontext()
             with drawn:
                 _log_probs(self.model, inputs, on_meta, self.trunk, rows)
         return live.use()

@@ -25,8 +25,8 @@ from scalabl.predictive.auto import AutoPredictive
 from scalabl.predictive.base import MeanPredictive, Predictive
 from scalabl.predictive.linearized import LinearizedPredictive
 from scalabl.predictive.monte_carlo import MonteCarloPredictive
-from scalabl.runs.recipe import Recipe
 from scalabl.runs.registry import METHODS, OVER_S, POST_HOC, SAMPLED, TRAINED
+from scalabl.runs.settings import Settings
 from scalabl.scoring.base import Encoded, Scoring
 from scalabl.scoring.scorer import Scorer
 
@@ -71,8 +71,8 @@ class TrainedMethod(Method):
     plannable = True
     optimizer_numbers: int | None = None
 
-    def adapter_config(self, recipe: Recipe, model: PreTrainedModel) -> PeftConfig:
-        """The adapter that the recipe asks for.
+    def adapter_config(self, settings: Settings, model: PreTrainedModel) -> PeftConfig:
+        """The adapter that the settings ask for.
 
         Raises:
             UserError: a target matches no module, more layers are asked for than there are, or a setting without
@@ -80,7 +80,7 @@ class TrainedMethod(Method):
         """
         raise NotImplementedError
 
-    def callbacks(self, recipe: Recipe, num_examples: int) -> list[TrainerCallback]:
+    def callbacks(self, settings: Settings, num_examples: int) -> list[TrainerCallback]:
         """What the training needs beside the likelihood, for so many training rows."""
         return []
 
@@ -88,7 +88,7 @@ class TrainedMethod(Method):
         """The trainer, with what the method changes in its steps."""
         return base
 
-    def optimizer(self, recipe: Recipe, model: PeftModel, num_examples: int) -> Optimizer | None:
+    def optimizer(self, settings: Settings, model: PeftModel, num_examples: int) -> Optimizer | None:
         """The method's own optimiser; None where the settings name one."""
         return None
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scalabl.core.errors import UserError
-from scalabl.runs.recipe import Recipe
+from scalabl.runs.settings import Settings
 
 if TYPE_CHECKING:
     from scalabl.inference.report.results import Report
@@ -25,9 +25,9 @@ LAYERS = "last:6"
 TARGETS = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
 
 
-def demo_recipe(method: str, *, seed: int, steps: int) -> Recipe:
+def demo_recipe(method: str, *, seed: int, steps: int) -> Settings:
     """The same budget for both methods: rows, steps, batch, learning rate, targets, rank."""
-    return Recipe(
+    return Settings.flat(
         data=TASK,
         method=method,
         steps=steps,
@@ -86,11 +86,11 @@ def run_demo(
     training = {}
     record: dict[str, Any] = {}
     for method in ("mle", "scalabl"):
-        recipe = demo_recipe(method, seed=seed, steps=steps)
+        settings = demo_recipe(method, seed=seed, steps=steps)
         directory = output / f"{method}-seed{seed}-steps{steps}"
-        record = train(recipe, directory)
+        record = train(settings, directory)
         run = load_run(directory)
-        held_out = select_rows(load_task(TASK), recipe).validation
+        held_out = select_rows(load_task(TASK), settings.rows).validation
         predictives = ["mean", "mc"] if run.is_bayesian else ["mean"]
         for name in predictives:
             predictive = make_predictive(name, samples=samples, seed=seed)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import PurePath
 from typing import Any
 
-from scalabl.runs.recipe import typed_setting
+from scalabl.runs.settings import typed_setting
 from scalabl.study.study import Variant
 from scalabl.study.summary import Table
 

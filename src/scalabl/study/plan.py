@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from scalabl.core.errors import UserError
 from scalabl.data.example import Example, Task
 from scalabl.data.load import load_task
 from scalabl.data.training_data import rows_of
-from scalabl.runs.recipe import Recipe
 from scalabl.runs.registry import BASELINE, METHODS
 from scalabl.runs.registry import POST_HOC as POST_HOC_METHODS
+from scalabl.runs.settings import DEFAULTS
 from scalabl.study.cells import POST_HOC, PREDICTION, TRAINING, Cell, rows_digest
 from scalabl.study.study import Study, Variant
 
@@ -145,9 +145,8 @@ def _test_sets(study: Study, task: str, labels: tuple[str, ...] | None) -> dict[
 
 
 def _training(study: Study, variant: Variant, task: str, seed: int, rows: str) -> Cell:
-    recipe = study.recipe(variant, task, seed)
-    defaults = {field.name: field.default for field in fields(Recipe)}
-    addressed = {k: v for k, v in recipe.as_dict().items() if k not in LATER or v != defaults[k]}
+    training = study.training_settings(variant, task, seed)
+    addressed = {k: v for k, v in training.as_dict().items() if k not in LATER or v != DEFAULTS[k]}
     name = BASELINE if variant.method in POST_HOC_METHODS else variant.name
     label = f"training {name} on {task}, {_seeds((seed,))}"
     return Cell(TRAINING, {"recipe": addressed, "rows_sha256": rows}, (), label)
@@ -192,8 +191,8 @@ def baseline_variant(study: Study, variant: Variant) -> Variant | None:
     """The plain LoRA that a variant is compared with, whose settings differ least; None if the study has none."""
 
     def settings(of: Variant) -> dict[str, Any]:
-        recipe = study.recipe(of, study.tasks[0], study.seeds[0]).as_dict()
-        return {name: value for name, value in recipe.items() if name not in _OWN}
+        training = study.training_settings(of, study.tasks[0], study.seeds[0]).as_dict()
+        return {name: value for name, value in training.items() if name not in _OWN}
 
     own = settings(variant)
     plain = [(other, settings(other)) for other in study.variants if other.method == BASELINE]

@@ -27,14 +27,14 @@ from __future__ import annotations
 import difflib
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from scalabl.core.errors import UserError
 from scalabl.core.files import read_yaml
-from scalabl.runs.recipe import Recipe, make_recipe, typed_setting
 from scalabl.runs.registry import BASELINE, METHODS, POST_HOC, SETTINGS
+from scalabl.runs.settings import DEFAULTS, Settings, make_settings, typed_setting
 
 TEMPERED = "+temperature"
 # decided by the study, not by settings
@@ -105,7 +105,7 @@ class Study:
     about: str = ""
     results: Path | None = None
 
-    def recipe(self, variant: Variant, task: str, seed: int) -> Recipe:
+    def training_settings(self, variant: Variant, task: str, seed: int) -> Settings:
         """The training run of a variant.
 
         Raises:
@@ -120,12 +120,12 @@ class Study:
             "validation_rows": self.validation_rows,
         }
         try:
-            recipe = make_recipe(values)
+            training = make_settings(values)
         except UserError as error:
             raise UserError(f"{variant.name}: {error}") from error
-        if not METHODS[recipe.method].variational:
-            recipe = replace(recipe, **{name: getattr(Recipe(), name) for name in _OF_POSTERIORS})
-        return recipe
+        if not METHODS[training.method].variational:
+            training = training.changed(**{name: DEFAULTS[name] for name in _OF_POSTERIORS})
+        return training
 
 
 def read_study(path: Path) -> Study:
@@ -156,7 +156,7 @@ def make_study(content: Mapping[str, Any], name: str) -> Study:
         if key not in known:
             close = difflib.get_close_matches(str(key), known, n=1)
             hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(sorted(known))}."
-            if key in {f.name for f in fields(Recipe)}:
+            if key in DEFAULTS:
                 hint = "put it under settings."
             raise UserError(f"The study {name} names {key!r}, which it cannot have; {hint}")
     for key in ("model", "tasks", "methods"):
@@ -253,7 +253,7 @@ def _check(study: Study) -> None:
     for variant in study.variants:
         if METHODS[variant.method].members and len(study.seeds) < 2:
             raise UserError("An ensemble is made of the seeds' runs, but there is one seed; give two or more.")
-        study.recipe(variant, study.tasks[0], study.seeds[0])
+        study.training_settings(variant, study.tasks[0], study.seeds[0])
 
 
 def _settings(where: str, values: Any) -> dict[str, Any]:
@@ -342,7 +342,7 @@ def _grid(family: str, variants: list[Variant]) -> Grid:
     axes = []
     for name in variants[0].point:
         values = tuple(dict.fromkeys(typed_setting(name, variant.point[name]) for variant in variants))
-        default = typed_setting(name, without[name]) if name in without else getattr(Recipe(), name)
+        default = typed_setting(name, without[name]) if name in without else DEFAULTS[name]
         axes.append(Axis(name, values, values.index(default) if default in values else None))
     places = {
         tuple(axis.values.index(typed_setting(axis.setting, variant.point[axis.setting])) for axis in axes): variant

@@ -31,8 +31,8 @@ from scalabl.predictive.auto import AutoPredictive
 from scalabl.predictive.base import Predictive, predict
 from scalabl.runs.loading import load_run
 from scalabl.runs.method import Run, load_method, load_post_hoc
-from scalabl.runs.recipe import Recipe
 from scalabl.runs.registry import POST_HOC as POST_HOC_METHODS
+from scalabl.runs.settings import Settings
 from scalabl.scoring.trunk_store import with_stored_trunk
 from scalabl.study.cells import POST_HOC, PREDICTION, TRAINING, Cell, finished, rows_digest
 from scalabl.study.plan import overlap, shifted_rows, tested_rows, tuning_rows
@@ -67,18 +67,18 @@ def do(cell: Cell, output: Path) -> dict[str, Any]:
 
 
 def _train(cell: Cell, output: Path) -> dict[str, Any]:
-    recipe = Recipe(**cell.settings["recipe"])
-    _require_same(recipe.data, cell.settings["rows_sha256"], rows_digest(tuning_rows(load_task(recipe.data))))
+    training = Settings.flat(**cell.settings["recipe"])
+    _require_same(training.data, cell.settings["rows_sha256"], rows_digest(tuning_rows(load_task(training.data))))
     directory = cell.directory(output) / RUN
     checkpoint = last_checkpoint(directory)
     done = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
     with measured() as cost:
-        record = train(recipe, directory)
+        record = train(training, directory)
     log = json.loads((directory / LOG).read_text(encoding="utf-8"))
     # the trainer's own time: steps alone, without loading and without the frozen layers, which other runs share
     steps = next(entry["train_runtime"] for entry in reversed(log) if "train_runtime" in entry)
     return {
-        "seconds": steps * recipe.steps / max(1, recipe.steps - done),
+        "seconds": steps * training.optimisation.steps / max(1, training.optimisation.steps - done),
         "peak_memory": cost.peak_memory,
         "resumed_from": done,
         "parameters": record["parameters"],
@@ -184,8 +184,8 @@ def _loaded(address: str, output: Path, *, fitted: str | None) -> Run:
 
 
 def _rows_of(run: Run) -> TrainingRows:
-    recipe = Recipe(**run.record["recipe"])
-    return select_rows(load_task(recipe.data), recipe)
+    training = Settings.flat(**run.record["recipe"])
+    return select_rows(load_task(training.data), training.rows)
 
 
 def _log_probs(run: Run, rows: list[Example], strategy: Predictive, batch_size: int) -> tuple[Tensor, float]:

@@ -17,7 +17,7 @@ from scalabl.data.example import Example
 from scalabl.data.text_rows import TextRow
 from scalabl.metrics.temperature import negative_log_likelihood
 from scalabl.predictive.base import predict
-from scalabl.runs.recipe import Recipe
+from scalabl.runs.settings import Settings
 from scalabl.scoring.base import Batch, Scoring
 from scalabl.scoring.continuation import Continuation
 from scalabl.scoring.conversation import require_template
@@ -29,12 +29,12 @@ from scalabl.scoring.trunk_store import with_stored_trunk
 
 
 def candidates(
-    recipe: Recipe,
+    settings: Settings,
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Any],
     labels: tuple[str, ...] | None,
 ) -> list[Scoring]:
-    """The scorings that a recipe allows for these rows, `Example`s or `TextRow`s.
+    """The scorings that the settings allow for these rows, `Example`s or `TextRow`s.
 
     Raises:
         UserError: letters were asked for, but a label is not one token.
@@ -43,17 +43,17 @@ def candidates(
         of_messages = not isinstance(rows[0].prompt, str)  # then a prompt of its own is a turn too
         if of_messages:
             require_template(tokenizer, f"Row {rows[0].id}")
-        return [Text(tokenizer, chat=recipe.chat or of_messages, max_length=recipe.max_length)]
-    common: dict[str, Any] = {"chat": recipe.chat, "max_length": recipe.max_length}
+        return [Text(tokenizer, chat=settings.rows.chat or of_messages, max_length=settings.rows.max_length)]
+    common: dict[str, Any] = {"chat": settings.rows.chat, "max_length": settings.rows.max_length}
     found: list[Scoring] = []
-    if recipe.scoring in ("auto", "letters"):
+    if settings.rows.scoring in ("auto", "letters"):
         try:
             found.append(Letters(tokenizer, labels=labels, num_letters=max(len(r.choices) for r in rows), **common))
         except UserError:
-            if recipe.scoring == "letters":
+            if settings.rows.scoring == "letters":
                 raise
-    if recipe.scoring in ("auto", "continuation"):
-        kinds = ("sum", "token") if recipe.normalization == "auto" else (recipe.normalization,)
+    if settings.rows.scoring in ("auto", "continuation"):
+        kinds = ("sum", "token") if settings.rows.normalization == "auto" else (settings.rows.normalization,)
         for kind in kinds:
             found.append(Continuation(tokenizer, normalization=kind, task_labels=labels is not None, **common))  # type: ignore[arg-type]
     return found

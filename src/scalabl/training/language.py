@@ -12,7 +12,6 @@ epoch is the same whatever the batch size, the order, and the number of accumula
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -20,7 +19,7 @@ from torch import Tensor
 from scalabl.core.errors import UserError
 from scalabl.data.example import Task
 from scalabl.data.text_rows import TextTask
-from scalabl.runs.recipe import Recipe
+from scalabl.runs.settings import Settings
 from scalabl.scoring.base import Batch, Encoded, Scoring
 from scalabl.scoring.text import EncodedText, Text, TextBatch
 from scalabl.training.trainer import ChoiceTrainer
@@ -41,7 +40,7 @@ class LanguageTrainer(ChoiceTrainer):
         return -class_logits.sum() / (len(batch) * self.tokens_a_row)
 
 
-def check_rows(recipe: Recipe, task: Task | TextTask) -> None:
+def check_rows(settings: Settings, task: Task | TextTask) -> None:
     """Refuse settings that are of the other kind of rows.
 
     Raises:
@@ -49,15 +48,15 @@ def check_rows(recipe: Recipe, task: Task | TextTask) -> None:
     """
     if isinstance(task, TextTask):
         for name in ("scoring", "normalization"):
-            if getattr(recipe, name) != "auto":
+            if getattr(settings.rows, name) != "auto":
                 raise UserError(
-                    f"{name} is {getattr(recipe, name)}, which is of questions with choices, but {recipe.data} has "
-                    "rows of text; leave it out."
+                    f"{name} is {getattr(settings.rows, name)}, which is of questions with choices, but "
+                    f"{settings.data} has rows of text; leave it out."
                 )
-    elif recipe.kl_normalization != "token":
+    elif settings.posterior.kl_normalization != "token":
         raise UserError(
-            f"kl_normalization is {recipe.kl_normalization}, which is of rows of text, but {recipe.data} has questions "
-            "with choices; leave it out."
+            f"kl_normalization is {settings.posterior.kl_normalization}, which is of rows of text, but {settings.data} "
+            "has questions with choices; leave it out."
         )
 
 
@@ -66,16 +65,16 @@ def trainer_of(scoring: Scoring) -> type[ChoiceTrainer]:
     return LanguageTrainer if isinstance(scoring, Text) else ChoiceTrainer
 
 
-def weighing_the_kl(recipe: Recipe, rows: Sequence[Encoded]) -> Recipe:
-    """The recipe that a method's callbacks are made of, for as many examples as there are rows.
+def weighing_the_kl(settings: Settings, rows: Sequence[Encoded]) -> Settings:
+    """The settings that a method's callbacks are made of, for as many examples as there are rows.
 
     A loss that is a mean over tokens is 1/T of the rows' sum, where a method expects 1/N of it: with
     `kl_normalization="token"` its KL is multiplied by N/T, so that it weighs KL / T, which is the exact ELBO.
     "sequence" leaves it at KL / N, as if a row were one observation: T/N times the ELBO's weight.
     """
-    if not isinstance(rows[0], EncodedText) or recipe.kl_normalization == "sequence":
-        return recipe
-    return replace(recipe, beta=recipe.beta / tokens_a_row(rows))
+    if not isinstance(rows[0], EncodedText) or settings.posterior.kl_normalization == "sequence":
+        return settings
+    return settings.changed(beta=settings.posterior.beta / tokens_a_row(rows))
 
 
 def tokens_a_row(rows: Sequence[Encoded]) -> float:

@@ -11,12 +11,12 @@ from pathlib import Path
 
 from scalabl.core import processes
 from scalabl.core.errors import UserError
-from scalabl.runs.recipe import Recipe
 from scalabl.runs.registry import METHODS
+from scalabl.runs.settings import Settings
 
 
-def check_launch(recipe: Recipe) -> None:
-    """Refuse what `accelerate launch` set up where a run with this recipe would fail or be another one.
+def check_launch(settings: Settings) -> None:
+    """Refuse what `accelerate launch` set up where a run with these settings would fail or be another one.
 
     Raises:
         UserError: DeepSpeed is not installed or would hide the KL's gradient; an FSDP setting that this package does
@@ -27,9 +27,9 @@ def check_launch(recipe: Recipe) -> None:
             raise UserError(
                 "DeepSpeed is not installed; pip install deepspeed, or launch with recipes/accelerate/fsdp2.yaml."
             )
-        if METHODS[recipe.method].variational:
+        if METHODS[settings.method].variational:
             raise UserError(
-                f"DeepSpeed keeps gradients to itself, so the KL of {recipe.method} cannot be added to them; launch "
+                f"DeepSpeed keeps gradients to itself, so the KL of {settings.method} cannot be added to them; launch "
                 "with recipes/accelerate/fsdp2.yaml or ddp.yaml."
             )
     if not processes.is_sharded():
@@ -47,23 +47,24 @@ def check_launch(recipe: Recipe) -> None:
         )
     if os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "false") == "true":
         raise UserError("Every process reads the base by itself; set fsdp_cpu_ram_efficient_loading to false.")
-    if recipe.bits is not None:
+    if settings.machine.bits is not None:
         raise UserError("A base of 4 or 8 bits is not sharded; leave out --bits, or launch with ddp.yaml.")
-    if not METHODS[recipe.method].shardable:
-        raise UserError(f"{recipe.method} was not tried with FSDP; launch with recipes/accelerate/ddp.yaml.")
+    if not METHODS[settings.method].shardable:
+        raise UserError(f"{settings.method} was not tried with FSDP; launch with recipes/accelerate/ddp.yaml.")
 
 
-def require_rows(recipe: Recipe, rows: int) -> None:
+def require_rows(settings: Settings, rows: int) -> None:
     """Refuse a batch over all processes that is larger than the training set: rows would be repeated to fill it.
 
     Raises:
         UserError: there are fewer rows.
     """
-    together = recipe.batch_size * processes.world_size()
-    if processes.world_size() > 1 and rows < together:
+    number, batch = processes.world_size(), settings.optimisation.batch_size
+    together = batch * number
+    if number > 1 and rows < together:
         raise UserError(
-            f"{processes.world_size()} processes with a batch size of {recipe.batch_size} take {together} rows at a "
-            f"time, but there are {rows}; lower --batch-size or the number of processes."
+            f"{number} processes with a batch size of {batch} take {together} rows at a time, "
+            f"but there are {rows}; lower --batch-size or the number of processes."
         )
 
 

@@ -1,4 +1,4 @@
-"""A training run from a recipe to a finished directory, resumable at every checkpoint."""
+"""A training run from settings to a finished directory, resumable at every checkpoint."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from scalabl.data.text_rows import TextTask
 from scalabl.data.training_data import load_training_task
 from scalabl.runs.directory import CHOICES, LANGUAGE, RECORD, claim, finished_record, read_record
 from scalabl.runs.method import TrainedMethod, load_method
-from scalabl.runs.models import EMBEDDED, embedded_directory, held, load_base
-from scalabl.runs.recipe import Recipe
+from scalabl.runs.models import EMBEDDED, embedded_directory, load_base
+from scalabl.runs.settings import DEFAULTS, OptimisationSettings, Settings
 from scalabl.scoring.base import Encoded, Scoring
 from scalabl.scoring.scorer import Scorer
 from scalabl.scoring.trunk import Trunk
@@ -50,13 +50,13 @@ class Interrupted(Exception):
     """The run was stopped by Ctrl-C; its checkpoint is kept."""
 
 
-def train(recipe: Recipe, output: Path) -> dict[str, Any]:
+def train(settings: Settings, output: Path) -> dict[str, Any]:
     """Train, and write a finished run directory; resumes what an earlier call left unfinished.
 
     In several processes (`scalabl.core.processes`) the main one chooses and writes; all of them get the record.
 
     Args:
-        recipe: what to train.
+        settings: what to train.
         output: the run's directory.
 
     Returns:
@@ -66,16 +66,16 @@ def train(recipe: Recipe, output: Path) -> dict[str, Any]:
         UserError: bad data, model or settings; another run in `output`.
         Interrupted: Ctrl-C; the same call goes on from the checkpoint.
     """
-    task = load_training_task(recipe.data)
-    check_rows(recipe, task)
-    rows: TrainingRows[Any] = select_rows(task, recipe)
-    check_launch(recipe)
-    require_rows(recipe, len(rows.train))
-    if processes.on_main(lambda: claim(output, recipe.as_dict(), Recipe.defaults(), processes.world_size())):
+    task = load_training_task(settings.data)
+    check_rows(settings, task)
+    rows: TrainingRows[Any] = select_rows(task, settings.rows)
+    check_launch(settings)
+    require_rows(settings, len(rows.train))
+    if processes.on_main(lambda: claim(output, settings.as_dict(), DEFAULTS, processes.world_size())):
         return processes.on_main(lambda: finished_record(output))
     try:
         with processes.cleaning_up(lambda: _remove_traces(output)):
-            return _train(recipe, output, task, rows)
+            return _train(settings, output, task, rows)
     except NonFiniteError as error:
         last = last_checkpoint(output) if processes.is_main() else None
         kept = f" and choose another --output ({last} is the last good checkpoint)" if last else ""
@@ -104,21 +104,21 @@ def last_checkpoint(output: Path) -> Path | None:
     return max(found)[1] if found else None
 
 
-def _train(recipe: Recipe, output: Path, task: Task | TextTask, rows: TrainingRows[Any]) -> dict[str, Any]:
-    if recipe.optimizer != Recipe.optimizer:
-        require_optimizer(recipe.optimizer, "cuda" if torch.cuda.is_available() else "cpu")
+def _train(settings: Settings, output: Path, task: Task | TextTask, rows: TrainingRows[Any]) -> dict[str, Any]:
+    if settings.optimisation.optimizer != OptimisationSettings.optimizer:
+        require_optimizer(settings.optimisation.optimizer, "cuda" if torch.cuda.is_available() else "cpu")
     processes.connect()
-    if recipe.model == EMBEDDED:
+    if settings.model == EMBEDDED:
         processes.first_on_each_machine(embedded_directory)
-    model, tokenizer = load_base(recipe.model, **_placed(held(recipe.as_dict())))
-    options = candidates(recipe, tokenizer, (*rows.train, *rows.validation), task.labels)
+    model, tokenizer = load_base(settings.model, **_placed(settings.machine.of_base))
+    options = candidates(settings, tokenizer, (*rows.train, *rows.validation), task.labels)
     longest = max((options[-1].encode(row) for row in rows.train[:50]), key=lambda row: sum(map(bool, row.segments)))
     processes.on_main(lambda: Scorer(model, options[-1]).check_packing(longest))
 
-    method = load_method(recipe.method)
-    set_seed(recipe.seed)
-    adapted = get_peft_model(model, method.adapter_config(recipe, model))
-    trunk = Trunk(adapted) if not recipe.gradient_checkpointing else None
+    method = load_method(settings.method)
+    set_seed(settings.seed)
+    adapted = get_peft_model(model, method.adapter_config(settings, model))
+    trunk = Trunk(adapted) if not settings.optimisation.gradient_checkpointing else None
 
     def choose() -> tuple[int, dict[str, float]]:
         best, nll = choose_scoring(options, adapted, trunk, rows.validation)
@@ -130,7 +130,7 @@ def _train(recipe: Recipe, output: Path, task: Task | TextTask, rows: TrainingRo
         "scalabl": __version__,
         "status": "running",
         "kind": LANGUAGE if isinstance(task, TextTask) else CHOICES,
-        "recipe": recipe.as_dict(),
+        "recipe": settings.as_dict(),
         "task": {"name": task.name, "source": task.source, "licence": task.licence, "labels": task.labels},
         "rows": {"train": len(rows.train), "validation": len(rows.validation)},
         "scoring": scoring.settings(),
@@ -148,7 +148,7 @@ def _train(recipe: Recipe, output: Path, task: Task | TextTask, rows: TrainingRo
     if isinstance(task, TextTask):
         record["tokens"] = token_counts(rows_of_run)
     encoded = processes.first_on_each_machine(lambda: with_stored_trunk(Scorer(adapted, scoring, trunk), rows_of_run))
-    log, beside = optimise(recipe, output, adapted, scoring, trunk, encoded)
+    log, beside = optimise(settings, output, adapted, scoring, trunk, encoded)
 
     tensors = whole_adapter(adapted)
 
@@ -157,7 +157,7 @@ def _train(recipe: Recipe, output: Path, task: Task | TextTask, rows: TrainingRo
         write_json(output / LOG, finite(log))
         digest = sha256(output / ADAPTER)
         if beside:
-            save_file(beside, output / f"{recipe.method}.safetensors", metadata={"adapter_sha256": digest})
+            save_file(beside, output / f"{settings.method}.safetensors", metadata={"adapter_sha256": digest})
         finished = record | {
             "status": "finished",
             "adapter_sha256": digest,
@@ -184,41 +184,41 @@ def _placed(held_as: dict[str, Any]) -> dict[str, Any]:
 
 
 def optimise(
-    recipe: Recipe, output: Path, model: PeftModel, scoring: Scoring, trunk: Trunk | None, rows: list[Encoded]
+    settings: Settings, output: Path, model: PeftModel, scoring: Scoring, trunk: Trunk | None, rows: list[Encoded]
 ) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
     """Train, from the last checkpoint if there is one: the log, and what the method leaves beside the adapter."""
     arguments = TrainingArguments(
         output_dir=str(output / "checkpoints"),
-        max_steps=recipe.steps,
-        per_device_train_batch_size=recipe.batch_size,
-        gradient_accumulation_steps=recipe.gradient_accumulation,
-        learning_rate=recipe.learning_rate,
-        warmup_steps=int(recipe.warmup * recipe.steps),
+        max_steps=settings.optimisation.steps,
+        per_device_train_batch_size=settings.optimisation.batch_size,
+        gradient_accumulation_steps=settings.optimisation.gradient_accumulation,
+        learning_rate=settings.optimisation.learning_rate,
+        warmup_steps=int(settings.optimisation.warmup * settings.optimisation.steps),
         lr_scheduler_type="linear",
-        weight_decay=recipe.weight_decay,
-        max_grad_norm=recipe.max_grad_norm,
+        weight_decay=settings.optimisation.weight_decay,
+        max_grad_norm=settings.optimisation.max_grad_norm,
         adam_epsilon=1e-6,
-        optim=recipe.optimizer,
-        gradient_checkpointing=recipe.gradient_checkpointing,
-        seed=recipe.seed,
-        data_seed=recipe.seed,
-        save_steps=recipe.save_steps,
+        optim=settings.optimisation.optimizer,
+        gradient_checkpointing=settings.optimisation.gradient_checkpointing,
+        seed=settings.seed,
+        data_seed=settings.seed,
+        save_steps=settings.machine.save_steps,
         save_total_limit=2,
-        logging_steps=max(1, min(10, recipe.steps // 10)),
+        logging_steps=max(1, min(10, settings.optimisation.steps // 10)),
         logging_nan_inf_filter=False,
-        dataloader_drop_last=len(rows) >= recipe.batch_size,
+        dataloader_drop_last=len(rows) >= settings.optimisation.batch_size,
         ddp_find_unused_parameters=False,
         dataloader_pin_memory=torch.cuda.is_available(),
         remove_unused_columns=False,
         disable_tqdm=True,
         report_to=[],
         # autocast of a sharded model would round s
-        bf16=recipe.dtype == "bfloat16" and torch.cuda.is_available() and not processes.is_sharded(),
+        bf16=settings.machine.dtype == "bfloat16" and torch.cuda.is_available() and not processes.is_sharded(),
         use_cpu=not _on_accelerator(model),
     )
-    bar, interrupt = ProgressBar(f"training {recipe.method}"), StopOnInterrupt()
+    bar, interrupt = ProgressBar(f"training {settings.method}"), StopOnInterrupt()
     shown = [bar] if processes.is_main() else []
-    method, weighing = load_method(recipe.method), weighing_the_kl(recipe, rows)
+    method, weighing = load_method(settings.method), weighing_the_kl(settings, rows)
     of_method = method.callbacks(weighing, len(rows))
     processes.let_cpus_shard()
     trainer_class: Any = method.trainer_class(trainer_of(scoring))
@@ -240,8 +240,8 @@ def optimise(
     finally:
         bar.close()
         interrupt.restore()
-    if interrupt.interrupted and trainer.state.global_step < recipe.steps:
-        raise Interrupted(f"stopped at step {trainer.state.global_step} of {recipe.steps}")
+    if interrupt.interrupted and trainer.state.global_step < settings.optimisation.steps:
+        raise Interrupted(f"stopped at step {trainer.state.global_step} of {settings.optimisation.steps}")
     log = [{k: v for k, v in entry.items() if isinstance(v, int | float)} for entry in trainer.state.log_history]
     return log, method.beside(trainer)
 

@@ -30,8 +30,8 @@ from scalabl.runs.adapter_file import CONFIG
 from scalabl.runs.directory import RECORD
 from scalabl.runs.loading import load_adapter, require_base
 from scalabl.runs.method import load_method
-from scalabl.runs.models import held, load_base
-from scalabl.runs.recipe import Recipe
+from scalabl.runs.models import load_base
+from scalabl.runs.settings import Settings
 from scalabl.scoring.base import Encoded, Scoring
 from scalabl.scoring.scorer import Scorer, make_scoring
 from scalabl.scoring.trunk import Trunk
@@ -39,7 +39,7 @@ from scalabl.scoring.trunk_store import with_stored_trunk
 from scalabl.training.choose_scoring import candidates, choose_scoring, describe
 from scalabl.training.log_values import finite
 from scalabl.training.posthoc.laplace import fit_laplace, used_components
-from scalabl.training.posthoc.settings import Settings, SourceAdapter, refuse_options
+from scalabl.training.posthoc.settings import PosthocSettings, SourceAdapter, refuse_options
 from scalabl.training.posthoc.svd import scalabl_config, scalabl_tensors
 from scalabl.training.run import LOG, count_parameters, optimise
 from scalabl.tuner.config import SUPPORTED_LORA_OPTIONS, ScalaBLConfig
@@ -50,11 +50,13 @@ from scalabl.tuner.layers import stochastic_layers
 from scalabl.tuner.mean_adapter import MEAN_DIRECTORY
 
 
-def fit_variational(recipe: Recipe, scratch: Path, scorer: Scorer, rows: Sequence[Encoded]) -> list[dict[str, float]]:
+def fit_variational(
+    training: Settings, scratch: Path, scorer: Scorer, rows: Sequence[Encoded]
+) -> list[dict[str, float]]:
     """Train the posterior of a loaded ScalaBL adapter in place.
 
     Args:
-        recipe: steps, batch size, learning rate and the KL's schedule.
+        training: steps, batch size, learning rate and the KL's schedule.
         scratch: a directory for the trainer's files.
         scorer: the model.
         rows: encoded rows with answers.
@@ -69,7 +71,7 @@ def fit_variational(recipe: Recipe, scratch: Path, scorer: Scorer, rows: Sequenc
     model.requires_grad_(False)
     for leaf in stochastic_layers(model).values():
         leaf.posterior.requires_grad_(True)
-    log, _ = optimise(recipe, scratch, model, scorer.scoring, scorer.trunk, list(rows))
+    log, _ = optimise(training, scratch, model, scorer.scoring, scorer.trunk, list(rows))
     model.eval()
     return log
 
@@ -84,7 +86,7 @@ def bayesianize(
     rows: tuple[Example, ...],
     held_out: tuple[Example, ...],
     output: Path,
-    settings: Settings,
+    settings: PosthocSettings,
 ) -> dict[str, Any]:
     """Fit the posterior and write a finished run directory; it appears whole or not at all.
 
@@ -115,11 +117,11 @@ def _build(
     rows: tuple[Example, ...],
     held_out: tuple[Example, ...],
     directory: Path,
-    settings: Settings,
+    settings: PosthocSettings,
 ) -> dict[str, Any]:
-    recipe = settings.recipe
-    config, tensors = _converted(source, recipe)
-    base, tokenizer = load_base(recipe.model, **held(recipe.as_dict()))
+    training = settings.training
+    config, tensors = _converted(source, training)
+    base, tokenizer = load_base(training.model, **training.machine.of_base)
     if source.record:
         require_base(base, source.record)
     config.base_fingerprint = fingerprint(base)
@@ -133,7 +135,7 @@ def _build(
         raise UserError(
             f"The adapter is for {adapted} layers, but the base model has {found} of them; give its own with --model."
         )
-    set_seed(recipe.seed)
+    set_seed(training.seed)
 
     labels = source.record["task"]["labels"] if source.record else task.labels
     trunk = Trunk(model)
@@ -141,12 +143,14 @@ def _build(
     scoring, nll = _scoring(source, settings, model, shared, tokenizer, rows, held_out, labels)
     scorer = Scorer(model, scoring, shared)
     used_components(scorer)
-    encoded = with_stored_trunk(scorer, [scorer.scoring.encode(row) for row in rows], batch_size=recipe.batch_size)
+    encoded = with_stored_trunk(
+        scorer, [scorer.scoring.encode(row) for row in rows], batch_size=training.optimisation.batch_size
+    )
     fit = _laplace if settings.method == "laplace" else _variational
     record: dict[str, Any] = {
         "scalabl": __version__,
         "status": "finished",
-        "recipe": recipe.as_dict(),
+        "recipe": training.as_dict(),
         "task": {"name": task.name, "source": task.source, "licence": task.licence, "labels": labels},
         "rows": {"train": len(rows), "validation": len(held_out)},
         "scoring": scorer.scoring.settings(),
@@ -164,18 +168,18 @@ def _build(
     return record
 
 
-def _converted(source: SourceAdapter, recipe: Recipe) -> tuple[ScalaBLConfig, dict[str, Tensor]]:
+def _converted(source: SourceAdapter, training: Settings) -> tuple[ScalaBLConfig, dict[str, Tensor]]:
     refuse_options({k: v for k, v in source.config.items() if k not in SUPPORTED_LORA_OPTIONS})
     plain = PeftConfig.from_pretrained(str(source.directory))
     assert isinstance(plain, LoraConfig)
     config = scalabl_config(
         plain,
-        covariance=recipe.covariance,
-        prior_mean=recipe.prior_mean,
-        prior_std=recipe.prior_std,
-        init_sigma=recipe.init_sigma,
-        empirical_prior=recipe.empirical_prior,
-        draws=recipe.draws,
+        covariance=training.posterior.covariance,
+        prior_mean=training.posterior.prior_mean,
+        prior_std=training.posterior.prior_std,
+        init_sigma=training.posterior.init_sigma,
+        empirical_prior=training.posterior.empirical_prior,
+        draws=training.posterior.draws,
     )
     config.base_model_name_or_path = source.model
     try:
@@ -186,7 +190,7 @@ def _converted(source: SourceAdapter, recipe: Recipe) -> tuple[ScalaBLConfig, di
 
 def _scoring(
     source: SourceAdapter,
-    settings: Settings,
+    settings: PosthocSettings,
     model: PeftModel,
     trunk: Trunk | None,
     tokenizer: PreTrainedTokenizerBase,
@@ -197,7 +201,7 @@ def _scoring(
     """The run's own scoring, or the one under which the adapter itself has the lowest NLL, with every option's."""
     if source.record and not settings.scoring_given:
         return make_scoring(source.record["scoring"], tokenizer), {}
-    options = candidates(settings.recipe, tokenizer, (*rows, *held_out), labels)
+    options = candidates(settings.training, tokenizer, (*rows, *held_out), labels)
     longest = max((options[-1].encode(row) for row in rows[:50]), key=lambda row: sum(map(bool, row.segments)))
     Scorer(model, options[-1]).check_packing(longest)
     choosing = list(held_out or rows)
@@ -205,10 +209,10 @@ def _scoring(
 
 
 def _laplace(
-    source: SourceAdapter, scorer: Scorer, rows: list[Encoded], settings: Settings, directory: Path
+    source: SourceAdapter, scorer: Scorer, rows: list[Encoded], settings: PosthocSettings, directory: Path
 ) -> dict[str, Any]:
     joint, facts = fit_laplace(
-        scorer, rows, batch_size=settings.recipe.batch_size, prior_precision=settings.prior_precision
+        scorer, rows, batch_size=settings.training.optimisation.batch_size, prior_precision=settings.prior_precision
     )
     joint = joint.restricted(settings.structure)  # type: ignore[arg-type]
     set_joint(scorer.model, joint)
@@ -218,7 +222,7 @@ def _laplace(
     for name in (CONFIG, ADAPTER):  # the adapter as it was given, instead of its mean in other factors
         shutil.copyfile(source.directory / name, directory / MEAN_DIRECTORY / name)
     return {
-        "recipe": settings.recipe.as_dict() | {"steps": 0, "prior_std": config.prior_std},
+        "recipe": settings.training.as_dict() | {"steps": 0, "prior_std": config.prior_std},
         "joint_sha256": save_joint(directory, joint),
         "predictive": "linearized",  # the Gaussian is the posterior of the linearised model [Immer et al. 2021]
         "bayesianized": _origin(source, settings) | {"structure": settings.structure} | facts,
@@ -226,14 +230,14 @@ def _laplace(
 
 
 def _variational(
-    source: SourceAdapter, scorer: Scorer, rows: list[Encoded], settings: Settings, directory: Path
+    source: SourceAdapter, scorer: Scorer, rows: list[Encoded], settings: PosthocSettings, directory: Path
 ) -> dict[str, Any]:
-    log = fit_variational(settings.recipe, directory, scorer, rows)
+    log = fit_variational(settings.training, directory, scorer, rows)
     shutil.rmtree(directory / "checkpoints", ignore_errors=True)
     scorer.model.save_pretrained(str(directory))
     write_json(directory / LOG, finite(log))
     return {"bayesianized": _origin(source, settings), "warnings": unconverged(log)}
 
 
-def _origin(source: SourceAdapter, settings: Settings) -> dict[str, Any]:
+def _origin(source: SourceAdapter, settings: PosthocSettings) -> dict[str, Any]:
     return {"method": settings.method, "adapter_sha256": sha256(source.directory / ADAPTER)}

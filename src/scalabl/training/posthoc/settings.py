@@ -19,7 +19,7 @@ from scalabl.data.load import load_task
 from scalabl.data.training_data import with_labels
 from scalabl.runs.adapter_file import CONFIG
 from scalabl.runs.directory import RECORD, classifier_record
-from scalabl.runs.recipe import LARGEST, Recipe, typed_setting
+from scalabl.runs.settings import LARGEST, Settings, typed_setting
 
 # ways of drawing A and B that take the draw out of the base's weights: the adapter fits no base that can be loaded
 _CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -139,7 +139,7 @@ def require_free(output: Path) -> None:
 
 METHODS = ("laplace", "vi")
 STRUCTURES = ("joint", "layer", "diagonal")
-# settings of a run's recipe that its adapter keeps; how it was trained is over
+# settings of a run that its adapter keeps; how it was trained is over
 _KEPT = (
     "r", "lora_alpha", "target_modules", "layers", "scoring", "normalization", "chat", "max_length", "seed", "dtype",
     "bits", "quantization",
@@ -148,22 +148,22 @@ _VARIATIONAL = {"steps", "variational_learning_rate", "prior_std", "init_sigma",
 
 
 @dataclass(frozen=True)
-class Settings:
+class PosthocSettings:
     """What decides the posterior.
 
     Attributes:
         method: "laplace" or "vi".
-        recipe: scoring, batch size and precision of the model; for "vi" steps, rates and the prior too.
+        training: scoring, batch size and precision of the model; for "vi" steps, rates and the prior too.
         structure: which correlations Laplace's covariance keeps: "joint", "layer" or "diagonal".
         prior_precision: Laplace's, on relative strengths; None takes the one of the highest evidence.
-        scoring_given: whether the recipe's scoring was asked for, so that it holds against the run's own.
+        scoring_given: whether the scoring was given, so that it holds against the run's own.
 
     Raises:
         UserError: a value out of its range, or one that the method does not read.
     """
 
     method: str
-    recipe: Recipe
+    training: Settings
     structure: str = "joint"
     prior_precision: float | None = None
     scoring_given: bool = False
@@ -187,16 +187,16 @@ def settings_for(
     structure: str = "joint",
     prior_precision: float | None = None,
     **given: Any,
-) -> Settings:
+) -> PosthocSettings:
     """The settings of a posterior: the source run's own where it has one, else what the adapter's configuration says.
 
     Args:
         source: the adapter.
         data: what the posterior is fitted on.
         method: "laplace" or "vi".
-        structure: see `Settings`.
-        prior_precision: see `Settings`.
-        given: settings of a recipe; None leaves one as it is.
+        structure: see `PosthocSettings`.
+        prior_precision: see `PosthocSettings`.
+        given: settings of a training; None leaves one as it is.
 
     Raises:
         UserError: a value out of its range, or one that the method does not read.
@@ -216,7 +216,7 @@ def settings_for(
         raise UserError(f"{unread[0]} belongs to vi; leave it out for laplace, which takes one pass over the rows.")
     covariance = "full" if method == "laplace" else "diagonal"
     settings |= {"method": "scalabl", "model": source.model, "data": data, "covariance": covariance}
-    return Settings(method, Recipe(**settings | named), structure, prior_precision, "scoring" in named)
+    return PosthocSettings(method, Settings.flat(**settings | named), structure, prior_precision, "scoring" in named)
 
 
 def _number(source: SourceAdapter, name: str) -> Any:

@@ -6,26 +6,27 @@ from typing import Any
 import pytest
 
 from scalabl.core.errors import UserError
-from scalabl.runs.recipe import Recipe, layer_fraction, make_recipe
+from scalabl.runs.settings import Settings, layer_fraction, make_settings
 
 
 def test_options_win_over_the_file_and_the_file_over_the_defaults(tmp_path: Path) -> None:
     config = tmp_path / "recipe.yaml"
     config.write_text("steps: 7\nlearning_rate: 1e-4\nlora_alpha: 32\ntarget_modules: [q_proj, lm_head]\nbits: null\n")
-    recipe = make_recipe({"steps": 9, "model": None, "seed": None}, config)
-    assert recipe.steps == 9 and recipe.seed == 0 and recipe.model == Recipe().model and recipe.bits is None
+    recipe = make_settings({"steps": 9, "model": None, "seed": None}, config)
+    assert recipe.optimisation.steps == 9 and recipe.machine.bits is None
+    assert recipe.seed == 0 and recipe.model == Settings().model
     # YAML 1.1 reads 1e-4 as text and 32 as a whole number
-    assert recipe.learning_rate == 1e-4 and isinstance(recipe.lora_alpha, float)
-    assert recipe.targets == ["q_proj", "lm_head"]
+    assert recipe.optimisation.learning_rate == 1e-4 and isinstance(recipe.adapter.lora_alpha, float)
+    assert recipe.adapter.targets == ["q_proj", "lm_head"]
 
 
 def test_lists_of_modules_may_be_lists_or_texts(tmp_path: Path) -> None:
     config = tmp_path / "recipe.yaml"
     for text in ("stochastic_modules: [q_proj, self_attn.v_proj]", "stochastic_modules: q_proj, self_attn.v_proj"):
         config.write_text(text)
-        assert make_recipe({}, config).stochastic == ["q_proj", "self_attn.v_proj"]
-    assert make_recipe({"stochastic_modules": "v_proj"}, config).stochastic == ["v_proj"]
-    assert Recipe().stochastic is None
+        assert make_settings({}, config).posterior.stochastic == ["q_proj", "self_attn.v_proj"]
+    assert make_settings({"stochastic_modules": "v_proj"}, config).posterior.stochastic == ["v_proj"]
+    assert Settings().posterior.stochastic is None
 
 
 def test_the_settings_of_a_posterior_reach_the_adapter_and_its_callback() -> None:
@@ -34,10 +35,10 @@ def test_the_settings_of_a_posterior_reach_the_adapter_and_its_callback() -> Non
     from scalabl.runs.method import load_method
     from scalabl.training.callback import ELBOCallback
 
-    made = Recipe(empirical_prior=True, draws="batch", stochastic_modules="v_proj", layers="last:1")
+    made = Settings.flat(empirical_prior=True, draws="batch", stochastic_modules="v_proj", layers="last:1")
     config: Any = load_method("scalabl").adapter_config(made, loaded()[0])
     assert config.prior.empirical and config.draws == "batch" and config.stochastic_modules == ["v_proj"]
-    (callback,) = load_method("scalabl").callbacks(Recipe(kl="forward"), 8)
+    (callback,) = load_method("scalabl").callbacks(Settings.flat(kl="forward"), 8)
     assert isinstance(callback, ELBOCallback) and callback.kl == "forward"
 
 
@@ -45,9 +46,9 @@ def test_a_recipe_is_its_own_file(tmp_path: Path) -> None:
     import yaml
 
     config = tmp_path / "recipe.yaml"
-    recipe = Recipe(steps=3, chat=True, train_rows=5, layers="last:2", empirical_prior=True, draws="batch")
+    recipe = Settings.flat(steps=3, chat=True, train_rows=5, layers="last:2", empirical_prior=True, draws="batch")
     config.write_text(yaml.safe_dump(recipe.as_dict()))
-    assert make_recipe({}, config) == recipe
+    assert make_settings({}, config) == recipe
 
 
 @pytest.mark.parametrize(
@@ -72,9 +73,9 @@ def test_bad_files_are_refused_with_the_setting_named(tmp_path: Path, text: str,
     config = tmp_path / "recipe.yaml"
     config.write_text(text)
     with pytest.raises(UserError, match=message):
-        make_recipe({}, config)
+        make_settings({}, config)
     with pytest.raises(UserError, match="There is no recipe"):
-        make_recipe({}, tmp_path / "other.yaml")
+        make_settings({}, tmp_path / "other.yaml")
 
 
 @pytest.mark.parametrize(
@@ -112,7 +113,7 @@ def test_bad_files_are_refused_with_the_setting_named(tmp_path: Path, text: str,
 )
 def test_values_out_of_range_are_refused(setting: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        Recipe(**setting)
+        Settings.flat(**setting)
 
 
 def test_layers() -> None:
