@@ -28,7 +28,7 @@ from scalabl.runs.loading import load_run
 from scalabl.runs.method import Run
 from scalabl.scoring import trunk_store
 from scalabl.training import run as run_module
-from scalabl.training.progress import StopOnInterrupt
+from scalabl.training.monitors import StopOnInterrupt
 from scalabl.training.run import Interrupted, train
 from scalabl.tuner.projection import StochasticProjection
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import scalabl
 from scalabl.runs.settings import Settings
-from scalabl.training.progress import StopOnInterrupt
+from scalabl.training.monitors import StopOnInterrupt
 
 HERE = Path(__file__).parent
 CONFIGS = HERE.parents[1] / "recipes" / "accelerate"

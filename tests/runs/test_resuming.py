@@ -136,7 +136,7 @@ def test_a_second_ctrl_c_and_a_failure_before_the_first_checkpoint_leave_no_dire
 def test_an_interrupt_in_the_last_step_is_too_late(
     base_directory: Path, task_directory: Path, tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from scalabl.training.progress import StopOnInterrupt
+    from scalabl.training.monitors import StopOnInterrupt
 
     step_end = StopOnInterrupt.on_step_end
 

@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 
 from scalabl.core.errors import UserError
 from scalabl.training.callback import ELBOCallback
-from scalabl.training.guard import NonFiniteError, NonFiniteGuard
+from scalabl.training.monitors import NonFiniteError, NonFiniteGuard
 
 
 class Poison(TrainerCallback):

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sized
 from typing import Any, Literal, Self
 
+import numpy as np
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
@@ -27,9 +28,10 @@ from scalabl.training.parameter_group import VariationalGroup, innermost
 from scalabl.training.rank_noise import share_noise
 from scalabl.training.refusals import refuse_flattened_batches, refuse_hidden_gradients, refuse_untrained
 from scalabl.training.schedule import SCHEDULES, Schedule, kl_weight
-from scalabl.training.trained_tokens import count_trained_tokens
 from scalabl.tuner.layers import active_adapters, prior_of, stochastic_layers, unwrap
 from scalabl.tuner.projection import StochasticProjection
+
+_IGNORED = -100  # labels that are not trained on
 
 
 class ELBOCallback(LogContributor):
@@ -178,9 +180,7 @@ class ELBOCallback(LogContributor):
         _unscale(kwargs["optimizer"])
         add_kl_gradients(self._posteriors.values(), self._prior, weight, self.kl)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, *_: Any, **__: Any) -> None:
         self._remove_group()
         for leaf in self._leaves:
             leaf.share = (0, 1)
@@ -257,3 +257,33 @@ def _positive_integer(value: Any, name: str, what: str) -> int:
     if number < 1:
         raise UserError(f"{name} is {value!r}, but it must be {what}, at least 1.")
     return number
+
+
+def count_trained_tokens(dataset: Iterable[Mapping[str, Any]]) -> int:
+    """The labels that are not -100, each row's first one left out: nothing predicts it.
+
+    Args:
+        dataset: rows with "labels", for example `SFTTrainer.train_dataset`.
+
+    Raises:
+        UserError: rows without labels, a stream without length, or no trained token at all.
+    """
+    if not isinstance(dataset, Sized):
+        raise UserError(
+            "The training data is a stream without length, so its trained tokens cannot be counted; give ELBOCallback "
+            "their number as num_examples."
+        )
+    columns = getattr(dataset, "column_names", None)
+    if columns and "labels" in columns:
+        dataset = dataset.select_columns("labels")  # type: ignore[attr-defined]
+    total = 0
+    for row in dataset:
+        if "labels" not in row:
+            raise UserError(
+                'The training rows have no "labels" to count; give the data set that the trainer made of them, '
+                "SFTTrainer.train_dataset, or the number of trained tokens as num_examples."
+            )
+        total += int((np.asarray(row["labels"])[1:] != _IGNORED).sum())
+    if total == 0:
+        raise UserError("No label of the training rows is trained on: all of them are -100; look at the masks.")
+    return total

@@ -32,11 +32,10 @@ from scalabl.scoring.scorer import Scorer
 from scalabl.scoring.trunk import Trunk
 from scalabl.scoring.trunk_store import with_stored_trunk
 from scalabl.training.choose_scoring import candidates, choose_scoring, describe
-from scalabl.training.guard import NonFiniteError, NonFiniteGuard
 from scalabl.training.language import check_rows, token_counts, trainer_of, weighing_the_kl
 from scalabl.training.launched import check_launch, fit_checkpoint, require_rows
 from scalabl.training.log_values import finite
-from scalabl.training.progress import ProgressBar, StopOnInterrupt
+from scalabl.training.monitors import NonFiniteError, NonFiniteGuard, ProgressBar, StopOnInterrupt
 from scalabl.training.rank_noise import SeparateNoise, has_dropout
 from scalabl.training.refusals import require_optimizer
 from scalabl.training.trainer import whole_adapter

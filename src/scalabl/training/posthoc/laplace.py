@@ -1,18 +1,19 @@
-"""The exact Gauss-Newton matrix of the class logits in all s of all layers together.
+"""Subspace Laplace: q(s) = N(s_adapter, (H + precision I)^-1) over all s of all layers jointly.
+
+H is the exact Gauss-Newton matrix of the class logits,
 
     H = sum_n J_n^T Lambda_n J_n,   J_n (C, D) the Jacobian of row n's class logits,   Lambda_n = diag(p_n) - p_n p_n^T
 
 No factor, block or diagonal stands for it: D is the number of s, so that H is D x D. Memory: 8 D^2 bytes for H, and
 4 times as many while it is decomposed (8 MB in all at D = 500, 3.2 GB at D = 10,000), whatever the number of rows.
 
-Subspace Laplace: q(s) = N(s_adapter, (H + precision I)^-1) over all s of all layers jointly.
+The prior is N(0, I / precision) on relative strengths (s = 1 at the adapter; see the package's docstring), its
+precision the one of the highest evidence, h_i the eigenvalues of H:
 
     log p(D | precision) ~ log p(D | s) - precision |s|^2 / 2 - 1/2 sum_i log(1 + h_i / precision)      [MacKay 1992]
 
-H is the exact Gauss-Newton matrix (`curvature.py`), h_i its eigenvalues, the prior N(0, I / precision) on relative
-strengths (s = 1 at the adapter; see the room's docstring). At the maximum, precision |s|^2 = sum_i h_i / (h_i +
-precision), the effective number of parameters: it is at most the number of components in use, so that the precision is
-at most 1.
+At the maximum, precision |s|^2 = sum_i h_i / (h_i + precision), the effective number of parameters: it is at most the
+number of components in use, so that the precision is at most 1.
 """
 
 from __future__ import annotations

@@ -1,20 +1,97 @@
-"""NonFiniteGuard: stops a run at the first NaN or Inf, before it reaches a weight or a checkpoint."""
+"""Callbacks that watch a run: its progress, the two ways to stop it early (Ctrl-C, and a second one), NaN and Inf."""
 
 from __future__ import annotations
 
 import math
+import signal
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
+from rich.progress import Progress
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from scalabl.core import processes
 from scalabl.core.errors import UserError
 from scalabl.core.modules import base_name, gathered
+from scalabl.core.progress import progress_bar
+
+
+class ProgressBar(TrainerCallback):
+    """A progress bar of training steps with the last logged losses.
+
+    Args:
+        description: what stands in front.
+    """
+
+    def __init__(self, description: str) -> None:
+        self.description = description
+        self.progress: Progress | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.progress = progress_bar()
+        self.task = self.progress.add_task(
+            self.description, total=state.max_steps, completed=state.global_step, detail=""
+        )
+        self.progress.start()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.progress:
+            self.progress.update(self.task, completed=state.global_step)
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        logs = kwargs.get("logs") or {}
+        words = {"loss": "loss", "kl": "KL", "sigma_mean": "sigma"}
+        shown = [f"{word} {logs[key]:.3g}" for key, word in words.items() if key in logs]
+        if self.progress and shown:
+            self.progress.update(self.task, detail=", ".join(shown))
+
+    def close(self) -> None:
+        """Take the bar off the screen, however the run ended."""
+        if self.progress:
+            self.progress.stop()
+            self.progress = None
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        self.close()
+
+
+class StopOnInterrupt(TrainerCallback):
+    """The first Ctrl-C ends the step, saves a checkpoint and stops; a second one stops at once."""
+
+    def __init__(self) -> None:
+        self.interrupted = False
+        self._previous: Any = None
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        try:
+            self._previous = signal.signal(signal.SIGINT, self._handle)
+        except ValueError:  # not the main thread: whoever runs it handles signals
+            self._previous = None
+
+    def _handle(self, signum: int, frame: Any) -> None:
+        if self.interrupted:
+            raise KeyboardInterrupt
+        self.interrupted = True
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        # a signal reaches several processes at different steps; they have to stop at the same one
+        self.interrupted = processes.anywhere(self.interrupted)
+        if self.interrupted and state.global_step < state.max_steps:
+            control.should_save = True
+            control.should_training_stop = True
+
+    def restore(self) -> None:
+        """Give the signal back to who had it."""
+        if self._previous is not None:
+            signal.signal(signal.SIGINT, self._previous)
+            self._previous = None
 
 
 class NonFiniteError(UserError):
@@ -65,16 +142,11 @@ class NonFiniteGuard(TrainerCallback):
             )
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._check_before_saving(state, control, kwargs["model"])
+        # parameters are looked at before each checkpoint
+        if control.should_save and not _norm_is_finite([p for p in kwargs["model"].parameters() if p.requires_grad]):
+            _stop(kwargs["model"], step=state.global_step)
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._check_before_saving(state, control, kwargs["model"])
-
-    def _check_before_saving(self, state: TrainerState, control: TrainerControl, model: nn.Module) -> None:
-        if control.should_save and not _norm_is_finite([p for p in model.parameters() if p.requires_grad]):
-            _stop(model, step=state.global_step)
+    on_epoch_end = on_step_end
 
 
 def _has_loss_scaler(optimizer: Optimizer) -> bool:
