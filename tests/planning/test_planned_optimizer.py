@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
-from scalabl.planning.memory import optimizer_bytes
+from scalabl.planning.meta_model import optimizer_bytes
 
 SHAPES = ((8, 1000), (8, 8), (8,), (64, 64), (3, 5, 1000))
 

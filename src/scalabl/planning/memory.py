@@ -1,17 +1,11 @@
-"""How much memory there is: a card's by its name, this machine's by asking. Imports torch only to ask.
-
-Bytes of an optimiser's states.
-"""
+"""How much memory there is: a card's by its name, this machine's by asking. Imports torch only to ask."""
 
 from __future__ import annotations
 
-import math
-import os
 import re
-from collections.abc import Iterable
 from pathlib import Path
 
-from torch import nn
+import psutil
 
 from scalabl.core.errors import UserError
 
@@ -55,17 +49,12 @@ def machine_memory(device: str) -> int:
         import torch
 
         return int(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)
-    return min(_available(), _left_in_container())
-
-
-def _available() -> int:
-    import psutil
-
-    return int(psutil.virtual_memory().available)
+    return min(int(psutil.virtual_memory().available), _left_in_container())
 
 
 def _left_in_container() -> int:
-    """What a container's limit leaves, which the system's own figures do not know; cgroup version 2, then 1."""
+    """What a container's limit leaves, which the system's own figures do not know (cgroup version 2, then 1); all of
+    the memory where there is no limit."""
     for place, limit, used in (
         (_CGROUP, "memory.max", "memory.current"),
         (_CGROUP / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
@@ -77,36 +66,4 @@ def _left_in_container() -> int:
             continue
         # files that were read stay in memory as long as nobody else needs it
         return max(0, left + int(stat.get("total_inactive_file", stat.get("inactive_file", 0))))
-    return int(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-
-
-_SMALLEST, _BLOCK = 4096, 256  # numbers: smaller tensors keep states of 32 bit; a state of 8 bit has a scale a block
-
-# numbers that are kept for each parameter, by how the optimiser's name in TrainingArguments begins; else Adam's two
-_STATES = {"sgd": 0, "adagrad": 1, "rmsprop": 1, "lion": 1, "ademamix": 3}
-
-
-def optimizer_bytes(name: str, parameters: Iterable[nn.Parameter]) -> int:
-    """Bytes of the states of all trained parameters, wherever they are paged to.
-
-    An optimiser that is not known here is taken for AdamW, whose two states a number are the most that is common.
-
-    Args:
-        name: as `TrainingArguments.optim` has it.
-        parameters: those of the model; the ones that are not trained count for nothing.
-    """
-    states = next((n for start, n in _STATES.items() if name.removeprefix("paged_").startswith(start)), 2)
-    return sum(_of_one(name, states, p) for p in parameters if p.requires_grad)
-
-
-def _of_one(name: str, states: int, parameter: nn.Parameter) -> int:
-    number = parameter.numel()
-    if name == "adafactor":  # rows and columns of a matrix, all numbers of a vector
-        if parameter.dim() < 2:
-            return 4 * number
-        rows, columns = parameter.shape[-2:]
-        return 4 * (rows + columns) * (number // (rows * columns))
-    if "8bit" in name and number >= _SMALLEST:
-        return states * (number + 4 * math.ceil(number / _BLOCK))
-    own = name.removeprefix("paged_").startswith(("adamw_torch", "sgd", "adagrad")) or name == "rmsprop"
-    return states * number * (parameter.element_size() if own and "bit" not in name else 4)
+    return int(psutil.virtual_memory().total)

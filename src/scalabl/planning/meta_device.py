@@ -4,16 +4,14 @@ Every operation that torch dispatches there, the backward pass's included, makes
 are followed from birth to death, so that the most that is alive at once is what an allocator would have to hand out. A
 view shares its storage and costs nothing; what an operation uses inside itself is not seen.
 
-What a real device would do where the meta device does something else: attention kernels, automatic mixed precision.
+Where a real device does something else than the meta device, the latter is made to do likewise:
 
-On the meta device torch takes attention apart into matrix products, whose probabilities (B, H, T, T) autograd would
-save. The CPU's kernel saves its inputs, its output and the logarithm of a sum a row instead; so do CUDA's.
-
-A linear layer of 8 or 4 bit on the meta device: the bytes of bitsandbytes and torchao, and what their steps save.
-
-4 bit, nf4 with double quantisation [QLoRA, 2305.14314]: half a byte a number; a scale of 8 bit for each block of 64
-numbers; a scale of 32 bit for each 256 of those, with their mean; two code books a layer.
-8 bit [LLM.int8(), 2208.07339]: a byte a number, a scale of 32 bit a row. Its step keeps every layer's input.
+attention: the meta device takes it apart into matrix products, whose probabilities (B, H, T, T) autograd would save.
+The CPU's kernel saves its inputs, its output and the logarithm of a sum a row instead; so do CUDA's.
+4 bit (bitsandbytes), nf4 with double quantisation [QLoRA, 2305.14314]: half a byte a number; a scale of 8 bit for each
+block of 64 numbers; a scale of 32 bit for each 256 of those, with their mean; two code books a layer.
+8 bit (bitsandbytes) [LLM.int8(), 2208.07339]: a byte a number, a scale of 32 bit a row. Its step keeps every layer's
+input.
 8 bit (torchao): a byte a number, a scale of 32 bit and a zero point of 8 bit a row. Its step keeps the unpacked weight
 of every layer that a gradient goes through: the whole model in its own precision.
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from scalabl.core.errors import UserError, one_line
@@ -18,6 +19,11 @@ from scalabl.planning.meta_device import DeviceKernels, quantize
 from scalabl.runs.method import TrainedMethod, load_method
 from scalabl.runs.models import DTYPES, UNREADABLE, model_path, why_unreadable
 from scalabl.runs.settings import Settings
+
+_SMALLEST, _BLOCK = 4096, 256  # numbers: smaller tensors keep states of 32 bit; a state of 8 bit has a scale a block
+
+# numbers that are kept for each parameter, by how the optimiser's name in TrainingArguments begins; else Adam's two
+_STATES = {"sgd": 0, "adagrad": 1, "rmsprop": 1, "lion": 1, "ademamix": 3}
 
 
 @dataclass(frozen=True)
@@ -137,3 +143,29 @@ def _count(model: PeftModel, method: TrainedMethod, base: int) -> Counts:
         adapter=storage_bytes(tensor for name, tensor in held.items() if "lora_" in name),
         gradients=sum(p.numel() * p.element_size() for p in named.values() if p.requires_grad),
     )
+
+
+def optimizer_bytes(name: str, parameters: Iterable[nn.Parameter]) -> int:
+    """Bytes of the states of all trained parameters, wherever they are paged to.
+
+    An optimiser that is not known here is taken for AdamW, whose two states a number are the most that is common.
+
+    Args:
+        name: as `TrainingArguments.optim` has it.
+        parameters: those of the model; the ones that are not trained count for nothing.
+    """
+    states = next((n for start, n in _STATES.items() if name.removeprefix("paged_").startswith(start)), 2)
+    return sum(_state_bytes(name, states, p) for p in parameters if p.requires_grad)
+
+
+def _state_bytes(name: str, states: int, parameter: nn.Parameter) -> int:
+    number = parameter.numel()
+    if name == "adafactor":  # rows and columns of a matrix, all numbers of a vector
+        if parameter.dim() < 2:
+            return 4 * number
+        rows, columns = parameter.shape[-2:]
+        return 4 * (rows + columns) * (number // (rows * columns))
+    if "8bit" in name and number >= _SMALLEST:
+        return states * (number + 4 * math.ceil(number / _BLOCK))
+    own = name.removeprefix("paged_").startswith(("adamw_torch", "sgd", "adagrad")) or name == "rmsprop"
+    return states * number * (parameter.element_size() if own and "bit" not in name else 4)

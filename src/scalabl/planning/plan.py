@@ -10,8 +10,15 @@ from transformers import PretrainedConfig
 
 from scalabl.core.errors import UserError, first_line
 from scalabl.planning.depth import layer_kinds, over_depth
-from scalabl.planning.memory import optimizer_bytes
-from scalabl.planning.meta_model import Counts, build, compute_dtype, hidden_size, model_dtype, read_config
+from scalabl.planning.meta_model import (
+    Counts,
+    build,
+    compute_dtype,
+    hidden_size,
+    model_dtype,
+    optimizer_bytes,
+    read_config,
+)
 from scalabl.planning.rows import MOST, PlannedRows
 from scalabl.planning.step import MetaRun, particles_of
 from scalabl.runs.method import load_method
@@ -20,6 +27,7 @@ from scalabl.training.refusals import require_known
 from scalabl.tuner.layers import decoder_layers
 
 LARGEST = 8192  # rows, above which no larger batch is looked for
+_LINES = 8  # tries along a straight line; where it is none, halves find the rest
 
 
 class CannotPlanError(UserError):
@@ -27,35 +35,22 @@ class CannotPlanError(UserError):
 
 
 @dataclass(frozen=True)
-class Training:
-    """Bytes and operations of a training step.
+class StepUse:
+    """Bytes and operations of a training step, or of the prediction of a batch.
 
     Attributes:
-        activations: bytes of a batch and of what autograd saves of it for the backward pass.
-        temporary: bytes beyond weights, adapter, gradients, optimiser, stored rows and activations, when most is used.
-        peak: all of them together.
-        flops: operations of a forward and a backward pass, recomputation included.
-    """
-
-    activations: int
-    temporary: int
-    peak: int
-    flops: int
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """Bytes and operations of the prediction of a batch.
-
-    Attributes:
-        activations: bytes of the batch and its hidden states, when most is used.
-        peak: with weights and adapter.
-        flops: of all particles.
+        activations: bytes of a batch and of what autograd saves of it for the backward pass; of a prediction, of the
+            batch and its hidden states when most is used.
+        peak: bytes of all that there is when most is used; for a training weights, adapter, gradients, optimiser,
+            stored rows, activations and `temporary`, for a prediction weights, adapter and activations.
+        flops: operations of a forward and a backward pass, recomputation included; of a prediction's particles.
+        temporary: bytes of a training beyond the other parts of its peak.
     """
 
     activations: int
     peak: int
     flops: int
+    temporary: int = 0
 
 
 class Planner:
@@ -108,7 +103,7 @@ class Planner:
         """Of a hidden state."""
         return hidden_size(self._run.model) * model_dtype(self._run.model).itemsize
 
-    def training(self, rows: PlannedRows, batch: int | None = None) -> Training:
+    def training(self, rows: PlannedRows, batch: int | None = None) -> StepUse:
         """A training step of these rows, or of another number of them."""
         size = rows.batch if batch is None else batch
 
@@ -121,9 +116,9 @@ class Planner:
         staying = counts.weights + counts.adapter + self.optimizer + rows.stored
         # in a very small batch the gradients of all layers are more than what is saved of one
         step = max(step, counts.gradients)
-        return Training(activations, step - activations - counts.gradients, staying + step, flops)
+        return StepUse(activations, staying + step, flops, temporary=step - activations - counts.gradients)
 
-    def prediction(self, rows: PlannedRows, samples: int, batch: int | None = None) -> Prediction:
+    def prediction(self, rows: PlannedRows, samples: int, batch: int | None = None) -> StepUse:
         """A prediction with N particles at once."""
         size = rows.batch if batch is None else batch
 
@@ -132,7 +127,7 @@ class Planner:
             return use.peak, use.flops
 
         activations, flops = self._over_depth(measure)
-        return Prediction(activations, self.counts.weights + self.counts.adapter + activations, flops)
+        return StepUse(activations, self.counts.weights + self.counts.adapter + activations, flops)
 
     def key_value_cache(self, length: int) -> int:
         """Bytes of the keys and values of one row."""
@@ -165,11 +160,13 @@ def largest_batch(card: int, peak: Callable[[int], int], most: int = LARGEST) ->
             over = tried
         points = sorted(known.items(), key=lambda point: abs(point[1] - card))[:2]
         if len(points) < 2:
-            tried = min(2, over - 1)
-        else:
+            tried = 2
+        elif len(known) < _LINES:
             (one, of_one), (other, of_other) = points
             slope = (of_one - of_other) / (one - other)
             tried = one + int((card - of_one) // slope) if slope > 0 else over - 1
+        else:
+            tried = (fits + over) // 2
         tried = min(max(tried, fits + 1), over - 1)
     return fits
 
@@ -198,8 +195,8 @@ class Plan:
     samples: int
     counts: Counts
     optimizer: int
-    training: dict[bool, Training]
-    prediction: dict[int, Prediction]
+    training: dict[bool, StepUse]
+    prediction: dict[int, StepUse]
     cache: int
     largest: dict[str, int]
 
@@ -215,8 +212,12 @@ class Plan:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values."""
-        plain, saved = self.training[False], self.training[True]
         drawn, mean = self.prediction[self.samples], self.prediction[0]
+        steps = {
+            f"{name}{suffix}": getattr(self.training[on], own)
+            for name, own in (("activations", "activations"), ("temporary", "temporary"), ("training_peak", "peak"))
+            for on, suffix in ((False, ""), (True, "_checkpointed"))
+        }
         return {
             "recipe": self.settings.as_dict(),
             "device": self.device,
@@ -235,12 +236,7 @@ class Plan:
                 "gradients": self.counts.gradients,
                 "optimizer": self.optimizer,
                 "stored_rows": self.rows.stored,
-                "activations": plain.activations,
-                "activations_checkpointed": saved.activations,
-                "temporary": plain.temporary,
-                "temporary_checkpointed": saved.temporary,
-                "training_peak": plain.peak,
-                "training_peak_checkpointed": saved.peak,
+                **steps,
                 "prediction_activations": drawn.activations,
                 "prediction_activations_mean": mean.activations,
                 "prediction_peak": drawn.peak,
@@ -248,8 +244,8 @@ class Plan:
                 "key_value_cache": self.cache,
             },
             "flops": {
-                "training_step": plain.flops,
-                "training_step_checkpointed": saved.flops,
+                "training_step": self.training[False].flops,
+                "training_step_checkpointed": self.training[True].flops,
                 "prediction": drawn.flops,
                 "prediction_mean": mean.flops,
             },

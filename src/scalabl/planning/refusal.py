@@ -16,7 +16,7 @@ from scalabl.data.assemble import select_rows
 from scalabl.data.training_data import load_training_task
 from scalabl.planning.memory import in_words, machine_device, machine_memory
 from scalabl.planning.meta_model import read_config
-from scalabl.planning.plan import Planner, Training
+from scalabl.planning.plan import Planner, StepUse
 from scalabl.planning.rows import PlannedRows, rows_like
 from scalabl.runs.models import load_tokenizer
 from scalabl.runs.settings import Settings, layer_fraction
@@ -108,7 +108,7 @@ class RunPlan:
 
     planner: Planner
     rows: PlannedRows
-    training: Training
+    training: StepUse
     memory: int
 
     def in_words(self) -> str:
