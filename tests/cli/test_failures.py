@@ -1,11 +1,10 @@
 """Full disks and too little memory: one sentence that names the mend, and nothing half-written."""
 
 import errno
-import os
-import subprocess
-import sys
+import resource
 from pathlib import Path
 
+import own_process
 import pytest
 import torch
 from program import Program, train_arguments
@@ -13,25 +12,20 @@ from program import Program, train_arguments
 from scalabl.cli.app import explain
 from scalabl.core.errors import UserError
 
-_LIMITED = """
-import resource, sys
-resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
-from scalabl.cli import main
-del sys.argv[1]
-main()
-"""
+
+def limited(bytes_a_file: int, *arguments: object) -> None:
+    """The program where no file may become larger."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_a_file, resource.RLIM_INFINITY))
+    own_process.program(*arguments)
 
 
 @pytest.mark.parametrize("bytes_a_file", [3_000, 20_000])
-def test_writes_that_fail_leave_nothing_half_written(rows: Path, tmp_path: Path, bytes_a_file: int) -> None:
+def test_writes_that_fail_leave_nothing_half_written(
+    rows: Path, tmp_path: Path, own_cache: Path, bytes_a_file: int
+) -> None:
     # a file may not become larger than that: the adapter of the first checkpoint, or its optimiser state
     output = tmp_path / "run"
-    arguments = [str(word) for word in train_arguments(rows, output)]
-    cache = {"SCALABL_CACHE": str(tmp_path / "cache")}
-    said = subprocess.run(
-        [sys.executable, "-c", _LIMITED, str(bytes_a_file), *arguments],
-        capture_output=True, text=True, env={**os.environ, **cache},
-    )  # fmt: skip
+    said = own_process.run(limited, bytes_a_file, *train_arguments(rows, output))
     assert said.returncode == 2, said.stderr
     (line,) = said.stderr.splitlines()
     assert line.startswith("scalabl: ") and ("disk" in line)

@@ -1,9 +1,8 @@
 """Mean and Monte Carlo: one pass, and N passes under the same particles whatever the batch."""
 
-import subprocess
-import sys
 from pathlib import Path
 
+import own_process
 import pytest
 import torch
 from peft import PeftModel
@@ -95,24 +94,16 @@ def test_other_seeds_are_other_particles(scorer: Scorer, encoded: list[Encoded])
     assert (one - other).abs().max() > 1e-3
 
 
-_AGAIN = """
-import sys, torch
-sys.path.insert(0, sys.argv[1])
-from tiny_base import adapted, loaded, questions
-from scalabl.predictive import MonteCarloPredictive, predict
-from scalabl.scoring import Continuation, Scorer
-from scalabl.scoring.trunk import Trunk
-model, (_, tokenizer) = adapted(last=2), loaded()
-scoring = Continuation(tokenizer)
-torch.manual_seed(12345)  # no answer depends on the global generator
-rows = [scoring.encode(row) for row in questions(7)]
-torch.save(predict(Scorer(model, scoring, Trunk(model)), rows, MonteCarloPredictive(3, seed=5)), sys.argv[2])
-"""
+def predict_again(path: Path) -> None:
+    model, (_, tokenizer) = adapted(last=2), loaded()
+    scoring = Continuation(tokenizer)
+    torch.manual_seed(12345)  # no answer depends on the global generator
+    rows = [scoring.encode(row) for row in questions(7)]
+    torch.save(predict(Scorer(model, scoring, Trunk(model)), rows, MonteCarloPredictive(3, seed=5)), path)
 
 
 def test_a_new_process_gives_the_same_answer(scorer: Scorer, encoded: list[Encoded], tmp_path: Path) -> None:
-    tests = str(Path(__file__).parent.parent)
-    subprocess.run([sys.executable, "-c", _AGAIN, tests, str(tmp_path / "again.pt")], check=True)
+    assert own_process.run(predict_again, tmp_path / "again.pt").returncode == 0
     here = predict(scorer, encoded, MonteCarloPredictive(3, seed=5))
     assert torch.equal(torch.load(tmp_path / "again.pt"), here)
 

@@ -2,14 +2,15 @@
 
 import contextlib
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
+from own_process import OwnProcess
+
 from scalabl.core.files import ADAPTER, sha256
 from scalabl.runs.settings import Settings
+from scalabl.training.run import train
 
 STEPS = 30
 
@@ -37,27 +38,12 @@ def weights(run: Path) -> str:
     return sha256(run / ADAPTER)
 
 
-_TRAIN = """
-import json, sys
-from pathlib import Path
-from scalabl.runs.settings import Settings
-from scalabl.training.run import train
-train(Settings.flat(**json.loads(sys.argv[1])), Path(sys.argv[2]))
-"""
+def start(settings: Settings, run: Path) -> OwnProcess:
+    """`train` in a process of its own."""
+    return OwnProcess(train, settings, run)
 
 
-def start(settings: str, run: Path) -> subprocess.Popen[bytes]:
-    """`train` in a process of its own; `settings` is the recipe as JSON."""
-    return subprocess.Popen([sys.executable, "-c", _TRAIN, settings, str(run)], stderr=subprocess.DEVNULL)
-
-
-def start_program(*arguments: str) -> subprocess.Popen[bytes]:
-    """The command line in a process of its own."""
-    code = "from scalabl.cli import main; main()"
-    return subprocess.Popen([sys.executable, "-c", code, *arguments], stderr=subprocess.PIPE)
-
-
-def send_at_checkpoint(process: subprocess.Popen[bytes], run: Path, sign: signal.Signals) -> None:
+def send_at_checkpoint(process: OwnProcess, run: Path, sign: signal.Signals) -> None:
     """Send a signal as soon as the run has a checkpoint, long before its last step."""
     deadline = time.monotonic() + 120
     while not list(run.glob("checkpoints/checkpoint-*/trainer_state.json")):

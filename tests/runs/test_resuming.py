@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from short_run import STEPS, recipe, send_at_checkpoint, start, start_program, weights
+from own_process import OwnProcess, program
+from short_run import STEPS, recipe, send_at_checkpoint, start, weights
 
 from scalabl.core.errors import UserError
 from scalabl.runs.directory import read_record
@@ -34,7 +35,7 @@ def test_a_killed_run_resumes_to_the_same_weights(
 ) -> None:
     settings = recipe(base_directory, task_directory, **changes)
     killed, whole = tmp_path / "killed", tmp_path / "whole"
-    process = start(json.dumps(settings.as_dict()), killed)
+    process = start(settings, killed)
     send_at_checkpoint(process, killed, signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
     assert read_record(killed)["status"] == "running" and not (killed / "adapter_model.safetensors").exists()
@@ -54,10 +55,10 @@ def test_ctrl_c_saves_a_checkpoint_exits_130_and_resumes_to_the_same_weights(
     stopped, whole = tmp_path / "stopped", tmp_path / "whole"
     config = tmp_path / "recipe.yaml"
     config.write_text(json.dumps(settings.as_dict()))  # JSON is YAML
-    process = start_program("train", "--config", str(config), "--output", str(stopped))
+    stderr = tmp_path / "stderr"
+    process = OwnProcess(program, "train", "--config", config, "--output", stopped, stderr=stderr)
     send_at_checkpoint(process, stopped, signal.SIGINT)
-    assert process.stderr is not None
-    said = process.stderr.read().decode()
+    said = stderr.read_text()
     assert process.returncode == 130
     last = last_checkpoint(stopped)
     assert last is not None
