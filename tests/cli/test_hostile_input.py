@@ -19,7 +19,7 @@ from scalabl.cli.app import explain
 from scalabl.core.errors import UserError
 from scalabl.core.files import require_writable
 from scalabl.planning.plan import make_plan
-from scalabl.planning.rows import MOST, PlannedRows
+from scalabl.planning.rows import PlannedRows
 from scalabl.runs.directory import hold
 from scalabl.runs.settings import Settings
 from scalabl.training.log_values import finite
@@ -161,8 +161,10 @@ def test_plans_of_what_no_machine_holds(program: Program, options: tuple[object,
     assert message in program("plan", "--model", tiny_base(), *options).sentence()
 
 
-def test_the_largest_batch_is_looked_for_among_those_that_can_be_planned() -> None:
-    recipe, rows = Settings.flat(model=str(tiny_base()), layers="last:1"), PlannedRows(1, MOST // 4)
+def test_the_largest_batch_is_looked_for_among_those_that_can_be_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("plan", "rows"):
+        monkeypatch.setattr(f"scalabl.planning.{module}.MOST", 256)
+    recipe, rows = Settings.flat(model=str(tiny_base()), layers="last:1"), PlannedRows(1, 256 // 4)
     made = make_plan(recipe, rows, device="cuda", card=2**60, samples=2)
     assert made.largest["training"] == 4 and made.largest["prediction"] == 2
 

@@ -5,8 +5,10 @@ import torch
 from matrix import adapt, close, load_base, logits, tokens
 from peft import PeftModel
 from torch import Tensor
+from transformers import PreTrainedModel
 
 import scalabl
+from scalabl.tuner import stochastic_layers
 
 IDS = tokens(3)
 
@@ -58,14 +60,15 @@ def test_mixed_precision_trains_with_draws_in_float32() -> None:
 
 
 @pytest.fixture
-def fresh_compiler() -> None:
+def one_layer() -> PreTrainedModel:
+    """For a fresh compiler, which takes as long as there are layers."""
     torch._dynamo.reset()
+    return load_base(num_hidden_layers=1)
 
 
-@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("covariance", ["diagonal", "full"])
-def test_compiled_models_answer_as_eager_ones(covariance: str) -> None:
-    model = adapt(load_base(), covariance=covariance).eval()
+def test_compiled_models_answer_as_eager_ones(one_layer: PreTrainedModel, covariance: str) -> None:
+    model = adapt(one_layer, covariance=covariance).eval()
     compiled = torch.compile(model, backend="aot_eager")
     assert close(logits(compiled, IDS), logits(model, IDS), 1e-5)
     with scalabl.particles(model, 3, seed=0):
@@ -77,9 +80,8 @@ def test_compiled_models_answer_as_eager_ones(covariance: str) -> None:
     assert close(logits(compiled, IDS), logits(model, IDS), 1e-5)
 
 
-@pytest.mark.usefixtures("fresh_compiler")
-def test_a_compiled_model_trains_with_a_fresh_draw_a_row_and_a_pass() -> None:
-    model = adapt(load_base())
+def test_a_compiled_model_trains_with_a_fresh_draw_a_row_and_a_pass(one_layer: PreTrainedModel) -> None:
+    model = adapt(one_layer)
     compiled = torch.compile(model, backend="aot_eager")
     rows = IDS[:1].expand(2, -1)
     model.train()
@@ -89,11 +91,8 @@ def test_a_compiled_model_trains_with_a_fresh_draw_a_row_and_a_pass() -> None:
     assert all(p.grad is not None and p.grad.any() for p in model.parameters() if p.requires_grad)
 
 
-@pytest.mark.usefixtures("fresh_compiler")
-def test_the_leaf_compiles_without_a_graph_break() -> None:
-    from scalabl.tuner import stochastic_layers
-
-    leaf = next(iter(stochastic_layers(adapt(load_base())).values()))
+def test_the_leaf_compiles_without_a_graph_break(one_layer: PreTrainedModel) -> None:
+    leaf = next(iter(stochastic_layers(adapt(one_layer)).values()))
     x = torch.randn(2, 3, leaf.in_features)
     for training in (True, False):
         leaf.train(training)
