@@ -124,7 +124,7 @@ class Report:
         first = recipes["mle"]
         of_runs = "; ".join(
             f"{RUNS[name]}: {r.optimisation.steps} steps of {r.optimisation.batch_size}, seed {r.seed}, "
-            f"{study.records[name]['rows']['train']:,} rows"
+            f"{study.records[name].rows['train']:,} rows"
             for name, r in recipes.items()
         )
         return facts(

@@ -166,7 +166,7 @@ def _gradients(study: Study, where: str) -> Made:
             advance=lambda n: progress.advance(bar, n),
         )  # fmt: skip
     posteriors: list[Any] = [leaf.posterior for leaf in stochastic_layers(run.scorer.model).values()]
-    weight = recipe.posterior.beta / study.records["full"]["rows"]["train"]
+    weight = recipe.posterior.beta / study.records["full"].rows["train"]
     found = {kind: each.float() for kind, each in parameter_gradients(posteriors, gradient, noise).items()}
     return found | {f"kl|{kind}": each for kind, each in kl_gradients(posteriors, run, weight).items()}, {}
 
@@ -176,10 +176,10 @@ def _start(study: Study, recipe: Settings) -> Run:
 
     At the very first step B is 0, and with it every gradient in s.
     """
-    o, scoring = study.options, study.records["full"]["scoring"]
-    limit = min(o.train_rows, study.records["full"]["rows"]["train"])
+    o, scoring = study.options, study.records["full"].scoring
+    limit = min(o.train_rows, study.records["full"].rows["train"])
     short = recipe.changed(steps=o.start_steps, train_rows=limit, validation_rows=0, model=o.model or recipe.model)
     short = replace(short, scoring=scoring["scoring"], normalization=scoring.get("normalization", "auto"))
-    directory = o.work / f"start-{o.start_steps}-{study.records['full']['adapter_sha256'][:12]}-{limit}"
+    directory = o.work / f"start-{o.start_steps}-{study.records['full'].adapter_sha256[:12]}-{limit}"
     train(short, directory)
     return loaded(directory, o.model)

@@ -91,9 +91,9 @@ def position(study: Study, name: str) -> Position:
     """A run's position, computed once."""
     tensors, facts = study.kept(f"curvature-{name}", study.identity(name, study.train), lambda: _curvature(study, name))
     ranks: dict[str, int] = facts["ranks"]
-    scale = study.records[name]["rows"]["train"] / len(study.train)
+    scale = study.records[name].rows["train"] / len(study.train)
     curvature = JointCurvature(
-        scale * tensors["matrix"], ranks, scale * facts["log_likelihood"], study.records[name]["rows"]["train"]
+        scale * tensors["matrix"], ranks, scale * facts["log_likelihood"], study.records[name].rows["train"]
     )
     learnt = JointGaussian(tensors["learnt"], ranks) if "learnt" in tensors else None
     factors = {layer: Factors(tensors[f"{layer}|rows"], tensors[f"{layer}|up"]) for layer in ranks if learnt is None}

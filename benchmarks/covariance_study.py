@@ -19,9 +19,9 @@ from torch import Tensor
 from scalabl.core.errors import UserError
 from scalabl.data import Example, load_task
 from scalabl.data.training_data import rows_of, with_labels
-from scalabl.runs.directory import finished_record
 from scalabl.runs.loading import load_run
 from scalabl.runs.method import Run
+from scalabl.runs.record import RunRecord
 from scalabl.runs.settings import Settings
 from scalabl.scoring import Encoded
 from scalabl.scoring.trunk_store import with_stored_trunk
@@ -42,14 +42,14 @@ class Study:
     """
 
     directories: dict[str, Path]
-    records: dict[str, dict[str, Any]]
+    records: dict[str, RunRecord]
     train: list[Example]
     test: list[Example]
     shifted: list[Example]
     options: argparse.Namespace
 
     def recipe(self, name: str) -> Settings:
-        return Settings.flat(**self.records[name]["recipe"])
+        return self.records[name].settings
 
     def run(self, name: str) -> Run:
         """The loaded run; one is held at a time."""
@@ -80,7 +80,7 @@ class Study:
 
     def identity(self, name: str, *rows: Sequence[Example]) -> list[Any]:
         """A run and rows, for `kept`."""
-        return [self.records[name]["adapter_sha256"], [[[r.question, r.choices, r.answer] for r in x] for x in rows]]
+        return [self.records[name].adapter_sha256, [[[r.question, r.choices, r.answer] for r in x] for x in rows]]
 
 
 @lru_cache(maxsize=1)
@@ -96,13 +96,13 @@ def study_of(options: argparse.Namespace) -> Study:
         UserError: a run is not finished, of another kind than its place, or of another task or base model.
     """
     directories = {name: getattr(options, name) for name in RUNS}
-    records = {name: finished_record(directory) for name, directory in directories.items()}
-    recipes = {name: record["recipe"] for name, record in records.items()}
+    records = {name: RunRecord.read_finished(directory) for name, directory in directories.items()}
+    recipes = {name: record.recipe for name, record in records.items()}
     if recipes["mle"]["method"] not in ("mle", "map"):
         raise UserError(f"{options.mle} was trained by {recipes['mle']['method']}; give a run of plain LoRA as --mle.")
     for name in ("diagonal", "full"):
         recipe = recipes[name]
-        if recipe["method"] != "scalabl" or recipe["covariance"] != name or "joint_sha256" in records[name]:
+        if recipe["method"] != "scalabl" or recipe["covariance"] != name or records[name].joint_sha256:
             raise UserError(f"{directories[name]} is no run of scalabl train with covariance: {name}.")
         for setting in ("model", "data"):
             if recipe[setting] != recipes["mle"][setting]:
@@ -110,9 +110,9 @@ def study_of(options: argparse.Namespace) -> Study:
                     f"{directories[name]} has {setting} {recipe[setting]!r} and {options.mle} has "
                     f"{recipes['mle'][setting]!r}; the three runs must share it."
                 )
-    data, labels = recipes["mle"]["data"], records["mle"]["task"]["labels"]
-    recipe = Settings.flat(**recipes["mle"])
-    limit = min(options.train_rows, records["mle"]["rows"]["train"])
+    data, labels = recipes["mle"]["data"], records["mle"].labels
+    recipe = records["mle"].settings
+    limit = min(options.train_rows, records["mle"].rows["train"])
     train = with_labels(select_rows(load_task(data), recipe.changed(train_rows=limit).rows).train, labels, data)
     return Study(
         directories,

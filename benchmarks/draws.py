@@ -267,14 +267,14 @@ def main() -> None:
     run = load_run(a.run, model=a.model)
     if not run.is_bayesian:
         parser.error(f"{a.run} is not a run of ScalaBL")
-    data = a.data or run.record["recipe"]["data"]
-    examples = rows_of(data, limit=a.rows, labels=run.record["task"]["labels"])
+    data = a.data or run.record.recipe["data"]
+    examples = rows_of(data, limit=a.rows, labels=run.record.labels)
     rows = with_stored_trunk(run.scorer, run.encode(examples), batch_size=a.batch_size)
     made_from = [sha256(a.run / ADAPTER), sorted(a.samples), a.reference]
     made_from += [[row.id, row.question, row.choices] for row in examples]
     identity = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:12]
     exact, figures = measure(a, run, rows, a.work / identity)
-    recipe = run.record["recipe"]
+    recipe = run.record.recipe
     content = {
         "facts": facts(
             model=recipe["model"],

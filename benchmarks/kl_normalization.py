@@ -87,7 +87,7 @@ def measure(normalization: str, arguments: argparse.Namespace, seed: int) -> dic
     of_mean, of_particles = log_likelihoods(run, rows, seed)
     tokens = sum(row.trained for row in rows)
     average = of_particles.logsumexp(dim=0) - math.log(SAMPLES)
-    counted = record["tokens"]["trained"] if normalization == "token" else record["rows"]["train"]
+    counted = record.tokens["trained"] if normalization == "token" else record.rows["train"]
     return {
         "KL divided by": f"{counted:,} {'trained tokens' if normalization == 'token' else 'rows'}",
         "seed": seed,

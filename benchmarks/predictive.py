@@ -207,7 +207,7 @@ def bench_of(directory: Path, ood: str, a: argparse.Namespace) -> Bench:
     run = load_run(directory, model=a.model)
     if not run.is_bayesian:
         raise SystemExit(f"{directory} is not a run of ScalaBL; give one.")
-    task, labels = run.record["recipe"]["data"], run.record["task"]["labels"]
+    task, labels = run.record.recipe["data"], run.record.labels
     test = rows_of(task, limit=a.rows, labels=labels)
     classes = max(len(row.choices) for row in test)
     shifted = [as_wide(row, classes) for row in rows_of(ood, limit=a.ood_rows, labels=labels)]
@@ -290,7 +290,7 @@ def main() -> None:
         choices[bench.classes] = {"data": bench.names, "quality": sentence.get("choice")} | {
             str(batch): known["choice"] for batch, known in costs.items()
         }
-    recipe = benches[0].run.record["recipe"]
+    recipe = benches[0].run.record.recipe
     content = {
         "facts": facts(
             model=recipe["model"],

@@ -11,7 +11,7 @@ from tiny_base import as_json, questions, tiny_base, write_jsonl, write_task
 
 from scalabl.core.errors import UserError
 from scalabl.inference.answering import Decision
-from scalabl.runs.directory import classifier_record
+from scalabl.runs.record import RunRecord
 from scalabl.serving.shard_manifest import MANIFEST, ShardManifest, open_output
 from scalabl.serving.shards import find_sources
 
@@ -103,7 +103,7 @@ def test_results_that_cannot_be_written_are_found_before_the_first_cell(
 def test_manifests_that_are_none(scalabl_run: Path, tmp_path: Path, decision: Any) -> None:
     write_jsonl(tmp_path / "shards" / "a.jsonl", map(as_json, questions(3)))
     sources, output = find_sources(tmp_path / "shards"), tmp_path / "answers"
-    manifest = ShardManifest({"sha256": classifier_record(scalabl_run)["adapter_sha256"]}, {"seed": 0})
+    manifest = ShardManifest({"sha256": RunRecord.read_classifier(scalabl_run).adapter_sha256}, {"seed": 0})
     output.mkdir()
     manifest.write(output)
     assert open_output(output, manifest, tmp_path / "shards", sources).decision is None

@@ -106,8 +106,8 @@ def main(work: Path) -> None:
     said: dict[str, Any] = {}
     trunk_store._compute = computed_trunks
     half = recipe(work, batch_size=4)
-    said["record"] = train(half, work / "two")
-    said["again"] = train(half, work / "two")["adapter_sha256"]
+    said["record"] = train(half, work / "two").as_dict()
+    said["again"] = train(half, work / "two").adapter_sha256
     with killed_after(7):
         train(half, work / "resumed")
     train(half, work / "resumed")

@@ -157,18 +157,18 @@ def test_a_layer_that_redraws_its_noise_in_the_backward_pass_is_refused(tmp_path
 
 def test_a_run_continues_in_other_processes_where_its_steps_keep_their_rows(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    settings = recipe(tmp_path, batch_size=4, gradient_accumulation=3).as_dict()
+    settings = recipe(tmp_path, batch_size=4, gradient_accumulation=3)
     run.mkdir()
-    write_json(run / "scalabl.json", {"recipe": settings, "status": "running", "processes": 2})
+    write_json(run / "scalabl.json", {"recipe": settings.as_dict(), "status": "running", "processes": 2})
     for batch_size, accumulation, number in ((4, 3, 2), (8, 3, 1), (4, 6, 1), (2, 3, 4), (1, 4, 6)):
-        other = settings | {"batch_size": batch_size, "gradient_accumulation": accumulation}
+        other = settings.changed(batch_size=batch_size, gradient_accumulation=accumulation)
         assert claim(run, other, processes=number) is False
     with pytest.raises(
         UserError, match="run of 24 rows a step .* x 3 processes are 36; choose a batch size that makes 24"
     ):
         claim(run, settings, processes=3)
     with pytest.raises(UserError, match="seed was 0, now 1"):
-        claim(run, settings | {"batch_size": 8, "seed": 1}, processes=1)
+        claim(run, settings.changed(batch_size=8, seed=1), processes=1)
 
 
 def test_a_checkpoint_gets_the_random_states_that_its_next_processes_look_for(

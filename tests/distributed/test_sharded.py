@@ -22,9 +22,9 @@ from two_processes import HERE, command, environment, launch, recipe
 from scalabl.data.training_data import rows_of
 from scalabl.inference.evaluation import log_probabilities
 from scalabl.predictive import MonteCarloPredictive
-from scalabl.runs.directory import read_record
 from scalabl.runs.loading import load_run
 from scalabl.runs.models import load_base
+from scalabl.runs.record import RunRecord
 from scalabl.training.run import train
 
 pytestmark = pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
@@ -74,8 +74,8 @@ def kill_a_rank(launcher: subprocess.Popen[bytes], path: Path) -> None:
     ranks = {dict(_variables(pid)).get("RANK"): int(pid) for pid in children}
     os.kill(ranks["1"], signal.SIGKILL)
     launcher.communicate()
-    record = read_record(path / "two")
-    assert record["status"] == "running" and not (path / "two" / "adapter_model.safetensors").exists()
+    record = RunRecord.read(path / "two")
+    assert record.status == "running" and not (path / "two" / "adapter_model.safetensors").exists()
 
 
 def _variables(pid: str) -> list[tuple[str, str]]:
@@ -118,8 +118,8 @@ def test_what_was_sharded_loads_in_one_process_and_its_mean_in_peft_alone(work: 
             for run in ("one", "two")
         ]
     torch.testing.assert_close(means[1], means[0], rtol=0, atol=1e-3)
-    record = read_record(work / "two")
-    assert record["processes"] == 2 and record["status"] == "finished" and not (work / "two" / "checkpoints").exists()
+    record = RunRecord.read(work / "two")
+    assert record.processes == 2 and record.status == "finished" and not (work / "two" / "checkpoints").exists()
 
 
 def test_a_trainer_of_one_s_own_under_fsdp_saves_one_process_s_adapter(work: Path) -> None:

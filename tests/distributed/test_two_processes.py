@@ -17,8 +17,8 @@ from torch import Tensor
 from two_processes import HERE, killed_after, launch, recipe
 
 from scalabl.core.errors import UserError
-from scalabl.runs.directory import read_record
 from scalabl.runs.loading import load_run
+from scalabl.runs.record import RunRecord
 from scalabl.training.run import train
 
 
@@ -91,8 +91,8 @@ def test_the_loss_curve_and_the_kl_are_one_process_s(work: Work, run: str) -> No
 
 
 def test_the_record_is_of_both_and_every_process_gets_it(work: Work) -> None:
-    ours, one = work.said[0]["record"], read_record(work.path / "one")
-    assert ours == work.said[1]["record"] == read_record(work.path / "two")
+    ours, one = work.said[0]["record"], RunRecord.read(work.path / "one").as_dict()
+    assert ours == work.said[1]["record"] == RunRecord.read(work.path / "two").as_dict()
     assert ours["processes"] == 2 and one["processes"] == 1
     for same in ("scoring", "scoring_nll", "scoring_name", "parameters", "rows", "base_fingerprint"):
         assert ours[same] == one[same], same
@@ -111,7 +111,7 @@ def test_what_the_main_process_refuses_all_refuse_in_the_same_words(work: Work) 
 
 
 def test_a_run_of_two_processes_is_that_of_one_where_its_steps_have_as_many_rows(work: Work) -> None:
-    assert train(recipe(work.path, batch_size=8), work.path / "two") == read_record(work.path / "two")
+    assert train(recipe(work.path, batch_size=8), work.path / "two") == RunRecord.read(work.path / "two").as_dict()
     with pytest.raises(UserError, match=r"run of 8 rows a step \(in 2 processes\), but batch_size 4 .* are 4; choose"):
         train(recipe(work.path, batch_size=4), work.path / "two")
     with pytest.raises(UserError, match=r"holds another run \(batch_size was 8, now 4\)"):

@@ -14,8 +14,8 @@ from scalabl.core.errors import UserError
 from scalabl.core.files import ADAPTER, sha256
 from scalabl.generation.loading import load_language_run
 from scalabl.inference.classifier import Classifier
-from scalabl.runs.directory import classifier_record, read_record
 from scalabl.runs.loading import load_run
+from scalabl.runs.record import RunRecord
 from scalabl.runs.registry import TRAINED
 from scalabl.runs.settings import Settings, make_settings
 from scalabl.training.language import LanguageTrainer
@@ -50,7 +50,7 @@ def log_of(run: Path) -> list[dict[str, float]]:
 def test_every_method_trains_on_rows_of_text(method: str, rows: Path, tmp_path: Path) -> None:
     record = train(recipe(rows, method=method, steps=30), tmp_path / "run")
     log = log_of(tmp_path / "run")
-    assert record["kind"] == "language" and log[-1]["loss"] < log[0]["loss"] - 0.3
+    assert record.kind == "language" and log[-1]["loss"] < log[0]["loss"] - 0.3
     run = load_language_run(tmp_path / "run")
     assert run.is_bayesian == (method == "scalabl") and not run.model.training
     with torch.no_grad():
@@ -59,11 +59,11 @@ def test_every_method_trains_on_rows_of_text(method: str, rows: Path, tmp_path: 
 
 
 def test_the_record_counts_tokens_and_weighs_the_kl_by_them(finished: Path, rows: Path, tmp_path: Path) -> None:
-    record = read_record(finished)
-    assert record["rows"] == {"train": 18, "validation": 2} and record["status"] == "finished"
+    record = RunRecord.read(finished)
+    assert record.rows == {"train": 18, "validation": 2} and record.status == "finished"
     run = load_language_run(finished)
-    assert record["scoring"] == run.text.settings() == {"scoring": "text", "chat": False, "max_length": 300}
-    tokens = record["tokens"]
+    assert record.scoring == run.text.settings() == {"scoring": "text", "chat": False, "max_length": 300}
+    tokens = record.tokens
     assert tokens["cut_rows"] == 0 and tokens["trained"] < tokens["all"]
     assert all(entry["kl_weight"] == pytest.approx(1 / tokens["trained"]) for entry in log_of(finished))
     train(recipe(rows, kl_normalization="sequence"), tmp_path / "run")
@@ -71,8 +71,8 @@ def test_the_record_counts_tokens_and_weighs_the_kl_by_them(finished: Path, rows
 
 
 def test_rows_that_are_cut_are_counted(rows: Path, tmp_path: Path) -> None:
-    whole = train(recipe(rows, steps=1), tmp_path / "whole")["tokens"]
-    cut = train(recipe(rows, steps=1, max_length=24), tmp_path / "cut")["tokens"]
+    whole = train(recipe(rows, steps=1), tmp_path / "whole").tokens
+    cut = train(recipe(rows, steps=1, max_length=24), tmp_path / "cut").tokens
     assert 0 < cut["cut_rows"] < 18 and cut["trained"] == whole["trained"] and cut["all"] < whole["all"]
     with pytest.raises(UserError, match="raise --max-length or shorten the row"):
         train(recipe(rows, max_length=3), tmp_path / "never")
@@ -93,7 +93,7 @@ def test_an_interrupted_run_goes_on_where_it_was(
     monkeypatch.setattr(LanguageTrainer, "compute_loss", failing)
     with pytest.raises(KeyboardInterrupt):
         train(recipe(rows), tmp_path / "run")
-    assert read_record(tmp_path / "run")["status"] == "running"
+    assert RunRecord.read(tmp_path / "run").status == "running"
     train(recipe(rows), tmp_path / "run")
     assert calls[0] == 9 + 12 - 5
     assert sha256(tmp_path / "run" / ADAPTER) == sha256(finished / ADAPTER)
@@ -120,17 +120,17 @@ def test_conversations_train_through_the_template_and_open_questions_by_their_fi
     record = train(recipe(data, steps=2, model=str(base)), tmp_path / "chat")
     # the same rows as prompts and completions, through the template
     again = train(recipe(other, steps=2, model=str(base), chat=True), tmp_path / "pairs")
-    assert again["tokens"] == record["tokens"]
-    assert record["scoring"]["chat"] is True and record["recipe"]["chat"] is False  # a lone prompt is a turn as well
+    assert again.tokens == record.tokens
+    assert record.scoring["chat"] is True and record.recipe["chat"] is False  # a lone prompt is a turn as well
     with pytest.raises(UserError, match="messages need a chat template"):
         train(recipe(data, steps=2), tmp_path / "none")
     questions = [{"question": f"which word {i}?", "answers": ["red", "blue"]} for i in range(8)]
     record = train(recipe(write_jsonl(tmp_path / "open.jsonl", questions), steps=2), tmp_path / "open")
-    assert record["tokens"]["trained"] == 2 * record["rows"]["train"]  # " red", and the end
+    assert record.tokens["trained"] == 2 * record.rows["train"]  # " red", and the end
 
 
 def test_what_scores_choices_refuses_a_run_on_text(finished: Path) -> None:
-    for use in (load_run, Classifier.from_pretrained, classifier_record):
+    for use in (load_run, Classifier.from_pretrained, RunRecord.read_classifier):
         with pytest.raises(UserError, match="no choices to score; use scalabl generate"):
             use(finished)
 
@@ -139,8 +139,8 @@ def test_a_run_on_choices_generates_too(tmp_path: Path) -> None:
     data = write_jsonl(tmp_path / "rows.jsonl", map(as_json, questions(12)))
     train(recipe(data, steps=2, scoring="continuation"), tmp_path / "run")
     run = load_language_run(tmp_path / "run")
-    assert run.record["kind"] == "choices" and run.text.prompt_tokens("a") == run.tokenizer("a")["input_ids"]
-    assert classifier_record(tmp_path / "run") == run.record
+    assert run.record.kind == "choices" and run.text.prompt_tokens("a") == run.tokenizer("a")["input_ids"]
+    assert RunRecord.read_classifier(tmp_path / "run") == run.record
 
 
 def test_settings_of_the_other_kind_of_rows_are_refused(rows: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -125,7 +126,7 @@ def test_a_post_hoc_method_saves_beside_the_adapter_and_predicts_the_same_after_
         module.predictive(run)
     facts = module.fit(run, train_rows, validation_rows)
     assert (directory / "posthoc" / method / f"{method}.json").is_file()
-    assert facts["adapter_sha256"] == run.record["adapter_sha256"]
+    assert facts["adapter_sha256"] == run.record.adapter_sha256
     one = log_probs(run, module.predictive(run, samples=N, seed=2), test_rows)
     fresh = load_run(directory)
     other = log_probs(fresh, module.predictive(fresh, samples=N, seed=2), test_rows, batch_size=3)
@@ -142,7 +143,7 @@ def test_what_was_fitted_on_another_adapter_is_refused(
 ) -> None:
     run, module = load_run(trained("mle", seed=6)), load_post_hoc("temperature")
     module.fit(run, [], validation_rows)
-    run.record = {**run.record, "adapter_sha256": "0" * 64}
+    run.record = replace(run.record, adapter_sha256="0" * 64)
     with pytest.raises(UserError, match="another adapter"):
         module.predictive(run)
     assert run.directory is not None

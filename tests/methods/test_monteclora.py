@@ -55,7 +55,7 @@ def test_its_own_numbers_are_saved_and_counted_and_its_prediction_is_its_mean(tr
     names = load_file(directory / "adapter_model.safetensors")
     own = sum(t.numel() for n, t in names.items() if "std_prior" in n or "expert_weights_prior" in n)
     run = load_run(directory)
-    assert own == run.record["parameters"]["variational"] > 0
+    assert own == run.record.parameters["variational"] > 0
     assert isinstance(run.predictive(samples=10), MeanPredictive)
     weights = {n: p for n, p in run.scorer.model.named_parameters() if "std_prior" in n}
     for name, value in names.items():

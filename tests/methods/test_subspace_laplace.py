@@ -25,16 +25,16 @@ def test_it_predicts_as_the_run_that_bayesianize_makes(
     run = load_run(directory)
     facts = subspace_laplace.fit(run, train_rows, [])
     source = read_source(directory)
-    task = load_task(run.record["recipe"]["data"])
-    settings = settings_for(source, run.record["recipe"]["data"])
+    task = load_task(run.record.recipe["data"])
+    settings = settings_for(source, run.record.recipe["data"])
     record = bayesianize(source, task, tuple(train_rows), (), tmp_path / "run", settings)
-    assert facts["prior_precision"] == pytest.approx(record["bayesianized"]["prior_precision"], rel=1e-3)
+    assert facts["prior_precision"] == pytest.approx(record.bayesianized["prior_precision"], rel=1e-3)
     made, rows = load_run(tmp_path / "run"), run.encode(test_rows)
     for kind, own in (("linearized", LinearizedPredictive(seed=4)), ("mc", MonteCarloPredictive(6, seed=4))):
         ours = subspace_laplace.predictive(run, samples=6, seed=4, kind=kind)  # type: ignore[arg-type]
         expected = average(predict(made.scorer, rows, own))
         torch.testing.assert_close(average(predict(run.scorer, rows, ours)), expected, atol=2e-3, rtol=0)
-    assert record["predictive"] == "linearized" == subspace_laplace.predictive(run).name
+    assert record.predictive == "linearized" == subspace_laplace.predictive(run).name
 
 
 def test_the_run_is_a_plain_lora_before_and_after(

@@ -73,12 +73,12 @@ def test_the_mean_prediction_is_the_adapters_and_the_joint_is_in_use(stock: Path
     expected = predict(Scorer(plain, run.scoring), encoded, MeanPredictive())
     torch.testing.assert_close(predict(run.scorer, encoded, MeanPredictive()), expected, atol=1e-5, rtol=0)
     joint = joint_of(run.scorer.model)
-    assert joint is not None and joint.size == record["bayesianized"]["numbers"] == 21
+    assert joint is not None and joint.size == record.bayesianized["numbers"] == 21
     # what is stored is what was fitted: H + precision I of these rows
     from scalabl.training.posthoc.laplace import fit_laplace
 
     again, facts = fit_laplace(run.scorer, run.encode(list(rows_for(read_source(stock), str(rows))[1])))
-    assert facts["prior_precision"] == pytest.approx(record["bayesianized"]["prior_precision"], rel=1e-4)
+    assert facts["prior_precision"] == pytest.approx(record.bayesianized["prior_precision"], rel=1e-4)
     largest = joint.covariance().abs().max().item()
     torch.testing.assert_close(again.covariance(), joint.covariance(), rtol=0, atol=1e-3 * largest)
     # PEFT alone knows each layer's own covariance
@@ -109,8 +109,8 @@ def test_a_finished_run_keeps_its_scoring_and_settings(task_directory: Path, tmp
     train(Settings.flat(**settings), tmp_path / "mle")  # type: ignore[arg-type]
     before = {path: path.read_bytes() for path in (tmp_path / "mle").rglob("*") if path.is_file()}
     record = make(tmp_path / "mle", task_directory, tmp_path / "run")
-    assert record["scoring"] == json.loads((tmp_path / "mle" / "scalabl.json").read_text())["scoring"]
-    assert record["rows"] == {"train": 24, "validation": 9} and record["recipe"]["layers"] == "last:2"
+    assert record.scoring == json.loads((tmp_path / "mle" / "scalabl.json").read_text())["scoring"]
+    assert record.rows == {"train": 24, "validation": 9} and record.recipe["layers"] == "last:2"
     run = load_run(tmp_path / "run")
     assert run.is_bayesian and run.scorer.trunk is not None and run.scorer.trunk.depth == 1
     assert before == {path: path.read_bytes() for path in (tmp_path / "mle").rglob("*") if path.is_file()}
@@ -118,7 +118,7 @@ def test_a_finished_run_keeps_its_scoring_and_settings(task_directory: Path, tmp
 
 def test_variational_inference_moves_the_posterior_alone(stock: Path, rows: Path, tmp_path: Path) -> None:
     record = make(stock, rows, tmp_path / "vi", "vi", scoring="letters", steps=12, batch_size=4)
-    assert record["bayesianized"]["method"] == "vi" and not (tmp_path / "vi" / JOINT).exists()
+    assert record.bayesianized["method"] == "vi" and not (tmp_path / "vi" / JOINT).exists()
     found, original = load_file(tmp_path / "vi" / ADAPTER), load_file(stock / ADAPTER)
     for name, b in original.items():
         if name.endswith("lora_B.weight"):

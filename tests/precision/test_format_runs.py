@@ -18,9 +18,10 @@ from scalabl.predictive import predict
 from scalabl.runs.directory import claim
 from scalabl.runs.loading import load_run
 from scalabl.runs.method import Run
-from scalabl.runs.models import held, load_base
+from scalabl.runs.models import load_base
 from scalabl.runs.quantization import quantization_config
-from scalabl.runs.settings import DEFAULTS, Settings
+from scalabl.runs.record import RunRecord
+from scalabl.runs.settings import Settings
 from scalabl.scoring import Scorer
 from scalabl.study.plan import LATER
 from scalabl.training.run import train
@@ -59,10 +60,10 @@ def test_the_base_is_held_as_the_recipe_says_while_training_and_after(form: Form
     bits, library = form.held.get("bits"), form.held.get("quantization", "bitsandbytes")
     kinds = {(8, "bitsandbytes"): "Int8Params", (4, "bitsandbytes"): "Params4bit", (8, "torchao"): "Int8Tensor"}
     assert type(weight_of(run)).__name__ == kinds.get((bits, library), "Parameter")
-    assert run.record["recipe"]["quantization"] == library
+    assert run.record.recipe["quantization"] == library
     assert run.scorer.model.get_input_embeddings().weight.dtype == getattr(torch, form.held["dtype"])
     # 4-bit tensors hold two numbers an element; they are counted as numbers
-    assert run.record["parameters"]["base"] == 150_720
+    assert run.record.parameters["base"] == 150_720
     assert run.scorer.trunk is not None and run.scorer.trunk.depth == 1
 
 
@@ -115,11 +116,11 @@ def test_a_run_can_be_made_bayesian_on_its_format(form: Format, task: Path, tmp_
 
 def test_records_from_before_the_setting_are_of_bitsandbytes(tmp_path: Path) -> None:
     older = {name: value for name, value in Settings.flat(bits=8).as_dict().items() if name != "quantization"}
-    assert held(older) == {"dtype": "auto", "bits": 8}
     (tmp_path / "scalabl.json").write_text(json.dumps({"recipe": older, "status": "running"}))
-    assert claim(tmp_path, Settings.flat(bits=8).as_dict(), DEFAULTS) is False
+    assert RunRecord.read(tmp_path).base_options == {"dtype": "auto", "bits": 8, "quantization": "bitsandbytes"}
+    assert claim(tmp_path, Settings.flat(bits=8)) is False
     with pytest.raises(UserError, match="quantization was bitsandbytes, now torchao"):
-        claim(tmp_path, Settings.flat(bits=8, quantization="torchao").as_dict(), DEFAULTS)
+        claim(tmp_path, Settings.flat(bits=8, quantization="torchao"))
     assert "quantization" in LATER, "addresses of cells from before stay theirs"
 
 

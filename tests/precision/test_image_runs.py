@@ -81,7 +81,7 @@ def test_an_answer_depends_on_the_image(run: Run, images: Path, tmp_path: Path) 
 def test_continuation_is_trained_with_checkpointing(architecture: str, images: Path, tmp_path: Path) -> None:
     made = recipe(architecture, images, scoring="continuation", steps=3, gradient_checkpointing=True, chat=True)
     record = train(made, tmp_path / "run")
-    assert record["scoring"]["scoring"] == "continuation"
+    assert record.scoring["scoring"] == "continuation"
     found = log_probabilities(load_run(tmp_path / "run"), rows(images), MonteCarloPredictive(3))
     assert found.shape == (3, 9, 4) and found.exp().sum(dim=-1).allclose(torch.ones(3, 9), atol=1e-5)
 

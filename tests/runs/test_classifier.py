@@ -19,8 +19,8 @@ from scalabl.core.files import ADAPTER, sha256
 from scalabl.data import Example
 from scalabl.inference.classifier import Answer, Classifier, rows_of
 from scalabl.predictive import MonteCarloPredictive, predict
-from scalabl.runs.directory import RECORD
 from scalabl.runs.loading import load_run
+from scalabl.runs.record import RECORD
 from scalabl.scoring import Letters, Scorer
 from scalabl.training.run import train
 

@@ -11,7 +11,7 @@ from own_process import OwnProcess, program
 from short_run import STEPS, recipe, send_at_checkpoint, start, weights
 
 from scalabl.core.errors import UserError
-from scalabl.runs.directory import read_record
+from scalabl.runs.record import RunRecord
 from scalabl.training import run as run_module
 from scalabl.training.run import Interrupted, last_checkpoint, train
 
@@ -38,7 +38,7 @@ def test_a_killed_run_resumes_to_the_same_weights(
     process = start(settings, killed)
     send_at_checkpoint(process, killed, signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
-    assert read_record(killed)["status"] == "running" and not (killed / "adapter_model.safetensors").exists()
+    assert RunRecord.read(killed).status == "running" and not (killed / "adapter_model.safetensors").exists()
     reached = max(int(path.name.rpartition("-")[2]) for path in killed.glob("checkpoints/checkpoint-*"))
     assert 5 <= reached < STEPS
     train(settings, whole)
@@ -90,7 +90,7 @@ def test_a_kill_between_the_last_step_and_the_end_resumes_too(
         with monkeypatch.context() as patch, pytest.raises(_Stop):
             stop_in(patch, point)
             train(settings, tmp_path / point)
-        assert read_record(tmp_path / point)["status"] == "running"
+        assert RunRecord.read(tmp_path / point).status == "running"
         train(settings, tmp_path / point)
         assert weights(tmp_path / point) == weights(tmp_path / "whole")
         assert {p.name for p in (tmp_path / point).iterdir()} == {p.name for p in (tmp_path / "whole").iterdir()}
@@ -153,7 +153,7 @@ def test_an_interrupt_in_the_last_step_is_too_late(
     before = signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch:
         patch.setattr(StopOnInterrupt, "on_step_end", interrupt_at(4))
-        assert train(settings, tmp_path / "last")["status"] == "finished"
+        assert train(settings, tmp_path / "last").status == "finished"
         patch.setattr(StopOnInterrupt, "on_step_end", interrupt_at(2))
         with pytest.raises(Interrupted, match="step 2 of 4"):
             train(settings, tmp_path / "early")

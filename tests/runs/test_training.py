@@ -10,8 +10,8 @@ from tiny_base import as_json, questions, tiny_base, write_jsonl
 
 from scalabl.core.errors import UserError
 from scalabl.data import load_task
-from scalabl.runs.directory import read_record
 from scalabl.runs.loading import load_run
+from scalabl.runs.record import RunRecord
 from scalabl.training.run import select_rows, train
 from scalabl.training.trainer import LengthGroupedOrder
 
@@ -28,13 +28,13 @@ def test_the_directory_holds_record_adapter_mean_and_log(finished: Path) -> None
     names = {path.name for path in finished.iterdir()}
     assert {"scalabl.json", "adapter_config.json", "adapter_model.safetensors", "mean", "training_log.json"} <= names
     assert not names & {"checkpoints", ".unfinished"}
-    record = read_record(finished)
-    assert record["status"] == "finished" and record["rows"] == {"train": 24, "validation": 4}
+    record = RunRecord.read(finished)
+    assert record.status == "finished" and record.rows == {"train": 24, "validation": 4}
     # q and v (one kv head of 16 in two) of 2 layers: r (d_in + d_out) each; 2 r numbers each
-    assert record["parameters"]["variational"] == 2 * 2 * 2 * 4
-    assert record["parameters"]["lora"] == 2 * 4 * ((32 + 32) + (32 + 16))
-    assert set(record["scoring_nll"]) == {"letters", "continuation (sums)", "continuation (per token)"}
-    assert record["scoring_name"] == min(record["scoring_nll"], key=record["scoring_nll"].__getitem__)
+    assert record.parameters["variational"] == 2 * 2 * 2 * 4
+    assert record.parameters["lora"] == 2 * 4 * ((32 + 32) + (32 + 16))
+    assert set(record.scoring_nll) == {"letters", "continuation (sums)", "continuation (per token)"}
+    assert record.scoring_name == min(record.scoring_nll, key=record.scoring_nll.__getitem__)
 
 
 def test_the_loss_falls_and_kl_nll_and_sigma_are_logged(finished: Path) -> None:
@@ -62,7 +62,7 @@ def test_a_prior_centred_where_s_begins_costs_nothing_there(task_directory: Path
 def test_a_finished_run_is_not_trained_again(finished: Path, task_directory: Path) -> None:
     settings = recipe(tiny_base(), task_directory, scoring="auto", normalization="auto")
     before = {path: path.stat().st_mtime_ns for path in finished.iterdir()}
-    assert train(settings, finished) == read_record(finished)
+    assert train(settings, finished) == RunRecord.read(finished)
     assert {path: path.stat().st_mtime_ns for path in finished.iterdir()} == before
 
 
@@ -79,7 +79,7 @@ def test_another_recipe_or_foreign_files_in_the_directory_are_refused(
 
 def test_the_loaded_run_predicts_with_its_own_scoring(finished: Path) -> None:
     run = load_run(finished)
-    assert run.is_bayesian and run.scoring.settings() == read_record(finished)["scoring"]
+    assert run.is_bayesian and run.scoring.settings() == RunRecord.read(finished).scoring
     assert run.scorer.trunk is not None and run.scorer.trunk.depth == 1
 
 
@@ -117,7 +117,7 @@ def test_every_method_meets_the_same_rows_in_the_same_order(
 
 def test_plain_lora_has_no_posterior_and_no_mean_directory(task_directory: Path, tmp_path: Path) -> None:
     record = train(recipe(tiny_base(), task_directory, steps=2, method="mle"), tmp_path / "mle")
-    assert record["parameters"]["variational"] == 0
+    assert record.parameters["variational"] == 0
     assert not load_run(tmp_path / "mle").is_bayesian and not (tmp_path / "mle" / "mean").exists()
 
 
@@ -150,7 +150,7 @@ def test_a_nan_in_the_loss_stops_with_step_and_layer_and_keeps_the_last_checkpoi
 
     tensors = load_file(last / f"checkpoint-{kept[-1]}" / "adapter_model.safetensors")
     assert all(tensor.isfinite().all() for tensor in tensors.values())
-    assert read_record(tmp_path / "run")["status"] == "running"
+    assert RunRecord.read(tmp_path / "run").status == "running"
 
 
 def test_a_nan_before_the_first_checkpoint_leaves_nothing(
@@ -167,8 +167,8 @@ def test_rows_of_text_and_label_train_by_letters(tmp_path: Path, own_cache: Path
     data = write_jsonl(tmp_path / "data" / "train.jsonl", rows)
     settings = recipe(tiny_base(), data, scoring="letters", steps=2)
     record = train(settings, tmp_path / "run")
-    assert record["scoring"]["labels"] == ["no", "yes"] == list(record["task"]["labels"])
-    assert record["rows"] == {"train": 18, "validation": 2}  # a tenth is held out
+    assert record.scoring["labels"] == ["no", "yes"] == list(record.task["labels"])
+    assert record.rows == {"train": 18, "validation": 2}  # a tenth is held out
 
 
 def test_row_limits_take_the_same_rows_for_every_seed(task_directory: Path) -> None:

@@ -20,8 +20,8 @@ from scalabl.core.errors import UserError
 from scalabl.core.files import ADAPTER, JOINT, sha256
 from scalabl.posterior.draws import noise
 from scalabl.predictive.sampling import DRAWS
-from scalabl.runs.directory import RECORD
 from scalabl.runs.loading import load_adapter
+from scalabl.runs.record import RECORD
 from scalabl.scoring import Letters
 from scalabl.serving.export import export
 from scalabl.serving.manifest import ParticleManifest, read_manifest

@@ -11,7 +11,7 @@ import pytest
 
 from scalabl.cli import main
 from scalabl.core.errors import UserError
-from scalabl.runs.directory import RECORD
+from scalabl.runs.record import RECORD
 from scalabl.serving.command import as_shell, vllm_command
 from scalabl.serving.export import export
 from scalabl.serving.manifest import read_manifest

@@ -46,7 +46,7 @@ def test_predictions_are_those_of_the_run(done: Done, name: str, particles: int,
     held = read_predictions(done.plan.cells[entry.prediction], done.output)
     run = load_run(done.output / "cells" / entry.training[0] / RUN)
     strategy = run.predictive("mean" if particles == 1 else None, samples=3, seed=seed)
-    validation = select_rows(load_task(done.task), Settings.flat(**run.record["recipe"]).rows).validation
+    validation = select_rows(load_task(done.task), Settings.flat(**run.record.recipe).rows).validation
     for (log_probs, labels), rows in [
         (held.validation, validation),
         (held.tests[done.task], rows_of(done.task, split="test")),

@@ -34,20 +34,20 @@ def acquire(
     from scalabl.data.training_data import with_labels
     from scalabl.inference.acquisition import STRATEGIES
     from scalabl.inference.acquisition import acquire as chosen_rows
-    from scalabl.runs.directory import classifier_record
+    from scalabl.runs.record import RunRecord
     from scalabl.runs.registry import SAMPLED
 
     if by not in STRATEGIES:
         raise UserError(f"--by is {by!r}; it must be one of {', '.join(STRATEGIES)}.")
-    record = classifier_record(run)
+    record = RunRecord.read_classifier(run)
     options.check_predictive(None, samples, batch_size, None, record)
-    if by == "bald" and (record["recipe"]["method"] not in SAMPLED or samples == 1):
+    if by == "bald" and (record.method not in SAMPLED or samples == 1):
         raise UserError(
             "BALD ranks by what particles disagree about, and here is a single prediction; use --by entropy, or a run "
             "with a posterior and more --samples."
         )
     require_writable(output, unlike=(pool,))
-    labels = record["task"]["labels"]
+    labels = record.labels
     rows = with_labels(load_rows(pool, labels=labels, require_answer=False), labels, pool)
     if not 1 <= k <= len(rows):
         raise UserError(f"-k is {k}; it must be between 1 and the {len(rows)} rows of {pool}.")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from scalabl.cli.app import app, fail
+from scalabl.runs.record import RunRecord
 
 
 @app.command()
@@ -60,19 +61,19 @@ def bayesianize(
     except Interrupted:
         fail("Interrupted; nothing was written.", code=130)
     if json is not None:
-        write_json(json, record)
+        write_json(json, record.as_dict())
     _print(record, output)
 
 
-def _print(record: dict[str, Any], output: Path) -> None:
+def _print(record: RunRecord, output: Path) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    facts, table = record["bayesianized"], Table.grid(padding=(0, 2))
+    facts, table = record.bayesianized or {}, Table.grid(padding=(0, 2))
     table.add_row("run", str(output))
-    table.add_row("rows", f"{record['rows']['train']:,}")
-    table.add_row("scoring", record["scoring_name"])
+    table.add_row("rows", f"{record.rows['train']:,}")
+    table.add_row("scoring", record.scoring_name)
     if facts["method"] == "laplace":
         table.add_row(
             "posterior",
@@ -83,8 +84,8 @@ def _print(record: dict[str, Any], output: Path) -> None:
             "prior", f"precision {facts['prior_precision']:.3g}, log evidence {facts['log_evidence']:.2f} nats"
         )
     else:
-        table.add_row("posterior", f"variational, {record['recipe']['steps']} steps on mean and sigma")
+        table.add_row("posterior", f"variational, {record.recipe['steps']} steps on mean and sigma")
     console = Console()
     console.print(table)
-    for warning in record["warnings"]:
+    for warning in record.warnings:
         console.print(Text(f"warning: {warning}", "bold yellow"))

@@ -10,6 +10,7 @@ import typer
 from scalabl.cli import options
 from scalabl.cli.app import app
 from scalabl.core import processes
+from scalabl.runs.record import RunRecord
 
 _OPEN = "Open questions"
 
@@ -66,9 +67,8 @@ def evaluate(
         )  # fmt: skip
     from scalabl.core.files import require_writable, write_json
     from scalabl.data.training_data import rows_of
-    from scalabl.runs.directory import classifier_record
 
-    record = classifier_record(run)
+    record = RunRecord.read_classifier(run)
     options.check_predictive(predictive, samples, batch_size, limit, record)
     sampling = options.check_sampling(draws, adaptive, confidence, bound, predictive, samples, record)
     options.check_layers(stochastic_layers, predictive, record)
@@ -79,7 +79,7 @@ def evaluate(
         promise = Promise(max_error, confidence)
         promise.require(record, predictive)
     require_writable(json, report)
-    labels = record["task"]["labels"]
+    labels = record.labels
     rows = rows_of(data, split=split, limit=limit, labels=labels)
     shifted = {name: rows_of(name, limit=limit, labels=labels) for name in ood or []}
     held_out = rows_of(calibrate, split="validation", labels=labels) if calibrate else []
@@ -107,13 +107,13 @@ def evaluate(
         write(made, report)
 
 
-def _as_json(figures: list[dict[str, Any]], record: dict[str, Any], data: str, seed: int) -> dict[str, Any]:
+def _as_json(figures: list[dict[str, Any]], record: RunRecord, data: str, seed: int) -> dict[str, Any]:
     """The first row's figures at the top (accuracy, nll, ece, brier, auroc, aurc, n), further rows behind."""
     return {
         **figures[0],
         "data": data,
-        "model": record["recipe"]["model"],
+        "model": record.model,
         "seed": seed,
-        "versions": record["versions"],
+        "versions": record.versions,
         "further": figures[1:],
     }

@@ -42,11 +42,11 @@ def generate(
     open task, else the length-normalised probability of the text.
     """
     from scalabl.core.files import require_writable, write_json
-    from scalabl.runs.directory import finished_record
+    from scalabl.runs.record import RunRecord
 
     prompts = _prompts(prompt, input)
     require_writable(json, html)
-    finished_record(run)
+    RunRecord.read_finished(run)
     sampled = _sampled(temperature, top_p)
 
     from scalabl.core.quiet import quiet
@@ -73,7 +73,7 @@ def generate(
     if json is not None:
         write_json(json, [answer.as_dict() for answer in found])
     if html is not None:
-        recipe = loaded.record["recipe"]
+        recipe = loaded.record.recipe
         kind = f"{samples} particles" if samples and loaded.is_sampled else "one pass"
         made = f"{recipe['model']}, {recipe['method']} trained on {recipe['data']}, {kind}, seed {seed}"
         write_page(found, html, title="Answers with their uncertainty", made=made)

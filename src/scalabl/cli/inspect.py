@@ -10,6 +10,7 @@ import typer
 from scalabl.cli import options
 from scalabl.cli.app import app
 from scalabl.core.errors import UserError
+from scalabl.runs.record import RECORD, RunRecord
 from scalabl.runs.registry import OVER_S
 
 if TYPE_CHECKING:
@@ -32,11 +33,10 @@ def inspect(
     """What is adapted, parameter counts, mean and sigma by layer, warnings."""
     from scalabl.core.files import require_writable, write_json
     from scalabl.runs.adapter_file import describe_adapter, require_adapter
-    from scalabl.runs.directory import RECORD, finished_record
 
     require_writable(json)
     require_adapter(run)
-    record = finished_record(run) if variance or (run / RECORD).is_file() else None
+    record = RunRecord.read_finished(run) if variance or (run / RECORD).is_file() else None
     if variance:
         assert record is not None
         _check_variance(record, rows)
@@ -75,8 +75,8 @@ def inspect(
         write_json(json, found)
 
 
-def _check_variance(record: dict[str, Any], rows: int) -> None:
-    if record["recipe"]["method"] not in OVER_S:
+def _check_variance(record: RunRecord, rows: int) -> None:
+    if record.method not in OVER_S:
         raise UserError("--variance is of a posterior over s, which this run does not have; leave it out.")
     options.require_counts(rows=rows)
 

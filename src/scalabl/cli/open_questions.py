@@ -54,9 +54,9 @@ def evaluate_open(
     """
     from scalabl.core.files import require_writable, write_json
     from scalabl.data.open_questions import load_open_task
-    from scalabl.runs.directory import finished_record
+    from scalabl.runs.record import RunRecord
 
-    finished_record(run)
+    RunRecord.read_finished(run)
     require_writable(json)
     options.require_counts(limit=limit)
     task = load_open_task(data)
@@ -100,9 +100,9 @@ def evaluate_open(
         fitted.save(run / CONFIDENCE)
     found = judge(test, fitted, seed=seed)
     if json is not None:
-        recipe = loaded.record["recipe"]
+        recipe = loaded.record.recipe
         about = {"data": data, "split": name, "model": recipe["model"], "method": recipe["method"], "measure": measure}
-        write_json(json, {**about, **shared, "answers": answers, **found, "versions": loaded.record["versions"]})
+        write_json(json, {**about, **shared, "answers": answers, **found, "versions": loaded.record.versions})
     _print(console, found, measure)
     if fitted is None:
         console.print(f"[yellow]no confidence was fitted: {why}[/yellow]", highlight=False)

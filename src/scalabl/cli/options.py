@@ -7,6 +7,7 @@ import typer
 from scalabl.core.errors import UserError
 from scalabl.core.top_layers import check_spec
 from scalabl.predictive.sampling import Sampling
+from scalabl.runs.record import RunRecord
 from scalabl.runs.registry import OVER_S, SAMPLED
 from scalabl.runs.settings import LARGEST_SEED
 
@@ -39,14 +40,14 @@ BaseModel = Annotated[str | None, typer.Option(help="The base model, if it has m
 
 
 def check_predictive(
-    predictive: str | None, samples: int, batch_size: int, limit: int | None, record: dict[str, Any]
+    predictive: str | None, samples: int, batch_size: int, limit: int | None, record: RunRecord
 ) -> None:
     """Refuse a predictive that there is not or that the run does not have, and numbers below 1."""
     if predictive not in (None, "mean", "mc", "linearized", "auto"):
         raise UserError(f"--predictive is {predictive!r}; it must be mean, mc or linearized, or auto, the default.")
-    if predictive == "linearized" and record["recipe"]["method"] not in OVER_S:
+    if predictive == "linearized" and record.method not in OVER_S:
         raise UserError("Only ScalaBL runs have a linearised predictive; use --predictive mean or mc.")
-    if predictive == "mc" and record["recipe"]["method"] not in SAMPLED:
+    if predictive == "mc" and record.method not in SAMPLED:
         raise UserError("This run is a plain LoRA without a posterior; use --predictive mean.")
     require_counts(samples=samples, batch_size=batch_size, limit=limit)
 
@@ -65,7 +66,7 @@ def check_sampling(
     bound: str,
     predictive: str | None,
     samples: int,
-    record: dict[str, Any],
+    record: RunRecord,
 ) -> Sampling:
     """The draws and adaptive N that the options ask for.
 
@@ -73,22 +74,22 @@ def check_sampling(
         UserError: bad values, or a run or a predictive that has no such particles.
     """
     sampling = Sampling(draws=draws, confidence=confidence if adaptive else None, bound=bound)
-    sampled = predictive == "mc" or (predictive in (None, "auto") and record["recipe"]["method"] in SAMPLED)
+    sampled = predictive == "mc" or (predictive in (None, "auto") and record.method in SAMPLED)
     if adaptive and not sampled:
         raise UserError("--adaptive is for the mc predictive of runs that draw particles; leave it out here.")
-    if draws != "independent" and not (sampled and record["recipe"]["method"] in OVER_S):
+    if draws != "independent" and not (sampled and record.method in OVER_S):
         raise UserError(f"--draws {draws} is for the mc predictive of ScalaBL runs; leave it out here.")
     if draws == "moments" and samples < 2:
         raise UserError("--draws moments needs at least 2 --samples: one particle has no variance to match.")
     return sampling
 
 
-def check_layers(stochastic_layers: str | None, predictive: str | None, record: dict[str, Any]) -> None:
+def check_layers(stochastic_layers: str | None, predictive: str | None, record: RunRecord) -> None:
     """Refuse --stochastic-layers that name nothing, or where no s is drawn."""
     if stochastic_layers is None:
         return
     check_spec(stochastic_layers, variance=True)
-    if predictive == "mean" or record["recipe"]["method"] not in OVER_S:
+    if predictive == "mean" or record.method not in OVER_S:
         raise UserError(
             "--stochastic-layers is for the mc and linearized predictives of ScalaBL runs; leave it out here."
         )

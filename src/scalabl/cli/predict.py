@@ -64,9 +64,9 @@ def predict(
     from scalabl.core.files import require_writable
     from scalabl.data.jsonl import load_rows
     from scalabl.data.training_data import with_labels
-    from scalabl.runs.directory import classifier_record
+    from scalabl.runs.record import RunRecord
 
-    record = classifier_record(run)
+    record = RunRecord.read_classifier(run)
     options.check_predictive(predictive, samples, batch_size, None, record)
     sampling = options.check_sampling(draws, adaptive, confidence, bound, predictive, samples, record)
     options.check_layers(stochastic_layers, predictive, record)
@@ -91,7 +91,7 @@ def predict(
     if format is not None:
         raise UserError("--format is for --ray; without it the answers are JSONL.")
     require_writable(output, unlike=(input,))
-    labels = record["task"]["labels"]
+    labels = record.labels
     rows = with_labels(load_rows(input, labels=labels, require_answer=False), labels, input)
 
     from scalabl.core.quiet import quiet

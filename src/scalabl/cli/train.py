@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from scalabl.cli.app import app, fail
 from scalabl.core import processes
-from scalabl.runs.settings import DEFAULTS, Settings, make_settings
+from scalabl.runs.record import RunRecord
+from scalabl.runs.settings import Settings, make_settings
 
 
 @app.command()
@@ -64,14 +65,14 @@ def train(
     given = {k: v for k, v in locals().items() if k not in ("output", "config", "ignore_memory", "json")}
     from scalabl.core.files import require_writable, write_json
     from scalabl.data.training_data import load_training_task
-    from scalabl.runs.directory import claim, finished_record, hold
+    from scalabl.runs.directory import claim, hold
 
     settings = make_settings(given, config)
     require_writable(json, unlike=(output,))
     load_training_task(settings.data)
-    finished = processes.on_main(lambda: claim(output, settings.as_dict(), DEFAULTS, processes.world_size()))
+    finished = processes.on_main(lambda: claim(output, settings, processes.world_size()))
     if finished:
-        record = processes.on_main(lambda: finished_record(output))
+        record = processes.on_main(lambda: RunRecord.read_finished(output))
     else:
         held = processes.on_main(lambda: hold(output))
         try:
@@ -82,11 +83,11 @@ def train(
     if not processes.is_main():
         return
     if json is not None:
-        write_json(json, record)
+        write_json(json, record.as_dict())
     _print(record, output)
 
 
-def _train(settings: Settings, output: Path, ignore_memory: bool) -> dict[str, Any]:
+def _train(settings: Settings, output: Path, ignore_memory: bool) -> RunRecord:
     try:
         from scalabl.core.quiet import quiet
         from scalabl.training.run import Interrupted, train
@@ -121,17 +122,17 @@ def _plan(settings: Settings, ignore_memory: bool) -> None:
         typer.echo(line)
 
 
-def _print(record: dict, output: Path) -> None:  # type: ignore[type-arg]
+def _print(record: RunRecord, output: Path) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     table = Table.grid(padding=(0, 2))
-    parameters = record["parameters"]
+    parameters = record.parameters
     for name, value in (
         ("run", str(output)),
-        ("rows", f"{record['rows']['train']:,} trained on, {record['rows']['validation']:,} held out"),
-        ("scoring", record["scoring_name"] + _why(record["scoring_nll"])),
+        ("rows", f"{record.rows['train']:,} trained on, {record.rows['validation']:,} held out"),
+        ("scoring", record.scoring_name + _why(record.scoring_nll)),
         ("tokens", _tokens(record)),
         ("parameters", f"{parameters['lora']:,} LoRA, {parameters['variational']:,} variational"),
     ):
@@ -139,17 +140,17 @@ def _print(record: dict, output: Path) -> None:  # type: ignore[type-arg]
             table.add_row(name, value)
     console = Console()
     console.print(table)
-    for warning in record.get("warnings", []):
+    for warning in record.warnings:
         console.print(Text(f"warning: {warning}", "bold yellow"))
 
 
-def _tokens(record: dict[str, Any]) -> str:
-    counts = record.get("tokens")
+def _tokens(record: RunRecord) -> str:
+    counts = record.tokens
     if counts is None:
         return ""
     said = f"{counts['trained']:,} trained on of {counts['all']:,}"
     if counts["cut_rows"]:
-        longest = record["recipe"]["max_length"]
+        longest = record.recipe["max_length"]
         said += f"; {counts['cut_rows']:,} rows longer than {longest:,} lost the beginning of their prompt"
     return said
 

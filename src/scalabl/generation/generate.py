@@ -226,7 +226,7 @@ def draws_of(run: LanguageRun, samples: int, seed: int) -> Draws:
     if samples == 0 or not run.is_sampled:
         return MeanDraws()
     # the predictives of sampled methods all average over particles that are rows of a batch
-    method: Any = load_method(run.record["recipe"]["method"])
+    method: Any = load_method(run.record.method)
     draws: Draws = method.predictive(run, samples=samples, seed=seed)
     return draws
 
@@ -244,7 +244,7 @@ def prompt_tokens(run: LanguageRun, prompt: str, chat: bool | None) -> list[int]
     except UnicodeEncodeError as error:  # half a surrogate pair, or bytes of a command line that are no UTF-8
         raise UserError(f"The prompt {ascii(prompt)} is not Unicode; write it in UTF-8.") from error
     if chat is None:
-        chat = bool(run.record.get("scoring", {}).get("chat", False))
+        chat = bool(run.record.scoring.get("chat", False))
     if chat and not getattr(run.tokenizer, "chat_template", None):
         raise UserError("This model's tokenizer has no chat template; leave out --chat.")
     return Text(run.tokenizer, chat=chat).prompt_tokens(prompt)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from scalabl.runs.directory import finished_record
 from scalabl.runs.loading import load_adapted
+from scalabl.runs.record import RunRecord
 from scalabl.runs.registry import OVER_S, SAMPLED
 from scalabl.scoring.text import Text
 
@@ -26,7 +25,7 @@ class LanguageRun:
         directory: where it was loaded from.
     """
 
-    record: dict[str, Any]
+    record: RunRecord
     model: PeftModel
     tokenizer: PreTrainedTokenizerBase
     directory: Path | None = None
@@ -34,17 +33,17 @@ class LanguageRun:
     @property
     def is_bayesian(self) -> bool:
         """Whether the adapter has a posterior over s."""
-        return self.record["recipe"]["method"] in OVER_S
+        return self.record.method in OVER_S
 
     @property
     def is_sampled(self) -> bool:
         """Whether the run's method averages over particles."""
-        return self.record["recipe"]["method"] in SAMPLED
+        return self.record.method in SAMPLED
 
     @property
     def text(self) -> Text:
         """Prompts and rows as the tokens that the run was trained on."""
-        settings = self.record["scoring"]
+        settings = self.record.scoring
         return Text(self.tokenizer, chat=settings["chat"], max_length=settings["max_length"])
 
 
@@ -58,6 +57,6 @@ def load_language_run(directory: Path, *, model: str | None = None) -> LanguageR
     Raises:
         UserError: not a finished run, altered files, another base model.
     """
-    record = finished_record(directory)
+    record = RunRecord.read_finished(directory)
     adapted, tokenizer = load_adapted(directory, record, model)
     return LanguageRun(record, adapted, tokenizer, directory)

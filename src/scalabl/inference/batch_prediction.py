@@ -19,8 +19,8 @@ from scalabl.inference.answering import Answering, Asked, decide, promised
 from scalabl.inference.promise import Promise, held_out_rows
 from scalabl.metrics.selective import Threshold
 from scalabl.predictive.sampling import PLAIN, Sampling
-from scalabl.runs.directory import finished_record
 from scalabl.runs.loading import load_run
+from scalabl.runs.record import RunRecord
 
 
 def predict_file(
@@ -71,7 +71,7 @@ def predict_file(
     asked = Asked(predictive, samples, seed, sampling, stochastic_layers, abstain, promise)
     settings: list[Any] = [*asked.as_list(), sha256(directory / "adapter_model.safetensors")]
     if promise is not None:
-        held_out = held_out_rows(finished_record(directory))
+        held_out = held_out_rows(RunRecord.read_finished(directory))
         settings += [promise.as_dict(), [[r.question, r.choices, r.answer, *r.content[2:]] for r in held_out]]
     identity = hashlib.sha256(json.dumps([settings, [[r.id, *r.content] for r in rows]]).encode())
     unfinished = output.with_name(f".{output.name}.{identity.hexdigest()[:12]}")

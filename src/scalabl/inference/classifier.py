@@ -26,9 +26,9 @@ from scalabl.predictive.auto import make_predictive
 from scalabl.predictive.base import MeanPredictive, Predictive, chosen, predict
 from scalabl.predictive.lora_particles import DropoutPredictive, blob_draws
 from scalabl.predictive.sampling import PLAIN, PREDICTIVES, Sampling
-from scalabl.runs.directory import RECORD, classifier_record
 from scalabl.runs.loading import load_adapter, require_base
-from scalabl.runs.models import held, load_base
+from scalabl.runs.models import load_base
+from scalabl.runs.record import RECORD, RunRecord
 from scalabl.scoring.base import Scoring
 from scalabl.scoring.letters import Letters
 from scalabl.scoring.prefix import SharedPrefix, shared_prefix
@@ -211,7 +211,7 @@ class Classifier:
         path = Path(directory)
         if not (path / "adapter_config.json").is_file():
             raise UserError(f"{path} holds no adapter_config.json; give a directory made by save_pretrained.")
-        record = classifier_record(path) if (path / RECORD).is_file() else None
+        record = RunRecord.read_classifier(path) if (path / RECORD).is_file() else None
         if labels is None and record is None:
             raise UserError(f"{path} does not say what its labels are; pass labels=[...].")
         if isinstance(model, PreTrainedModel):
@@ -219,12 +219,10 @@ class Classifier:
                 raise UserError("A loaded model needs its tokenizer beside it; pass tokenizer=...")
             base, base_tokenizer = model, tokenizer
         else:
-            named = (
-                record["recipe"]["model"] if record else PeftConfig.from_pretrained(str(path)).base_model_name_or_path
-            )
+            named = record.model if record else PeftConfig.from_pretrained(str(path)).base_model_name_or_path
             if model is None and not named:
                 raise UserError(f"{path} does not name its base model; pass model=...")
-            base, base_tokenizer = load_base(model or named, **(held(record["recipe"]) if record else {}))
+            base, base_tokenizer = load_base(model or named, **(record.base_options if record else {}))
         if record:
             require_base(base, record)
         scoring: Scoring
@@ -232,12 +230,12 @@ class Classifier:
             scoring = Letters(base_tokenizer, labels=tuple(labels), raw_prompt=True, chat=chat, max_length=max_length)
         else:
             assert record is not None
-            scoring = make_scoring(record["scoring"], base_tokenizer)
+            scoring = make_scoring(record.scoring, base_tokenizer)
         adapted = load_adapter(base, path)
         if predictive is None and record is not None and sampling.is_plain:
-            predictive = record.get("predictive")
-        mc_dropout = record is not None and record["recipe"]["method"] == "mc_dropout"
-        dropout = float(record["recipe"]["lora_dropout"]) if record and mc_dropout else 0.0
+            predictive = record.predictive
+        mc_dropout = record is not None and record.method == "mc_dropout"
+        dropout = float(record.recipe["lora_dropout"]) if record and mc_dropout else 0.0
         return cls(
             adapted, scoring, samples=samples, seed=seed, sampling=sampling, predictive=predictive, prefix=prefix,
             dropout=dropout, batch_size=batch_size,

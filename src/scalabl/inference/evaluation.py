@@ -100,17 +100,16 @@ def evaluate_run(
     if held_out:
         validation = log_probabilities(run, held_out, strategy, batch_size=batch_size, description="temperature")
         methods.append(tempered(result, fit_temperature(validation, answers(held_out))))
-    recipe = run.record["recipe"]
+    recipe = run.record.recipe
     return Report(
         title=f"{recipe['model']} on {data}",
         facts={
             "model": recipe["model"],
             "data": f"{data}, {len(rows):,} rows",
-            "trained on": f"{run.record['task']['name']}, {run.record['rows']['train']:,} rows, "
-            f"{recipe['steps']} steps",
+            "trained on": f"{run.record.task['name']}, {run.record.rows['train']:,} rows, {recipe['steps']} steps",
             "seed": str(recipe["seed"]),
-            "versions": ", ".join(f"{k} {v}" for k, v in run.record["versions"].items()),
-            "device": run.record["device"],
+            "versions": ", ".join(f"{k} {v}" for k, v in run.record.versions.items()),
+            "device": run.record.device,
         },
         methods=methods,
         questions=[(row.question, row.choices) for row in rows],
@@ -127,7 +126,7 @@ def _kept(result: MethodResult, promise: Promise, threshold: Threshold) -> str:
 
 def default_predictive(run: Run) -> str:
     """What the run's record says; else mc where the method averages over particles."""
-    return str(run.record.get("predictive", "mc" if run.is_sampled else "mean"))
+    return run.record.predictive or ("mc" if run.is_sampled else "mean")
 
 
 def make_strategy(
@@ -187,7 +186,7 @@ def choose(
 
 def describe_method(run: Run, predictive: Predictive) -> str:
     """As in a table: "plain LoRA", "MAP", "ScalaBL, mean", "ScalaBL, N = 10"."""
-    title = METHODS[run.record["recipe"]["method"]].title
+    title = METHODS[run.record.method].title
     if not run.is_sampled:
         return title
     number = getattr(predictive, "samples", None)
@@ -249,7 +248,7 @@ def posterior_warnings(run: Run) -> list[str]:
     if not run.is_bayesian:
         return []
     model = run.scorer.model
-    return run.record.get("warnings", []) + warnings_of(summarize(weights_of(model), prior_of(model)))
+    return run.record.warnings + warnings_of(summarize(weights_of(model), prior_of(model)))
 
 
 def threshold_of(run: Run, promise: Promise, predictive: Predictive, *, batch_size: int = 8) -> Threshold:

@@ -237,7 +237,7 @@ def labels_of(rows: Sequence[Example]) -> Tensor:
 
 def describe_method(run: Run, predictive: Predictive) -> str:
     """As in a table: "plain LoRA", "MAP", "ScalaBL, mean", "ScalaBL, N = 10"."""
-    title = METHODS[run.record["recipe"]["method"]].title
+    title = METHODS[run.record.method].title
     if not run.is_sampled:
         return title
     number = getattr(predictive, "samples", None)

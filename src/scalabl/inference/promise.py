@@ -16,6 +16,7 @@ from scalabl.metrics.selective import (
     rows_needed,
     rows_needed_on_average,
 )
+from scalabl.runs.record import RunRecord
 
 if TYPE_CHECKING:
     import numpy as np
@@ -52,7 +53,7 @@ class Promise:
             if getattr(self, name) not in choices:
                 raise UserError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(choices)}.")
 
-    def require(self, record: dict[str, Any], predictive: str | None) -> None:
+    def require(self, record: RunRecord, predictive: str | None) -> None:
         """Refuse what no prediction can mend, from a run's record alone.
 
         Raises:
@@ -62,7 +63,7 @@ class Promise:
         from scalabl.runs.registry import SAMPLED
 
         _require_known(record)
-        rows = record["rows"]["validation"]
+        rows = record.rows["validation"]
         exact = self.guarantee == "exact"
         needed = rows_needed(self.max_error, self.confidence) if exact else rows_needed_on_average(self.max_error)
         if rows < needed:
@@ -71,7 +72,7 @@ class Promise:
                 f"all were answered rightly: it takes {needed}; train with more validation rows or raise --max-error"
                 f"{' or lower --confidence' if exact else ''}."
             )
-        if self.score == "epistemic" and (predictive == "mean" or record["recipe"]["method"] not in SAMPLED):
+        if self.score == "epistemic" and (predictive == "mean" or record.method not in SAMPLED):
             raise UserError(
                 "A single prediction has no epistemic part; use --score probability or entropy, or the particles of a "
                 "run with a posterior (--predictive mc)."
@@ -108,7 +109,7 @@ class Promise:
         return asdict(self)
 
 
-def held_out_rows(record: dict[str, Any]) -> tuple[Example, ...]:
+def held_out_rows(record: RunRecord) -> tuple[Example, ...]:
     """The validation rows of a finished run: never trained on.
 
     The run read them once, before training, where it chose between scorings by their NLL (scoring "auto").
@@ -118,17 +119,16 @@ def held_out_rows(record: dict[str, Any]) -> tuple[Example, ...]:
     """
     from scalabl.data.assemble import select_rows
     from scalabl.data.load import load_task
-    from scalabl.runs.settings import Settings
 
     _require_known(record)
-    settings = Settings.flat(**record["recipe"])
+    settings = record.settings
     try:
         rows = select_rows(load_task(settings.data), settings.rows)
     except UserError as error:
         raise UserError(
             f"The run's held-out rows come from {settings.data}, which cannot be read now: {error}"
         ) from error
-    if {"train": len(rows.train), "validation": len(rows.validation)} != record["rows"]:
+    if {"train": len(rows.train), "validation": len(rows.validation)} != record.rows:
         raise UserError(
             f"{settings.data} has changed since the run was trained on it, so that its held-out rows are not known; "
             "restore the file or train again."
@@ -136,8 +136,8 @@ def held_out_rows(record: dict[str, Any]) -> tuple[Example, ...]:
     return rows.validation
 
 
-def _require_known(record: dict[str, Any]) -> None:
-    if "bayesianized" in record:
+def _require_known(record: RunRecord) -> None:
+    if record.bayesianized is not None:
         raise UserError(
             "This run was made by scalabl bayesianize, and which rows its LoRA was not trained on is not known, so "
             "that no error rate can be promised; give a run of scalabl train, or --abstain."

@@ -19,8 +19,8 @@ from scalabl.core.errors import UserError
 from scalabl.data.example import Example
 from scalabl.methods.saved import SavedMethod
 from scalabl.predictive.base import Predictive
-from scalabl.runs.directory import finished_record
 from scalabl.runs.method import Run
+from scalabl.runs.record import RunRecord
 from scalabl.scoring.base import Batch
 from scalabl.scoring.scorer import Scorer
 from scalabl.tuner.layers import active_adapters
@@ -78,11 +78,11 @@ class Ensemble(SavedMethod):
         assert run.directory is not None
         listed = []
         for member in members:
-            record = finished_record(member)
+            record = RunRecord.read_finished(member)
             _require_alike(run.record, record, member)
             path = os.path.relpath(member.resolve(), run.directory.resolve())
-            listed.append({"path": path, "seed": record["recipe"]["seed"], "adapter_sha256": record["adapter_sha256"]})
-        digests = {run.record["adapter_sha256"], *(m["adapter_sha256"] for m in listed)}
+            listed.append({"path": path, "seed": record.recipe["seed"], "adapter_sha256": record.adapter_sha256})
+        digests = {run.record.adapter_sha256, *(m["adapter_sha256"] for m in listed)}
         if len(digests) < 2 or len(digests) <= len(listed):
             raise UserError("An ensemble needs members that differ; give the directories of runs of other seeds.")
         return self.save(run, {"members": listed})
@@ -99,7 +99,7 @@ class Ensemble(SavedMethod):
         adapters = [active_adapters(model)[0]]
         for number, member in enumerate(facts["members"], start=1):
             directory, name = run.directory / member["path"], f"member{number}"
-            if finished_record(directory)["adapter_sha256"] != member["adapter_sha256"]:
+            if RunRecord.read_finished(directory).adapter_sha256 != member["adapter_sha256"]:
                 raise UserError(f"The member {directory} was trained anew since; fit ensemble again.")
             if name not in model.peft_config:
                 model.load_adapter(str(directory), adapter_name=name)
@@ -108,18 +108,18 @@ class Ensemble(SavedMethod):
         return EnsemblePredictive(adapters)
 
     def extra_numbers(self, run: Run, facts: dict[str, Any], saved: int) -> int:
-        lora: int = run.record["parameters"]["lora"]
+        lora: int = run.record.parameters["lora"]
         return lora * len(facts["members"])
 
 
-def _require_alike(own: dict[str, Any], other: dict[str, Any], member: Path) -> None:
+def _require_alike(own: RunRecord, other: RunRecord, member: Path) -> None:
     """Refuse a member that differs in more than its seed."""
     free = ("seed", "save_steps")
-    for name in own["recipe"]:
-        if name not in free and own["recipe"][name] != other["recipe"].get(name):
+    for name, value in own.recipe.items():
+        if name not in free and value != other.recipe.get(name):
             raise UserError(
-                f"The member {member} differs in {name} ({other['recipe'].get(name)}, here {own['recipe'][name]}); "
+                f"The member {member} differs in {name} ({other.recipe.get(name)}, here {value}); "
                 "give runs that differ in their seed alone."
             )
-    if own["scoring"] != other["scoring"]:
+    if own.scoring != other.scoring:
         raise UserError(f"The member {member} scores otherwise than this run; train it with the same scoring.")

@@ -63,7 +63,7 @@ class MCDropout(PlainLoRA):
         return super().adapter_config(settings, model)
 
     def predictive(self, run: Run, *, samples: int = 10, seed: int = 0) -> Predictive:
-        p = float(run.record["recipe"]["lora_dropout"])
+        p = float(run.record.recipe["lora_dropout"])
         return DropoutPredictive(p, samples=samples, seed=seed) if samples else MeanPredictive()
 
     def empty_particles(self, model: PeftModel, samples: int) -> AbstractContextManager[None]:

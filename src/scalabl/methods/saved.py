@@ -47,7 +47,7 @@ class SavedMethod(PostHocMethod):
         if tensors is not None:
             with writing(directory / f"{self.name}.safetensors") as unfinished:
                 save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, unfinished)
-        whole = {**facts, "adapter_sha256": run.record.get("adapter_sha256")}
+        whole = {**facts, "adapter_sha256": run.record.adapter_sha256}
         write_json(directory / f"{self.name}.json", whole)
         return whole
 
@@ -61,7 +61,7 @@ class SavedMethod(PostHocMethod):
         missing = f"{self.name} was not fitted on the run in {run.directory}; call load_post_hoc({self.name!r}).fit."
         mend = f"fit {self.name} again"
         facts = read_json(path, missing=missing, mend=mend, holds=f"what {self.name} fitted; {mend}")
-        if facts.get("adapter_sha256") != run.record.get("adapter_sha256"):
+        if facts.get("adapter_sha256") != run.record.adapter_sha256:
             raise UserError(f"{path} was fitted on another adapter than the one in {run.directory}; {mend}.")
         return facts
 
@@ -83,7 +83,7 @@ class SavedMethod(PostHocMethod):
         Raises:
             UserError: the run's adapter is no plain LoRA, it has a posterior or a sampler; or there are no rows.
         """
-        trained_by = run.record["recipe"]["method"]
+        trained_by = run.record.method
         if trained_by not in PLAIN_LORA:
             raise UserError(
                 f"{self.name} is fitted on a plain LoRA, but this run was trained by {trained_by}; give an mle run."

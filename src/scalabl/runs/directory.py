@@ -1,4 +1,4 @@
-"""A run's directory: `scalabl.json` says what it is, whether it is finished, and what its adapter must hash to.
+"""A run's directory: whether it is free for a training, and kept from a second one meanwhile.
 
 DIR/scalabl.json                 recipe, task, scoring, versions, status, sha256 of the adapter
 DIR/adapter_model.safetensors    the adapter, with adapter_config.json
@@ -17,74 +17,19 @@ from pathlib import Path
 from typing import Any
 
 from scalabl.core.errors import UserError
-from scalabl.core.files import ADAPTER, JOINT, read_json, require_place, sha256
-
-RECORD = "scalabl.json"
-CHOICES, LANGUAGE = "choices", "language"  # kinds of runs: questions with choices, rows of text
-
-
-def read_record(directory: Path) -> dict[str, Any]:
-    """The record of a run.
-
-    Raises:
-        UserError: the directory is not a run of this program, or its record cannot be read.
-    """
-    path = directory / RECORD
-    if not directory.is_dir():
-        raise UserError(f"There is no run directory {directory}; make one with scalabl train --output {directory}.")
-    mend = "train the run again or restore the file"
-    missing = f"{directory} holds no {RECORD}, so it is no run; make one with scalabl train."
-    return read_json(path, missing=missing, mend=mend, holds=f"a run's record; {mend}", key="recipe")
+from scalabl.core.files import require_place
+from scalabl.runs.record import RECORD, RunRecord
+from scalabl.runs.settings import Settings
 
 
-def finished_record(directory: Path) -> dict[str, Any]:
-    """The record of a finished run whose adapter is what was written.
-
-    Raises:
-        UserError: not a run, not finished, or the adapter was truncated or altered.
-    """
-    record = read_record(directory)
-    if record.get("status") != "finished":
-        raise UserError(f"The run in {directory} is not finished; run the same scalabl train again to resume it.")
-    adapter = directory / ADAPTER
-    if not adapter.is_file():
-        raise UserError(f"{directory} has lost its {ADAPTER}; restore the file or train the run again.")
-    if sha256(adapter) != record.get("adapter_sha256"):
-        raise UserError(
-            f"{adapter} was truncated or altered (its sha256 is not the one in {RECORD}); restore the file or train "
-            "the run again."
-        )
-    joint = record.get("joint_sha256")
-    if joint is not None and (not (directory / JOINT).is_file() or sha256(directory / JOINT) != joint):
-        raise UserError(f"{directory / JOINT} was lost or altered; restore the file or call scalabl bayesianize again.")
-    return record
-
-
-def classifier_record(directory: Path) -> dict[str, Any]:
-    """The record of a finished run that was trained on questions with choices.
-
-    Raises:
-        UserError: not a finished run, altered files, or one that was trained on rows of text.
-    """
-    record = finished_record(directory)
-    if record.get("kind", CHOICES) != CHOICES:
-        raise UserError(
-            f"{directory} was trained on rows of text, so it has no choices to score; use scalabl generate {directory}."
-        )
-    return record
-
-
-def claim(
-    directory: Path, recipe: dict[str, Any], defaults: Mapping[str, Any] | None = None, processes: int = 1
-) -> bool:
+def claim(directory: Path, settings: Settings, processes: int = 1) -> bool:
     """Make a directory ready for a run; True if it already holds this very run, finished.
 
     A run of other processes is the same one where batch size, accumulation and processes make the same rows a step.
 
     Args:
         directory: the run's.
-        recipe: its settings.
-        defaults: what a setting was before there was one: a record that lacks it was made with this.
+        settings: its own.
         processes: how many train.
 
     Raises:
@@ -93,20 +38,18 @@ def claim(
     if directory.exists() and not directory.is_dir():
         raise UserError(f"{directory} is a file; choose another --output.")
     if (directory / RECORD).exists():
-        record = read_record(directory)
-        before = {**(defaults or {}), **record["recipe"]}
-        different = [name for name, value in recipe.items() if before.get(name) != value]
-        trained_by = record.get("processes", 1)
-        if processes != trained_by:
-            _require_same_rows(directory, before, trained_by, recipe, processes)
+        record, now = RunRecord.read(directory), settings.as_dict()
+        different = [name for name, value in now.items() if record.recipe.get(name) != value]
+        if processes != record.processes:
+            _require_same_rows(directory, record, now, processes)
             different = [name for name in different if name not in _CUT]
         if different:
             name = different[0]
             raise UserError(
-                f"{directory} holds another run ({name} was {before.get(name)}, now {recipe[name]}); "
+                f"{directory} holds another run ({name} was {record.recipe[name]}, now {now[name]}); "
                 "choose another --output or delete it."
             )
-        return record.get("status") == "finished"
+        return record.is_finished
     if directory.exists() and any(directory.iterdir()):
         raise UserError(f"{directory} is not empty and holds no run; choose another --output.")
     try:
@@ -149,14 +92,14 @@ def hold(directory: Path) -> int | None:
 _CUT = ("batch_size", "gradient_accumulation")  # how the rows of a step are cut, beside the processes
 
 
-def _require_same_rows(
-    directory: Path, before: Mapping[str, Any], trained_by: int, now: Mapping[str, Any], processes: int
-) -> None:
-    was, wanted = (math.prod(recipe[name] for name in _CUT) for recipe in (before, now))
-    was, wanted = was * trained_by, wanted * processes
+def _require_same_rows(directory: Path, before: RunRecord, now: Mapping[str, Any], processes: int) -> None:
+    was, wanted = (
+        number * math.prod(recipe[name] for name in _CUT)
+        for number, recipe in ((before.processes, before.recipe), (processes, now))
+    )
     if was != wanted:
         cut = f"batch_size {now['batch_size']} x gradient_accumulation {now['gradient_accumulation']}"
         raise UserError(
-            f"{directory} holds a run of {was} rows a step (in {trained_by} processes), but {cut} x {processes} "
+            f"{directory} holds a run of {was} rows a step (in {before.processes} processes), but {cut} x {processes} "
             f"processes are {wanted}; choose a batch size that makes {was}, or another --output."
         )

@@ -13,9 +13,9 @@ from transformers import PreTrainedTokenizerBase
 
 from scalabl.core import processes
 from scalabl.core.errors import UserError
-from scalabl.runs.directory import classifier_record
 from scalabl.runs.method import Run
-from scalabl.runs.models import held, load_base
+from scalabl.runs.models import load_base
+from scalabl.runs.record import RunRecord
 from scalabl.scoring.scorer import Scorer, make_scoring
 from scalabl.scoring.trunk import Trunk
 from scalabl.tuner.fingerprint import fingerprint, same_base
@@ -48,22 +48,22 @@ def load_adapter(model: Any, directory: Path) -> PeftModel:
         raise
 
 
-def require_base(model: nn.Module, record: dict[str, Any]) -> None:
+def require_base(model: nn.Module, record: RunRecord) -> None:
     """Refuse a base model other than the one that a run was trained on.
 
     Raises:
         UserError: its fingerprint differs from the record's.
     """
-    found, trained = fingerprint(model), record.get("base_fingerprint")
+    found, trained = fingerprint(model), record.base_fingerprint
     if found is not None and trained is not None and not same_base(trained, found):
         raise UserError(
-            f"This adapter was trained on another base model ({record['recipe']['model']}, whose fingerprint is "
+            f"This adapter was trained on another base model ({record.model}, whose fingerprint is "
             f"{trained}; this one's is {found}); give that one with --model."
         )
 
 
 def load_adapted(
-    directory: Path, record: dict[str, Any], model: str | None = None
+    directory: Path, record: RunRecord, model: str | None = None
 ) -> tuple[PeftModel, PreTrainedTokenizerBase]:
     """The base model of a run with its adapter, held as it was trained, and the tokenizer.
 
@@ -75,8 +75,7 @@ def load_adapted(
     Raises:
         UserError: altered files, another base model.
     """
-    recipe = record["recipe"]
-    base, tokenizer = load_base(model or recipe["model"], **held(recipe), device=processes.own_device())
+    base, tokenizer = load_base(model or record.model, **record.base_options, device=processes.own_device())
     require_base(base, record)
     return load_adapter(base, directory), tokenizer
 
@@ -91,7 +90,7 @@ def load_run(directory: Path, *, model: str | None = None) -> Run:
     Raises:
         UserError: not a finished run, altered files, another base model.
     """
-    record = classifier_record(directory)
+    record = RunRecord.read_classifier(directory)
     adapted, tokenizer = load_adapted(directory, record, model)
-    scoring = make_scoring(record["scoring"], tokenizer)
+    scoring = make_scoring(record.scoring, tokenizer)
     return Run(record, Scorer(adapted, scoring, Trunk(adapted)), tokenizer, directory)

@@ -25,6 +25,7 @@ from scalabl.predictive.auto import AutoPredictive
 from scalabl.predictive.base import MeanPredictive, Predictive
 from scalabl.predictive.linearized import LinearizedPredictive
 from scalabl.predictive.monte_carlo import MonteCarloPredictive
+from scalabl.runs.record import RunRecord
 from scalabl.runs.registry import METHODS, OVER_S, POST_HOC, SAMPLED, TRAINED
 from scalabl.runs.settings import Settings
 from scalabl.scoring.base import Encoded, Scoring
@@ -184,7 +185,7 @@ class Run:
         directory: where it was loaded from, and where post-hoc methods keep their files.
     """
 
-    record: dict[str, Any]
+    record: RunRecord
     scorer: Scorer
     tokenizer: PreTrainedTokenizerBase
     directory: Path | None = None
@@ -201,12 +202,12 @@ class Run:
     @property
     def is_bayesian(self) -> bool:
         """Whether the adapter has a posterior over s."""
-        return self.record["recipe"]["method"] in OVER_S
+        return self.record.method in OVER_S
 
     @property
     def is_sampled(self) -> bool:
         """Whether the run's method averages over particles."""
-        return self.record["recipe"]["method"] in SAMPLED
+        return self.record.method in SAMPLED
 
     def predictive(
         self, name: str | None = None, *, samples: int = 10, seed: int = 0, stochastic_layers: str | None = None
@@ -226,7 +227,7 @@ class Run:
         if stochastic_layers is not None and (not self.is_bayesian or name == "mean"):
             raise UserError("Only the mc and linearized predictives of ScalaBL runs draw s layer by layer.")
         if name == "auto":
-            name = self.record.get("predictive")
+            name = self.record.predictive
             if name is None and self.is_bayesian:
                 return AutoPredictive(samples, seed=seed, stochastic_layers=stochastic_layers)
         if name == "mean":
@@ -235,7 +236,7 @@ class Run:
             return LinearizedPredictive(seed=seed, stochastic_layers=stochastic_layers)
         if stochastic_layers is not None:
             return MonteCarloPredictive(samples, seed=seed, stochastic_layers=stochastic_layers)
-        return load_method(self.record["recipe"]["method"]).predictive(self, samples=samples, seed=seed)
+        return load_method(self.record.method).predictive(self, samples=samples, seed=seed)
 
     def encode(self, rows: list[Example]) -> list[Encoded]:
         """Rows as tokens."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -121,11 +120,6 @@ def _tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
-
-
-def held(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """How a run's recipe holds its base model, as keywords of `load_base`; records may be older than some of them."""
-    return {name: recipe[name] for name in ("dtype", "bits", "quantization") if name in recipe}
 
 
 def embedded_directory() -> Path:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from scalabl.core.errors import UserError
+from scalabl.runs.record import RunRecord
 from scalabl.serving.manifest import ParticleManifest
 
 # the values that vLLM's --max-lora-rank takes (vllm/config/lora.py; older versions lack some)
@@ -70,7 +71,7 @@ OUTPUT_LAYER_ISSUE = "vLLM issue 51594"
 
 
 def limits_of(
-    config: dict[str, Any], record: dict[str, Any] | None, rank: int, adapts_output_layer: bool
+    config: dict[str, Any], record: RunRecord | None, rank: int, adapts_output_layer: bool
 ) -> tuple[str, ...]:
     """Sentences, none where the particles are served as they are.
 
@@ -97,9 +98,9 @@ def limits_of(
     if record is None:
         found.append("the precision of the training is not recorded; vLLM takes half precision unless given a --dtype")
     else:
-        bits = record["recipe"].get("bits")
+        bits = record.recipe.get("bits")
         if bits is not None:
             found.append(f"the run's base was quantised to {bits} bits; a base in another precision answers otherwise")
-        if record.get("predictive") == "linearized":
+        if record.predictive == "linearized":
             found.append("the run itself predicts linearised; particles are its Monte Carlo predictive")
     return tuple(found)

@@ -12,7 +12,7 @@ from scalabl.core.errors import UserError
 from scalabl.core.files import ADAPTER, JOINT, read_json, require_place, sha256, write_json
 from scalabl.predictive.sampling import Sampling
 from scalabl.runs.adapter_file import require_adapter
-from scalabl.runs.directory import RECORD, finished_record
+from scalabl.runs.record import RECORD, RunRecord
 from scalabl.serving.command import limits_of
 from scalabl.serving.manifest import (
     FORMAT_VERSION,
@@ -46,7 +46,7 @@ def prepare(
     seed: int = 0,
     draws: str = "independent",
     name: str = "particle",
-) -> tuple[Identity, dict[str, Any], dict[str, Any] | None]:
+) -> tuple[Identity, dict[str, Any], RunRecord | None]:
     """What `export` will write, checked; imports no torch.
 
     Returns:
@@ -74,7 +74,7 @@ def prepare(
             f"{directory} is a plain LoRA without a posterior, so it has no particles: serve it as it is, or make it "
             "Bayesian first with scalabl bayesianize."
         )
-    record = finished_record(directory) if (directory / RECORD).is_file() else None
+    record = RunRecord.read_finished(directory) if (directory / RECORD).is_file() else None
     joint = directory / JOINT
     identity = Identity(
         sha256(directory / ADAPTER), sha256(joint) if joint.is_file() else None, number, seed, draws
@@ -166,14 +166,14 @@ def _manifest(
     directory: Path,
     identity: Identity,
     config: dict[str, Any],
-    record: dict[str, Any] | None,
+    record: RunRecord | None,
     name: str,
     tensors: dict[str, Tensor],
     digests: tuple[str, ...],
 ) -> ParticleManifest:
     targets = config["target_modules"]
     output_layer = any(f".{layer}.lora_A." in key for key in tensors for layer in _OUTPUT_LAYERS)
-    labels = record["task"]["labels"] if record else None
+    labels = record.labels if record else None
     rank = max(tensor.shape[1] for key, tensor in tensors.items() if ".lora_B." in key)
     return ParticleManifest(
         format_version=FORMAT_VERSION,
@@ -188,21 +188,21 @@ def _manifest(
         target_modules=targets if isinstance(targets, str) else tuple(sorted(targets)),
         adapts_output_layer=output_layer,
         dtype=_dtype(record),
-        recipe={key: record["recipe"].get(key) for key in _TOLD} if record else None,
-        scoring=record["scoring"] if record else None,
+        recipe={key: record.recipe.get(key) for key in _TOLD} if record else None,
+        scoring=record.scoring if record else None,
         temperature=_temperature(directory, identity),
-        labels=tuple(labels) if labels else None,
+        labels=labels or None,
         warnings=limits_of(config, record, rank, output_layer),
     )
 
 
-def _dtype(record: dict[str, Any] | None) -> str | None:
+def _dtype(record: RunRecord | None) -> str | None:
     """The precision of the base model in training, as `load_base` chose it."""
     if record is None:
         return None
-    dtype: str = record["recipe"]["dtype"]
+    dtype: str = record.recipe["dtype"]
     if dtype == "auto":
-        return "float32" if str(record.get("device", "cpu")).startswith("cpu") else "bfloat16"
+        return "float32" if record.device.startswith("cpu") else "bfloat16"
     return dtype
 
 

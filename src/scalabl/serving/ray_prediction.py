@@ -27,7 +27,7 @@ from filelock import FileLock, Timeout
 from scalabl.core.errors import UserError
 from scalabl.core.progress import progress_bar
 from scalabl.inference.answering import Asked, Decision
-from scalabl.runs.directory import classifier_record
+from scalabl.runs.record import RunRecord
 from scalabl.serving.ray_address import connected, gpus_each
 from scalabl.serving.ray_pool import Job, Pool
 from scalabl.serving.ray_worker import Setup, Worker
@@ -97,8 +97,8 @@ def predict_shards(
         raise UserError(f"The format is {format!r}; it must be {' or '.join(FORMATS)}.")
     if block_rows < 1:
         raise UserError(f"A block of {block_rows} rows is none; it must be at least 1.")
-    record = classifier_record(directory)
-    labels = record["task"]["labels"]
+    record = RunRecord.read_classifier(directory)
+    labels = record.labels
     sources = find_sources(given)
     format = format or sources[0].format
     output = Path(os.path.abspath(output))
@@ -122,11 +122,11 @@ def predict_shards(
     return Summary(len(receipts), total, sum(receipt.answered for receipt in receipts), particles)
 
 
-def _adapter_of(record: dict[str, Any]) -> dict[str, Any]:
+def _adapter_of(record: RunRecord) -> dict[str, Any]:
     """What identifies a run's answers beside the settings: its weights, how it scores and in which precision."""
     kept = ("adapter_sha256", "joint_sha256", "base_fingerprint", "scoring", "predictive")
-    recipe = {name: record["recipe"].get(name) for name in ("method", "dtype", "bits")}
-    return {**{name: record.get(name) for name in kept}, "labels": record["task"]["labels"], **recipe}
+    recipe = {name: record.recipe.get(name) for name in ("method", "dtype", "bits")}
+    return {**{name: getattr(record, name) for name in kept}, "labels": record.task["labels"], **recipe}
 
 
 def _absolute(model: str | None) -> str | None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import platform
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from scalabl.core.errors import UserError
+from scalabl.runs.record import RunRecord
 from scalabl.runs.settings import Settings
 
 if TYPE_CHECKING:
@@ -84,11 +85,10 @@ def run_demo(
     shifted = {SHIFTED: rows_of(SHIFTED, split="test", limit=SHIFTED_ROWS)}
     methods: list[MethodResult] = []
     training = {}
-    record: dict[str, Any] = {}
     for method in ("mle", "scalabl"):
         settings = demo_recipe(method, seed=seed, steps=steps)
         directory = output / f"{method}-seed{seed}-steps{steps}"
-        record = train(settings, directory)
+        train(settings, directory)
         run = load_run(directory)
         held_out = select_rows(load_task(TASK), settings.rows).validation
         predictives = ["mean", "mc"] if run.is_bayesian else ["mean"]
@@ -102,7 +102,7 @@ def run_demo(
         )
     return Report(
         title="Plain LoRA and ScalaBL at the same budget",
-        facts=_facts(record, len(test), len(shifted[SHIFTED]), seed, steps) | {"training loss": _losses(training)},
+        facts=_facts(run.record, len(test), len(shifted[SHIFTED]), seed, steps) | {"training loss": _losses(training)},
         methods=methods,
         questions=[(row.question, row.choices) for row in test],
         training=training,
@@ -115,23 +115,23 @@ def _losses(training: dict[str, list[dict[str, float]]]) -> str:
     return ", ".join(f"{name} {values[0]:.3f} to {values[-1]:.3f}" for name, values in losses.items() if values)
 
 
-def _facts(record: dict[str, Any], test_rows: int, shifted: int, seed: int, steps: int) -> dict[str, str]:
-    recipe = record["recipe"]
-    nll = ", ".join(f"{name} {value:.3f}" for name, value in record["scoring_nll"].items())
+def _facts(record: RunRecord, test_rows: int, shifted: int, seed: int, steps: int) -> dict[str, str]:
+    recipe = record.recipe
+    nll = ", ".join(f"{name} {value:.3f}" for name, value in record.scoring_nll.items())
     return {
         "model": recipe["model"],
-        "data": f"ARC-Easy: {record['rows']['train']} training, {record['rows']['validation']} validation, "
+        "data": f"ARC-Easy: {record.rows['train']} training, {record.rows['validation']} validation, "
         f"{test_rows} test rows; shifted: {SHIFTED}, {shifted} rows",
-        "scoring": f"{record['scoring_name']}, chosen by NLL on validation rows before training ({nll})",
+        "scoring": f"{record.scoring_name}, chosen by NLL on validation rows before training ({nll})",
         "adapters": f"r = {recipe['r']}, alpha = {recipe['lora_alpha']:g}, {recipe['target_modules']}, "
-        f"{recipe['layers']} of the layers; {record['parameters']['lora']:,} LoRA and "
-        f"{record['parameters']['variational']:,} variational parameters",
+        f"{recipe['layers']} of the layers; {record.parameters['lora']:,} LoRA and "
+        f"{record.parameters['variational']:,} variational parameters",
         "steps": f"{steps} of {recipe['batch_size']} rows, AdamW {recipe['learning_rate']:g} for both",
         "posterior": f"variational learning rate {recipe['variational_learning_rate']:g}, exact ELBO after a warm-up "
         f"of the KL over {recipe['kl_warmup']:.0%} of the steps, prior N({recipe['prior_mean']:g}, "
         f"{recipe['prior_std']:g}^2)",
         "seed": str(seed),
-        "versions": ", ".join(f"{name} {value}" for name, value in record["versions"].items()),
-        "device": f"{record['device']} ({platform.machine()})",
+        "versions": ", ".join(f"{name} {value}" for name, value in record.versions.items()),
+        "device": f"{record.device} ({platform.machine()})",
         "command": f"scalabl demo --seed {seed} --steps {steps} --test-rows {test_rows}",
     }

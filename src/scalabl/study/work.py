@@ -81,10 +81,10 @@ def _train(cell: Cell, output: Path) -> dict[str, Any]:
         "seconds": steps * training.optimisation.steps / max(1, training.optimisation.steps - done),
         "peak_memory": cost.peak_memory,
         "resumed_from": done,
-        "parameters": record["parameters"],
-        "scoring": record["scoring_name"],
-        "rows": record["rows"],
-        "task": record["task"],
+        "parameters": record.parameters,
+        "scoring": record.scoring_name,
+        "rows": record.rows,
+        "task": record.task,
     }
 
 
@@ -184,7 +184,7 @@ def _loaded(address: str, output: Path, *, fitted: str | None) -> Run:
 
 
 def _rows_of(run: Run) -> TrainingRows:
-    training = Settings.flat(**run.record["recipe"])
+    training = run.record.settings
     return select_rows(load_task(training.data), training.rows)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,17 +18,18 @@ from torch import Tensor
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
-from scalabl.core import __version__, processes
+from scalabl.core import processes
 from scalabl.core.errors import UserError
 from scalabl.core.files import ADAPTER, sha256, write_json
 from scalabl.data.assemble import TrainingRows, select_rows
 from scalabl.data.example import Task
 from scalabl.data.text_rows import TextTask
 from scalabl.data.training_data import load_training_task
-from scalabl.runs.directory import CHOICES, LANGUAGE, RECORD, claim, finished_record, read_record
+from scalabl.runs.directory import claim
 from scalabl.runs.method import TrainedMethod, load_method
 from scalabl.runs.models import EMBEDDED, embedded_directory, load_base
-from scalabl.runs.settings import DEFAULTS, OptimisationSettings, Settings
+from scalabl.runs.record import CHOICES, LANGUAGE, RECORD, RowCounts, RunRecord, TaskFacts
+from scalabl.runs.settings import OptimisationSettings, Settings
 from scalabl.scoring.base import Encoded, Scoring
 from scalabl.scoring.scorer import Scorer
 from scalabl.scoring.trunk import Trunk
@@ -49,7 +52,7 @@ class Interrupted(Exception):
     """The run was stopped by Ctrl-C; its checkpoint is kept."""
 
 
-def train(settings: Settings, output: Path) -> dict[str, Any]:
+def train(settings: Settings, output: Path) -> RunRecord:
     """Train, and write a finished run directory; resumes what an earlier call left unfinished.
 
     In several processes (`scalabl.core.processes`) the main one chooses and writes; all of them get the record.
@@ -70,8 +73,8 @@ def train(settings: Settings, output: Path) -> dict[str, Any]:
     rows: TrainingRows[Any] = select_rows(task, settings.rows)
     check_launch(settings)
     require_rows(settings, len(rows.train))
-    if processes.on_main(lambda: claim(output, settings.as_dict(), DEFAULTS, processes.world_size())):
-        return processes.on_main(lambda: finished_record(output))
+    if processes.on_main(lambda: claim(output, settings, processes.world_size())):
+        return processes.on_main(lambda: RunRecord.read_finished(output))
     try:
         with processes.cleaning_up(lambda: _remove_traces(output)):
             return _train(settings, output, task, rows)
@@ -83,7 +86,7 @@ def train(settings: Settings, output: Path) -> dict[str, Any]:
 
 def _remove_traces(output: Path) -> None:
     """What failed before its first checkpoint leaves no trace, what failed later a run that can be resumed."""
-    is_finished = (output / RECORD).exists() and read_record(output).get("status") == "finished"
+    is_finished = (output / RECORD).exists() and RunRecord.read(output).is_finished
     if last_checkpoint(output) is None and not is_finished:
         shutil.rmtree(output, ignore_errors=True)
 
@@ -103,7 +106,7 @@ def last_checkpoint(output: Path) -> Path | None:
     return max(found)[1] if found else None
 
 
-def _train(settings: Settings, output: Path, task: Task | TextTask, rows: TrainingRows[Any]) -> dict[str, Any]:
+def _train(settings: Settings, output: Path, task: Task | TextTask, rows: TrainingRows[Any]) -> RunRecord:
     if settings.optimisation.optimizer != OptimisationSettings.optimizer:
         require_optimizer(settings.optimisation.optimizer, "cuda" if torch.cuda.is_available() else "cpu")
     processes.connect()
@@ -125,49 +128,60 @@ def _train(settings: Settings, output: Path, task: Task | TextTask, rows: Traini
 
     chosen, nll = processes.on_main(choose)
     scoring = options[chosen]
-    record: dict[str, Any] = {
-        "scalabl": __version__,
-        "status": "running",
-        "kind": LANGUAGE if isinstance(task, TextTask) else CHOICES,
-        "recipe": settings.as_dict(),
-        "task": {"name": task.name, "source": task.source, "licence": task.licence, "labels": task.labels},
-        "rows": {"train": len(rows.train), "validation": len(rows.validation)},
-        "scoring": scoring.settings(),
-        "scoring_nll": nll,
-        "parameters": count_parameters(adapted, method),
-        "base_fingerprint": fingerprint(model),
-        "versions": {name: version(name) for name in ("torch", "transformers", "peft", "accelerate")},
-        "device": str(next(adapted.parameters()).device),
-        "processes": processes.world_size(),
-    }
-    processes.on_main(lambda: write_json(output / RECORD, record))
+    counts = RowCounts(train=len(rows.train), validation=len(rows.validation))
+    record = record_of(settings, task, task.labels, counts, scoring, nll, adapted, fingerprint(model))
+    processes.on_main(lambda: record.write(output))
     if not output.is_dir():
         raise UserError(f"{output} is not seen by every machine; give a directory on a file system that they share.")
     rows_of_run = [scoring.encode(row) for row in rows.train]
     if isinstance(task, TextTask):
-        record["tokens"] = token_counts(rows_of_run)
+        record = replace(record, tokens=token_counts(rows_of_run))
     encoded = processes.first_on_each_machine(lambda: with_stored_trunk(Scorer(adapted, scoring, trunk), rows_of_run))
     log, beside = optimise(settings, output, adapted, scoring, trunk, encoded)
 
     tensors = whole_adapter(adapted)
 
-    def finish() -> dict[str, Any]:
+    def finish() -> RunRecord:
         _publish(adapted, output, tensors)
         write_json(output / LOG, finite(log))
         digest = sha256(output / ADAPTER)
         if beside:
             save_file(beside, output / f"{settings.method}.safetensors", metadata={"adapter_sha256": digest})
-        finished = record | {
-            "status": "finished",
-            "adapter_sha256": digest,
-            "scoring_name": describe(scoring),
-            "warnings": unconverged(log),
-        }
-        write_json(output / RECORD, finished)
+        finished = replace(record, status="finished", adapter_sha256=digest, warnings=unconverged(log))
+        finished.write(output)
         shutil.rmtree(output / "checkpoints", ignore_errors=True)
         return finished
 
     return processes.on_main(finish)
+
+
+def record_of(
+    settings: Settings,
+    task: Task | TextTask,
+    labels: Sequence[str] | None,
+    rows: RowCounts,
+    scoring: Scoring,
+    nll: dict[str, float],
+    model: PeftModel,
+    base_fingerprint: Any,
+) -> RunRecord:
+    """What is known of a run before its weights are fitted."""
+    return RunRecord(
+        recipe=settings.as_dict(),
+        kind=LANGUAGE if isinstance(task, TextTask) else CHOICES,
+        task=TaskFacts(
+            name=task.name, source=task.source, licence=task.licence, labels=None if labels is None else list(labels)
+        ),
+        rows=rows,
+        scoring=scoring.settings(),
+        scoring_name=describe(scoring),
+        scoring_nll=nll,
+        parameters=count_parameters(model, load_method(settings.method)),
+        base_fingerprint=base_fingerprint,
+        versions={name: version(name) for name in ("torch", "transformers", "peft", "accelerate")},
+        device=str(next(model.parameters()).device),
+        processes=processes.world_size(),
+    )
 
 
 def _placed(held_as: dict[str, Any]) -> dict[str, Any]:

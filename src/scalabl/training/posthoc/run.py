@@ -12,7 +12,7 @@ from __future__ import annotations
 import random
 import shutil
 from collections.abc import Sequence
-from importlib.metadata import version
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,26 +22,24 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, set_seed
 
-from scalabl.core import __version__
 from scalabl.core.errors import UserError
 from scalabl.core.files import ADAPTER, sha256, write_json, writing
 from scalabl.data.example import Example, Task
 from scalabl.runs.adapter_file import CONFIG
-from scalabl.runs.directory import RECORD
 from scalabl.runs.loading import load_adapter, require_base
-from scalabl.runs.method import load_method
 from scalabl.runs.models import load_base
+from scalabl.runs.record import RowCounts, RunRecord
 from scalabl.runs.settings import Settings
 from scalabl.scoring.base import Encoded, Scoring
 from scalabl.scoring.scorer import Scorer, make_scoring
 from scalabl.scoring.trunk import Trunk
 from scalabl.scoring.trunk_store import with_stored_trunk
-from scalabl.training.choose_scoring import candidates, choose_scoring, describe
+from scalabl.training.choose_scoring import candidates, choose_scoring
 from scalabl.training.log_values import finite
 from scalabl.training.posthoc.laplace import fit_laplace, used_components
 from scalabl.training.posthoc.settings import PosthocSettings, SourceAdapter, refuse_options
 from scalabl.training.posthoc.svd import scalabl_config, scalabl_tensors
-from scalabl.training.run import LOG, count_parameters, optimise
+from scalabl.training.run import LOG, optimise, record_of
 from scalabl.tuner.config import SUPPORTED_LORA_OPTIONS, ScalaBLConfig
 from scalabl.tuner.diagnostics import unconverged
 from scalabl.tuner.fingerprint import fingerprint
@@ -87,7 +85,7 @@ def bayesianize(
     held_out: tuple[Example, ...],
     output: Path,
     settings: PosthocSettings,
-) -> dict[str, Any]:
+) -> RunRecord:
     """Fit the posterior and write a finished run directory; it appears whole or not at all.
 
     `mean/` of Laplace's result is the adapter as it was given, byte for byte.
@@ -118,7 +116,7 @@ def _build(
     held_out: tuple[Example, ...],
     directory: Path,
     settings: PosthocSettings,
-) -> dict[str, Any]:
+) -> RunRecord:
     training = settings.training
     config, tensors = _converted(source, training)
     base, tokenizer = load_base(training.model, **training.machine.of_base)
@@ -137,7 +135,7 @@ def _build(
         )
     set_seed(training.seed)
 
-    labels = source.record["task"]["labels"] if source.record else task.labels
+    labels = source.record.labels if source.record else task.labels
     trunk = Trunk(model)
     shared = trunk if trunk.depth else None
     scoring, nll = _scoring(source, settings, model, shared, tokenizer, rows, held_out, labels)
@@ -147,24 +145,11 @@ def _build(
         scorer, [scorer.scoring.encode(row) for row in rows], batch_size=training.optimisation.batch_size
     )
     fit = _laplace if settings.method == "laplace" else _variational
-    record: dict[str, Any] = {
-        "scalabl": __version__,
-        "status": "finished",
-        "recipe": training.as_dict(),
-        "task": {"name": task.name, "source": task.source, "licence": task.licence, "labels": labels},
-        "rows": {"train": len(rows), "validation": len(held_out)},
-        "scoring": scorer.scoring.settings(),
-        "scoring_nll": nll,
-        "scoring_name": describe(scorer.scoring),
-        "parameters": count_parameters(model, load_method("scalabl")),
-        "base_fingerprint": config.base_fingerprint,
-        "versions": {name: version(name) for name in ("torch", "transformers", "peft", "accelerate")},
-        "device": str(scorer.device),
-        "warnings": [],
-        **fit(source, scorer, encoded, settings, directory),
-        "adapter_sha256": sha256(directory / ADAPTER),
-    }
-    write_json(directory / RECORD, record)
+    counts = RowCounts(train=len(rows), validation=len(held_out))
+    begun = record_of(training, task, labels, counts, scoring, nll, model, config.base_fingerprint)
+    fitted = fit(source, scorer, encoded, settings, directory)
+    record = replace(begun, **fitted, status="finished", adapter_sha256=sha256(directory / ADAPTER))
+    record.write(directory)
     return record
 
 
@@ -200,7 +185,7 @@ def _scoring(
 ) -> tuple[Scoring, dict[str, float]]:
     """The run's own scoring, or the one under which the adapter itself has the lowest NLL, with every option's."""
     if source.record and not settings.scoring_given:
-        return make_scoring(source.record["scoring"], tokenizer), {}
+        return make_scoring(source.record.scoring, tokenizer), {}
     options = candidates(settings.training, tokenizer, (*rows, *held_out), labels)
     longest = max((options[-1].encode(row) for row in rows[:50]), key=lambda row: sum(map(bool, row.segments)))
     Scorer(model, options[-1]).check_packing(longest)

@@ -18,7 +18,7 @@ from scalabl.data.example import Example, Task
 from scalabl.data.load import load_task
 from scalabl.data.training_data import with_labels
 from scalabl.runs.adapter_file import CONFIG
-from scalabl.runs.directory import RECORD, classifier_record
+from scalabl.runs.record import RECORD, RunRecord
 from scalabl.runs.settings import LARGEST, Settings, typed_setting
 
 # ways of drawing A and B that take the draw out of the base's weights: the adapter fits no base that can be loaded
@@ -43,7 +43,7 @@ class SourceAdapter:
 
     directory: Path
     config: dict[str, Any]
-    record: dict[str, Any] | None
+    record: RunRecord | None
     model: str
 
 
@@ -79,8 +79,8 @@ def read_source(directory: Path, model: str | None = None) -> SourceAdapter:
             f"{directory} was started with init_lora_weights={start!r}, which changes the base model's weights; "
             "convert it to a plain LoRA first (path_initial_model_for_weight_conversion of save_pretrained)."
         )
-    record = classifier_record(directory) if (directory / RECORD).is_file() else None
-    named = model or (record["recipe"]["model"] if record else config.get("base_model_name_or_path"))
+    record = RunRecord.read_classifier(directory) if (directory / RECORD).is_file() else None
+    named = model or (record.model if record else config.get("base_model_name_or_path"))
     if not named:
         raise UserError(f"{directory / CONFIG} does not name the base model; give it with --model.")
     if named.startswith((".", "/", "~")) and not Path(named).expanduser().is_dir():
@@ -115,7 +115,7 @@ def rows_for(
     if train_rows is not None and train_rows < 1:
         raise UserError(f"--train-rows is {train_rows}; it must be at least 1.")
     task = load_task(data)
-    labels = source.record["task"]["labels"] if source.record else task.labels
+    labels = source.record.labels if source.record else task.labels
     every = [row for rows in task.splits.values() for row in rows]
     rows = with_labels(task.splits.get("train", tuple(every)), labels, data)
     held_out = with_labels(task.splits.get("validation", ()), labels, data)
@@ -203,7 +203,7 @@ def settings_for(
     """
     named = {name: value for name, value in given.items() if value is not None}
     if source.record:
-        settings = {name: value for name, value in source.record["recipe"].items() if name in _KEPT}
+        settings = {name: value for name, value in source.record.recipe.items() if name in _KEPT}
     else:
         targets = source.config.get("target_modules") or "all-linear"
         settings = {

@@ -1,0 +1,182 @@
+"""The record of a run: what it is, whether it is finished, and what its adapter must hash to. Imports no torch.
+
+It lies as `scalabl.json` in the run's directory, written whole or not at all, with the settings flat under "recipe".
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Self, TypedDict
+
+from scalabl.core import __version__
+from scalabl.core.errors import UserError
+from scalabl.core.files import ADAPTER, JOINT, read_json, sha256, write_json
+from scalabl.runs.settings import DEFAULTS, Settings
+
+RECORD = "scalabl.json"
+VERSION = 1  # of the record's form; records without one are of the first
+CHOICES, LANGUAGE = "choices", "language"  # kinds of runs: questions with choices, rows of text
+_MEND = "train the run again or restore the file"
+
+
+class TaskFacts(TypedDict):
+    """Where the rows are from, and the class words that they share, if they do."""
+
+    name: str
+    source: str
+    licence: str
+    labels: list[str] | None
+
+
+class RowCounts(TypedDict):
+    """Rows that were trained on, and rows that were held out."""
+
+    train: int
+    validation: int
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What `scalabl.json` says of a run.
+
+    Attributes:
+        recipe: its settings, flat; those that are younger than the record have their defaults.
+        status: "running" or "finished".
+        kind: `CHOICES` or `LANGUAGE`.
+        task, rows: what it was trained on.
+        scoring, scoring_name: how a row is scored, as settings and in words.
+        scoring_nll: each scoring's NLL on held-out rows, where one was chosen.
+        parameters: numbers of parameters: base, lora, variational.
+        base_fingerprint: of the base model's weights.
+        versions: of the libraries.
+        device, processes: where it was trained.
+        tokens: of rows of text: trained, all, cut_rows.
+        warnings: sentences.
+        predictive: by which the run is to be read where nothing else is named; None for its method's own.
+        bayesianized: how its posterior was fitted to a finished adapter, where it was.
+        adapter_sha256, joint_sha256: of the files, once they are written.
+        scalabl, version: of the program, and of the record's form.
+    """
+
+    recipe: dict[str, Any]
+    scalabl: str = __version__
+    version: int = VERSION
+    status: str = "running"
+    kind: str = CHOICES
+    task: TaskFacts = field(default_factory=lambda: TaskFacts(name="", source="", licence="", labels=None))
+    rows: RowCounts = field(default_factory=lambda: RowCounts(train=0, validation=0))
+    scoring: dict[str, Any] = field(default_factory=dict)
+    scoring_name: str = ""
+    scoring_nll: dict[str, float] = field(default_factory=dict)
+    parameters: dict[str, int] = field(default_factory=dict)
+    base_fingerprint: Any = None
+    versions: dict[str, str] = field(default_factory=dict)
+    device: str = "cpu"
+    processes: int = 1
+    warnings: list[str] = field(default_factory=list)
+    tokens: dict[str, int] | None = None
+    predictive: str | None = None
+    bayesianized: dict[str, Any] | None = None
+    adapter_sha256: str | None = None
+    joint_sha256: str | None = None
+
+    @classmethod
+    def read(cls, directory: Path) -> Self:
+        """The record of a run.
+
+        Raises:
+            UserError: the directory is not a run of this program, or its record cannot be read.
+        """
+        path = directory / RECORD
+        if not directory.is_dir():
+            raise UserError(f"There is no run directory {directory}; make one with scalabl train --output {directory}.")
+        missing = f"{directory} holds no {RECORD}, so it is no run; make one with scalabl train."
+        holds = f"a run's record; {_MEND}"
+        content = read_json(path, missing=missing, mend=_MEND, holds=holds, key="recipe")
+        if not isinstance(content["recipe"], dict):
+            raise UserError(f"{path} must hold {holds}.")
+        if content.get("version", VERSION) != VERSION:
+            raise UserError(f"{path} was written by scalabl {content.get('scalabl')}; read it with that version.")
+        known = {each.name for each in fields(cls)}
+        return cls(**{k: v for k, v in content.items() if k in known} | {"recipe": DEFAULTS | content["recipe"]})
+
+    @classmethod
+    def read_finished(cls, directory: Path) -> Self:
+        """The record of a finished run whose adapter is what was written.
+
+        Raises:
+            UserError: not a run, not finished, or the adapter was truncated or altered.
+        """
+        record = cls.read(directory)
+        if not record.is_finished:
+            raise UserError(f"The run in {directory} is not finished; run the same scalabl train again to resume it.")
+        adapter, joint = directory / ADAPTER, directory / JOINT
+        if not adapter.is_file():
+            raise UserError(f"{directory} has lost its {ADAPTER}; restore the file or train the run again.")
+        if sha256(adapter) != record.adapter_sha256:
+            raise UserError(
+                f"{adapter} was truncated or altered (its sha256 is not the one in {RECORD}); restore the file or "
+                "train the run again."
+            )
+        if record.joint_sha256 is not None and (not joint.is_file() or sha256(joint) != record.joint_sha256):
+            raise UserError(f"{joint} was lost or altered; restore the file or call scalabl bayesianize again.")
+        return record
+
+    @classmethod
+    def read_classifier(cls, directory: Path) -> Self:
+        """The record of a finished run that was trained on questions with choices.
+
+        Raises:
+            UserError: not a finished run, altered files, or one that was trained on rows of text.
+        """
+        record = cls.read_finished(directory)
+        if record.kind != CHOICES:
+            raise UserError(
+                f"{directory} was trained on rows of text, so it has no choices to score; use scalabl generate "
+                f"{directory}."
+            )
+        return record
+
+    def write(self, directory: Path) -> None:
+        """Write it into the run's directory, whole or not at all."""
+        write_json(directory / RECORD, self.as_dict())
+
+    def as_dict(self) -> dict[str, Any]:
+        """What the file holds; what is not known or not there is left out."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run is whole."""
+        return self.status == "finished"
+
+    @property
+    def settings(self) -> Settings:
+        """The settings that it was trained with.
+
+        Raises:
+            UserError: they are none that a training can have, as the 0 steps of a Laplace approximation.
+        """
+        return Settings.flat(**{name: self.recipe[name] for name in DEFAULTS})
+
+    @property
+    def method(self) -> str:
+        """The method that it was trained by."""
+        return str(self.recipe["method"])
+
+    @property
+    def model(self) -> str:
+        """The base model, a directory or a name."""
+        return str(self.recipe["model"])
+
+    @property
+    def labels(self) -> tuple[str, ...] | None:
+        """The class words that its rows share, if they do."""
+        labels = self.task["labels"]
+        return None if labels is None else tuple(labels)
+
+    @property
+    def base_options(self) -> dict[str, Any]:
+        """How the base model was loaded: keywords of `load_base`."""
+        return {name: self.recipe[name] for name in ("dtype", "bits", "quantization")}
