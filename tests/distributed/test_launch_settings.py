@@ -22,8 +22,7 @@ from scalabl.core.errors import UserError
 from scalabl.core.files import write_json
 from scalabl.predictive.over_ranks import share
 from scalabl.runs.directory import claim
-from scalabl.training.launched import check_launch, fit_checkpoint, require_rows
-from scalabl.training.rank_noise import has_dropout
+from scalabl.training.ranks import check_launch, fit_checkpoint, has_dropout, require_rows
 from scalabl.training.refusals import refuse_hidden_gradients
 from scalabl.tuner import stochastic_layers
 

@@ -18,8 +18,8 @@ from scalabl.runs.loading import load_run
 from scalabl.runs.record import RunRecord
 from scalabl.runs.registry import TRAINED
 from scalabl.runs.settings import Settings, make_settings
-from scalabl.training.language import LanguageTrainer
 from scalabl.training.run import train
+from scalabl.training.trainer import LanguageTrainer
 
 
 def recipe(data: Path, **changes: Any) -> Settings:

@@ -23,7 +23,7 @@ from scalabl.runs.settings import Settings
 from scalabl.scoring import Text
 from scalabl.scoring.text import EncodedText
 from scalabl.training.callback import ELBOCallback
-from scalabl.training.language import LanguageTrainer, tokens_a_row, weighing_the_kl
+from scalabl.training.trainer import LanguageTrainer, tokens_a_row, weighing_the_kl
 
 ROWS = 12
 

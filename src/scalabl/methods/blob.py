@@ -26,7 +26,7 @@ from scalabl.runs.method import Run, TrainedMethod
 from scalabl.runs.settings import Settings
 from scalabl.training.log_values import LogContributor
 from scalabl.training.parameter_group import innermost
-from scalabl.training.rank_noise import separate_noise
+from scalabl.training.ranks import separate_noise
 from scalabl.training.refusals import refuse_flattened_batches, refuse_hidden_gradients
 from scalabl.training.schedule import Schedule, kl_weight
 from scalabl.tuner.blob import BLoBConfig, BLoBProjection, blob_layers

@@ -25,7 +25,7 @@ from scalabl.posterior.prior import Prior
 from scalabl.training.kl_gradient import add_kl_gradients, with_parameters
 from scalabl.training.log_values import LogContributor
 from scalabl.training.parameter_group import VariationalGroup, innermost
-from scalabl.training.rank_noise import share_noise
+from scalabl.training.ranks import share_noise
 from scalabl.training.refusals import refuse_flattened_batches, refuse_hidden_gradients, refuse_untrained
 from scalabl.training.schedule import SCHEDULES, Schedule, kl_weight
 from scalabl.tuner.layers import active_adapters, prior_of, stochastic_layers, unwrap
@@ -44,7 +44,7 @@ class ELBOCallback(LogContributor):
     "sigma_mean" and "s_mean" (means over all numbers of all layers of the posterior std and of |mean|).
 
     With several data-parallel ranks the draws of s are those that one process would make for the same global batch,
-    each rank taking its rows (`scalabl.training.rank_noise`); with dropout each rank has a stream of its own instead.
+    each rank taking its rows (`scalabl.training.ranks`); with dropout each rank has a stream of its own instead.
 
     Args:
         num_examples: N, the number of terms that the trainer's loss is a mean of over one epoch. For a loss that is

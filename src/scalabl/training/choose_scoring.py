@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from scalabl.core.errors import UserError
-from scalabl.data.example import Example
-from scalabl.data.text_rows import TextRow
+from scalabl.data.example import Example, Task
+from scalabl.data.text_rows import TextRow, TextTask
 from scalabl.metrics.temperature import negative_log_likelihood
 from scalabl.predictive.base import predict
 from scalabl.runs.settings import Settings
@@ -26,6 +26,26 @@ from scalabl.scoring.scorer import Scorer
 from scalabl.scoring.text import Text
 from scalabl.scoring.trunk import Trunk
 from scalabl.scoring.trunk_store import with_stored_trunk
+
+
+def check_rows(settings: Settings, task: Task | TextTask) -> None:
+    """Refuse settings that are of the other kind of rows.
+
+    Raises:
+        UserError: a scoring for rows of text, or a normalisation of the KL for questions with choices.
+    """
+    if isinstance(task, TextTask):
+        for name in ("scoring", "normalization"):
+            if getattr(settings.rows, name) != "auto":
+                raise UserError(
+                    f"{name} is {getattr(settings.rows, name)}, which is of questions with choices, but "
+                    f"{settings.data} has rows of text; leave it out."
+                )
+    elif settings.posterior.kl_normalization != "token":
+        raise UserError(
+            f"kl_normalization is {settings.posterior.kl_normalization}, which is of rows of text, but {settings.data} "
+            "has questions with choices; leave it out."
+        )
 
 
 def candidates(

@@ -34,14 +34,12 @@ from scalabl.scoring.base import Encoded, Scoring
 from scalabl.scoring.scorer import Scorer
 from scalabl.scoring.trunk import Trunk
 from scalabl.scoring.trunk_store import with_stored_trunk
-from scalabl.training.choose_scoring import candidates, choose_scoring, describe
-from scalabl.training.language import check_rows, token_counts, trainer_of, weighing_the_kl
-from scalabl.training.launched import check_launch, fit_checkpoint, require_rows
+from scalabl.training.choose_scoring import candidates, check_rows, choose_scoring, describe
 from scalabl.training.log_values import finite
 from scalabl.training.monitors import NonFiniteError, NonFiniteGuard, ProgressBar, StopOnInterrupt
-from scalabl.training.rank_noise import SeparateNoise, has_dropout
+from scalabl.training.ranks import SeparateNoise, check_launch, fit_checkpoint, has_dropout, require_rows
 from scalabl.training.refusals import require_optimizer
-from scalabl.training.trainer import whole_adapter
+from scalabl.training.trainer import token_counts, trainer_of, weighing_the_kl, whole_adapter
 from scalabl.tuner.diagnostics import unconverged
 from scalabl.tuner.fingerprint import fingerprint
 

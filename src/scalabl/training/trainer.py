@@ -1,8 +1,17 @@
-"""An adapter's weights as whole tensors, wherever they are: what is saved loads in one process.
+"""The Hugging Face Trainer with another loss: that of the class, or of a text's trained tokens.
 
-The order of training rows: rows of like length share a batch, so that little of it is padding.
+Questions with choices: mean of -log p(answer | question) over the questions of a batch.
 
-The Hugging Face Trainer with one method changed: the loss is that of the class, not of every token.
+Rows of text: the mean over all T = sum_i T_i trained tokens of the training set. The ELBO, divided by T, is
+
+    1/T sum_i E_q[-sum_t log p(y_it | y_i<t, x_i, s_i)] + KL(q || p) / T                       [ScalaBL, the ELBO]
+
+A step's share is the sum over the tokens of its n rows, divided by n T / N, the number that n of the N rows have on
+average, and not by the batch's own number: so no row counts for more in a batch of short ones, and the objective of an
+epoch is the same whatever the batch size, the order, and the number of accumulated batches or of processes.
+
+Rows of like length share a batch, so that little of it is padding; what is saved are whole tensors that load in one
+process.
 """
 
 from __future__ import annotations
@@ -19,30 +28,10 @@ from torch.utils.data import Sampler
 from transformers import Trainer
 
 from scalabl.core.modules import gathered
+from scalabl.runs.settings import Settings
 from scalabl.scoring.base import Batch, Encoded, Scoring
+from scalabl.scoring.text import EncodedText, Text, TextBatch
 from scalabl.scoring.trunk import Trunk, token_logits
-
-
-def whole_adapter(model: PeftModel) -> dict[str, Tensor] | None:
-    """The trained weights, gathered where they are shards (FSDP 2, ZeRO-3); None where PEFT finds them whole by itself.
-
-    Every process has to call it, each gets all of them; the frozen base is not gathered.
-
-    Args:
-        model: the model, sharded or not.
-
-    Returns:
-        parameter name -> the tensor, on the CPU.
-    """
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if any(hasattr(parameter, "ds_id") for parameter in trained.values()):  # DeepSpeed has left empty tensors
-        from deepspeed.zero import GatheredParameters
-
-        with GatheredParameters(list(trained.values())):
-            return {name: p.detach().cpu().clone() for name, p in trained.items()}
-    if not any(hasattr(parameter, "full_tensor") for parameter in trained.values()):
-        return None
-    return {name: gathered(p.detach()).cpu() for name, p in trained.items()}
 
 
 class LengthGroupedOrder(Sampler[int]):
@@ -141,7 +130,76 @@ class ChoiceTrainer(Trainer):
         return F.cross_entropy(class_logits, batch.answers)
 
 
+class LanguageTrainer(ChoiceTrainer):
+    """Mean of -log p(token | what is before it) over the trained tokens, each row with its own draw of s."""
+
+    batch_class = TextBatch
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        rows: Any = self.train_dataset
+        self.tokens_a_row = tokens_a_row(rows)
+
+    def loss_of(self, class_logits: Tensor, batch: Batch) -> Tensor:
+        """The loss of the rows' log-likelihoods (B, 1), which `Text` has for class logits."""
+        return -class_logits.sum() / (len(batch) * self.tokens_a_row)
+
+
+def trainer_of(scoring: Scoring) -> type[ChoiceTrainer]:
+    """The trainer of a kind of rows."""
+    return LanguageTrainer if isinstance(scoring, Text) else ChoiceTrainer
+
+
+def weighing_the_kl(settings: Settings, rows: Sequence[Encoded]) -> Settings:
+    """The settings that a method's callbacks are made of, for as many examples as there are rows.
+
+    A loss that is a mean over tokens is 1/T of the rows' sum, where a method expects 1/N of it: with
+    `kl_normalization="token"` its KL is multiplied by N/T, so that it weighs KL / T, which is the exact ELBO.
+    "sequence" leaves it at KL / N, as if a row were one observation: T/N times the ELBO's weight.
+    """
+    if not isinstance(rows[0], EncodedText) or settings.posterior.kl_normalization == "sequence":
+        return settings
+    return settings.changed(beta=settings.posterior.beta / tokens_a_row(rows))
+
+
+def tokens_a_row(rows: Sequence[Encoded]) -> float:
+    """T/N: how many trained tokens a row has on average."""
+    return token_counts(rows)["trained"] / len(rows)
+
+
+def token_counts(rows: Sequence[Encoded]) -> dict[str, int]:
+    """How many tokens rows of text have, how many of them are trained on, and how many rows lost their beginning."""
+    texts = [row for row in rows if isinstance(row, EncodedText)]
+    return {
+        "all": sum(len(row.input_ids) for row in texts),
+        "trained": sum(row.trained for row in texts),
+        "cut_rows": sum(row.cut for row in texts),
+    }
+
+
 def collate(scoring: Scoring, rows: Sequence[Encoded]) -> dict[str, Any]:
     """The fields of a batch, as the mapping that the Trainer moves between devices."""
     batch = scoring.collate(rows)
     return {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
+
+
+def whole_adapter(model: PeftModel) -> dict[str, Tensor] | None:
+    """The trained weights, gathered where they are shards (FSDP 2, ZeRO-3); None where PEFT finds them whole by itself.
+
+    Every process has to call it, each gets all of them; the frozen base is not gathered.
+
+    Args:
+        model: the model, sharded or not.
+
+    Returns:
+        parameter name -> the tensor, on the CPU.
+    """
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if any(hasattr(parameter, "ds_id") for parameter in trained.values()):  # DeepSpeed has left empty tensors
+        from deepspeed.zero import GatheredParameters
+
+        with GatheredParameters(list(trained.values())):
+            return {name: p.detach().cpu().clone() for name, p in trained.items()}
+    if not any(hasattr(parameter, "full_tensor") for parameter in trained.values()):
+        return None
+    return {name: gathered(p.detach()).cpu() for name, p in trained.items()}
