@@ -36,7 +36,7 @@ CHANGES: dict[str, Any] = {
     "covariance": "full",
     "gradient_checkpointing": True,
     "gradient_accumulation": 2,
-    "steps": 20,
+    "steps": 12,
     "scoring": "continuation",
     "normalization": "token",
 }

@@ -17,19 +17,21 @@ from scalabl.tuner import kl_divergence, stochastic_layers
 HERE = Path(__file__).parent
 
 
-def run_two_ranks(output: Path, *arguments: str) -> list[dict[str, Any]]:
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each of two processes found, in one launch: starting takes longer than all of it."""
+    output = tmp_path_factory.mktemp("ranks")
     source = str(Path(scalabl.__file__).parents[1])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([source, str(HERE)])}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     finished = subprocess.run(
-        [*command, str(HERE / "two_ranks.py"), *arguments], env=environment, capture_output=True, text=True
+        [*command, str(HERE / "two_ranks.py"), str(output), "4"], env=environment, capture_output=True, text=True
     )
     assert finished.returncode == 0, finished.stderr[-3000:]
     return [torch.load(output / f"rank{rank}.pt") for rank in range(2)]
 
 
-def test_two_ddp_ranks_equal_one_process(tmp_path: Path) -> None:
-    ranks = run_two_ranks(tmp_path, "ddp", str(tmp_path), "4")
+def test_two_ddp_ranks_equal_one_process(ranks: list[dict[str, Any]], tmp_path: Path) -> None:
     model = tiny_model()
     callback = Noise(8, learning_rate=0.05)
     trainer(model, arguments(tmp_path, max_grad_norm=0.1), [callback]).train()
@@ -41,8 +43,7 @@ def test_two_ddp_ranks_equal_one_process(tmp_path: Path) -> None:
     assert all(leaf.share == (0, 1) for leaf in stochastic_layers(model).values())
 
 
-def test_shards_get_the_gradient_and_the_log_the_values_of_the_whole(tmp_path: Path) -> None:
-    ranks = run_two_ranks(tmp_path, "fsdp", str(tmp_path))
+def test_shards_get_the_gradient_and_the_log_the_values_of_the_whole(ranks: list[dict[str, Any]]) -> None:
     for case, config in CASES.items():
         model = unlike(tiny_model(**config))
         (kl_divergence(model) / 8).backward()

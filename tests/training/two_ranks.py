@@ -1,8 +1,7 @@
-"""What one rank of a distributed test does; started by test_callback_distributed.py, with or without torchrun.
+"""What one rank of a distributed test does; started by test_callback_distributed.py with torchrun.
 
-two_ranks.py ddp OUTPUT BATCH: train with Trainer on BATCH rows a rank, and write the weights.
-two_ranks.py fsdp OUTPUT: for every posterior and prior of CASES, shard with FSDP 2, add the gradient of the KL alone,
-and write gradients and log values.
+two_ranks.py OUTPUT BATCH: train with Trainer on BATCH rows a rank; then, for every posterior and prior of CASES, shard
+with FSDP 2 and add the gradient of the KL alone. Writes weights, gradients and log values.
 """
 
 import os
@@ -49,21 +48,17 @@ class Noise(ELBOCallback):
         torch.set_rng_state(state)
 
 
-def ddp(output: Path, batch: int) -> None:
-    rank = int(os.environ.get("RANK", "0"))
+def ddp(output: Path, batch: int) -> dict[str, Any]:
     model, callback = tiny_model(), Noise(8, learning_rate=0.05)
     args = arguments(output / "run", per_device_train_batch_size=batch, ddp_backend="gloo", max_grad_norm=0.1)
     trainer(model, args, [callback]).train()
-    torch.save({"weights": weights(model), "noise": callback.first_noise}, output / f"rank{rank}.pt")
+    return {"weights": weights(model), "noise": callback.first_noise}
 
 
-def fsdp(output: Path) -> None:
-    from torch.distributed import destroy_process_group, init_process_group
+def fsdp() -> dict[str, Any]:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    init_process_group("gloo")
-    rank = int(os.environ["RANK"])
     found = {}
     for case, config in CASES.items():
         model = unlike(tiny_model(**config))
@@ -79,12 +74,16 @@ def fsdp(output: Path) -> None:
                 assert 0 < parameter.grad.to_local().numel() < parameter.numel()  # it is a shard
                 gradients[f"{name}.{parameter_name}"] = parameter.grad.full_tensor()
         found[case] = {"gradients": gradients, "values": callback.log_values({"loss": 1.0})}
-    torch.save(found, output / f"rank{rank}.pt")
+    return found
+
+
+def main(output: Path, batch: int) -> None:
+    from torch.distributed import destroy_process_group
+
+    found = {**ddp(output, batch), **fsdp()}  # the Trainer has made the process group
+    torch.save(found, output / f"rank{os.environ['RANK']}.pt")
     destroy_process_group()
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "ddp":
-        ddp(Path(sys.argv[2]), int(sys.argv[3]))
-    else:
-        fsdp(Path(sys.argv[2]))
+    main(Path(sys.argv[1]), int(sys.argv[2]))
