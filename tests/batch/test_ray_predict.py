@@ -26,6 +26,7 @@ from scalabl.data import load_rows
 from scalabl.inference.answering import Asked, Decision
 from scalabl.inference.batch_prediction import predict_file
 from scalabl.inference.promise import Promise
+from scalabl.inference.settings import PredictionSettings
 from scalabl.metrics.selective import Threshold
 from scalabl.predictive.sampling import Sampling
 from scalabl.runs.settings import Settings
@@ -58,9 +59,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
-def by_one_process(run: Path, directory: Path, **settings: Any) -> list[dict[str, Any]]:
+def by_one_process(
+    run: Path, directory: Path, *, batch_size: int = 8, tell: Any = None, **settings: Any
+) -> list[dict[str, Any]]:
     rows = write_jsonl(directory / "rows.jsonl", map(as_json, all_rows()))
-    predict_file(run, load_rows(rows, require_answer=False), directory / "alone.jsonl", **settings)
+    asked, output = PredictionSettings(**settings), directory / "alone.jsonl"
+    predict_file(run, load_rows(rows, require_answer=False), output, asked, batch_size=batch_size, tell=tell)
     return read_answers(directory / "alone.jsonl")
 
 
@@ -118,7 +122,7 @@ def test_a_killed_worker_costs_nothing_but_its_block(cluster: str, run: Path, tm
     assert sorted(blocks) == [1, 1, *[2] * 11]  # of 7, 12 and 5 rows
     assert done == [Summary(3, 24, 24, None)]
     said: list[str] = []
-    alone = by_one_process(run, tmp_path, **settings, batch_size=1, say=said.append)
+    alone = by_one_process(run, tmp_path, **settings, batch_size=1, tell=lambda resolved: said.append(resolved.why))
     assert_equal(answers_in(output, "jsonl"), alone)
     assert [decision.why for decision in decisions] == said and alone[0]["predictive"] == decisions[0].name
     assert times(output).keys() == {"manifest.json", *(f"{name}.jsonl" for name in SIZES)}

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 from tiny_base import tiny_base
 
-import scalabl.predictive.over_ranks as predicting
 from scalabl.runs.settings import Settings
 
 
@@ -50,15 +49,17 @@ def short(task: Path, **changes: object) -> Settings:
 
 @contextmanager
 def batches_of(monkeypatch: pytest.MonkeyPatch, *, killed_at: int | None = None) -> Iterator[list[int]]:
-    """How many rows are predicted in each call of `predict`; Ctrl-C comes in call `killed_at`, counted from 1."""
-    predict, calls = predicting.predict, []
+    """How many rows each call of `Predictor.answers` has; Ctrl-C comes in call `killed_at`, counted from 1."""
+    from scalabl.inference.predictor import Predictor
 
-    def counted(scorer: Any, rows: Any, *args: Any, **kwargs: Any) -> Any:
+    answers, calls = Predictor.answers, []
+
+    def counted(self: Any, rows: Any, *args: Any) -> Any:
         calls.append(len(rows))
         if len(calls) == killed_at:
             raise KeyboardInterrupt
-        return predict(scorer, rows, *args, **kwargs)
+        return answers(self, rows, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(predicting, "predict", counted)
+        patch.setattr(Predictor, "answers", counted)
         yield calls

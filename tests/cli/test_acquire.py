@@ -11,7 +11,7 @@ from tiny_base import as_json, questions, write_jsonl
 from scalabl.core.errors import UserError
 from scalabl.data import load_rows
 from scalabl.inference.acquisition import acquire, informativeness, most_informative, random_order
-from scalabl.inference.evaluation import log_probabilities
+from scalabl.inference.predictor import log_probabilities
 from scalabl.metrics.uncertainty import decompose
 from scalabl.runs.loading import load_run
 

@@ -12,7 +12,7 @@ import pytest
 from program import Program, batches_of, short
 from tiny_base import as_json, questions, write_jsonl
 
-from scalabl.inference.evaluation import answers, log_probabilities
+from scalabl.inference.predictor import labels_of, log_probabilities
 from scalabl.inference.promise import held_out_rows
 from scalabl.metrics.selective import confidence_score, conformal_threshold, exact_threshold
 from scalabl.metrics.uncertainty import average
@@ -38,7 +38,7 @@ def held_out(run: Path, samples: int = 4) -> tuple[Any, np.ndarray]:
     loaded = load_run(run)
     rows = held_out_rows(loaded.record)
     log_probs = log_probabilities(loaded, rows, loaded.predictive(samples=samples))
-    return log_probs, (average(log_probs).argmax(dim=1) != answers(rows)).numpy()
+    return log_probs, (average(log_probs).argmax(dim=1) != labels_of(rows)).numpy()
 
 
 def read(path: Path) -> list[dict[str, Any]]:

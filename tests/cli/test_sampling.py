@@ -48,8 +48,7 @@ def test_evaluate_adaptively(program: Program, scalabl_run: Path, task_directory
     assert note.startswith(f"{found['particles']:.1f} of at most 20 ") and "confidence 0.8 (t bound)" in note
     assert found["accuracy"] == plain["accuracy"] and found["nll"]["value"] != plain["nll"]["value"]
     assert found["further"][0]["particles"] == found["particles"]
-    betting = figures(program, tmp_path, *arguments, "--adaptive", "--bound", "betting")
-    assert found["particles"] < betting["particles"] <= 20
+    assert figures(program, tmp_path, *arguments, "--adaptive", "--confidence", 0.8, "--bound", "t") == found
     all_of_them = figures(program, tmp_path, *arguments, "--adaptive", "--confidence", 1)
     assert all_of_them["particles"] == 20
     assert all_of_them["nll"]["value"] == pytest.approx(plain["nll"]["value"], abs=1e-6)
@@ -107,7 +106,7 @@ def test_a_classifier_takes_the_same_settings(scalabl_run: Path) -> None:
         (("--draws", "sobol", "--predictive", "mean"), "leave it out here"),
         (("--adaptive", "--predictive", "linearized"), "leave it out here"),
         (("--adaptive", "--confidence", 1.2), "above 0 and at most 1"),
-        (("--adaptive", "--bound", "hope"), "choose one of t, betting"),
+        (("--adaptive", "--bound", "betting"), "t is the only bound"),
     ],
 )
 def test_bad_settings_are_refused_before_any_work(

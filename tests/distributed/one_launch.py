@@ -20,8 +20,9 @@ from scalabl.core import processes
 from scalabl.core.errors import UserError
 from scalabl.data.training_data import rows_of
 from scalabl.inference.batch_prediction import predict_file
-from scalabl.inference.evaluation import choose, log_probabilities
-from scalabl.predictive import AutoPredictive, LinearizedPredictive, MeanPredictive, MonteCarloPredictive, Predictive
+from scalabl.inference.predictor import Predictor, log_probabilities
+from scalabl.inference.settings import PredictionSettings
+from scalabl.predictive import LinearizedPredictive, MeanPredictive, MonteCarloPredictive, Predictive
 from scalabl.predictive.adaptive import AdaptivePredictive
 from scalabl.predictive.sampling import Sampling
 from scalabl.runs.loading import load_run
@@ -52,13 +53,14 @@ def predictions(run: Run, test: str) -> dict[str, torch.Tensor]:
     rows = rows_of(test, limit=11)
     found = {name: log_probabilities(run, rows, one, batch_size=3) for name, one in predictives().items()}
     found["one row"] = log_probabilities(run, rows[:1], LinearizedPredictive())
-    auto, _ = choose(run, AutoPredictive(6), rows)
-    return {**found, f"auto: {auto.name}": log_probabilities(run, rows, auto)}
+    auto = Predictor(run, PredictionSettings("auto", 6))
+    auto.resolve(rows)
+    return {**found, f"auto: {auto.strategy.name}": log_probabilities(run, rows, auto.strategy)}
 
 
 def answer(run: Path, test: str, output: Path, sampling: Sampling) -> float | None:
     rows = rows_of(test, limit=11)
-    return predict_file(run, rows, output, predictive="mc", samples=7, sampling=sampling, batch_size=2)
+    return predict_file(run, rows, output, PredictionSettings("mc", 7, sampling=sampling), batch_size=2).particles
 
 
 def evaluate(work: Path, output: Path) -> None:

@@ -20,7 +20,7 @@ import scalabl
 from scalabl.core import processes
 from scalabl.core.errors import UserError
 from scalabl.core.files import write_json
-from scalabl.predictive.over_ranks import share
+from scalabl.predictive.base import share
 from scalabl.runs.directory import claim
 from scalabl.training.ranks import check_launch, fit_checkpoint, has_dropout, require_rows
 from scalabl.training.refusals import refuse_hidden_gradients

@@ -20,7 +20,7 @@ from tiny_base import tiny_base, write_task
 from two_processes import HERE, command, environment, launch, recipe
 
 from scalabl.data.training_data import rows_of
-from scalabl.inference.evaluation import log_probabilities
+from scalabl.inference.predictor import log_probabilities
 from scalabl.predictive import MonteCarloPredictive
 from scalabl.runs.loading import load_run
 from scalabl.runs.models import load_base

@@ -13,7 +13,7 @@ from tiny_base import questions, write_task
 
 from scalabl.core.errors import UserError
 from scalabl.inference.classifier import Classifier
-from scalabl.inference.evaluation import log_probabilities
+from scalabl.inference.predictor import log_probabilities
 from scalabl.predictive import predict
 from scalabl.runs.directory import claim
 from scalabl.runs.loading import load_run

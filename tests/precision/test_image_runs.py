@@ -21,7 +21,7 @@ from scalabl.cli import main
 from scalabl.core.errors import UserError
 from scalabl.data import Example, load_task
 from scalabl.inference.classifier import Classifier
-from scalabl.inference.evaluation import log_probabilities
+from scalabl.inference.predictor import log_probabilities
 from scalabl.predictive import MeanPredictive, MonteCarloPredictive, predict
 from scalabl.runs.loading import load_run
 from scalabl.runs.method import Run

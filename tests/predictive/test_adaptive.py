@@ -39,10 +39,10 @@ def close(a: Tensor, b: Tensor, tolerance: float = 2e-5) -> None:
     torch.testing.assert_close(a, b, atol=tolerance, rtol=1e-5)
 
 
-@pytest.fixture(scope="module", params=["t", "betting"])
-def found(request: pytest.FixtureRequest, scorer: Scorer, encoded: list[Encoded]) -> Tensor:
+@pytest.fixture(scope="module")
+def found(scorer: Scorer, encoded: list[Encoded]) -> Tensor:
     """(N, 12, 5) log class probabilities of some rows that stopped early and some that did not."""
-    return predict(scorer, encoded, AdaptivePredictive(MonteCarloPredictive(N), 0.8, bound=request.param))
+    return predict(scorer, encoded, AdaptivePredictive(MonteCarloPredictive(N), 0.8))
 
 
 def test_with_full_confidence_it_is_plain_monte_carlo(scorer: Scorer, encoded: list[Encoded], full: Tensor) -> None:
@@ -92,10 +92,9 @@ def test_a_temperature_counts_the_same_particles(scorer: Scorer, encoded: list[E
     )
 
 
-@pytest.mark.parametrize("bound", ["t", "betting"])
-def test_batch_size_order_and_chunk_change_nothing(scorer: Scorer, encoded: list[Encoded], bound: str) -> None:
+def test_batch_size_order_and_chunk_change_nothing(scorer: Scorer, encoded: list[Encoded]) -> None:
     def run(rows: list[Encoded], size: int, chunk: int | None = None) -> Tensor:
-        predictive = AdaptivePredictive(MonteCarloPredictive(N, chunk=chunk), 0.8, bound=bound)
+        predictive = AdaptivePredictive(MonteCarloPredictive(N, chunk=chunk), 0.8)
         return predict(scorer, rows, predictive, batch_size=size)
 
     whole = run(encoded, 12)
@@ -155,8 +154,6 @@ def test_bad_settings_are_refused() -> None:
         AdaptivePredictive(mc, block=1)
     with pytest.raises(UserError, match="threshold"):
         AdaptivePredictive(mc, threshold=1.5)
-    with pytest.raises(UserError, match="choose one of t, betting"):
-        AdaptivePredictive(mc, bound="hope")
     with pytest.raises(UserError, match="independent draws"):
         AdaptivePredictive(MonteCarloPredictive(8, draws="sobol"))
     with pytest.raises(UserError, match="independent draws"):

@@ -5,7 +5,7 @@ import torch
 from tiny_base import adapted, loaded, questions
 
 from scalabl.core.errors import UserError
-from scalabl.inference.variance import top_holding
+from scalabl.inference.predictor import top_holding
 from scalabl.predictive.linearized import logit_gaussian
 from scalabl.predictive.variance import layer_variances
 from scalabl.scoring import Continuation, Scorer

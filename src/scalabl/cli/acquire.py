@@ -40,7 +40,7 @@ def acquire(
     if by not in STRATEGIES:
         raise UserError(f"--by is {by!r}; it must be one of {', '.join(STRATEGIES)}.")
     record = RunRecord.read_classifier(run)
-    options.check_predictive(None, samples, batch_size, None, record)
+    options.require_counts(samples=samples, batch_size=batch_size)
     if by == "bald" and (record.method not in SAMPLED or samples == 1):
         raise UserError(
             "BALD ranks by what particles disagree about, and here is a single prediction; use --by entropy, or a run "
@@ -54,7 +54,7 @@ def acquire(
     originals = [original for _, _, original in read_fields(pool)]
 
     if by != "random":
-        import scalabl.inference.evaluation  # noqa: F401  (torch and transformers, before they are turned down)
+        import scalabl.inference.predictor  # noqa: F401  (torch and transformers, before they are turned down)
         from scalabl.core.quiet import quiet
 
         quiet()

@@ -69,15 +69,11 @@ def evaluate(
     from scalabl.data.training_data import rows_of
 
     record = RunRecord.read_classifier(run)
-    options.check_predictive(predictive, samples, batch_size, limit, record)
-    sampling = options.check_sampling(draws, adaptive, confidence, bound, predictive, samples, record)
-    options.check_layers(stochastic_layers, predictive, record)
-    promise = None
-    if max_error is not None:
-        from scalabl.inference.promise import Promise
-
-        promise = Promise(max_error, confidence)
-        promise.require(record, predictive)
+    settings = options.prediction_settings(
+        record, predictive=predictive, samples=samples, seed=seed, draws=draws, adaptive=adaptive,
+        confidence=confidence, stochastic_layers=stochastic_layers, batch_size=batch_size, limit=limit,
+        max_error=max_error,
+    )  # fmt: skip
     require_writable(json, report)
     labels = record.labels
     rows = rows_of(data, split=split, limit=limit, labels=labels)
@@ -93,10 +89,7 @@ def evaluate(
     from scalabl.inference.report.terminal import print_table
 
     quiet()
-    made = evaluate_run(
-        run, rows, shifted, held_out, predictive=predictive, samples=samples, seed=seed, sampling=sampling,
-        stochastic_layers=stochastic_layers, batch_size=batch_size, promise=promise, model=model, data=data,
-    )  # fmt: skip
+    made = evaluate_run(run, rows, shifted, held_out, settings, data=data, batch_size=batch_size, model=model)
     if not processes.is_main():
         return
     figures = table(made)

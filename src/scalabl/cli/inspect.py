@@ -88,7 +88,7 @@ def _variance(run: Path, rows: int, model: str | None, console: Console) -> dict
     from rich.table import Table
 
     from scalabl.core.quiet import quiet
-    from scalabl.inference.variance import run_variance, top_holding
+    from scalabl.inference.predictor import run_variance, top_holding
     from scalabl.runs.loading import load_run
 
     quiet()

@@ -1,15 +1,20 @@
 """Options that `evaluate` and `predict` share, and their checks: how a run's posterior is turned into predictions."""
 
-from typing import Annotated, Any
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from scalabl.core.errors import UserError
 from scalabl.core.top_layers import check_spec
-from scalabl.predictive.sampling import Sampling
-from scalabl.runs.record import RunRecord
+from scalabl.predictive.sampling import PREDICTIVES, Sampling
 from scalabl.runs.registry import OVER_S, SAMPLED
 from scalabl.runs.settings import LARGEST_SEED
+
+if TYPE_CHECKING:
+    from scalabl.inference.settings import PredictionSettings
+    from scalabl.runs.record import RunRecord
 
 Predictive = Annotated[str | None, typer.Option(help="mean, mc, linearized or auto, the default.")]
 
@@ -27,29 +32,24 @@ def seed_option(help: str) -> Any:
 Samples = Annotated[int, samples_option("Particles of mc.")]
 Seed = Annotated[int, seed_option("Of the particles.")]
 Draws = Annotated[str, typer.Option(help="independent, antithetic, sobol or moments: how they are drawn.")]
-Adaptive = Annotated[bool, typer.Option("--adaptive", help="Stop a row early when its decision is settled.")]
+Adaptive = Annotated[bool, typer.Option("--adaptive", help="Stop a row early when its answer is settled.")]
 Confidence = Annotated[
     float, typer.Option(help="Of --adaptive: that all particles decide alike; of --max-error: that it is kept.")
 ]
-Bound = Annotated[str, typer.Option(help="Of --adaptive: t (near normal) or betting (any distribution).")]
+
+
+def _only_t(bound: str) -> str:
+    if bound != "t":
+        raise UserError(f"--bound is {bound!r}, but t is the only bound of --adaptive; leave it out.")
+    return bound
+
+
+Bound = Annotated[str, typer.Option(hidden=True, callback=_only_t)]  # of older versions' command lines
 StochasticLayers = Annotated[
     str | None, typer.Option(help="Draw s in the top layers alone: last:K, last:0.25 or variance:0.9.")
 ]
 BatchSize = Annotated[int, typer.Option(help="Questions at a time.")]
 BaseModel = Annotated[str | None, typer.Option(help="The base model, if it has moved.")]
-
-
-def check_predictive(
-    predictive: str | None, samples: int, batch_size: int, limit: int | None, record: RunRecord
-) -> None:
-    """Refuse a predictive that there is not or that the run does not have, and numbers below 1."""
-    if predictive not in (None, "mean", "mc", "linearized", "auto"):
-        raise UserError(f"--predictive is {predictive!r}; it must be mean, mc or linearized, or auto, the default.")
-    if predictive == "linearized" and record.method not in OVER_S:
-        raise UserError("Only ScalaBL runs have a linearised predictive; use --predictive mean or mc.")
-    if predictive == "mc" and record.method not in SAMPLED:
-        raise UserError("This run is a plain LoRA without a posterior; use --predictive mean.")
-    require_counts(samples=samples, batch_size=batch_size, limit=limit)
 
 
 def require_counts(**given: int | None) -> None:
@@ -59,37 +59,58 @@ def require_counts(**given: int | None) -> None:
             raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least 1.")
 
 
-def check_sampling(
+def prediction_settings(
+    record: RunRecord,
+    *,
+    predictive: str | None,
+    samples: int,
+    seed: int,
     draws: str,
     adaptive: bool,
     confidence: float,
-    bound: str,
-    predictive: str | None,
-    samples: int,
-    record: RunRecord,
-) -> Sampling:
-    """The draws and adaptive N that the options ask for.
+    stochastic_layers: str | None,
+    batch_size: int,
+    limit: int | None = None,
+    abstain: float | None = None,
+    max_error: float | None = None,
+    score: str = "probability",
+    guarantee: str = "exact",
+) -> PredictionSettings:
+    """What the options of evaluate and predict say, refused where the run of a record cannot do it.
 
     Raises:
-        UserError: bad values, or a run or a predictive that has no such particles.
+        UserError: bad values, or a run that has no such predictive, particles, layers or promise.
     """
-    sampling = Sampling(draws=draws, confidence=confidence if adaptive else None, bound=bound)
-    sampled = predictive == "mc" or (predictive in (None, "auto") and record.method in SAMPLED)
+    from scalabl.inference.promise import Promise
+    from scalabl.inference.settings import PredictionSettings
+
+    method = record.method
+    if predictive not in (None, *PREDICTIVES):
+        raise UserError(f"--predictive is {predictive!r}; it must be mean, mc or linearized, or auto, the default.")
+    if predictive == "linearized" and method not in OVER_S:
+        raise UserError("Only ScalaBL runs have a linearised predictive; use --predictive mean or mc.")
+    if predictive == "mc" and method not in SAMPLED:
+        raise UserError("This run is a plain LoRA without a posterior; use --predictive mean.")
+    require_counts(samples=samples, batch_size=batch_size, limit=limit)
+    sampling = Sampling(draws=draws, confidence=confidence if adaptive else None)
+    sampled = predictive == "mc" or (predictive in (None, "auto") and method in SAMPLED)
     if adaptive and not sampled:
         raise UserError("--adaptive is for the mc predictive of runs that draw particles; leave it out here.")
-    if draws != "independent" and not (sampled and record.method in OVER_S):
+    if draws != "independent" and not (sampled and method in OVER_S):
         raise UserError(f"--draws {draws} is for the mc predictive of ScalaBL runs; leave it out here.")
     if draws == "moments" and samples < 2:
         raise UserError("--draws moments needs at least 2 --samples: one particle has no variance to match.")
-    return sampling
-
-
-def check_layers(stochastic_layers: str | None, predictive: str | None, record: RunRecord) -> None:
-    """Refuse --stochastic-layers that name nothing, or where no s is drawn."""
-    if stochastic_layers is None:
-        return
-    check_spec(stochastic_layers, variance=True)
-    if predictive == "mean" or record.method not in OVER_S:
-        raise UserError(
-            "--stochastic-layers is for the mc and linearized predictives of ScalaBL runs; leave it out here."
-        )
+    if stochastic_layers is not None:
+        check_spec(stochastic_layers, variance=True)
+        if predictive == "mean" or method not in OVER_S:
+            raise UserError(
+                "--stochastic-layers is for the mc and linearized predictives of ScalaBL runs; leave it out here."
+            )
+    if abstain is not None and not 0 <= abstain <= 1:
+        raise UserError(f"--abstain is {abstain}; it must be between 0 and 1.")
+    if abstain is not None and max_error is not None:
+        raise UserError("--abstain and --max-error both say when to answer; give one of them.")
+    promise = None if max_error is None else Promise(max_error, confidence, score, guarantee)
+    if promise is not None:
+        promise.require(record, predictive)
+    return PredictionSettings(predictive, samples, seed, sampling, stochastic_layers, abstain=abstain, promise=promise)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from json import loads
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,9 +13,7 @@ from scalabl.core import processes
 from scalabl.core.errors import UserError
 
 if TYPE_CHECKING:
-    from scalabl.inference.answering import Asked, Decision
-    from scalabl.inference.promise import Promise
-    from scalabl.metrics.selective import Threshold
+    from scalabl.inference.settings import PredictionSettings
 
 
 @app.command()
@@ -67,26 +64,15 @@ def predict(
     from scalabl.runs.record import RunRecord
 
     record = RunRecord.read_classifier(run)
-    options.check_predictive(predictive, samples, batch_size, None, record)
-    sampling = options.check_sampling(draws, adaptive, confidence, bound, predictive, samples, record)
-    options.check_layers(stochastic_layers, predictive, record)
-    if abstain is not None and not 0 <= abstain <= 1:
-        raise UserError(f"--abstain is {abstain}; it must be between 0 and 1.")
-    promise = None
-    if max_error is not None:
-        if abstain is not None:
-            raise UserError("--abstain and --max-error both say when to answer; give one of them.")
-        from scalabl.inference.promise import Promise
-
-        promise = Promise(max_error, confidence, score, guarantee)
-        promise.require(record, predictive)
+    settings = options.prediction_settings(
+        record, predictive=predictive, samples=samples, seed=seed, draws=draws, adaptive=adaptive,
+        confidence=confidence, stochastic_layers=stochastic_layers, batch_size=batch_size, abstain=abstain,
+        max_error=max_error, score=score, guarantee=guarantee,
+    )  # fmt: skip
     if ray is not None:
         if processes.world_size() > 1:
             raise UserError("--ray shares the work by itself; start it without accelerate launch.")
-        from scalabl.inference.answering import Asked
-
-        asked = Asked(predictive, samples, seed, sampling, stochastic_layers, abstain, promise)
-        _predict_shards(run, input, output, ray, asked, format, batch_size, block_rows, model)
+        _predict_shards(run, input, output, ray, settings, format, batch_size, block_rows, model)
         return
     if format is not None:
         raise UserError("--format is for --ray; without it the answers are JSONL.")
@@ -98,19 +84,14 @@ def predict(
     from scalabl.inference.batch_prediction import predict_file
 
     quiet()
-    taken = predict_file(
-        run, rows, output, predictive=predictive, samples=samples, seed=seed, sampling=sampling,
-        stochastic_layers=stochastic_layers, batch_size=batch_size, abstain=abstain, promise=promise,
-        tell=lambda threshold: _tell(promise, threshold), say=typer.echo, model=model,
-    )  # fmt: skip
+    done = predict_file(run, rows, output, settings, batch_size=batch_size, tell=_tell, model=model)
     if not processes.is_main():
         return
-    if taken is not None:
-        typer.echo(f"{len(rows):,} answers from {taken:.1f} of at most {samples} particles each, on average")
-    if promise is not None:
-        with output.open(encoding="utf-8") as file:
-            given = [loads(line)["label"] is not None for line in file]
-        typer.echo(f"answered   {sum(given):,} of {len(given):,} rows ({sum(given) / len(given):.1%}) in {output}")
+    if done.particles is not None:
+        typer.echo(f"{len(rows):,} answers from {done.particles:.1f} of at most {samples} particles each, on average")
+    if max_error is not None:
+        share = done.answered / len(rows)
+        typer.echo(f"answered   {done.answered:,} of {len(rows):,} rows ({share:.1%}) in {output}")
 
 
 def _predict_shards(
@@ -118,7 +99,7 @@ def _predict_shards(
     input: Path,
     output: Path,
     address: str,
-    asked: Asked,
+    settings: PredictionSettings,
     format: str | None,
     batch_size: int,
     block_rows: int,
@@ -127,28 +108,28 @@ def _predict_shards(
     from scalabl.serving.ray_address import require_ray
 
     require_ray()
+    from scalabl.inference.answering import Asked, settings_of
     from scalabl.serving.ray_prediction import predict_shards
 
-    def tell(decision: Decision) -> None:
-        if decision.why is not None:
-            typer.echo(decision.why)
-        if decision.threshold is not None:
-            _tell(asked.promise, decision.threshold)
-
+    asked = Asked(**{name: getattr(settings, name) for name in Asked.__dataclass_fields__})
     done = predict_shards(
-        run, input, output, address, asked, format=format, batch_size=batch_size, block_rows=block_rows, model=model,
-        tell=tell,
+        run, input, output, address, asked, format=format, batch_size=batch_size, block_rows=block_rows,
+        model=model, tell=lambda decision: _tell(settings_of(asked, decision)),
     )  # fmt: skip
     typer.echo(f"{done.rows:,} answers to {done.shards:,} shards in {output}")
     if done.particles is not None:
-        typer.echo(f"from {done.particles:.1f} of at most {asked.samples} particles each, on average")
+        typer.echo(f"from {done.particles:.1f} of at most {settings.samples} particles each, on average")
     if done.answered < done.rows:
         typer.echo(f"answered   {done.answered:,} of {done.rows:,} rows ({done.answered / done.rows:.1%})")
 
 
-def _tell(promise: Promise | None, threshold: Threshold) -> None:
-    """The threshold, the promise, and the share of rows to expect, before rows are answered."""
-    assert promise is not None
+def _tell(settings: PredictionSettings) -> None:
+    """What auto took and why; the threshold, the promise, and the share of rows to expect, before rows are answered."""
+    if settings.why is not None:
+        typer.echo(settings.why)
+    promise, threshold = settings.promise, settings.threshold
+    if promise is None or threshold is None:
+        return
     counts = f"{threshold.answered:,} of {threshold.rows:,} held-out rows, {threshold.wrong:,} of them wrong"
     typer.echo(f"threshold  {promise.describe(threshold)}")
     typer.echo(f"promise    {threshold.sentence}")

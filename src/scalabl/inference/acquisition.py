@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from scalabl.core.errors import UserError
+from scalabl.runs.record import RunRecord
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -91,11 +92,13 @@ def acquire(
     if by == "random":
         scores = random_order(len(rows), seed)
     else:
-        from scalabl.inference.evaluation import default_predictive, log_probabilities
-        from scalabl.runs.loading import load_run
+        from scalabl.inference.predictor import Predictor
+        from scalabl.inference.settings import PredictionSettings
 
-        run = load_run(directory, model=model)
-        predictive = run.predictive(default_predictive(run), samples=samples, seed=seed)
-        log_probs = log_probabilities(run, rows, predictive, batch_size=batch_size, description="ranking the pool")
+        # not auto, which may take a predictive without particles
+        predictive = RunRecord.read_finished(directory).predictive or "mc"
+        settings = PredictionSettings(predictive, samples, seed)
+        predictor = Predictor.load(directory, settings, model=model, batch_size=batch_size)
+        log_probs = predictor.log_probs(rows, dataset="ranking the pool")
         scores = informativeness(log_probs, by)
     return [(i, scores[i].item()) for i in most_informative(scores, k)]

@@ -12,20 +12,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, astuple, dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from scalabl.inference.promise import Promise
+from scalabl.inference.settings import PredictionSettings
 from scalabl.metrics.selective import Threshold
 from scalabl.predictive.sampling import PLAIN, Sampling
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from scalabl.data.example import Example
     from scalabl.runs.method import Run
     from scalabl.scoring.base import Encoded
-    from scalabl.scoring.prefix import SharedPrefix
 
 
 @dataclass(frozen=True)
@@ -57,10 +55,6 @@ class Asked:
     @property
     def adaptive(self) -> bool:
         return self.sampling.confidence is not None
-
-    def as_list(self) -> list[Any]:
-        """Plain values, without the promise."""
-        return [self.predictive or "auto", self.samples, self.seed, astuple(self.drawn()), self.stochastic_layers]
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values by name."""
@@ -101,117 +95,44 @@ class Decision:
         return cls(**made | {"threshold": threshold})
 
 
+def settings_of(asked: Asked, decision: Decision | None) -> PredictionSettings:
+    """Both as one object."""
+    asked_for = {name: getattr(asked, name) for name in Asked.__dataclass_fields__}
+    if decision is None:
+        return PredictionSettings(**asked_for)
+    made = {"predictive": decision.predictive, "stochastic_layers": decision.stochastic_layers}
+    why = {"chosen": decision.name, "why": decision.why, "threshold": decision.threshold}
+    return PredictionSettings(**{**asked_for, **made, **why})
+
+
 def decide(run: Run, asked: Asked, rows: Sequence[Example], *, batch_size: int = 8) -> Decision:
-    """Choose the predictive of these rows and of those to come; the threshold is `promised`'s.
+    """What is chosen once for these rows and those to come, but for the threshold, which is `promised`'s."""
+    from scalabl.inference.predictor import Predictor
 
-    Raises:
-        UserError: settings that the run does not have, or rows that its scoring cannot encode.
-    """
-    from scalabl.inference.evaluation import choose, describe_method, make_strategy
-
-    strategy = make_strategy(
-        run,
-        asked.predictive,
-        samples=asked.samples,
-        seed=asked.seed,
-        sampling=asked.drawn(),
-        stochastic_layers=asked.stochastic_layers,
-    )
-    strategy, why = choose(run, strategy, rows, batch_size=batch_size)
-    drawing = getattr(strategy, "inner", strategy)
-    layers = getattr(drawing, "stochastic_layers", None)
-    if not why:
-        return Decision(asked.predictive, layers)
-    return Decision(strategy.name, layers, name=describe_method(run, strategy), why=why[0])
+    settings = replace(settings_of(asked, None), promise=None)
+    found = Predictor(run, settings, batch_size=batch_size).resolve(rows)
+    return Decision(found.predictive, found.stochastic_layers, found.chosen, found.why)
 
 
 def promised(run: Run, asked: Asked, decision: Decision, *, batch_size: int = 8) -> Decision:
-    """The decision with the threshold that keeps the promise, if there is one.
+    """The decision with the threshold that keeps the promise, if there is one."""
+    from scalabl.inference.predictor import Predictor
 
-    Raises:
-        UserError: the run's held-out rows cannot be had.
-    """
-    from scalabl.inference.evaluation import threshold_of
-
-    if asked.promise is None:
-        return decision
-    strategy = Answering(run, asked, decision).strategy
-    return replace(decision, threshold=threshold_of(run, asked.promise, strategy, batch_size=batch_size))
+    found = Predictor(run, settings_of(asked, decision), batch_size=batch_size).resolve()
+    return replace(decision, threshold=found.threshold)
 
 
 class Answering:
-    """A loaded run that answers rows under a decision.
-
-    Args:
-        run: the run.
-        asked: what was asked of it.
-        decision: made for these settings, by this process or another.
-    """
+    """A loaded run that answers rows under a decision."""
 
     def __init__(self, run: Run, asked: Asked, decision: Decision) -> None:
-        from scalabl.inference.evaluation import make_strategy
+        from scalabl.inference.predictor import Predictor
 
-        self.run = run
-        self.asked = asked
-        self.decision = decision
-        self.strategy = make_strategy(
-            run,
-            decision.predictive,
-            samples=asked.samples,
-            seed=asked.seed,
-            sampling=asked.drawn(),
-            stochastic_layers=decision.stochastic_layers,
-        )
-
-    def prefix(self, encoded: Sequence[Encoded]) -> SharedPrefix | None:
-        """What rows begin with, for calls that see a few of them at a time; None where the predictive has no use."""
-        from scalabl.scoring.prefix import shared_prefix
-
-        return shared_prefix(self.run.scorer, encoded) if getattr(self.strategy, "shares_prefix", False) else None
+        self.predictor = Predictor(run, settings_of(asked, decision))
 
     def answers(
-        self,
-        rows: Sequence[Example],
-        encoded: Sequence[Encoded],
-        *,
-        batch_size: int = 8,
-        prefix: SharedPrefix | None = None,
+        self, rows: Sequence[Example], encoded: Sequence[Encoded], *, batch_size: int = 8
     ) -> Iterator[dict[str, Any]]:
-        """One answer a row: id, label, probs (choice -> probability), confidence, entropy, aleatoric, epistemic (nats).
-
-        Under adaptive N also `particles`, how many the answer is averaged over; where auto chose, `predictive`.
-
-        Args:
-            rows: n questions.
-            encoded: the same as tokens.
-            batch_size: rows at a time; the answers do not depend on it.
-            prefix: what the rows begin with; None looks for it in these rows.
-        """
-        from scalabl.metrics.uncertainty import average, decompose, particles_used
-        from scalabl.predictive.over_ranks import predict as predict_rows
-
-        log_probs = predict_rows(self.run.scorer, encoded, self.strategy, batch_size=batch_size, prefix=prefix)
-        probs, uncertainty, used = average(log_probs), decompose(log_probs), particles_used(log_probs)
-        given = self._given(log_probs)
-        for i, row in enumerate(rows):
-            of_row = probs[i, : len(row.choices)].tolist()
-            confidence = max(of_row)
-            yield {
-                "id": row.id,
-                "label": row.choices[of_row.index(confidence)] if given[i] else None,
-                "probs": dict(zip(row.choices, of_row, strict=True)),
-                "confidence": confidence,
-                "entropy": uncertainty.total[i].item(),
-                "aleatoric": uncertainty.aleatoric[i].item(),
-                "epistemic": uncertainty.epistemic[i].item(),
-                **({"particles": int(used[i])} if self.asked.adaptive else {}),
-                **({"predictive": self.decision.name} if self.decision.name is not None else {}),
-            }
-
-    def _given(self, log_probs: Tensor) -> list[bool]:
-        """Whether each of n rows is answered; log_probs (N, n, C)."""
-        from scalabl.metrics.uncertainty import average
-
-        if self.asked.promise is not None and self.decision.threshold is not None:
-            return [bool(given) for given in self.asked.promise.answered(self.decision.threshold, log_probs)]
-        return [highest >= (self.asked.abstain or 0.0) for highest in average(log_probs).amax(dim=1).tolist()]
+        """As `Predictor.answers`."""
+        self.predictor.batch_size = batch_size
+        return self.predictor.answers(rows, encoded)

@@ -1,113 +1,108 @@
-"""Answers for a file of rows: written as they come, finished whole, and resumed where a killed run stopped."""
+"""Answers for a file of rows: written as they come, finished whole, and resumed where a killed run stopped.
+
+Rows are answered longest first, in batches of like length, so that little of a batch is padding; the finished file has
+them in the order of the rows.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
 from scalabl.core import processes
-from scalabl.core.files import sha256
+from scalabl.core.files import sha256, write_text
 from scalabl.core.progress import progress_bar
 from scalabl.data.example import Example
-from scalabl.inference.answering import Answering, Asked, decide, promised
-from scalabl.inference.promise import Promise, held_out_rows
-from scalabl.metrics.selective import Threshold
-from scalabl.predictive.sampling import PLAIN, Sampling
-from scalabl.runs.loading import load_run
+from scalabl.inference.predictor import Predictor
+from scalabl.inference.promise import held_out_rows
+from scalabl.inference.settings import PredictionSettings
 from scalabl.runs.record import RunRecord
+from scalabl.scoring.scorer import longest_first
+
+
+@dataclass(frozen=True)
+class FileSummary:
+    """What a file of answers came to.
+
+    Attributes:
+        answered: how many answers are not null.
+        particles: under adaptive N the mean number of particles a row took, else None.
+    """
+
+    answered: int
+    particles: float | None
 
 
 def predict_file(
     directory: Path,
     rows: Sequence[Example],
     output: Path,
+    settings: PredictionSettings | None = None,
     *,
-    predictive: str | None = None,
-    samples: int = 10,
-    seed: int = 0,
-    sampling: Sampling = PLAIN,
-    stochastic_layers: str | None = None,
     batch_size: int = 8,
-    abstain: float | None = None,
-    promise: Promise | None = None,
-    tell: Callable[[Threshold], None] | None = None,
-    say: Callable[[str], None] | None = None,
+    tell: Callable[[PredictionSettings], None] | None = None,
     model: str | None = None,
-) -> float | None:
+) -> FileSummary:
     """Answer rows into a JSONL file.
 
     While it works, answers stand in a hidden file beside `output`, named after the rows, the adapter and the
-    settings; the same call after a kill goes on behind its last whole line. Several processes share the work
-    (`scalabl.predictive.over_ranks`); the main one writes.
+    settings; the same call after a kill goes on behind its last whole batch. Several processes share the work
+    (`scalabl.predictive.base.predict`); the main one writes.
 
     Args:
         directory: a finished run.
         rows: what to answer.
         output: the JSONL file; it appears when every row is answered.
-        predictive: "mean", "mc", "linearized" or "auto"; None is what the record says, else auto.
-        samples: N of mc.
-        seed: of the particles.
-        sampling: the kind of draws, and adaptive N; the threshold of adaptive N is `abstain`.
-        stochastic_layers: draw s in these alone, as in `Run.predictive`.
+        settings: what decides the answers; for a promise, the run's held-out rows are predicted first.
         batch_size: rows at a time.
-        abstain: answer null where the highest probability is below this.
-        promise: answer null where an answer would break it; the run's held-out rows are predicted first.
-        tell: called with the threshold that keeps the promise, before rows are answered.
-        say: called with the sentence of what auto chose and why, before rows are answered.
+        tell: called with the resolved settings before rows are answered.
         model: the base model, if it has moved.
-
-    Returns:
-        under adaptive N the mean number of particles a row took, else None.
 
     Raises:
         UserError: the run's held-out rows cannot be had, or rows that it cannot answer.
     """
-    asked = Asked(predictive, samples, seed, sampling, stochastic_layers, abstain, promise)
-    settings: list[Any] = [*asked.as_list(), sha256(directory / "adapter_model.safetensors")]
-    if promise is not None:
-        held_out = held_out_rows(RunRecord.read_finished(directory))
-        settings += [promise.as_dict(), [[r.question, r.choices, r.answer, *r.content[2:]] for r in held_out]]
-    identity = hashlib.sha256(json.dumps([settings, [[r.id, *r.content] for r in rows]]).encode())
-    unfinished = output.with_name(f".{output.name}.{identity.hexdigest()[:12]}")
-    done = processes.on_main(lambda: _whole_lines(unfinished))
-    run = load_run(directory, model=model)
-    encoded = run.encode(list(rows))  # refuses what it cannot answer before the first answer is written
-    # decided from all rows, so that a call that goes on decides alike
-    decision = decide(run, asked, rows, batch_size=batch_size)
-    if decision.why is not None and say is not None and processes.is_main():
-        say(decision.why)
-    decision = promised(run, asked, decision, batch_size=batch_size)
-    if decision.threshold is not None and tell is not None and processes.is_main():
-        tell(decision.threshold)
-    answering = Answering(run, asked, decision)
-    prefix = answering.prefix(encoded)
+    settings = settings or PredictionSettings()
+    unfinished = output.with_name(f".{output.name}.{_identity(directory, rows, settings)}")
+    predictor = Predictor.load(directory, settings, model=model, batch_size=batch_size)
+    encoded = predictor.run.encode(list(rows))  # refuses what it cannot answer before the first answer is written
+    # resolved for all rows, so that a call that goes on resolves alike
+    settings = predictor.resolve(rows)
+    if tell is not None and processes.is_main():
+        tell(settings)
+    predictor.keep_prefix(encoded)
+    order = longest_first(encoded)
     at_once = batch_size * processes.world_size()
+    done = processes.on_main(lambda: _whole_lines(unfinished, at_once))
     writing: AbstractContextManager[Any] = (
         unfinished.open("a", encoding="utf-8") if processes.is_main() else nullcontext()
     )
     with progress_bar() as progress, writing as file:
         bar = progress.add_task("predicting", total=len(rows), completed=done, detail="")
         for start in range(done, len(rows), at_once):
-            chunk = slice(start, start + at_once)
-            found = list(answering.answers(rows[chunk], encoded[chunk], batch_size=batch_size, prefix=prefix))
+            chunk = order[start : start + at_once]
+            found = list(predictor.answers([rows[i] for i in chunk], [encoded[i] for i in chunk]))
             if processes.is_main():
                 _write(file, found)
-            progress.advance(bar, len(rows[chunk]))
+            progress.advance(bar, len(chunk))
+    return FileSummary(**processes.on_main(lambda: asdict(_finish(unfinished, output, order, settings.is_adaptive))))
 
-    def finish() -> float | None:
-        os.replace(unfinished, output)
-        if not asked.adaptive:
-            return None
-        with output.open(encoding="utf-8") as written:  # rows answered before a kill too
-            return statistics.fmean(json.loads(line)["particles"] for line in written)
 
-    return processes.on_main(finish)
+def _identity(directory: Path, rows: Sequence[Example], settings: PredictionSettings) -> str:
+    """Of the answers: they go on only under the same settings, adapter and rows."""
+    decisive: list[Any] = [settings.to_dict(), sha256(directory / "adapter_model.safetensors")]
+    if settings.method is not None:
+        decisive += [sha256(path) for path in sorted((directory / "posthoc" / settings.method).glob("*.*"))]
+    if settings.promise is not None:
+        held_out = held_out_rows(RunRecord.read_finished(directory))
+        decisive += [[r.question, r.choices, r.answer, *r.content[2:]] for r in held_out]
+    whole = json.dumps([decisive, [[r.id, *r.content] for r in rows]])
+    return hashlib.sha256(whole.encode()).hexdigest()[:12]
 
 
 def _write(file: TextIO, answers: Iterable[dict[str, Any]]) -> None:
@@ -116,13 +111,25 @@ def _write(file: TextIO, answers: Iterable[dict[str, Any]]) -> None:
     file.flush()
 
 
-def _whole_lines(path: Path) -> int:
-    """How many whole lines an unfinished file has; half a line at its end is cut off."""
+def _whole_lines(path: Path, at_once: int) -> int:
+    """How many lines of whole batches an unfinished file has; what stands behind them is cut off."""
     if not path.is_file():
         return 0
-    content = path.read_bytes()
-    whole = content.rfind(b"\n") + 1
-    if whole < len(content):
-        with path.open("r+b") as file:
-            file.truncate(whole)
-    return content[:whole].count(b"\n")
+    lines = path.read_bytes().split(b"\n")[:-1]
+    lines = lines[: len(lines) - len(lines) % at_once] if at_once > 1 else lines
+    with path.open("r+b") as file:
+        file.truncate(sum(len(line) + 1 for line in lines))
+    return len(lines)
+
+
+def _finish(unfinished: Path, output: Path, order: Sequence[int], is_adaptive: bool) -> FileSummary:
+    """Put the answers, a line each in this order of rows, into the order of the rows."""
+    lines = unfinished.read_text(encoding="utf-8").split("\n")[:-1]
+    by_row = dict(zip(order, lines, strict=True))
+    write_text(output, "".join(f"{by_row[i]}\n" for i in range(len(lines))))
+    unfinished.unlink()
+    answers = [json.loads(line) for line in lines]  # of a call that was killed too
+    return FileSummary(
+        answered=sum(answer["label"] is not None for answer in answers),
+        particles=statistics.fmean(answer["particles"] for answer in answers) if is_adaptive else None,
+    )

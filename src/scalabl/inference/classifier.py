@@ -1,6 +1,6 @@
-"""What a classifier takes and gives, wherever its model runs: questions as rows, log-probabilities as an `Answer`.
+"""`Classifier`: questions in, class probabilities and their uncertainty out; a face of `Predictor` for Python.
 
-`Classifier`: questions in, calibrated class probabilities and their uncertainty out.
+What it takes and gives is the same wherever the model runs: questions as rows, log-probabilities as an `Answer`.
 """
 
 from __future__ import annotations
@@ -20,16 +20,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from scalabl.core.errors import UserError
 from scalabl.data.example import Example, check
 from scalabl.data.images import images_of
+from scalabl.inference.predictor import Predictor
+from scalabl.inference.promise import Promise
+from scalabl.inference.settings import PredictionSettings
 from scalabl.metrics.uncertainty import average, decompose
-from scalabl.predictive.adaptive import with_sampling
 from scalabl.predictive.auto import make_predictive
-from scalabl.predictive.base import MeanPredictive, Predictive, chosen, predict
+from scalabl.predictive.base import MeanPredictive, Predictive
 from scalabl.predictive.lora_particles import DropoutPredictive, blob_draws
-from scalabl.predictive.sampling import PLAIN, PREDICTIVES, Sampling
+from scalabl.predictive.sampling import PLAIN, Sampling
 from scalabl.runs.loading import load_adapter, require_base
+from scalabl.runs.method import Run
 from scalabl.runs.models import load_base
 from scalabl.runs.record import RECORD, RunRecord
-from scalabl.scoring.base import Scoring
+from scalabl.scoring.base import Encoded, Scoring
 from scalabl.scoring.letters import Letters
 from scalabl.scoring.prefix import SharedPrefix, shared_prefix
 from scalabl.scoring.scorer import Scorer, make_scoring
@@ -47,7 +50,7 @@ class Answer:
         entropy: (n,) total uncertainty H[mean p], in nats.
         aleatoric: (n,) mean of H[p_i]: what the data leaves open, in nats.
         epistemic: (n,) entropy - aleatoric, the mutual information: what the model never learnt, in nats.
-        label: the n most probable labels (or choice texts).
+        label: the n most probable labels (or choice texts); None where the classifier abstains.
         particle_log_probs: (N, n, C) log class probabilities of each particle; -inf where adaptive N drew none. A
             linearised predictive has draws of the logits in their place.
     """
@@ -56,12 +59,17 @@ class Answer:
     entropy: NDArray[np.float32]
     aleatoric: NDArray[np.float32]
     epistemic: NDArray[np.float32]
-    label: list[str]
+    label: list[str | None]
     particle_log_probs: NDArray[np.float32]
 
 
-def answer_of(rows: Sequence[Example], log_probs: Tensor) -> Answer:
+def answer_of(rows: Sequence[Example], log_probs: Tensor, answered: Sequence[bool] | None = None) -> Answer:
     """log_probs (N, n, C) of N particles for n questions -> their average, its uncertainty and the labels.
+
+    Args:
+        rows: the n questions.
+        log_probs: of their choices.
+        answered: whether each has a label; None: every one.
 
     Raises:
         UserError: as `scalabl.metrics.uncertainty.average`.
@@ -73,7 +81,10 @@ def answer_of(rows: Sequence[Example], log_probs: Tensor) -> Answer:
         entropy=uncertainty.total.float().numpy(),
         aleatoric=uncertainty.aleatoric.float().numpy(),
         epistemic=uncertainty.epistemic.float().numpy(),
-        label=[row.choices[i] for row, i in zip(rows, best, strict=True)],
+        label=[
+            row.choices[i] if given else None
+            for row, i, given in zip(rows, best, answered or [True] * len(rows), strict=True)
+        ],
         particle_log_probs=log_probs.float().numpy(),
     )
 
@@ -118,6 +129,41 @@ def _checked(row: Example, labels: tuple[str, ...] | None) -> Example:
     return check(row, f"question {row.id}")
 
 
+@dataclass
+class BareRun:
+    """What a `Predictor` needs of a run, for an adapter without a record of its training.
+
+    Attributes:
+        scorer: the model with its scoring.
+        dropout: of a plain LoRA whose masks are averaged; 0 leaves it off.
+    """
+
+    scorer: Scorer
+    dropout: float = 0.0
+
+    @property
+    def is_bayesian(self) -> bool:
+        """Whether the adapter has a posterior over s."""
+        return self._has(StochasticProjection)
+
+    def _has(self, kind: type) -> bool:
+        return any(isinstance(module, kind) for module in self.scorer.model.modules())
+
+    def predictive(
+        self, name: str | None = None, *, samples: int = 10, seed: int = 0, stochastic_layers: str | None = None
+    ) -> Predictive:
+        """As `Run.predictive`, by what the model is made of."""
+        if name == "mean" or self.is_bayesian:
+            return make_predictive(name or "mc", samples=samples, seed=seed)
+        if self._has(BLoBProjection):
+            return blob_draws(self.scorer.model, samples=samples, seed=seed)
+        return DropoutPredictive(self.dropout, samples=samples, seed=seed) if self.dropout else MeanPredictive()
+
+    def encode(self, rows: list[Example]) -> list[Encoded]:
+        """Rows as tokens."""
+        return [self.scorer.scoring.encode(row) for row in rows]
+
+
 class Classifier:
     """A Bayesian classifier over label words or choices.
 
@@ -133,6 +179,8 @@ class Classifier:
             encoded once a particle, and kept from call to call.
         dropout: of a plain LoRA that was trained with it: N masks are averaged (MC dropout). 0 leaves it off.
         batch_size: questions at a time.
+        temperature: on the class logits of every particle.
+        abstain: label None where the highest probability is below this.
     """
 
     def __init__(
@@ -147,29 +195,16 @@ class Classifier:
         prefix: str = "",
         dropout: float = 0.0,
         batch_size: int = 8,
+        temperature: float | None = None,
+        abstain: float | None = None,
     ) -> None:
-        if samples < 0:
-            raise UserError(f"samples is {samples}; it must be 0 (the posterior mean) or more.")
-        bayesian = any(isinstance(module, StochasticProjection) for module in model.modules())
-        if predictive not in (None, *PREDICTIVES):
-            raise UserError(f"There is no predictive {predictive!r}; choose one of {', '.join(PREDICTIVES)}.")
-        if predictive == "linearized" and not bayesian:
-            raise UserError("Only an adapter with a posterior over s has a linearised predictive; leave it out.")
-        self.predictive: Predictive = MeanPredictive()
-        if not samples or predictive == "mean":
-            pass
-        elif bayesian:
-            name = predictive or "auto"
-            self.predictive = make_predictive(
-                "mc" if name == "auto" and not sampling.is_plain else name, samples=samples, seed=seed
-            )
-        elif any(isinstance(module, BLoBProjection) for module in model.modules()):
-            self.predictive = blob_draws(model, samples=samples, seed=seed)
-        elif dropout:
-            self.predictive = DropoutPredictive(dropout, samples=samples, seed=seed)
-        self.predictive = with_sampling(self.predictive, sampling)
-        self.scorer = Scorer(model, scoring.with_prefix(prefix) if prefix else scoring, Trunk(model))
-        self.batch_size = batch_size
+        run = BareRun(_scorer(model, scoring, prefix), dropout)
+        settings = PredictionSettings(predictive, samples, seed, sampling, temperature=temperature, abstain=abstain)
+        self._take(Predictor(run, settings, batch_size=batch_size, over_ranks=False))
+
+    def _take(self, predictor: Predictor) -> None:
+        self.predictor = predictor
+        self.scorer = predictor.run.scorer
 
     @classmethod
     def from_pretrained(
@@ -187,6 +222,10 @@ class Classifier:
         batch_size: int = 8,
         model: PreTrainedModel | str | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        method: str | None = None,
+        temperature: float | None = None,
+        abstain: float | None = None,
+        max_error: float | Promise | None = None,
     ) -> Classifier:
         """Load an adapter directory: of `scalabl train`, of any trainer's `save_pretrained`, or a plain LoRA.
 
@@ -204,9 +243,15 @@ class Classifier:
             batch_size: questions at a time.
             model: the base model or where it is; by default the one that the adapter names.
             tokenizer: the base model's, when `model` is one already loaded.
+            method: a post-hoc method that was fitted on the run ("temperature", "laplace", ...), in place of its own.
+            temperature: on the class logits of every particle.
+            abstain: label None where the highest probability is below this.
+            max_error: label None where this error rate among answers would not be kept, by a threshold from the run's
+                held-out rows, which are predicted now; a `Promise` says more than the rate.
 
         Raises:
-            UserError: a label is not one token, files are missing or altered, another base model.
+            UserError: a label is not one token, files are missing or altered, another base model, or the directory has
+                no record, which a method and a promise need.
         """
         path = Path(directory)
         if not (path / "adapter_config.json").is_file():
@@ -214,6 +259,17 @@ class Classifier:
         record = RunRecord.read_classifier(path) if (path / RECORD).is_file() else None
         if labels is None and record is None:
             raise UserError(f"{path} does not say what its labels are; pass labels=[...].")
+        promise = Promise(max_error) if isinstance(max_error, float) else max_error
+        settings = PredictionSettings(
+            predictive, samples, seed, sampling, method=method, temperature=temperature, abstain=abstain,
+            promise=promise,
+        )  # fmt: skip
+        if record is None and (method is not None or promise is not None):
+            raise UserError(f"{path} holds no {RECORD}, so that no method was fitted and no rows were held out.")
+        if record is not None and promise is not None:
+            if labels is not None or prefix:
+                raise UserError("An error rate is promised for the run's own prompts; leave out labels and prefix.")
+            promise.require(record, predictive)
         if isinstance(model, PreTrainedModel):
             if tokenizer is None:
                 raise UserError("A loaded model needs its tokenizer beside it; pass tokenizer=...")
@@ -231,15 +287,18 @@ class Classifier:
         else:
             assert record is not None
             scoring = make_scoring(record.scoring, base_tokenizer)
-        adapted = load_adapter(base, path)
-        if predictive is None and record is not None and sampling.is_plain:
-            predictive = record.predictive
-        mc_dropout = record is not None and record.method == "mc_dropout"
-        dropout = float(record.recipe["lora_dropout"]) if record and mc_dropout else 0.0
-        return cls(
-            adapted, scoring, samples=samples, seed=seed, sampling=sampling, predictive=predictive, prefix=prefix,
-            dropout=dropout, batch_size=batch_size,
-        )  # fmt: skip
+        scorer = _scorer(load_adapter(base, path), scoring, prefix)
+        run = BareRun(scorer) if record is None else Run(record, scorer, base_tokenizer, path)
+        classifier = cls.__new__(cls)
+        classifier._take(Predictor(run, settings, batch_size=batch_size, over_ranks=False))
+        if promise is not None:
+            classifier.predictor.resolve()
+        return classifier
+
+    @property
+    def predictive(self) -> Predictive:
+        """The strategy that turns the posterior into predictions."""
+        return self.predictor.strategy
 
     def __call__(self, questions: str | Sequence[str | Mapping[str, Any] | Example]) -> Answer:
         """Classify questions.
@@ -252,12 +311,10 @@ class Classifier:
         """
         labels = self.scorer.scoring.labels if isinstance(self.scorer.scoring, Letters) else None
         rows = rows_of(questions, labels)
-        encoded = [self.scorer.scoring.encode(row) for row in rows]
-        predictive = chosen(self.predictive, self.scorer, encoded, self.batch_size)
-        shares = self.scorer.scoring.prefix and getattr(predictive, "shares_prefix", False)
-        prefix = self._shared_prefix if shares else None
-        log_probs = predict(self.scorer, encoded, predictive, batch_size=self.batch_size, prefix=prefix)
-        return answer_of(rows, log_probs)
+        if self.scorer.scoring.prefix:
+            self.predictor.prefix = self._shared_prefix
+        log_probs = self.predictor.log_probs(rows)
+        return answer_of(rows, log_probs, self.predictor.answered(log_probs))
 
     @cached_property
     def _shared_prefix(self) -> SharedPrefix | None:
@@ -265,3 +322,7 @@ class Classifier:
         labels = getattr(self.scorer.scoring, "labels", None) or ("yes", "no")
         two = [self.scorer.scoring.encode(Example(question, question, labels, None)) for question in ("A", "1")]
         return shared_prefix(self.scorer, two)
+
+
+def _scorer(model: PeftModel, scoring: Scoring, prefix: str) -> Scorer:
+    return Scorer(model, scoring.with_prefix(prefix) if prefix else scoring, Trunk(model))

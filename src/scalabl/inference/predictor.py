@@ -8,15 +8,15 @@ answers alike.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from scalabl.core import processes as ranks
+from scalabl.core import processes
 from scalabl.core.errors import UserError
 from scalabl.core.progress import progress_bar
 from scalabl.core.top_layers import check_spec, holding_variance
@@ -27,17 +27,33 @@ from scalabl.metrics.temperature import apply_temperature
 from scalabl.metrics.uncertainty import average, decompose, particles_used
 from scalabl.predictive.adaptive import with_sampling
 from scalabl.predictive.auto import AutoPredictive
-from scalabl.predictive.base import Predictive
-from scalabl.predictive.over_ranks import predict
+from scalabl.predictive.base import Predictive, predict
 from scalabl.predictive.variance import LayerVariance, layer_variances
 from scalabl.runs.loading import load_run
 from scalabl.runs.method import Run, load_post_hoc
 from scalabl.runs.registry import METHODS
 from scalabl.scoring.base import Encoded
 from scalabl.scoring.prefix import SharedPrefix, shared_prefix
+from scalabl.scoring.scorer import Scorer
 from scalabl.scoring.trunk_store import with_stored_trunk
 
+T = TypeVar("T")
 VARIANCE_ROWS = 100  # on which the layers' variance is measured
+
+
+class Predictable(Protocol):
+    """What a `Predictor` needs of a run; names, promises and post-hoc methods need a whole `Run`."""
+
+    scorer: Scorer
+
+    @property
+    def is_bayesian(self) -> bool: ...
+
+    def predictive(
+        self, name: str | None = None, *, samples: int = 10, seed: int = 0, stochastic_layers: str | None = None
+    ) -> Predictive: ...
+
+    def encode(self, rows: list[Example]) -> list[Encoded]: ...
 
 
 class Predictor:
@@ -47,6 +63,7 @@ class Predictor:
         run: the run.
         settings: what decides its predictions; resolved by this process, by another, or not at all.
         batch_size: rows at a time; the answers do not depend on it.
+        over_ranks: split the work over the processes of one command, all of which make the same calls.
 
     Attributes:
         settings: as given; "variance:0.9" is resolved to "last:K" at once, and `resolve` does the rest.
@@ -57,14 +74,22 @@ class Predictor:
         UserError: settings that the run does not have.
     """
 
-    def __init__(self, run: Run, settings: PredictionSettings | None = None, *, batch_size: int = 8) -> None:
+    def __init__(
+        self,
+        run: Predictable,
+        settings: PredictionSettings | None = None,
+        *,
+        batch_size: int = 8,
+        over_ranks: bool = True,
+    ) -> None:
         self.run = run
         self.settings = settings or PredictionSettings()
         self.batch_size = batch_size
+        self.over_ranks = over_ranks
         self.prefix: SharedPrefix | None = None
         spec = self.settings.stochastic_layers
         if spec is not None and run.is_bayesian and self.settings.predictive != "mean":
-            layers = ranks.on_main(lambda: as_top_layers(run, spec))
+            layers = self._once(lambda: as_top_layers(self.whole_run(), spec))
             self.settings = replace(self.settings, stochastic_layers=layers)
         self.strategy = make_strategy(run, self.settings)
 
@@ -90,10 +115,28 @@ class Predictor:
         """
         return cls(load_run(directory, model=model), settings, batch_size=batch_size)
 
-    def resolve(self, rows: Sequence[Example]) -> PredictionSettings:
+    @property
+    def name(self) -> str:
+        """As in a table: "ScalaBL, N = 10"; with a post-hoc method, its title."""
+        return describe_method(self.whole_run(), self.strategy, self.settings.method)
+
+    def whole_run(self) -> Run:
+        """The run with its record.
+
+        Raises:
+            UserError: an adapter without one.
+        """
+        if not isinstance(self.run, Run):
+            raise UserError("This adapter has no record of its training; load the directory of a run.")
+        return self.run
+
+    def resolve(self, rows: Sequence[Example] | None = None) -> PredictionSettings:
         """Choose what is chosen once for these rows and those to come: auto's predictive, the promise's threshold.
 
         What was resolved before stays. In several processes the main one chooses.
+
+        Args:
+            rows: what auto is chosen for; None takes the run's held-out rows.
 
         Returns:
             the settings with all that was chosen, under which another process answers alike.
@@ -102,10 +145,11 @@ class Predictor:
             UserError: rows that the run cannot encode, or the run's held-out rows cannot be had.
         """
         if isinstance(self.strategy, AutoPredictive):
+            rows = held_out_rows(self.whole_run().record) if rows is None else rows
             self._choose(self.strategy, self.run.encode(list(rows)))
         promise = self.settings.promise
         if promise is not None and self.settings.threshold is None:
-            held_out = held_out_rows(self.run.record)
+            held_out = held_out_rows(self.whole_run().record)
             log_probs = self.log_probs(held_out, dataset="held-out rows")
             self.settings = replace(self.settings, threshold=promise.threshold(log_probs, labels_of(held_out)))
         return self.settings
@@ -118,10 +162,12 @@ class Predictor:
             assert auto.choice is not None
             return made.name, made.stochastic_layers, auto.choice.sentence
 
-        name, layers, why = ranks.on_main(choice)
+        name, layers, why = self._once(choice)
         self.strategy = auto.made(name, layers)
-        chosen = describe_method(self.run, self.strategy)
-        self.settings = replace(self.settings, predictive=name, stochastic_layers=layers, chosen=chosen, why=why)
+        self.settings = replace(self.settings, predictive=name, stochastic_layers=layers, chosen=self.name, why=why)
+
+    def _once(self, work: Callable[[], T]) -> T:
+        return processes.on_main(work) if self.over_ranks else work()
 
     def keep_prefix(self, encoded: Sequence[Encoded]) -> None:
         """Encode what all these rows begin with once for every later call, where the strategy has use for it."""
@@ -142,13 +188,16 @@ class Predictor:
         Raises:
             UserError: rows that the run's scoring cannot encode.
         """
+        scorer, strategy, batch_size = self.run.scorer, self.strategy, self.batch_size
         if dataset is not None:
             log_probs = log_probabilities(
-                self.run, rows, self.strategy, batch_size=self.batch_size, description=dataset
+                self.run, rows, strategy, batch_size=batch_size, description=dataset, over_ranks=self.over_ranks
             )
         else:
             encoded = self.run.encode(list(rows)) if encoded is None else encoded
-            log_probs = predict(self.run.scorer, encoded, self.strategy, batch_size=self.batch_size, prefix=self.prefix)
+            log_probs = predict(
+                scorer, encoded, strategy, batch_size=batch_size, prefix=self.prefix, over_ranks=self.over_ranks
+            )
         temperature = self.settings.temperature
         return log_probs if temperature is None else apply_temperature(log_probs, temperature)
 
@@ -193,41 +242,54 @@ class Predictor:
         return [bool(given) for given in promise.answered(threshold, log_probs)]
 
 
-def make_strategy(run: Run, settings: PredictionSettings) -> Predictive:
+def make_strategy(run: Predictable, settings: PredictionSettings) -> Predictive:
     """The predictive of a run that settings name.
 
     Raises:
         UserError: settings that the run or the predictive does not have.
     """
-    samples, seed = settings.samples, settings.seed
+    samples, seed, name = settings.samples, settings.seed, settings.predictive
     if settings.method is not None:
-        return with_sampling(
-            load_post_hoc(settings.method).predictive(run, samples=samples, seed=seed), settings.drawn()
-        )
-    name = settings.predictive
-    if name in (None, "auto"):
-        name = "auto" if settings.sampling.is_plain else "mc"
+        if not isinstance(run, Run):
+            raise UserError(f"{settings.method} is fitted on a run, but this adapter has no record of one.")
+        strategy = load_post_hoc(settings.method).predictive(run, samples=samples, seed=seed)
+        return with_sampling(strategy, settings.drawn())
     if name == "linearized" and not run.is_bayesian:
         raise UserError("Only an adapter with a posterior over s has a linearised predictive; leave it out.")
+    if samples == 0:
+        name = "mean"
+    elif name in (None, "auto"):
+        name = "auto" if settings.sampling.is_plain else "mc"
     strategy = run.predictive(name, samples=samples, seed=seed, stochastic_layers=settings.stochastic_layers)
     return with_sampling(strategy, settings.drawn())
 
 
 def log_probabilities(
-    run: Run, rows: Sequence[Example], predictive: Predictive, *, batch_size: int = 8, description: str = "predicting"
+    run: Predictable,
+    rows: Sequence[Example],
+    predictive: Predictive,
+    *,
+    batch_size: int = 8,
+    description: str = "predicting",
+    over_ranks: bool = True,
 ) -> Tensor:
     """(N, n, C) log class probabilities, with a progress bar; several processes share the work and all get them.
 
     Raises:
         UserError: rows that the run's scoring cannot encode.
     """
-    encoded = run.encode(list(rows))
-    encoded = ranks.first_on_each_machine(lambda: with_stored_trunk(run.scorer, encoded, batch_size=batch_size))
+    tokens = run.encode(list(rows))
+
+    def with_trunk() -> list[Encoded]:
+        return with_stored_trunk(run.scorer, tokens, batch_size=batch_size)
+
+    encoded = processes.first_on_each_machine(with_trunk) if over_ranks else with_trunk()
     with progress_bar() as progress:
         bar = progress.add_task(description, total=len(encoded), detail="")
         return predict(
-            run.scorer, encoded, predictive, batch_size=batch_size, advance=lambda n: progress.advance(bar, n)
-        )
+            run.scorer, encoded, predictive, batch_size=batch_size, advance=lambda n: progress.advance(bar, n),
+            over_ranks=over_ranks,
+        )  # fmt: skip
 
 
 def labels_of(rows: Sequence[Example]) -> Tensor:
@@ -235,8 +297,10 @@ def labels_of(rows: Sequence[Example]) -> Tensor:
     return torch.tensor([row.answer for row in rows])
 
 
-def describe_method(run: Run, predictive: Predictive) -> str:
-    """As in a table: "plain LoRA", "MAP", "ScalaBL, mean", "ScalaBL, N = 10"."""
+def describe_method(run: Run, predictive: Predictive, post_hoc: str | None = None) -> str:
+    """As in a table: "plain LoRA", "MAP", "ScalaBL, mean", "ScalaBL, N = 10"; or the title of a post-hoc method."""
+    if post_hoc is not None:
+        return METHODS[post_hoc].title
     title = METHODS[run.record.method].title
     if not run.is_sampled:
         return title

@@ -19,7 +19,7 @@ class PredictionSettings:
     Attributes:
         predictive: "mean", "mc", "linearized" or "auto"; None is what the record says, else auto, or mc where
             `sampling` is not plain.
-        samples: N of mc.
+        samples: N of mc; 0 is the mean.
         seed: of the particles.
         sampling: the kind of draws, and adaptive N; `abstain` is the threshold of adaptive N.
         stochastic_layers: draw s in the top layers alone: "last:K", a fraction "last:0.25", or "variance:0.9", the
@@ -52,6 +52,8 @@ class PredictionSettings:
     def __post_init__(self) -> None:
         if self.predictive not in (None, *PREDICTIVES):
             raise UserError(f"There is no predictive {self.predictive!r}; choose one of {', '.join(PREDICTIVES)}.")
+        if self.samples < 0:
+            raise UserError(f"samples is {self.samples}; it must be 0 (the posterior mean) or more.")
         if self.method is not None and (self.predictive is not None or self.stochastic_layers is not None):
             raise UserError(f"{self.method} has a predictive of its own; leave out predictive and stochastic_layers.")
         if self.temperature is not None and not 0 < self.temperature < math.inf:

@@ -1,24 +1,21 @@
-"""When a row has enough particles: its decision after n of N is that of all N with a stated confidence.
+"""When a row has enough particles: its answer after n of N is that of all N with a stated confidence.
 
-The decision is the choice with the highest averaged probability, or "abstain" where that is below a threshold. It is
-open while an average over all N particles could still fall on the other side of a comparison:
+The answer is the choice with the highest averaged probability, or none where that is below a threshold. It is open
+while an average over all N particles could still fall on the other side of a comparison:
 
     best against every other choice   p_b - p_c > 0
     with a threshold                  p_b >= threshold, or p_c < threshold for all c
 
-Of the wrong decisions at most C are possible for the true one (C - 1 without a threshold), each by the failure of one
-comparison: each is tested one-sided at (1 - confidence) / C [union bound]. Two tests:
+Of the wrong answers at most C are possible for the true one (C - 1 without a threshold), each by the failure of one
+comparison: each is tested one-sided at (1 - confidence) / C [union bound], by
 
-    t        mean - t_{n-1} s sqrt(1/n - 1/N) > 0, the prediction interval for the average of all N. Exact for
-             normal probabilities (residuals are independent of the average, so that it does not matter that the
-             average decides which choice is the true one [Basu 1955]); else an approximation. Every look counts:
-             the level is divided by their number [Bonferroni].
-    betting  no assumption but that the particles come in random order: a gambler who bets against "the N particles
-             average at most m" by drawing them one by one without replacement multiplies a stake of 1 by 1 / level
-             with probability at most the level, over all looks at once [Ville 1939; Waudby-Smith and Ramdas 2024,
-             section 5]. It needs more particles, above all where the choices are close and the particles agree.
+    mean - t_{n-1} s sqrt(1/n - 1/N) > 0
 
-Adaptive N: particles in blocks, for the rows whose decision is not yet settled.
+the prediction interval for the average of all N. It is exact for normal probabilities (residuals are independent of the
+average, so that it does not matter that the average decides which choice is the true one [Basu 1955]); else an
+approximation. Every look counts: the level is divided by their number [Bonferroni].
+
+Adaptive N: particles in blocks, for the rows whose answer is not yet settled.
 """
 
 from __future__ import annotations
@@ -35,9 +32,6 @@ from scalabl.predictive.sampling import Sampling
 from scalabl.scoring.base import Batch
 from scalabl.scoring.scorer import Scorer
 
-# the share of the stake that is put at risk; the gambler splits its stake among them
-_SHARES = (0.25, 0.5, 0.75, 1.0)
-
 
 def settled(
     probs: Tensor,
@@ -47,18 +41,16 @@ def settled(
     confidence: float,
     looks: int = 1,
     threshold: float | None = None,
-    bound: str = "t",
 ) -> Tensor:
-    """Whether the decision of each row is settled: (B,) bool.
+    """Whether the answer of each row is settled: (B,) bool.
 
     Args:
         probs: (n, B, C) class probabilities of the first n of N particles, 2 <= n; 0 for choices a row lacks.
         num_choices: (B,) how many choices each row has.
         total: N.
-        confidence: that a row which is settled has the decision of all N particles; 1 settles nothing before N.
+        confidence: that a row which is settled has the answer of all N particles; 1 settles nothing before N.
         looks: how often in all a row is looked at before N.
         threshold: abstain where the highest probability is below this; None never abstains.
-        bound: "t" or "betting".
     """
     if probs.shape[0] >= total:
         return torch.ones(probs.shape[1], dtype=torch.bool, device=probs.device)
@@ -71,19 +63,17 @@ def settled(
     lacks = torch.arange(probs.shape[-1], device=probs.device) >= num_choices[:, None]
     level = (1 - confidence) / (num_choices if threshold is not None else num_choices - 1).clamp_min(1)
 
-    def above(values: Tensor, lowest: float) -> Tensor:
-        """Whether values (n, B, K), none below `lowest` <= 0, average above 0 over all N particles: (B, K)."""
-        if bound == "t":
-            return _t_lower(values, level[:, None] / looks, total) > 0
-        return _wealth(values, lowest, total) >= 1 / level[:, None]
+    def above(values: Tensor) -> Tensor:
+        """Whether values (n, B, K) average above 0 over all N particles: (B, K)."""
+        return _t_lower(values, level[:, None] / looks, total) > 0
 
     leader = probs.gather(-1, best.expand(probs.shape[0], -1, 1))
     is_best = torch.zeros_like(lacks).scatter(1, best, True)
-    leads = (above(leader - probs, -1.0) | lacks | is_best).all(dim=-1)
+    leads = (above(leader - probs) | lacks | is_best).all(dim=-1)
     if threshold is None:
         return leads
-    answers = above(leader - threshold, -threshold)[:, 0]
-    abstains = (above(threshold - probs, threshold - 1) | lacks).all(dim=-1)
+    answers = above(leader - threshold)[:, 0]
+    abstains = (above(threshold - probs) | lacks).all(dim=-1)
     return (leads & answers) | abstains
 
 
@@ -94,37 +84,10 @@ def _t_lower(values: Tensor, level: Tensor, total: int) -> Tensor:
     return values.mean(dim=0) - quantile * values.std(dim=0) * (1 / n - 1 / total) ** 0.5
 
 
-def _wealth(values: Tensor, lowest: float, total: int) -> Tensor:
-    """The highest wealth of a gambler who starts with 1 and bets that N values average above 0.
-
-    Args:
-        values: (n, ...) the first n of N values in random order, none below `lowest`.
-        lowest: at most 0.
-        total: N.
-
-    Returns:
-        (...) at least 1; infinite where an average of at most 0 has become impossible.
-    """
-    shares = torch.tensor(_SHARES, dtype=values.dtype, device=values.device).view(-1, *[1] * (values.dim() - 1))
-    wealth = torch.ones(len(_SHARES), *values.shape[1:], dtype=values.dtype, device=values.device)
-    highest, drawn = torch.ones_like(values[0]), torch.zeros_like(values[0])
-    for i, value in enumerate(values):
-        # the average, above the lowest, of the values not yet drawn if all N average 0
-        rest = (-total * lowest - drawn) / (total - i)
-        # the limits make wealth smaller, which keeps the guarantee
-        gain = (value - lowest) / rest.clamp_min(1e-12)
-        wealth = (wealth * (1 - shares + shares * gain)).clamp_max(1e300)
-        drawn = drawn + value - lowest
-        # N values of which the drawn ones alone make up more than N times 0
-        impossible = drawn > -total * lowest
-        highest = torch.maximum(highest, wealth.mean(dim=0)).masked_fill(impossible, torch.inf)
-    return highest
-
-
 class AdaptivePredictive:
-    """A Monte Carlo predictive that stops early, row by row, when the decision cannot change at a stated confidence.
+    """A Monte Carlo predictive that stops early, row by row, when the answer cannot change at a stated confidence.
 
-    A row that stops after n of N particles has the decision that all N would give it, with at least the confidence
+    A row that stops after n of N particles has the answer that all N would give it, with at least the confidence
     (`scalabl.predictive.adaptive` says on what that rests). Its particles are the first n of the inner predictive's;
     the others are -inf for all its choices, which `scalabl.metrics.uncertainty` leaves out of averages and counts
     (`particles_used`). Their disagreement, the epistemic part, is that of n particles: it comes out smaller by about
@@ -133,9 +96,8 @@ class AdaptivePredictive:
     Args:
         inner: gives the particles; N is its number of samples.
         confidence: in (0, 1]; 1 draws all N for every row.
-        threshold: the decision is the most probable choice, or to abstain where its probability is below this; None
-            for the choice alone.
-        bound: "t" or "betting".
+        threshold: the answer is the most probable choice, or none where its probability is below this; None for the
+            choice alone.
         block: how many particles at a time, at least 2.
 
     Raises:
@@ -148,16 +110,14 @@ class AdaptivePredictive:
         confidence: float = 0.95,
         *,
         threshold: float | None = None,
-        bound: str = "t",
         block: int = 4,
     ) -> None:
-        Sampling(inner.draws, confidence, threshold, bound)  # refuses bad settings
+        Sampling(inner.draws, confidence, threshold)  # refuses bad settings
         if block < 2:
             raise UserError(f"The block is {block}; it must be at least 2, one particle shows no spread.")
         self.inner = inner
         self.confidence = confidence
         self.threshold = threshold
-        self.bound = bound
         self.block = block
         self.shares_prefix = inner.shares_prefix
         self.name = f"adaptive N ≤ {inner.samples}"
@@ -184,7 +144,6 @@ class AdaptivePredictive:
                 confidence=self.confidence,
                 looks=(total - 1) // self.block,
                 threshold=self.threshold,
-                bound=self.bound,
             )
             rows = rows[~done]
             if len(rows) == 0:
@@ -213,5 +172,5 @@ def with_sampling(predictive: Predictive, sampling: Sampling) -> Predictive:
     if sampling.confidence is not None:
         if not isinstance(predictive, MonteCarloPredictive):
             raise UserError("Adaptive N is for predictives that average over particles (mc); leave out --adaptive.")
-        return AdaptivePredictive(predictive, sampling.confidence, threshold=sampling.threshold, bound=sampling.bound)
+        return AdaptivePredictive(predictive, sampling.confidence, threshold=sampling.threshold)
     return predictive

@@ -8,7 +8,6 @@ from scalabl.core.errors import UserError
 
 PREDICTIVES = ("mean", "mc", "linearized", "auto")
 DRAWS = ("independent", "antithetic", "sobol", "moments")  # `scalabl.posterior.draws` says what each one is
-BOUNDS = ("t", "betting")  # `scalabl.predictive.adaptive` says what each one guarantees
 
 
 @dataclass(frozen=True)
@@ -17,10 +16,9 @@ class Sampling:
 
     Args:
         draws: one of DRAWS.
-        confidence: stop drawing for a row when its decision equals that of all N particles with at least this
+        confidence: stop drawing for a row when its answer equals that of all N particles with at least this
             probability; 1 never stops early, None is no adaptive N at all.
-        threshold: the decision is the most probable choice, or none where its probability is below this.
-        bound: one of BOUNDS: what the confidence rests on.
+        threshold: the answer is the most probable choice, or none where its probability is below this.
 
     Raises:
         UserError: a value that is none of these, or adaptive N with draws that depend on each other.
@@ -29,13 +27,10 @@ class Sampling:
     draws: str = "independent"
     confidence: float | None = None
     threshold: float | None = None
-    bound: str = "t"
 
     def __post_init__(self) -> None:
         if self.draws not in DRAWS:
             raise UserError(f"There are no {self.draws!r} draws; choose one of {', '.join(DRAWS)}.")
-        if self.bound not in BOUNDS:
-            raise UserError(f"There is no bound {self.bound!r}; choose one of {', '.join(BOUNDS)}.")
         if self.confidence is not None and not 0 < self.confidence <= 1:
             raise UserError(f"The confidence is {self.confidence}; it must be above 0 and at most 1, 0.95 is usual.")
         if self.threshold is not None and not 0 <= self.threshold <= 1:

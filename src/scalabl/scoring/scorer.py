@@ -152,9 +152,14 @@ class Scorer:
         return token_logits(self.model, batch, None, self.scoring.positions(batch)), batch
 
 
+def longest_first(rows: Sequence[Encoded]) -> list[int]:
+    """The rows' indices: those of like length stand together, and a memory limit shows itself at once."""
+    return sorted(range(len(rows)), key=lambda i: -len(rows[i].input_ids))
+
+
 def batches(rows: Sequence[Encoded], size: int) -> Iterator[tuple[list[int], list[Encoded]]]:
-    """Rows in batches of like length, longest first (a memory limit shows itself at once), with their indices."""
-    order = sorted(range(len(rows)), key=lambda i: -len(rows[i].input_ids))
+    """Rows in batches of like length, longest first, with their indices."""
+    order = longest_first(rows)
     for start in range(0, len(order), size):
         indices = order[start : start + size]
         yield indices, [rows[i] for i in indices]

@@ -74,10 +74,11 @@ def run_demo(
     from scalabl.data.assemble import select_rows
     from scalabl.data.load import load_task
     from scalabl.data.training_data import rows_of
-    from scalabl.inference.evaluation import answers, describe_method, log_probabilities, method_result, tempered
+    from scalabl.inference.evaluation import method_result, tempered
+    from scalabl.inference.predictor import Predictor, labels_of
     from scalabl.inference.report.results import MethodResult, Report
+    from scalabl.inference.settings import PredictionSettings
     from scalabl.metrics.temperature import fit_temperature
-    from scalabl.predictive.auto import make_predictive
     from scalabl.runs.loading import load_run
     from scalabl.training.run import LOG, train
 
@@ -93,13 +94,11 @@ def run_demo(
         held_out = select_rows(load_task(TASK), settings.rows).validation
         predictives = ["mean", "mc"] if run.is_bayesian else ["mean"]
         for name in predictives:
-            predictive = make_predictive(name, samples=samples, seed=seed)
-            result = method_result(run, describe_method(run, predictive), test, shifted, predictive)
-            validation = log_probabilities(run, held_out, predictive, description="temperature")
-            methods += [result, tempered(result, fit_temperature(validation, answers(held_out)))]
-        training[describe_method(run, make_predictive("mean")).split(",")[0]] = json.loads(
-            (directory / LOG).read_text(encoding="utf-8")
-        )
+            predictor = Predictor(run, PredictionSettings(predictive=name, samples=samples, seed=seed))
+            result = method_result(predictor, test, shifted)
+            validation = predictor.log_probs(held_out, dataset="temperature")
+            methods += [result, tempered(result, fit_temperature(validation, labels_of(held_out)))]
+        training[result.name.split(",")[0]] = json.loads((directory / LOG).read_text(encoding="utf-8"))
     return Report(
         title="Plain LoRA and ScalaBL at the same budget",
         facts=_facts(run.record, len(test), len(shifted[SHIFTED]), seed, steps) | {"training loss": _losses(training)},
