@@ -17,6 +17,7 @@ from scalabl.inference.promise import held_out_rows
 from scalabl.metrics.selective import confidence_score, conformal_threshold, exact_threshold
 from scalabl.metrics.uncertainty import average
 from scalabl.runs.loading import load_run
+from scalabl.runs.record import RunRecord
 from scalabl.training.run import train
 
 HELD_OUT = 60
@@ -54,7 +55,7 @@ def rate_that_splits(score: np.ndarray, wrong: np.ndarray) -> float:
 
 def test_held_out_rows_are_those_the_run_did_not_train_on(run: Path) -> None:
     record = json.loads((run / "scalabl.json").read_text())
-    rows = held_out_rows(record)
+    rows = held_out_rows(RunRecord.read(run))
     task = Path(record["recipe"]["data"])
     validation = {row["question"] for row in read(task / "validation.jsonl")}
     trained_on = {row["question"] for row in read(task / "train.jsonl")}
