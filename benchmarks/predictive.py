@@ -42,7 +42,7 @@ from scalabl.core.quiet import quiet
 from scalabl.data import Example
 from scalabl.data.training_data import rows_of
 from scalabl.inference.evaluation import answers
-from scalabl.inference.variance import run_variance, top_holding
+from scalabl.inference.predictor import run_variance, top_holding
 from scalabl.predictive import AutoPredictive, MeanPredictive, MonteCarloPredictive, Predictive
 from scalabl.predictive import predict as predict_rows
 from scalabl.predictive.base import chosen
