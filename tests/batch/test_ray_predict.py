@@ -8,30 +8,30 @@ import subprocess
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import ray
 from sharded_rows import SIZES, all_rows, answers_in, read_answers, titles, write_shards
 from tiny_base import as_json, questions, tiny_base, write_jsonl
 
 import scalabl.cli.predict  # noqa: F401  (adds its command to the app)
-import scalabl.serving.ray_prediction as module
+import scalabl.serving.batch as module
 from scalabl.cli.app import app
 from scalabl.core.errors import UserError
 from scalabl.data import load_rows
-from scalabl.inference.answering import Asked, Decision
 from scalabl.inference.batch_prediction import predict_file
 from scalabl.inference.promise import Promise
 from scalabl.inference.settings import PredictionSettings
 from scalabl.metrics.selective import Threshold
 from scalabl.predictive.sampling import Sampling
 from scalabl.runs.settings import Settings
-from scalabl.serving.ray_pool import ATTEMPTS, Job, Pool
-from scalabl.serving.ray_prediction import Summary, predict_shards
+from scalabl.serving.batch import Summary, predict_shards
+from scalabl.serving.batch_worker import ATTEMPTS, Setup, Worker, refusal
 from scalabl.training.run import train
 
 
@@ -83,58 +83,60 @@ def times(output: Path) -> dict[str, int]:
     return {str(path.relative_to(output)): path.stat().st_mtime_ns for path in output.rglob("*") if path.is_file()}
 
 
+def parts(output: Path) -> list[Path]:
+    """What is answered already, a file a block; Ray Data writes in place."""
+    return [path for path in output.glob(".work/parts/*/*.parquet") if committed(output, path)]
+
+
+def committed(output: Path, part: Path) -> bool:
+    return (output / ".work" / "checkpoints" / f"{part.name.rpartition('-')[0]}.parquet").exists()
+
+
 def test_a_killed_worker_costs_nothing_but_its_block(cluster: str, run: Path, tmp_path: Path) -> None:
     shards, output = write_shards(tmp_path / "rows", "jsonl"), tmp_path / "answers"
     (shards / "_SUCCESS.jsonl").write_text("")  # no shard
-    blocks: list[int] = []
-    decisions: list[Decision] = []
+    resolved: list[PredictionSettings] = []
     victims: list[int] = []
-    midway = threading.Event()
+    done: list[Summary] = []
+    over = threading.Event()
 
     def kill_who_is_at_work() -> None:
-        midway.wait()
-        while not victims and not done:
-            at_work = [pid for pid, title in titles(os.getpid()).items() if title.startswith("ray::Worker.answer")]
-            for pid in at_work[:1]:
-                os.kill(pid, signal.SIGKILL)
-                victims.append(pid)
-
-    def report(rows: int) -> None:
-        blocks.append(rows)
-        midway.set()
+        while not victims and not over.wait(0.01):
+            if any(path.name.isdigit() for path in output.glob(".work/begun/*")):  # a block is being answered
+                at_work = [pid for pid, title in titles(os.getpid()).items() if "MapWorker" in title]
+                at_work.sort(key=lambda pid: "submit" not in titles(os.getpid()).get(pid, ""))
+                os.kill(at_work[0], signal.SIGKILL)
+                victims.append(at_work[0])
 
     settings: dict[str, Any] = {"samples": 10, "seed": 1}
-    done: list[Summary] = []
     killer = threading.Thread(target=kill_who_is_at_work)
     killer.start()
     try:
         done.append(
             predict_shards(
-                run, shards, output, cluster, Asked(**settings), batch_size=1, block_rows=2, tell=decisions.append,
-                report=report,
+                run, shards, output, cluster, PredictionSettings(**settings), batch_size=1, block_rows=2,
+                tell=resolved.append,
             )
         )  # fmt: skip
     finally:
-        midway.set()
-        done = done or [Summary(0, 0, 0, None)]
+        over.set()
         killer.join()
     assert len(victims) == 1
-    assert sorted(blocks) == [1, 1, *[2] * 11]  # of 7, 12 and 5 rows
     assert done == [Summary(3, 24, 24, None)]
-    said: list[str] = []
-    alone = by_one_process(run, tmp_path, **settings, batch_size=1, tell=lambda resolved: said.append(resolved.why))
+    told: list[str] = []
+    alone = by_one_process(run, tmp_path, **settings, batch_size=1, tell=lambda resolved: told.append(resolved.why))
     assert_equal(answers_in(output, "jsonl"), alone)
-    assert [decision.why for decision in decisions] == said and alone[0]["predictive"] == decisions[0].name
+    assert [one.why for one in resolved] == told and alone[0]["predictive"] == resolved[0].chosen
     assert times(output).keys() == {"manifest.json", *(f"{name}.jsonl" for name in SIZES)}
 
     # and once more there is nothing to do
     before = times(output)
-    assert [predict_shards(run, shards, output, "127.0.0.1:1", Asked(**settings), block_rows=2)] == done
+    assert [predict_shards(run, shards, output, "127.0.0.1:1", PredictionSettings(**settings), block_rows=2)] == done
     assert times(output) == before
 
 
 def test_a_killed_driver_goes_on_with_what_is_missing(
-    cluster: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    cluster: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shards, output = write_shards(tmp_path / "rows", "parquet"), tmp_path / "answers"
     layers = {"samples": 12, "seed": 3, "stochastic_layers": "last:1"}
@@ -148,40 +150,42 @@ def test_a_killed_driver_goes_on_with_what_is_missing(
     program = "from scalabl.cli import main; main()"
     driver = subprocess.Popen([sys.executable, "-c", program, *map(str, arguments)], stderr=subprocess.PIPE)
     deadline = time.monotonic() + 300
-    while len([*output.glob(".work/*/*.parquet")]) < 2:
+    while len(parts(output)) < 2:
         assert driver.poll() is None and time.monotonic() < deadline, driver.stderr and driver.stderr.read()
         time.sleep(0.01)
     driver.kill()
     driver.wait()
-    # the cluster ends the workers of a driver that is gone; what they have not put in place by then is missing
-    while any(title.startswith("ray::Worker") for title in titles(os.getpid()).values()):
+    # the cluster ends the workers of a driver that is gone; what they have not written by then is missing
+    while any("MapWorker" in title for title in titles(os.getpid()).values()):
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    done = {name: time for name, time in times(output).items() if name.endswith(".parquet") and "/." not in name}
-    joined = [name for name in SIZES if (output / f"{name}.parquet").exists()]
-    rows_done = sum(SIZES[name] for name in joined)
-    rows_done += sum(len(read_answers(path)) for path in output.glob(".work/*/*.parquet") if path.name[0] != ".")
+    done = {path: path.stat().st_mtime_ns for path in parts(output)}
+    rows_done = sum(pq.read_metadata(path).num_rows for path in done)
     assert 4 <= rows_done < 24
 
-    blocks: list[int] = []
-    inodes = {name: (output / name).stat().st_ino for name in done}
-    summary = predict_shards(run, shards, output, cluster, Asked(**settings), block_rows=2, report=blocks.append)
-    assert sum(blocks) == 24 - rows_done
-    for name in joined:
-        assert times(output)[f"{name}.parquet"] == done[f"{name}.parquet"]
-        assert (output / f"{name}.parquet").stat().st_ino == inodes[f"{name}.parquet"]
+    before: list[dict[Path, int]] = []
+    put_together = module._put_together
+
+    def look(*arguments: Any) -> None:
+        before.append({path: path.stat().st_mtime_ns for path in parts(output)})
+        put_together(*arguments)
+
+    monkeypatch.setattr(module, "_put_together", look)
+    summary = predict_shards(run, shards, output, cluster, PredictionSettings(**settings), block_rows=2)
+    (found,) = before
+    assert found.items() >= done.items()
+    assert len(found) == 13
     alone = by_one_process(run, tmp_path, **settings)
-    found = answers_in(output, "parquet")
-    assert_equal(found, alone)
+    assert_equal(answers_in(output, "parquet"), alone)
     answered = sum(answer["label"] is not None for answer in alone)
     assert 0 < answered < 24 and len({answer["particles"] for answer in alone}) > 1
     assert summary == Summary(3, 24, answered, pytest.approx(sum(a["particles"] for a in alone) / 24))
     assert not (output / ".work").exists()
     capsys.readouterr()
     app([str(word) for word in arguments], standalone_mode=False)  # nothing is left to do
-    said = " ".join(capsys.readouterr().out.split())
-    assert said.startswith("24 answers to 3 shards in") and "answered 12 of 24 rows (50.0%)" in said
-    assert f"from {summary.particles:.1f} of at most 12 particles each" in said
+    words = " ".join(capsys.readouterr().out.split())
+    assert words.startswith("24 answers to 3 shards in") and "answered 12 of 24 rows (50.0%)" in words
+    assert f"from {summary.particles:.1f} of at most 12 particles each" in words
 
 
 def test_a_row_that_cannot_be_answered_is_named_and_its_mend_redoes_its_shard_alone(
@@ -197,10 +201,12 @@ def test_a_row_that_cannot_be_answered_is_named_and_its_mend_redoes_its_shard_al
     settings = {"predictive": "mc", "samples": 4, "sampling": Sampling(draws="sobol"), "promise": promise}
     thresholds: list[Threshold | None] = []
 
+    def note(resolved: PredictionSettings) -> None:
+        thresholds.append(resolved.threshold)
+
     def answer() -> Summary:
         return predict_shards(
-            run, shards, output, cluster, Asked(**settings), block_rows=3,
-            tell=lambda decision: thresholds.append(decision.threshold),
+            run, shards, output, cluster, PredictionSettings(**settings), block_rows=3, tell=note
         )  # fmt: skip
 
     with pytest.raises(UserError, match=r"part-0\.jsonl:5: The choices of a row take .* All else is done; mend it"):
@@ -214,61 +220,45 @@ def test_a_row_that_cannot_be_answered_is_named_and_its_mend_redoes_its_shard_al
     after = times(output)
     assert after["day=1/part-0.jsonl"] == before["day=1/part-0.jsonl"] and after["a.jsonl"] != before["a.jsonl"]
     turned = read_answers(output / "a.jsonl")[::-1]
-    alone = by_one_process(run, tmp_path, **settings, tell=thresholds.append)
+    alone = by_one_process(run, tmp_path, **settings, tell=note)
     assert_equal(turned + answers_in(output, "jsonl")[7:], alone)
     assert len(thresholds) == 3 and thresholds[0] == thresholds[1]
     assert thresholds[0] is not None and thresholds[2] is not None
     assert thresholds[0].above == pytest.approx(thresholds[2].above, abs=1e-5)
 
 
-def trial_worker() -> type:
-    """Made here so that it travels to workers by value: they cannot import this module."""
+def test_what_kills_workers_again_and_again_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    setup = Setup("", tmp_path, tmp_path, None, PredictionSettings(), 8, {0: "rows.jsonl"})
+    worker = Worker(setup)
+    worker.predictor = object()  # type: ignore[assignment]
 
-    class Trial:
-        def ready(self) -> None:
-            pass
+    def die(*_: Any) -> list[tuple[int, str]]:
+        raise SystemExit
 
-        def note(self, path: Path) -> int:
-            with path.open("a") as file:
-                file.write("x")
-            return len(path.read_text())
-
-        def die_once(self, path: Path) -> int:
-            if not path.exists():
-                path.touch()
-                os.kill(os.getpid(), signal.SIGKILL)
-            return self.note(path)
-
-        def die(self, path: Path) -> None:
-            self.note(path)
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    return Trial
-
-
-class Elsewhere:
-    """A worker of a module that the other machines do not have."""
-
-    def ready(self) -> None:
-        pass
+    batch = pa.table({"key": [5, 6], "id": ["a", "b"], "question": ["?", "?"], "choices": [[], []], "images": [[], []]})
+    with monkeypatch.context() as patch:
+        patch.setattr(worker, "_answers", die)
+        for _ in range(ATTEMPTS):
+            with pytest.raises(SystemExit):
+                worker(batch)
+    with pytest.raises(
+        UserError,
+        match=r"3 workers died at the 2 rows from rows\.jsonl:5 on, perhaps out of memory; lower --batch-size",
+    ):
+        worker(batch)
+    monkeypatch.setattr(worker, "_answers", lambda *_: [(7, "x"), (-8, "y")])
+    assert worker(batch.slice(1)).to_pylist() == [
+        {"key": 7, "shard": 0, "answer": "x"},
+        {"key": -8, "shard": 0, "answer": "y"},
+    ]
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["5"]
 
 
-def test_a_pool_does_each_job_once_and_gives_up_one_that_kills(cluster: str, tmp_path: Path) -> None:
-    actor = ray.remote(num_cpus=1, max_restarts=0)(trial_worker())
-    pool = Pool(ray, actor.remote)
-    jobs = deque(Job("note", tmp_path / f"n{i}", ("note", i), f"note {i}") for i in range(6))
-    jobs.insert(2, Job("die_once", tmp_path / "once", ("once",), "once"))
-    results = {job.key: result for job, result in pool.do(jobs, 2)}
-    assert results == {**{("note", i): 1 for i in range(6)}, ("once",): 1}
-    assert pool.lost == 1
-    with pytest.raises(UserError, match="3 workers died at the last rows, perhaps out of memory; lower --batch-size"):
-        list(pool.do(deque([Job("die", tmp_path / "deaths", ("die",), "the last rows")]), 2))
-    assert (tmp_path / "deaths").read_text() == "x" * ATTEMPTS
-    pool.close()
-    nowhere = Pool(ray, ray.remote(num_cpus=1, max_restarts=0)(Elsewhere).remote)
-    with pytest.raises(UserError, match=r"cannot start \(.*No module named.*\); install the same scalabl"):
-        list(nowhere.do(deque([Job("note", tmp_path, ("note",), "a note")]), 1))
-    nowhere.close()
+def test_a_machine_without_the_package_is_named() -> None:
+    sentence = str(refusal(RuntimeError("trace\n\nModuleNotFoundError: No module named 'scalabl.serving'")))
+    assert sentence.startswith("Workers cannot start (") and sentence.endswith(
+        "install the same scalabl on every machine."
+    )
 
 
 @pytest.fixture
@@ -277,16 +267,16 @@ def begun(run: Path, tmp_path: Path) -> tuple[Path, Path]:
     shards, output = write_shards(tmp_path / "rows", "jsonl"), tmp_path / "answers"
     with pytest.MonkeyPatch.context() as patch:
 
-        def stop(ray: Any, work: Any, *_: Any) -> None:
-            work.manifest.decision = {**Decision("mc", None).as_dict(), "weight_bytes": 1}
-            work.begin(work.open_shards())
+        def stop(*_: Any) -> None:
             raise KeyboardInterrupt
 
-        patch.setattr(module, "_run", stop)
+        patch.setattr(module, "_resolve_remotely", lambda *_: (PredictionSettings("mc"), 1))
+        patch.setattr(module, "_workers", lambda *_: 1)
+        patch.setattr(module, "_answer", stop)
         patch.setattr(module, "connected", _no_cluster)
         patch.setattr(module, "gpus_each", lambda ray: 0)
         with pytest.raises(KeyboardInterrupt):
-            predict_shards(run, shards, output, "local", Asked(predictive="mc"))
+            predict_shards(run, shards, output, "local", PredictionSettings(predictive="mc"))
     return shards, output
 
 
@@ -312,14 +302,18 @@ def test_another_adapter_other_settings_and_lost_shards_are_refused(
     record["adapter_sha256"] = sha256(other / "adapter_model.safetensors")
     (other / "scalabl.json").write_text(json.dumps(record))
 
-    def refused(directory: Path = run, given: Path = shards, asked: Asked | None = None, **settings: Any) -> str:
+    def refused(
+        directory: Path = run, given: Path = shards, settings: PredictionSettings | None = None, **more: Any
+    ) -> str:
         with pytest.raises(UserError) as error:
-            predict_shards(directory, given, output, "127.0.0.1:1", asked or Asked(predictive="mc"), **settings)
+            predict_shards(directory, given, output, "127.0.0.1:1", settings or PredictionSettings("mc"), **more)
         return str(error.value)
 
     assert "holds answers of another adapter" in refused(other)
-    assert "other settings (samples was 10, now 3)" in refused(asked=Asked("mc", 3))
-    assert "other settings (promise was None, now {'max_error'" in refused(asked=Asked("mc", promise=Promise(0.5)))
+    assert "other settings (samples was 10, now 3)" in refused(settings=PredictionSettings("mc", 3))
+    assert "other settings (promise was None, now {'max_error'" in refused(
+        settings=PredictionSettings("mc", promise=Promise(0.5))
+    )
     assert "other settings (format was jsonl, now parquet)" in refused(format="parquet")
     assert "has answers to a, which" in refused(given=shards / "day=1")
     assert "The Ray cluster 127.0.0.1:1 cannot be reached" in _unconnected(refused)
@@ -340,7 +334,7 @@ def test_a_cluster_of_another_kind_does_not_go_on(
     monkeypatch.setattr(module, "connected", _no_cluster)
     monkeypatch.setattr(module, "gpus_each", lambda ray: 1)
     with pytest.raises(UserError, match="made on a CPU, and this cluster would go on with a GPU"):
-        predict_shards(run, *begun, "local", Asked(predictive="mc"))
+        predict_shards(run, *begun, "local", PredictionSettings(predictive="mc"))
 
 
 def test_a_second_call_waits_for_no_one(begun: tuple[Path, Path], run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -352,7 +346,7 @@ def test_a_second_call_waits_for_no_one(begun: tuple[Path, Path], run: Path, mon
         FileLock(begun[1] / ".work" / "lock"),
         pytest.raises(UserError, match="Another call writes into"),
     ):
-        predict_shards(run, *begun, "local", Asked(predictive="mc"))
+        predict_shards(run, *begun, "local", PredictionSettings(predictive="mc"))
 
 
 def test_workers_are_as_many_as_gpus_or_as_cores_and_memory_allow() -> None:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,20 @@ from tiny_base import as_json, questions, write_jsonl
 
 from scalabl.core.errors import UserError
 from scalabl.data import load_rows
-from scalabl.inference.answering import Decision
-from scalabl.serving.shard_answers import Receipt, join, receipt_of, write_answers
-from scalabl.serving.shard_manifest import ShardManifest, open_output
-from scalabl.serving.shard_work import Work
-from scalabl.serving.shards import ShardSource, blocks_of, examine, find_sources, first_rows
+from scalabl.inference.settings import PredictionSettings
+from scalabl.predictive.sampling import PLAIN
+from scalabl.serving.batch import write_answers
+from scalabl.serving.shard_manifest import Receipt, ShardManifest, count, open_output, survey
+from scalabl.serving.shards import Block, ShardSource, examine, find_sources, first_rows, key_of, place_of
 
 
 def source_of(path: Path) -> ShardSource:
     (source,) = find_sources(path)
     return source
+
+
+def blocks_of(source: ShardSource, block_rows: int, shard: int = 0) -> list[Block]:
+    return examine(source, source.stamp(), None, shard, block_rows)
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
@@ -31,25 +36,27 @@ def test_blocks_together_are_the_shards_rows_in_their_order(tmp_path: Path, suff
     sources = find_sources(write_shards(tmp_path, suffix))
     assert [source.name for source in sources] == list(SIZES)
     found = []
-    for source in sources:
-        shard = examine(source, "hash", None, block_rows)
-        blocks = blocks_of(source, shard, source.stamp())
-        assert shard.rows == SIZES[source.name] == sum(block.rows for block in blocks)
+    for i, source in enumerate(sources):
+        blocks = blocks_of(source, block_rows, shard=i)
+        assert SIZES[source.name] == sum(block.rows for block in blocks)
         # read in any order, each from its own place
-        parts = {block.index: block.read(None) for block in reversed(blocks)}
-        found += [row for index in sorted(parts) for row in parts[index]]
+        parts = {block.first: block.read(None) for block in reversed(blocks)}
+        assert [block.keys for block in blocks] == [(rows[0][0], rows[-1][0]) for _, rows in sorted(parts.items())]
+        found += [row for first in sorted(parts) for row in parts[first]]
     expected = [(row.id, row.question, row.choices) for row in all_rows()]
     assert [(row.id, row.question, row.choices) for _, row in found] == expected
-    assert found[7][0].endswith(f"part-0.{suffix}:1") and found[18][0].endswith(f"part-0.{suffix}:12")
-    assert [row for _, row in first_rows(sources, None, 9)] == [row for _, row in found[:9]]
+    assert found[7][0] == key_of(1, 1) and found[18][0] == key_of(1, 12) and place_of(found[18][0]) == (1, 12)
+    first = first_rows(sources, None, 9)
+    assert [row for _, row in first] == [row for _, row in found[:9]]
+    assert first[8][0].endswith(f"part-0.{suffix}:2")
 
 
 def test_blank_lines_bytes_and_missing_ids_keep_their_line_numbers(tmp_path: Path) -> None:
     lines = ["\ufeff" + json.dumps({"question": "grün?", "choices": ["ä", "ß"]}, ensure_ascii=False), "  ", ""]
     lines += [json.dumps({"question": f"{i}?", "choices": ["é", "b"]}, ensure_ascii=False) for i in range(4)]
     (tmp_path / "x.jsonl").write_text("\r\n".join(lines), encoding="utf-8")
-    source = source_of(tmp_path / "x.jsonl")
-    blocks = blocks_of(source, examine(source, "", None, 2), source.stamp())
+    blocks = blocks_of(source_of(tmp_path / "x.jsonl"), 2)
+    assert [(block.first, block.last, block.rows) for block in blocks] == [(1, 4, 2), (5, 6, 2), (7, 7, 1)]
     found = [row for block in blocks for _, row in block.read(None)]
     assert [row.id for row in found] == ["x:1", "x:4", "x:5", "x:6", "x:7"]
     assert tuple(found) == load_rows(tmp_path / "x.jsonl", require_answer=False)
@@ -72,7 +79,7 @@ def test_text_rows_get_the_runs_labels_in_its_order(tmp_path: Path) -> None:
     rows = first_rows([source_of(tmp_path / "x.jsonl")], ["no", "yes"], 5)
     assert [row.choices for _, row in rows] == [("no", "yes")] * 2 and rows[1][1].answer == 1
     with pytest.raises(UserError, match=r"x\.jsonl:1: a text row, but there are no labels"):
-        examine(source_of(tmp_path / "x.jsonl"), "", None, 5)
+        blocks_of(source_of(tmp_path / "x.jsonl"), 5)
 
 
 def truncated(path: Path) -> Path:
@@ -133,7 +140,7 @@ def test_bad_shards_are_refused_with_their_place(
     write(tmp_path / "rows" / name)
     sources = find_sources(tmp_path / "rows")
     with pytest.raises(UserError, match=message) as error:
-        Work.found(tmp_path / "out", "jsonl", ShardManifest({}, {}), sources, None, 5)
+        survey(tmp_path / "out", "jsonl", ShardManifest({}, {}), sources, None, 5)
     assert "\n" not in str(error.value)
     with pytest.raises(UserError, match=message):
         load_rows(tmp_path / "rows" / name, require_answer=False)
@@ -164,7 +171,7 @@ def test_what_names_no_shards(tmp_path: Path) -> None:
 
 def test_a_shard_that_changes_under_way_is_not_read(tmp_path: Path) -> None:
     source = source_of(write_jsonl(tmp_path / "x.jsonl", map(as_json, questions(6))))
-    last = blocks_of(source, examine(source, "", None, 4), source.stamp())[1]
+    last = blocks_of(source, 4)[1]
     write_jsonl(tmp_path / "x.jsonl", map(as_json, questions(7)))
     with pytest.raises(UserError, match="has changed since the work began"):
         last.read(None)
@@ -181,22 +188,19 @@ def answer(i: int, *, adaptive: bool = True) -> dict[str, Any]:
 
 @pytest.mark.parametrize("format", ["jsonl", "parquet"])
 @pytest.mark.parametrize("adaptive", [True, False])
-def test_joined_blocks_are_what_was_written(tmp_path: Path, format: str, adaptive: bool) -> None:
+def test_answers_come_back_as_they_were_given(tmp_path: Path, format: str, adaptive: bool) -> None:
     found = [answer(i, adaptive=adaptive) for i in range(7)]
     found[0]["label"] = None
-    blocks = [tmp_path / f"{i}.{format}" for i in range(3)]
-    for path, part in zip(blocks, (found[:3], found[3:4], found[4:]), strict=True):
-        write_answers(part, path, format)
-    whole = tmp_path / "deep" / f"whole.{format}"
-    join(blocks, whole, format)
+    whole, receipt = tmp_path / "deep" / f"whole.{format}", Receipt(7, 4, 21 if adaptive else None)
+    assert write_answers([json.dumps(answer) for answer in found], whole, format) == receipt
     read = read_answers(whole)
     assert read == found and [list(a["probs"]) for a in read] == [["zebra", "ant"]] * 7
-    assert receipt_of(whole, format, 7) == Receipt(7, 4, 21 if adaptive else None)
+    assert count(whole, format, 7) == receipt
     with pytest.raises(UserError, match="has 7 answers for 8 rows; delete it"):
-        receipt_of(whole, format, 8)
+        count(whole, format, 8)
     whole.write_bytes(whole.read_bytes()[:-9])
     with pytest.raises(UserError, match="no longer what was written"):
-        receipt_of(whole, format, 7)
+        count(whole, format, 7)
     assert [path.name for path in tmp_path.rglob(".*")] == []
 
 
@@ -228,12 +232,35 @@ def test_an_output_that_cannot_be_written_or_is_not_ours(tmp_path: Path) -> None
 
 def test_a_manifest_comes_back_as_it_was_written(tmp_path: Path) -> None:
     shards = write_shards(tmp_path / "rows", "jsonl")
-    sources = find_sources(shards)
-    work = Work.found(tmp_path, "jsonl", ShardManifest({"a": 1}, {"b": [2.5, None]}), sources, None, 3)
-    work.manifest.decision = Decision("mc", None).as_dict() | {"weight_bytes": 4}
-    work.manifest.device = "CPU"
-    work.manifest.receipts["a"] = Receipt(7, 3, None)
+    sources, settings = find_sources(shards), {"predictive": "auto", "samples": 10, "stochastic_layers": None}
+    settings |= {"seed": 0, "sampling": asdict(PLAIN), "abstain": 0.5, "promise": None, "format": "jsonl"}
+    manifest = ShardManifest({"a": 1}, settings)
+    manifest.shards, blocks = survey(tmp_path, "jsonl", manifest, sources, None, 3)
+    assert [shard.rows for shard in manifest.shards.values()] == [*SIZES.values()] and len(blocks) == 9
+    manifest.resolved, manifest.weight_bytes = PredictionSettings("mc", abstain=0.5, chosen="MC", why="so"), 4
+    manifest.device = "CPU"
+    manifest.receipts["a"] = Receipt(7, 3, None)
     (tmp_path / "out").mkdir()
-    work.manifest.shards = work.shards
-    work.manifest.write(tmp_path / "out")
-    assert open_output(tmp_path / "out", ShardManifest({"a": 1}, {"b": [2.5, None]}), shards, sources) == work.manifest
+    manifest.write(tmp_path / "out")
+    assert open_output(tmp_path / "out", ShardManifest({"a": 1}, settings), shards, sources) == manifest
+
+    # as version 0.1 wrote it at first
+    content = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    del content["resolved"], content["weight_bytes"]
+    chosen = {"predictive": "mc", "stochastic_layers": None, "name": "MC", "why": "so", "threshold": None}
+    content["decision"] = chosen | {"weight_bytes": 4}
+    for shard in content["shards"]:
+        del shard["index"]
+        shard |= {"block_rows": 3, "starts": [[0, 1]]}
+    (tmp_path / "out" / "manifest.json").write_text(json.dumps(content))
+    assert open_output(tmp_path / "out", ShardManifest({"a": 1}, settings), shards, sources) == manifest
+
+
+def test_a_shard_that_has_changed_gets_another_index(tmp_path: Path) -> None:
+    shards = write_shards(tmp_path / "rows", "jsonl")
+    manifest = ShardManifest({}, {})
+    manifest.shards, _ = survey(tmp_path, "jsonl", manifest, find_sources(shards), None, 512)
+    write_jsonl(shards / "day=1" / "part-0.jsonl", [ROW])
+    now, blocks = survey(tmp_path, "jsonl", manifest, find_sources(shards), None, 512)
+    assert {shard.name: shard.index for shard in now.values()} == {"a": 0, "day=1/part-0": 3, "day=2/part-0": 2}
+    assert [block.shard for block in blocks] == [0, 3, 2]

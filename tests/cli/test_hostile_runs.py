@@ -10,7 +10,6 @@ from program import Program
 from tiny_base import as_json, questions, tiny_base, write_jsonl, write_task
 
 from scalabl.core.errors import UserError
-from scalabl.inference.answering import Decision
 from scalabl.runs.record import RunRecord
 from scalabl.serving.shard_manifest import MANIFEST, ShardManifest, open_output
 from scalabl.serving.shards import find_sources
@@ -99,15 +98,15 @@ def test_results_that_cannot_be_written_are_found_before_the_first_cell(
     assert not output.exists()
 
 
-@pytest.mark.parametrize("decision", [{"x": 1}, [], {"threshold": {"above": "far"}}, Decision("mc", None).as_dict()])
-def test_manifests_that_are_none(scalabl_run: Path, tmp_path: Path, decision: Any) -> None:
+@pytest.mark.parametrize("resolved", [{"x": 1}, [], {"threshold": {"above": "far"}}, {"predictive": "mc"}])
+def test_manifests_that_are_none(scalabl_run: Path, tmp_path: Path, resolved: Any) -> None:
     write_jsonl(tmp_path / "shards" / "a.jsonl", map(as_json, questions(3)))
     sources, output = find_sources(tmp_path / "shards"), tmp_path / "answers"
     manifest = ShardManifest({"sha256": RunRecord.read_classifier(scalabl_run).adapter_sha256}, {"seed": 0})
     output.mkdir()
     manifest.write(output)
-    assert open_output(output, manifest, tmp_path / "shards", sources).decision is None
-    content = json.loads((output / MANIFEST).read_text(encoding="utf-8")) | {"decision": decision}
+    assert open_output(output, manifest, tmp_path / "shards", sources).resolved is None
+    content = json.loads((output / MANIFEST).read_text(encoding="utf-8")) | {"resolved": resolved}
     (output / MANIFEST).write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(UserError, match="is no manifest of answers; choose another --output"):
         open_output(output, manifest, tmp_path / "shards", sources)

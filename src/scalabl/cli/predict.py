@@ -108,13 +108,11 @@ def _predict_shards(
     from scalabl.serving.ray_address import require_ray
 
     require_ray()
-    from scalabl.inference.answering import Asked, settings_of
-    from scalabl.serving.ray_prediction import predict_shards
+    from scalabl.serving.batch import predict_shards
 
-    asked = Asked(**{name: getattr(settings, name) for name in Asked.__dataclass_fields__})
     done = predict_shards(
-        run, input, output, address, asked, format=format, batch_size=batch_size, block_rows=block_rows,
-        model=model, tell=lambda decision: _tell(settings_of(asked, decision)),
+        run, input, output, address, settings, format=format, batch_size=batch_size, block_rows=block_rows,
+        model=model, tell=_tell,
     )  # fmt: skip
     typer.echo(f"{done.rows:,} answers to {done.shards:,} shards in {output}")
     if done.particles is not None:

@@ -1,32 +1,47 @@
 """The output directory of a sharded prediction, and its manifest: what its answers are answers to.
 
-OUTPUT/manifest.json      the adapter, the settings, every shard with its SHA-256, and what was decided for all of them
+OUTPUT/manifest.json      the adapter, the settings, every shard with its SHA-256, and what was chosen for all of them
 OUTPUT/NAME.jsonl         (or .parquet) the answers of the shard NAME, in the order of its rows
-OUTPUT/.work/             blocks that are done of shards that are not; gone in the end
+OUTPUT/.work/             answers to rows of shards that are not done, and Ray Data's checkpoints; gone in the end
 
 A call with another adapter or other settings is refused. A shard whose content has changed loses its answers, and they
-are made anew; the decision stands, so that all shards are answered alike. Imports no torch and no Ray.
+are made anew; what was chosen stands, so that all shards are answered alike. Imports no torch and no Ray.
 """
 
 from __future__ import annotations
 
-import hashlib
+import json
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from scalabl.core import __version__
 from scalabl.core.errors import UserError
-from scalabl.core.files import read_json, write_json
-from scalabl.inference.answering import Decision
-from scalabl.serving.shard_answers import Receipt
-from scalabl.serving.shards import Shard, ShardSource, searched
+from scalabl.core.files import read_json, require_place, sha256, write_json
+from scalabl.core.progress import progress_bar
+from scalabl.inference.settings import PredictionSettings
+from scalabl.serving.shards import Block, Shard, ShardSource, examine, searched
 
 MANIFEST = "manifest.json"
 WORK = ".work"
 _OTHER = "choose another --output or delete it"
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What a file of answers has in it.
+
+    Attributes:
+        rows: how many answers.
+        answered: how many of them are not null.
+        particles: over how many particles they are averaged, all rows together; None where that is not counted.
+    """
+
+    rows: int
+    answered: int
+    particles: int | None
 
 
 @dataclass
@@ -37,7 +52,8 @@ class ShardManifest:
         adapter: what identifies it.
         settings: everything else that decides the answers.
         shards: by name.
-        decision: what was decided once for all rows; None before.
+        resolved: the settings with what was chosen once for all rows; None before.
+        weight_bytes: the size of the model, by which workers are counted.
         device: "GPU" or "CPU", which give answers of different precision; None before.
         receipts: by shard, of those that are done.
     """
@@ -45,9 +61,18 @@ class ShardManifest:
     adapter: dict[str, Any]
     settings: dict[str, Any]
     shards: dict[str, Shard] = field(default_factory=dict)
-    decision: dict[str, Any] | None = None
+    resolved: PredictionSettings | None = None
+    weight_bytes: int = 0
     device: str | None = None
     receipts: dict[str, Receipt] = field(default_factory=dict)
+
+    def begin(self, output: Path, format: str, shards: dict[str, Shard], open_shards: Set[str]) -> None:
+        """Take away the answers of shards that have changed, then note what the shards are now."""
+        for name in open_shards:
+            answers_path(output, name, format).unlink(missing_ok=True)
+            self.receipts.pop(name, None)
+        self.shards = shards
+        self.write(output)
 
     def write(self, output: Path) -> None:
         """Write it into the output directory."""
@@ -58,27 +83,17 @@ class ShardManifest:
                 "adapter": self.adapter,
                 "settings": self.settings,
                 "device": self.device,
-                "decision": self.decision,
-                "shards": [shard.as_dict() for shard in self.shards.values()],
-                "receipts": {name: receipt.as_dict() for name, receipt in self.receipts.items()},
+                "resolved": None if self.resolved is None else self.resolved.to_dict(),
+                "weight_bytes": self.weight_bytes,
+                "shards": [asdict(shard) for shard in self.shards.values()],
+                "receipts": {name: asdict(receipt) for name, receipt in self.receipts.items()},
             },
         )
-
-
-def decision_in(noted: dict[str, Any]) -> Decision:
-    """The decision that a manifest keeps beside the size of the model's weights."""
-    return Decision.from_dict({name: value for name, value in noted.items() if name != "weight_bytes"})
 
 
 def answers_path(output: Path, name: str, format: str) -> Path:
     """The file of a shard's answers."""
     return output / f"{name}.{format}"
-
-
-def block_path(output: Path, shard: Shard, index: int, format: str) -> Path:
-    """The file of a block's answers; a shard whose content has changed, or that is cut otherwise, has others."""
-    identity = hashlib.sha256(f"{shard.sha256} {shard.block_rows} {shard.name}".encode()).hexdigest()[:16]
-    return output / WORK / identity / f"{index:06d}.{format}"
 
 
 def open_output(output: Path, wanted: ShardManifest, given: Path, sources: Sequence[ShardSource]) -> ShardManifest:
@@ -98,7 +113,7 @@ def open_output(output: Path, wanted: ShardManifest, given: Path, sources: Seque
     root = searched(given)
     if root is not None and where.is_relative_to(root):
         raise UserError(f"{output} lies in {root}, where its answers would be taken for shards; {_OTHER}.")
-    _require_writable(where, output)
+    require_place(where, named=output)
     if not (output / MANIFEST).exists():
         if output.is_dir() and any(path.name != WORK for path in output.iterdir()):
             raise UserError(f"{output} is not empty and holds no {MANIFEST}; choose another --output.")
@@ -132,6 +147,84 @@ def require_device(manifest: ShardManifest, output: Path, device: str) -> None:
     manifest.device = device
 
 
+def survey(
+    output: Path,
+    format: str,
+    manifest: ShardManifest,
+    sources: Sequence[ShardSource],
+    labels: Sequence[str] | None,
+    block_rows: int,
+) -> tuple[dict[str, Shard], list[Block]]:
+    """The shards as they are now, by name, and the blocks of those that are not done.
+
+    Every shard is hashed, and read from end to end unless it is done. Answers that a killed call did not count are
+    counted.
+
+    Raises:
+        UserError: a bad row, named by file and line; a file that is empty, truncated or of another kind; a file of
+            answers that is not what was written, or that a stranger wrote.
+    """
+    shards: dict[str, Shard] = {}
+    blocks: list[Block] = []
+    index = max((shard.index for shard in manifest.shards.values()), default=-1) + 1
+    with progress_bar() as progress:
+        files = progress.add_task("reading shards", total=len(sources), detail="")
+        for source in sources:
+            progress.update(files, detail=source.name)
+            stamp, digest, known = source.stamp(), sha256(Path(source.path)), manifest.shards.get(source.name)
+            path = answers_path(output, source.name, format)
+            if known is None and path.exists():
+                raise UserError(f"{path} was not written by this command; move it away.")
+            if known is not None and known.sha256 == digest and path.is_file():
+                if source.name not in manifest.receipts:
+                    manifest.receipts[source.name] = count(path, format, known.rows)
+            else:
+                if known is None or known.sha256 != digest:
+                    known, index = Shard(source.name, digest, 0, index), index + 1
+                found = examine(source, stamp, labels, known.index, block_rows)
+                known = replace(known, rows=sum(block.rows for block in found))
+                blocks += found
+            shards[source.name] = known
+            progress.advance(files)
+    return shards, blocks
+
+
+def count(path: Path, format: str, rows: int) -> Receipt:
+    """The receipt of a shard's answers.
+
+    Args:
+        path: the file.
+        format: "jsonl" or "parquet".
+        rows: how many it must have.
+
+    Raises:
+        UserError: it has other rows, or cannot be read.
+    """
+    try:
+        if format == "parquet":
+            import pyarrow.parquet as pq
+
+            names = pq.read_schema(path).names
+            found = pq.read_table(path, columns=[name for name in ("label", "particles") if name in names]).to_pylist()
+        else:
+            with path.open(encoding="utf-8") as lines:
+                found = [{name: row.get(name) for name in ("label", "particles")} for row in map(json.loads, lines)]
+    except (OSError, ValueError) as error:  # pyarrow's ArrowInvalid is a ValueError
+        raise UserError(f"{path} is no longer what was written; delete it and run the same command again.") from error
+    if len(found) != rows:
+        raise UserError(
+            f"{path} has {len(found):,} answers for {rows:,} rows; delete it and run the same command again."
+        )
+    return receipt_of(found)
+
+
+def receipt_of(answers: Sequence[Mapping[str, Any]]) -> Receipt:
+    """The receipt of answers, at least one."""
+    adaptive = answers[0].get("particles") is not None
+    particles = sum(answer["particles"] for answer in answers) if adaptive else None
+    return Receipt(len(answers), sum(answer["label"] is not None for answer in answers), particles)
+
+
 def _read(output: Path) -> ShardManifest:
     mend = _OTHER
     missing = f"{output / MANIFEST} is no file; {mend}."
@@ -139,15 +232,20 @@ def _read(output: Path) -> ShardManifest:
         output / MANIFEST, missing=missing, mend=mend, holds=f"a manifest of answers; {mend}", key="shards"
     )
     try:
-        if made["decision"] is not None:
-            decision_in(made["decision"])
-            int(made["decision"]["weight_bytes"])
-        shards = [Shard.from_dict(shard) for shard in made["shards"]]
+        if "resolved" in made:
+            resolved, weight_bytes = made["resolved"], int(made["weight_bytes"])
+        else:
+            resolved, weight_bytes = _resolved_before(made)
+        shards = [
+            Shard(shard["name"], shard["sha256"], shard["rows"], shard.get("index", i))
+            for i, shard in enumerate(made["shards"])
+        ]
         return ShardManifest(
             adapter=made["adapter"],
             settings=made["settings"],
             shards={shard.name: shard for shard in shards},
-            decision=made["decision"],
+            resolved=None if resolved is None else PredictionSettings.from_dict(resolved),
+            weight_bytes=weight_bytes,
             device=made["device"],
             receipts={name: Receipt(**receipt) for name, receipt in made["receipts"].items()},
         )
@@ -155,13 +253,11 @@ def _read(output: Path) -> ShardManifest:
         raise UserError(f"{output / MANIFEST} is no manifest of answers; {mend}.") from error
 
 
-def _require_writable(where: Path, output: Path) -> None:
-    """Refuse a directory that could not be written or made, by a probe in it or in what there is of its parents."""
-    while not where.exists():
-        where = where.parent
-    probe = where / f".{os.getpid()}.probe"
-    try:
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"{output} cannot be written ({error.strerror}); choose another --output.") from error
+def _resolved_before(made: dict[str, Any]) -> tuple[dict[str, Any] | None, int]:
+    """The resolved settings and the weights' size in a manifest that keeps the choices alone, as "decision"."""
+    chosen = made["decision"]
+    if chosen is None:
+        return None, 0
+    settings = {name: value for name, value in made["settings"].items() if name != "format"}
+    choices = {name: chosen[name] for name in ("predictive", "stochastic_layers", "why", "threshold")}
+    return settings | choices | {"chosen": chosen["name"]}, int(chosen["weight_bytes"])

@@ -2,7 +2,8 @@
 
 A shard has a name, its path below the directory that all shards share, without the suffix. Its answers go to one file
 of that name below the output directory, so that the tree of answers is the tree of rows. It is worked in blocks of a
-fixed number of rows, which a worker can begin to read in the middle of the file. Imports no torch and no Ray.
+fixed number of rows, which a worker can begin to read in the middle of the file. A row is known everywhere by its key,
+an integer made of its shard's index and its line. Imports no torch and no Ray.
 """
 
 from __future__ import annotations
@@ -11,9 +12,8 @@ import glob
 import itertools
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from scalabl.core.errors import UserError
 from scalabl.data.example import Example
@@ -21,6 +21,7 @@ from scalabl.data.jsonl import PlacedRow, stream_rows
 from scalabl.data.training_data import with_labels
 
 SUFFIXES = (".jsonl", ".parquet")
+_LINE_BITS = 40
 
 NamedRow = tuple[str, Example]  # "file:line", the row
 
@@ -60,26 +61,16 @@ class Shard:
     """What a source holds.
 
     Attributes:
-        name: as in `Source`.
+        name: as in `ShardSource`.
         sha256: of the file.
         rows: how many.
-        block_rows: how many of them are a block.
-        starts: (place, number) of the first row of each block, as `PlacedRow` says them.
+        index: of this content alone: a shard that has changed gets another, so that its rows have other keys.
     """
 
     name: str
     sha256: str
     rows: int
-    block_rows: int
-    starts: tuple[tuple[int, int], ...]
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, made: dict[str, Any]) -> Shard:
-        """The shard that `as_dict` wrote."""
-        return cls(**made | {"starts": tuple((place, number) for place, number in made["starts"])})
+    index: int
 
 
 @dataclass(frozen=True)
@@ -88,30 +79,48 @@ class Block:
 
     Attributes:
         source: the file.
-        stamp: of the file when its shard was examined.
-        index: which block of the shard.
-        start: (place, number) of its first row.
+        stamp: of the file when it was examined.
+        shard: the index of the shard.
+        place: where its first row begins, as `PlacedRow` has it.
+        first: the line or row of its first row.
+        last: of its last one.
         rows: how many.
     """
 
     source: ShardSource
     stamp: tuple[int, int]
-    index: int
-    start: tuple[int, int]
+    shard: int
+    place: int
+    first: int
+    last: int
     rows: int
 
-    def read(self, labels: Sequence[str] | None) -> list[NamedRow]:
-        """Its rows.
+    @property
+    def keys(self) -> tuple[int, int]:
+        """The keys of its first and its last row."""
+        return key_of(self.shard, self.first), key_of(self.shard, self.last)
+
+    def read(self, labels: Sequence[str] | None) -> list[tuple[int, Example]]:
+        """Its rows and their keys.
 
         Raises:
             UserError: the file has changed since it was examined.
         """
-        place, number = self.start
-        stream = read_rows(self.source, labels, place=place, number=number)
+        stream = read_rows(self.source, labels, place=self.place, number=self.first)
         found = list(itertools.islice(stream, self.rows)) if self.source.stamp() == self.stamp else []
         if len(found) != self.rows:
             raise UserError(f"{self.source.path} has changed since the work began; run the same command again.")
-        return [(f"{self.source.path}:{row.number}", row.example) for row in found]
+        return [(key_of(self.shard, row.number), row.example) for row in found]
+
+
+def key_of(shard: int, number: int) -> int:
+    """The key of a row: 63 bits, of which its line or row in the file, counted from 1, has the lower 40."""
+    return (shard << _LINE_BITS) + number
+
+
+def place_of(key: int) -> tuple[int, int]:
+    """(index of the shard, line or row) of a key."""
+    return key >> _LINE_BITS, key & ((1 << _LINE_BITS) - 1)
 
 
 def find_sources(given: str | Path) -> list[ShardSource]:
@@ -177,36 +186,25 @@ def read_rows(
 
 
 def examine(
-    source: ShardSource,
-    sha256: str,
-    labels: Sequence[str] | None,
-    block_rows: int,
-) -> Shard:
-    """Read a source from end to end.
+    source: ShardSource, stamp: tuple[int, int], labels: Sequence[str] | None, shard: int, block_rows: int
+) -> list[Block]:
+    """Read a source from end to end, and cut it; its last block may be shorter.
 
     Args:
         source: the file.
-        sha256: of it.
+        stamp: of it.
         labels: the run's class words, None where its rows bring their own choices.
+        shard: the index of the shard.
         block_rows: rows of a block.
 
     Raises:
         UserError: a bad row, named by file and line, or a file that is empty, truncated or of another kind.
     """
-    starts, rows = [], 0
-    for row in read_rows(source, labels):
-        if rows % block_rows == 0:
-            starts.append((row.place, row.number))
-        rows += 1
-    return Shard(source.name, sha256, rows, block_rows, tuple(starts))
-
-
-def blocks_of(source: ShardSource, shard: Shard, stamp: tuple[int, int]) -> list[Block]:
-    """The blocks of a shard, in order; the last one may be shorter."""
-    return [
-        Block(source, stamp, index, start, min(shard.block_rows, shard.rows - index * shard.block_rows))
-        for index, start in enumerate(shard.starts)
-    ]
+    blocks = []
+    stream = read_rows(source, labels)
+    while rows := list(itertools.islice(stream, block_rows)):
+        blocks.append(Block(source, stamp, shard, rows[0].place, rows[0].number, rows[-1].number, len(rows)))
+    return blocks
 
 
 def first_rows(sources: Sequence[ShardSource], labels: Sequence[str] | None, number: int) -> list[NamedRow]:
