@@ -2,8 +2,9 @@
 
 import inspect
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,31 +20,81 @@ from scalabl.runs.settings import Settings, make_settings
 N = 4
 
 
+@dataclass(frozen=True)
+class Row:
+    """A method in the matrix of these tests.
+
+    Attributes:
+        method: its name.
+        particles: (particles, B, C) is what it predicts with N samples.
+        nothing: settings with which it would be another method, and what the refusal says.
+        needs: a package that is not of this project's own.
+        refits: post-hoc, fitted on the training rows of a plain LoRA; refuses other runs, and no rows.
+        members: post-hoc, fitted on runs of other seeds.
+    """
+
+    method: str
+    particles: int = 1
+    nothing: tuple[dict[str, float], str] | None = None
+    needs: str | None = None
+    refits: bool = False
+    members: bool = False
+
+
+MATRIX = [
+    Row("scalabl", N),
+    Row("mle"),
+    Row("map", nothing=({"weight_decay": 0.0}, "weight_decay is 0")),
+    Row("mc_dropout", N, nothing=({"lora_dropout": 0.0}, "lora_dropout is 0")),
+    Row("blob", N),
+    Row("monteclora"),
+    Row("ivon", N, nothing=({"beta": 0.0}, "beta is 0"), needs="ivon"),
+    Row("temperature"),
+    Row("ensemble", 2, members=True),
+    Row("laplace", 1000, refits=True),
+    Row("tfb", N, refits=True),
+    Row("subspace_laplace", 128, refits=True),  # draws of its linearised logits
+]
+
+
+def rows_of(*methods: str, **wanted: bool) -> Any:
+    """Parametrised by the rows of these methods that have what is wanted."""
+    rows = [r for r in MATRIX if r.method in methods and all(bool(getattr(r, k)) == v for k, v in wanted.items())]
+    return pytest.mark.parametrize("row", rows, ids=[row.method for row in rows])
+
+
+@pytest.fixture(autouse=True)
+def _package(request: pytest.FixtureRequest) -> None:
+    row = request.node.callspec.params.get("row") if hasattr(request.node, "callspec") else None
+    if row is not None and row.needs:
+        pytest.importorskip(row.needs)
+
+
 def log_probs(run: Run, predictive: Predictive, rows: list[Example], batch_size: int = 8) -> torch.Tensor:
     return predict(run.scorer, run.encode(rows), predictive, batch_size=batch_size)
 
 
-@pytest.mark.parametrize("method", TRAINED)
+@rows_of(*TRAINED)
 def test_a_trained_method_saves_loads_and_predicts(
-    method: str, trained: Callable[..., Path], test_rows: list[Example]
+    row: Row, trained: Callable[..., Path], test_rows: list[Example]
 ) -> None:
-    directory = trained(method)
+    directory = trained(row.method)
     first, again = load_run(directory), load_run(directory)
-    own = log_probs(first, load_method(method).predictive(first, samples=N, seed=3), test_rows)
-    assert own.shape == (N if method in SAMPLED else 1, len(test_rows), 5)
-    for i, row in enumerate(test_rows):
-        assert (own[:, i, len(row.choices) :] == -torch.inf).all()
+    own = log_probs(first, load_method(row.method).predictive(first, samples=N, seed=3), test_rows)
+    assert own.shape == (row.particles, len(test_rows), 5)
+    for i, example in enumerate(test_rows):
+        assert (own[:, i, len(example.choices) :] == -torch.inf).all()
         torch.testing.assert_close(own[:, i].exp().sum(-1), torch.ones(len(own)))
     # the same numbers from a fresh load, whatever stands beside a row
     other = log_probs(again, again.predictive(samples=N, seed=3), test_rows, batch_size=3)
     torch.testing.assert_close(own, other, atol=2e-5, rtol=0)
 
 
-@pytest.mark.parametrize("method", [m for m in SAMPLED if m in TRAINED])
+@rows_of(*(method for method in TRAINED if method in SAMPLED))
 def test_particles_are_fixed_by_their_seed_and_differ_from_each_other(
-    method: str, trained: Callable[..., Path], test_rows: list[Example]
+    row: Row, trained: Callable[..., Path], test_rows: list[Example]
 ) -> None:
-    run = load_run(trained(method))
+    run = load_run(trained(row.method))
     four = run.predictive(samples=4, seed=1)
     four.chunk = 4  # type: ignore[attr-defined]
     drawn = log_probs(run, four, test_rows)
@@ -62,7 +113,8 @@ def test_particles_are_fixed_by_their_seed_and_differ_from_each_other(
 
 
 def test_no_method_is_missing_or_has_another_signature() -> None:
-    assert set(TRAINED) | set(POST_HOC) == set(METHODS) and set(SAMPLED) <= set(METHODS)
+    assert [row.method for row in MATRIX] == list(METHODS) == [*TRAINED, *POST_HOC]
+    assert {row.method for row in MATRIX if row.particles == N} == set(SAMPLED)
     for name in METHODS:
         method = load_method(name) if name in TRAINED else load_post_hoc(name)
         assert method.name == name and method.traits.title and inspect.getdoc(method)
@@ -92,10 +144,12 @@ def test_a_methods_own_settings_hold_unless_others_are_given() -> None:
     assert make_settings({"method": "mle"}) == Settings.flat(method="mle")
 
 
-@pytest.mark.parametrize(("method", "word"), [("map", "weight_decay"), ("mc_dropout", "lora_dropout")])
-def test_a_method_that_would_be_mle_is_refused(method: str, word: str, mle: Run) -> None:
-    with pytest.raises(UserError, match=f"{word} is 0"):
-        load_method(method).adapter_config(Settings.flat(method=method), mle.scorer.model)
+@rows_of(*TRAINED, nothing=True)
+def test_a_method_that_would_be_mle_is_refused(row: Row, mle: Run) -> None:
+    assert row.nothing is not None
+    settings = make_settings({"method": row.method} | row.nothing[0])
+    with pytest.raises(UserError, match=row.nothing[1]):
+        load_method(row.method).adapter_config(settings, mle.scorer.model)
 
 
 def test_weight_decay_shrinks_both_a_and_b(trained: Callable[..., Path]) -> None:
@@ -111,23 +165,24 @@ def test_weight_decay_shrinks_both_a_and_b(trained: Callable[..., Path]) -> None
     assert any(not torch.equal(usual[name], plain[name]) for name in plain)
 
 
-@pytest.mark.parametrize("method", ["temperature", "laplace", "tfb", "subspace_laplace"])
+@rows_of(*POST_HOC)
 def test_a_post_hoc_method_saves_beside_the_adapter_and_predicts_the_same_after_loading(
-    method: str,
+    row: Row,
     trained: Callable[..., Path],
     train_rows: list[Example],
     validation_rows: list[Example],
     test_rows: list[Example],
 ) -> None:
-    directory = trained("mle", seed=5)
+    directory, method, members = trained("mle", seed=5), row.method, [trained("mle")] if row.members else []
     before = {p.name: p.read_bytes() for p in directory.iterdir() if p.is_file()}
     run, module = load_run(directory), load_post_hoc(method)
     with pytest.raises(UserError, match=f"{method} was not fitted"):
         module.predictive(run)
-    facts = module.fit(run, train_rows, validation_rows)
+    facts = module.fit(run, train_rows, validation_rows, members=members)
     assert (directory / "posthoc" / method / f"{method}.json").is_file()
     assert facts["adapter_sha256"] == run.record.adapter_sha256
     one = log_probs(run, module.predictive(run, samples=N, seed=2), test_rows)
+    assert one.shape == (row.particles, len(test_rows), 5)
     fresh = load_run(directory)
     other = log_probs(fresh, module.predictive(fresh, samples=N, seed=2), test_rows, batch_size=3)
     torch.testing.assert_close(one, other, atol=5e-5, rtol=0)
@@ -154,11 +209,11 @@ def test_what_was_fitted_on_another_adapter_is_refused(
             module.predictive(run)
 
 
-@pytest.mark.parametrize("method", ["laplace", "tfb", "subspace_laplace"])
+@rows_of(*POST_HOC, refits=True)
 def test_a_run_with_a_posterior_of_its_own_is_refused(
-    method: str, trained: Callable[..., Path], train_rows: list[Example]
+    row: Row, trained: Callable[..., Path], train_rows: list[Example]
 ) -> None:
-    run = load_run(trained("scalabl"))
+    run, method = load_run(trained("scalabl")), row.method
     with pytest.raises(UserError, match="trained by scalabl"):
         load_post_hoc(method).fit(run, train_rows, [])
     with pytest.raises(UserError, match="training rows"):

@@ -38,6 +38,7 @@ def bytes_of(tensors: list[Tensor]) -> int:
         {"covariance": "full", "target_modules": "q_proj,down_proj"},
         {"method": "mle", "layers": "last:2"},
         {"method": "blob"},
+        {"method": "ivon"},
         {"dtype": "bfloat16"},
         {"stochastic_layers": "last:1"},
     ],

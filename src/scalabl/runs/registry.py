@@ -55,6 +55,10 @@ METHODS: dict[str, Traits] = {
         settings={"prior_std": 0.2, "init_sigma": 0.05, "variational_learning_rate": 0.01, "schedule": "minibatch"},
     ),
     "monteclora": Traits("MonteCLoRA (mean)", "plain:MonteCLoRA"),
+    "ivon": Traits(
+        "IVON", "ivon:IVONLoRA", sampled=True, plain_lora=True, variational=True,
+        settings={"warmup": 0.0, "beta": 0.002, "init_sigma": 0.03},
+    ),
     "temperature": Traits("Temperature", "temperature:Temperature", post_hoc=True),
     "ensemble": Traits("Deep ensemble", "ensemble:Ensemble", post_hoc=True, members=True),
     "laplace": Traits("Laplace-LoRA", "laplace:LaplaceLoRA", post_hoc=True, logit_draws=True),

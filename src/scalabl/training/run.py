@@ -20,7 +20,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from scalabl.core import processes
 from scalabl.core.errors import UserError
-from scalabl.core.files import ADAPTER, sha256, write_json
+from scalabl.core.files import ADAPTER, sha256, write_json, writing
 from scalabl.data.assemble import TrainingRows, select_rows
 from scalabl.data.example import Task
 from scalabl.data.text_rows import TextTask
@@ -144,7 +144,8 @@ def _train(settings: Settings, output: Path, task: Task | TextTask, rows: Traini
         write_json(output / LOG, finite(log))
         digest = sha256(output / ADAPTER)
         if beside:
-            save_file(beside, output / f"{settings.method}.safetensors", metadata={"adapter_sha256": digest})
+            with writing(output / f"{settings.method}.safetensors") as unfinished:
+                save_file(beside, unfinished, metadata={"adapter_sha256": digest})
         finished = replace(record, status="finished", adapter_sha256=digest, warnings=unconverged(log))
         finished.write(output)
         shutil.rmtree(output / "checkpoints", ignore_errors=True)
