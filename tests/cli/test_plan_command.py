@@ -76,7 +76,7 @@ def test_a_recipe_is_planned_and_options_win(program: Program, configured: Path,
     found = figures(program, tmp_path, "--config", recipe, "--dtype", "bfloat16", "--card", "1GB")
     assert (found["batch"], found["sequence"], found["loss"]) == (7, 33, "letters")
     assert found["variational_parameters"] == 0 and found["recipe"]["bits"] == 8
-    whole = figures(program, tmp_path, "--config", recipe, "--bits", 16, "--batch", 2, "--card", "1GB")
+    whole = figures(program, tmp_path, "--config", recipe, "--bits", 16, "--batch", 2, "--card", "1kB")
     assert whole["recipe"]["bits"] is None and whole["batch"] == 2
     assert whole["bytes"]["weights"] > found["bytes"]["weights"]
     tight = figures(program, tmp_path, "--config", recipe, "--card", "10kB")
@@ -87,7 +87,7 @@ def test_a_recipe_is_planned_and_options_win(program: Program, configured: Path,
 def test_plain_fine_tuning_reads_every_token(program: Program, configured: Path, tmp_path: Path) -> None:
     of = {}
     for loss in ("letters", "continuation", "tokens"):
-        arguments = ("--model", configured, "--seq", 64, "--loss", loss, "--card", "1GB")
+        arguments = ("--model", configured, "--seq", 64, "--loss", loss, "--card", "1kB")
         of[loss] = figures(program, tmp_path, *arguments)["bytes"]["training_peak"]
     assert of["letters"] < of["continuation"] < of["tokens"]
 

@@ -1,1 +1,5 @@
 """Stochastic variational inference in anybody's Trainer: the ELBO callback, its schedules, its parameter group."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

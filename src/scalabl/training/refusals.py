@@ -1,6 +1,5 @@
-"""Trainings in which the KL's gradient would be lost or wrong without a word: refused by name before the first step.
-
-Which optimisers of the Trainer can train a run here: found out by a step of one, before any long work.
+"""Trainings in which the KL's gradient would be lost or wrong without a word, or whose optimiser cannot run here:
+refused by name before the first step.
 
 8-bit states (bitsandbytes, torchao) are kept for tensors of 4,096 numbers and more: those of A and B. The r numbers of
 a layer are fewer, so that their states are float32 under every optimiser.

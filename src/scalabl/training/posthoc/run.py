@@ -1,17 +1,16 @@
-"""Variational inference on the mean and sigma of s alone, A and B frozen.
+"""From a plain LoRA and rows to a finished run with a posterior.
+
+It is Laplace's (`laplace.py`), or variational inference on the mean and sigma of s alone, A and B frozen:
 
     maximise E_q[log p(y | x, s)] - KL(q || p),   q(s) = N(s_mu, Sigma), started at s_mu = 1       [ScalaBL, ELBO]
 
 The trainer and the KL's callback are those of `scalabl train`. The mean moves too, so that the mean prediction does.
-
-From a plain LoRA and rows to a finished run with a posterior.
 """
 
 from __future__ import annotations
 
 import random
 import shutil
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -46,33 +45,6 @@ from scalabl.tuner.fingerprint import fingerprint
 from scalabl.tuner.joint import save_joint, set_joint
 from scalabl.tuner.layers import stochastic_layers
 from scalabl.tuner.mean_adapter import MEAN_DIRECTORY
-
-
-def fit_variational(
-    training: Settings, scratch: Path, scorer: Scorer, rows: Sequence[Encoded]
-) -> list[dict[str, float]]:
-    """Train the posterior of a loaded ScalaBL adapter in place.
-
-    Args:
-        training: steps, batch size, learning rate and the KL's schedule.
-        scratch: a directory for the trainer's files.
-        scorer: the model.
-        rows: encoded rows with answers.
-
-    Returns:
-        what the trainer logged.
-
-    Raises:
-        Interrupted: Ctrl-C.
-    """
-    model: PeftModel = scorer.model
-    model.requires_grad_(False)
-    for leaf in stochastic_layers(model).values():
-        leaf.posterior.requires_grad_(True)
-    log, _ = optimise(training, scratch, model, scorer.scoring, scorer.trunk, list(rows))
-    model.eval()
-    return log
-
 
 # of the rows that choose a scoring, where the adapter does not say what it was trained with
 _CHOOSING_ROWS = 300
@@ -217,9 +189,14 @@ def _laplace(
 def _variational(
     source: SourceAdapter, scorer: Scorer, rows: list[Encoded], settings: PosthocSettings, directory: Path
 ) -> dict[str, Any]:
-    log = fit_variational(settings.training, directory, scorer, rows)
+    model: PeftModel = scorer.model
+    model.requires_grad_(False)
+    for leaf in stochastic_layers(model).values():
+        leaf.posterior.requires_grad_(True)
+    log, _ = optimise(settings.training, directory, model, scorer.scoring, scorer.trunk, rows)
+    model.eval()
     shutil.rmtree(directory / "checkpoints", ignore_errors=True)
-    scorer.model.save_pretrained(str(directory))
+    model.save_pretrained(str(directory))
     write_json(directory / LOG, finite(log))
     return {"bayesianized": _origin(source, settings), "warnings": unconverged(log)}
 

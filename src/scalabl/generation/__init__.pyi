@@ -1,0 +1,11 @@
+from .answer import GeneratedAnswer as GeneratedAnswer
+from .answer import Token as Token
+from .confidence import Confidence as Confidence
+from .confidence import choose_confidence as choose_confidence
+from .confidence import fit_confidence as fit_confidence
+from .decoding import Decoded as Decoded
+from .decoding import decode as decode
+from .fan_out import EnsembleDraws as EnsembleDraws
+from .fan_out import MeanDraws as MeanDraws
+from .fan_out import averaged as averaged
+from .generate import AnswerSampling as AnswerSampling
