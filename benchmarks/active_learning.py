@@ -24,7 +24,7 @@ from scalabl.core.quiet import quiet
 from scalabl.data import Example, load_task
 from scalabl.data.assemble import shuffled
 from scalabl.data.example import LETTERS
-from scalabl.data.training_data import rows_of
+from scalabl.data.load import rows_of
 from scalabl.inference.acquisition import STRATEGIES, informativeness, most_informative, random_order
 from scalabl.inference.evaluation import answers, log_probabilities
 from scalabl.metrics import evaluate

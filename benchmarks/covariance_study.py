@@ -18,7 +18,7 @@ from torch import Tensor
 
 from scalabl.core.errors import UserError
 from scalabl.data import Example, load_task
-from scalabl.data.training_data import rows_of, with_labels
+from scalabl.data.load import rows_of, with_labels
 from scalabl.runs.loading import load_run
 from scalabl.runs.method import Run
 from scalabl.runs.record import RunRecord

@@ -33,7 +33,7 @@ from torch import Tensor
 from scalabl.core.files import ADAPTER, sha256
 from scalabl.core.progress import progress_bar
 from scalabl.core.quiet import quiet
-from scalabl.data.training_data import rows_of
+from scalabl.data.load import rows_of
 from scalabl.metrics.uncertainty import average
 from scalabl.predictive import LinearizedPredictive, MonteCarloPredictive, predict
 from scalabl.predictive.sampling import DRAWS

@@ -28,7 +28,8 @@ from _common import RESULTS, ROOT, facts, load_average, write_text
 from open_answers_results import write
 
 from scalabl.core.errors import UserError
-from scalabl.data.open_questions import OpenQuestion, load_open_task
+from scalabl.data.load import load_open_task
+from scalabl.data.open_questions import OpenQuestion
 from scalabl.generation.decoding import Decoded
 from scalabl.generation.equivalence import equivalence, semantic_sets
 from scalabl.generation.evaluation import Judged, answer_questions, fit_on, judge, plain

@@ -40,7 +40,7 @@ from scalabl.core.files import ADAPTER, sha256
 from scalabl.core.progress import progress_bar
 from scalabl.core.quiet import quiet
 from scalabl.data import Example
-from scalabl.data.training_data import rows_of
+from scalabl.data.load import rows_of
 from scalabl.inference.evaluation import answers
 from scalabl.inference.predictor import run_variance, top_holding
 from scalabl.predictive import AutoPredictive, MeanPredictive, MonteCarloPredictive, Predictive

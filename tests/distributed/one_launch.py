@@ -18,7 +18,7 @@ from two_processes import killed_after, recipe
 
 from scalabl.core import processes
 from scalabl.core.errors import UserError
-from scalabl.data.training_data import rows_of
+from scalabl.data.load import rows_of
 from scalabl.inference.batch_prediction import predict_file
 from scalabl.inference.predictor import Predictor, log_probabilities
 from scalabl.inference.settings import PredictionSettings

@@ -19,7 +19,7 @@ from sharded_launch import own_trainer
 from tiny_base import tiny_base, write_task
 from two_processes import HERE, command, environment, launch, recipe
 
-from scalabl.data.training_data import rows_of
+from scalabl.data.load import rows_of
 from scalabl.inference.predictor import log_probabilities
 from scalabl.predictive import MonteCarloPredictive
 from scalabl.runs.loading import load_run

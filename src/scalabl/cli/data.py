@@ -12,8 +12,7 @@ from scalabl.cli.app import data
 @data.command("list")
 def list_benchmarks() -> None:
     """The benchmarks that are known by name."""
-    from scalabl.data.open_questions import OPEN_BENCHMARKS
-    from scalabl.data.registry import BENCHMARKS
+    from scalabl.data.registry import BENCHMARKS, OPEN_BENCHMARKS
 
     for name in (*BENCHMARKS, *OPEN_BENCHMARKS):
         typer.echo(name)
@@ -27,7 +26,7 @@ def get_benchmarks(
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
-    from scalabl.data.training_data import get
+    from scalabl.data.load import get
 
     with Progress(
         TextColumn("{task.description}"), BarColumn(), DownloadColumn(), console=Console(stderr=True), transient=True

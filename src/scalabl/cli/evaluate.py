@@ -52,7 +52,7 @@ def evaluate(
     On open questions (nq-open, triviaqa, sciq, or JSONL rows with "answers"): how often answers are right, and for each
     score how well it tells which are wrong; the confidence fitted on validation questions is kept for generate.
     """
-    from scalabl.data.open_questions import is_open
+    from scalabl.data.load import is_open
 
     if is_open(data):
         from scalabl.cli.open_questions import evaluate_open, refuse_options
@@ -66,7 +66,7 @@ def evaluate(
             max_new_tokens=max_new_tokens, answers=answers, equivalence=equivalence, json=json, model=model,
         )  # fmt: skip
     from scalabl.core.files import require_writable, write_json
-    from scalabl.data.training_data import rows_of
+    from scalabl.data.load import rows_of
 
     record = RunRecord.read_classifier(run)
     settings = options.prediction_settings(

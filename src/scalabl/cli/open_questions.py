@@ -53,7 +53,7 @@ def evaluate_open(
         UserError: bad data or options, or a run that is not finished.
     """
     from scalabl.core.files import require_writable, write_json
-    from scalabl.data.open_questions import load_open_task
+    from scalabl.data.load import load_open_task
     from scalabl.runs.record import RunRecord
 
     RunRecord.read_finished(run)

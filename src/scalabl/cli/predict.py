@@ -60,7 +60,7 @@ def predict(
     """
     from scalabl.core.files import require_writable
     from scalabl.data.jsonl import load_rows
-    from scalabl.data.training_data import with_labels
+    from scalabl.data.load import with_labels
     from scalabl.runs.record import RunRecord
 
     record = RunRecord.read_classifier(run)

@@ -64,7 +64,7 @@ def train(
     """Train a LoRA adapter with a posterior (or without, --method mle)."""
     given = {k: v for k, v in locals().items() if k not in ("output", "config", "ignore_memory", "json")}
     from scalabl.core.files import require_writable, write_json
-    from scalabl.data.training_data import load_training_task
+    from scalabl.data.load import load_training_task
     from scalabl.runs.directory import claim, hold
 
     settings = make_settings(given, config)

@@ -21,23 +21,23 @@ ADAPTER = "adapter_model.safetensors"
 JOINT = "joint_covariance.safetensors"
 
 
-def read_json(path: Path, *, missing: str, mend: str, holds: str, key: str | None = None) -> dict[str, Any]:
+def read_json(path: Path, *, missing: str, mend: str, expected: str, key: str | None = None) -> dict[str, Any]:
     """The mapping in a JSON file.
 
     Args:
         path: the file.
         missing: what to say where it is not there.
         mend: what to do about a file that is not JSON: the end of a sentence, without its full stop.
-        holds: what the file must hold, and what to do where it does not: the end of a sentence likewise.
+        expected: what the file must hold, and what to do where it does not: the end of a sentence likewise.
         key: a name that the mapping must have.
 
     Raises:
-        UserError: the file is not there, cannot be read, or holds something else.
+        UserError: the file is not there, cannot be read, or has something else in it.
     """
-    return _read(path, json.loads, "readable JSON", missing, mend, holds, key)
+    return _read(path, json.loads, "readable JSON", missing, mend, expected, key)
 
 
-def read_yaml(path: Path, *, missing: str, mend: str, holds: str, key: str | None = None) -> dict[str, Any]:
+def read_yaml(path: Path, *, missing: str, mend: str, expected: str, key: str | None = None) -> dict[str, Any]:
     """The mapping in a YAML file; as `read_json`."""
     import yaml
 
@@ -50,11 +50,11 @@ def read_yaml(path: Path, *, missing: str, mend: str, holds: str, key: str | Non
         except yaml.YAMLError as error:
             raise ValueError(str(error).splitlines()[0]) from error
 
-    return _read(path, parse, "YAML", missing, mend, holds, key)
+    return _read(path, parse, "YAML", missing, mend, expected, key)
 
 
 def _read(
-    path: Path, parse: Callable[[str], Any], kind: str, missing: str, mend: str, holds: str, key: str | None
+    path: Path, parse: Callable[[str], Any], kind: str, missing: str, mend: str, expected: str, key: str | None
 ) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(missing)
@@ -67,7 +67,7 @@ def _read(
     except ValueError as error:
         raise UserError(f"{path} is not {kind} ({error}); {mend}.") from error
     if not isinstance(content, dict) or (key is not None and key not in content):
-        raise UserError(f"{path} must hold {holds}.")
+        raise UserError(f"{path} must hold {expected}.")
     return content
 
 

@@ -47,12 +47,12 @@ def is_first_on_machine() -> bool:
 
 
 def is_sharded() -> bool:
-    """Whether the launcher asked for FSDP: the base's weights are then spread over the processes."""
+    """Whether the launcher sets up FSDP: the base's weights are then spread over the processes."""
     return world_size() > 1 and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
 
 
 def uses_deepspeed() -> bool:
-    """Whether the launcher asked for DeepSpeed."""
+    """Whether the launcher sets up DeepSpeed."""
     return os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
 
 
@@ -79,10 +79,10 @@ def connect() -> None:
 
 
 def let_cpus_shard() -> None:
-    """Let a Trainer that is made next shard on the CPU too, where FSDP was asked for; after its arguments were made.
+    """Let a Trainer that is made next shard on the CPU too, under FSDP; to be called after its arguments were made.
 
     Accelerate shards on accelerators alone and on the CPU trains with DDP without a word. FSDP 2 itself works there, so
-    that its state is told that this is an accelerator: slow, but the same code.
+    that its state gets the type of an accelerator: slow, but the same code.
     """
     if not is_sharded():
         return
@@ -114,11 +114,11 @@ def on_main(work: Callable[[], T]) -> T:
             raise
         _store().set(key, json.dumps({"result": result}))
         return result
-    said = json.loads(_store().get(key))
-    if "error" in said:
-        raise UserError(said["error"])
-    told: T = said["result"]
-    return told
+    message = json.loads(_store().get(key))
+    if "error" in message:
+        raise UserError(message["error"])
+    sent: T = message["result"]
+    return sent
 
 
 def first_on_each_machine(work: Callable[[], T]) -> T:

@@ -8,9 +8,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from scalabl.core.processes import is_main
 
 
-def progress_bar(console: Console | None = None) -> Progress:
+def progress_bar() -> Progress:
     """A bar on standard error: what, how many of how many, time gone, time left."""
-    console = console or Console(stderr=True)
+    console = Console(stderr=True)
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),

@@ -64,9 +64,9 @@ def holding_variance(depths: Mapping[str, int], variances: Mapping[str, float], 
     """
     levels = sorted(set(depths.values()), reverse=True)
     total = sum(variances.values())
-    held = 0.0
+    covered = 0.0
     for number, level in enumerate(levels, start=1):
-        held += sum(variances[name] for name, depth in depths.items() if depth == level)
-        if held >= share * total * (1 - 1e-9):
+        covered += sum(variances[name] for name, depth in depths.items() if depth == level)
+        if covered >= share * total * (1 - 1e-9):
             return f"last:{number}"
     return f"last:{len(levels)}"

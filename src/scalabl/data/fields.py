@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from scalabl.core.errors import UserError
@@ -40,7 +39,17 @@ def check_keys(raw: dict[str, Any], where: str, text_row: bool, require_answer: 
             raise UserError(f'{where}: no "{key}"; every row needs {", ".join(keys)}.')
 
 
-def text_of(raw: dict[str, Any], key: str, where: str) -> str:
+def require_keys(raw: Mapping[str, Any], keys: Sequence[str], where: str) -> None:
+    """Refuse a row that lacks one of the keys, or has others beside them and its id."""
+    for key in raw:
+        if key not in (*keys, "id"):
+            raise UserError(f"{where}: unknown key {key!r}; leave it out, a row has {', '.join(keys)} and id.")
+    for key in keys:
+        if key not in raw:
+            raise UserError(f'{where}: no "{key}"; every row needs {", ".join(keys)}.')
+
+
+def text_of(raw: Mapping[str, Any], key: str, where: str) -> str:
     """The text of one key, stripped; blank or not a text: refused."""
     return _text(raw[key], f'"{key}"', where)
 
@@ -50,31 +59,6 @@ def row_id(raw: Mapping[str, Any], where: str, name: str) -> str:
     if "id" not in raw:
         return name
     return str(raw["id"]) if type(raw["id"]) is int else _text(raw["id"], '"id"', where)
-
-
-class Ids:
-    """The ids of a file's rows, each of which must be a row's own.
-
-    Args:
-        path: the file.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._line: dict[str, int] = {}
-
-    def add(self, name: str, number: int) -> None:
-        """Take note of the id of line `number`.
-
-        Raises:
-            UserError: an earlier row has it.
-        """
-        if name in self._line:
-            raise UserError(
-                f"{self._path}:{number}: the id {name!r} is also that of {self._path}:{self._line[name]}; give every "
-                "row its own."
-            )
-        self._line[name] = number
 
 
 def label_of(raw: dict[str, Any], where: str) -> str:

@@ -11,8 +11,7 @@ from collections.abc import Iterable
 from scalabl.core.errors import UserError
 from scalabl.data.assemble import part_examples
 from scalabl.data.example import Example
-from scalabl.data.normalise import RawRow
-from scalabl.data.registry import Benchmark
+from scalabl.data.registry import Benchmark, RawRow
 
 REACH_SECONDS = 4.0  # how long the Hub may take to say that it is there
 
@@ -26,7 +25,7 @@ def offline() -> bool:
 
 
 def reachable(seconds: float = REACH_SECONDS) -> bool:
-    """Whether the Hub answers within ``seconds``: asked first, because ``datasets`` retries for minutes."""
+    """Whether the Hub answers within ``seconds``: tried first, because ``datasets`` retries for minutes."""
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     answers: list[bool] = []
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 from pathlib import Path
 from typing import Any
 
 from scalabl.core.errors import UserError, one_line
+from scalabl.core.files import sha256
 
 KEY = "image"
 
@@ -71,8 +71,7 @@ def image_digest(path: str) -> str:
 
 @functools.lru_cache(maxsize=100_000)
 def _digest(path: str, _size: int, _changed: int) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256(Path(path))
 
 
 def _unreadable(path: str | Path, where: str, error: BaseException) -> str:

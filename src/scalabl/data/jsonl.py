@@ -15,11 +15,9 @@ from typing import Any
 
 from scalabl.core.errors import UserError
 from scalabl.data.example import Example, Task, check, first_duplicate
-from scalabl.data.fields import Ids, answer_index, check_keys, choices_of, is_text_row, label_of, row_id, text_of
+from scalabl.data.fields import answer_index, check_keys, choices_of, is_text_row, label_of, row_id, text_of
 from scalabl.data.images import images_of
-from scalabl.data.records import read_objects, read_parquet_objects
-
-SPLITS = ("train", "validation", "test")
+from scalabl.data.records import Ids, name_of, read_fields, split_files
 
 
 @dataclass(frozen=True)
@@ -89,17 +87,6 @@ def stream_rows(
         yield PlacedRow(at, int(row.where.rpartition(":")[2]), _example(row, None if labels is None else tuple(labels)))
 
 
-def read_fields(path: Path, *, place: int = 0, line: int = 1) -> Iterator[tuple[int, int, dict[str, Any]]]:
-    """Yield (place, number, fields) of every row of a ``.jsonl`` or ``.parquet`` file, unchecked.
-
-    Raises:
-        UserError: the file cannot be read, or is empty, truncated or of another kind.
-    """
-    if path.suffix == ".parquet":
-        return read_parquet_objects(path, place=place)
-    return read_objects(path, place=place, line=line)
-
-
 def load_jsonl_task(path: str | Path) -> Task:
     """Read a user's data as a task.
 
@@ -125,37 +112,16 @@ def load_jsonl_task(path: str | Path) -> Task:
     return Task(name=name_of(path), splits=splits, labels=labels, source=str(path), licence="unknown")
 
 
-def split_files(path: Path) -> dict[str, Path]:
-    """The file of each split that there is; a file alone is the train split.
-
-    Raises:
-        UserError: there is nothing, or none of the splits.
-    """
-    if not path.exists():
-        raise UserError(f"{path} does not exist; give a .jsonl file or a directory that holds train.jsonl.")
-    if not path.is_dir():
-        return {"train": path}
-    files = {split: path / f"{split}.jsonl" for split in SPLITS if (path / f"{split}.jsonl").exists()}
-    if not files:
-        raise UserError(f"{path} holds none of train.jsonl, validation.jsonl, test.jsonl; name your files so.")
-    return files
-
-
-def name_of(path: Path) -> str:
-    """What the user's data are called: after their directory, or their file."""
-    return path.resolve().name if path.is_dir() else path.stem
-
-
 def _parse_file(path: Path, require_answer: bool) -> list[_Row]:
     return [row for _, row in _parse(path, path.stem, require_answer)]
 
 
 def _parse(path: Path, name: str, require_answer: bool, *, place: int = 0, line: int = 1) -> Iterator[tuple[int, _Row]]:
-    ids, text_rows = Ids(path), None
+    ids, text_rows = Ids(), None
     for at, number, raw in read_fields(path, place=place, line=line):
         where = f"{path}:{number}"
         row = _parse_row(raw, where, f"{name}:{number}", require_answer, path.parent)
-        ids.add(row.id, number)
+        ids.add(row.id, where)
         if text_rows is not None and (row.choices is None) != text_rows:
             raise UserError(f"{where}: text rows and question rows in one file; keep to one kind of row.")
         text_rows = row.choices is None

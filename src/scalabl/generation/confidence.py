@@ -103,7 +103,7 @@ class Confidence:
             path,
             missing=f"There is no fitted confidence {path}; fit one on validation answers first.",
             mend="fit the confidence again",
-            holds="a fitted confidence; fit it again",
+            expected="a fitted confidence; fit it again",
             key="kind",
         )
         try:

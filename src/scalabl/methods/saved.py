@@ -60,7 +60,7 @@ class SavedMethod(PostHocMethod):
         path = self.directory_of(run) / f"{self.name}.json"
         missing = f"{self.name} was not fitted on the run in {run.directory}; call load_post_hoc({self.name!r}).fit."
         mend = f"fit {self.name} again"
-        facts = read_json(path, missing=missing, mend=mend, holds=f"what {self.name} fitted; {mend}")
+        facts = read_json(path, missing=missing, mend=mend, expected=f"what {self.name} fitted; {mend}")
         if facts.get("adapter_sha256") != run.record.adapter_sha256:
             raise UserError(f"{path} was fitted on another adapter than the one in {run.directory}; {mend}.")
         return facts

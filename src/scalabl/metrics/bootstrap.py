@@ -55,7 +55,7 @@ def interval(
 
     Resampling adds noise to each bin of ECE and the absolute value turns noise into bias: its plain
     percentiles can lie wholly above the figure they belong to. So mean(draws) - value is taken off both ends;
-    for the other metrics that bias is nil. Ends are held within `bounds`. Undefined resamples (NaN) are left
+    for the other metrics that bias is nil. Ends are kept within `bounds`. Undefined resamples (NaN) are left
     out.
     """
     draws = draws[~draws.isnan()]
@@ -96,7 +96,7 @@ def judged(
     return {name: found[name] for name in figures}
 
 
-def check_settings(bootstrap: int, confidence: float, num_bins: int = 1) -> None:
+def check_settings(bootstrap: int = 1, confidence: float = 0.95, num_bins: int = 1) -> None:
     """Raises UserError unless there is at least one resample and one bin, and 0 < confidence < 1."""
     if bootstrap < 1:
         raise UserError(f"bootstrap must be at least 1 resample, not {bootstrap}; 1000 is usual.")

@@ -97,7 +97,7 @@ def paired_difference(
 ) -> Metric:
     """metric(a) - metric(b) on the same rows, (n, C) and (n,), with the interval of the paired bootstrap.
 
-    An interval that holds 0 says that these rows cannot tell the two apart. None, with the reason, where the
+    An interval with 0 in it says that these rows cannot tell the two apart. None, with the reason, where the
     metric is undefined for one of them.
 
     Raises:

@@ -60,7 +60,7 @@ class Rows:
     def __init__(self, probs: Tensor, labels: Tensor, num_bins: int) -> None:
         self.confidence, answer = probs.max(dim=1)
         self.correct = (answer == labels).double()
-        # Held above 0, or one impossible answer would make the whole figure infinite: 708 nats at most a row.
+        # Kept above 0, or one impossible answer would make the whole figure infinite: 708 nats at most a row.
         label_prob = probs.gather(1, labels[:, None]).squeeze(1)
         self.nll = -label_prob.clamp(min=torch.finfo(torch.float64).tiny).log()
         # sum_c (p_c - y_c)^2 = sum_c p_c^2 - 2 p_label + 1: a choice that is missing (p = 0) adds nothing.
@@ -84,7 +84,7 @@ class Ranking:
 
 
 def bin_of(confidence: Tensor, num_bins: int) -> Tensor:
-    """The equal-width bin [b / num_bins, (b + 1) / num_bins) of each confidence; the last one holds 1 too."""
+    """The equal-width bin [b / num_bins, (b + 1) / num_bins) of each confidence; the last one takes 1 too."""
     edges = torch.linspace(0, 1, num_bins + 1, dtype=torch.float64)
     return (torch.bucketize(confidence, edges, right=True) - 1).clamp(0, num_bins - 1)
 
@@ -181,15 +181,15 @@ class Bin:
     accuracy_high: float | None
 
 
-def reliability(probs: Tensor, labels: Tensor, num_bins: int = 15, *, level: float = 0.95) -> list[Bin]:
+def reliability(probs: Tensor, labels: Tensor, num_bins: int = 15) -> list[Bin]:
     """The bins of the reliability diagram of probs (n, C) and labels (n,); ECE is their weighted mean gap.
 
-    Intervals: Wilson 1927, at the confidence `level`.
+    Intervals: Wilson 1927, at the confidence 0.95.
 
     Raises:
         UserError: as `evaluate`.
     """
-    check_settings(1, level, num_bins)
+    check_settings(num_bins=num_bins)
     probs, labels = checked(probs, labels)
     confidence, answer = probs.max(dim=1)
     correct, index = (answer == labels).double(), bin_of(confidence, num_bins)
@@ -201,7 +201,7 @@ def reliability(probs: Tensor, labels: Tensor, num_bins: int = 15, *, level: flo
             bins.append(Bin(low, high, 0, None, None, None, None))
             continue
         mean, accuracy = confidence[here].mean().item(), correct[here].mean().item()
-        bins.append(Bin(low, high, count, mean, accuracy, *_wilson(accuracy, count, level)))
+        bins.append(Bin(low, high, count, mean, accuracy, *_wilson(accuracy, count)))
     return bins
 
 
@@ -234,8 +234,8 @@ def risk_by_coverage(confidence: Tensor, errors: Tensor) -> tuple[Tensor, Tensor
     return k / n, expected / k
 
 
-def _wilson(share: float, count: int, level: float) -> tuple[float, float]:
-    z = NormalDist().inv_cdf(0.5 + level / 2)
+def _wilson(share: float, count: int) -> tuple[float, float]:
+    z = NormalDist().inv_cdf(0.975)
     centre = (share + z * z / (2 * count)) / (1 + z * z / count)
     half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count)) / (1 + z * z / count)
     return max(0.0, centre - half), min(1.0, centre + half)

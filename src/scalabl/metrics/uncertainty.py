@@ -48,7 +48,7 @@ def decompose(log_probs: Tensor) -> Uncertainty:
     """
     log_probs = _checked(log_probs)
     total = _entropy(_log_mean(log_probs))
-    # Rounding may leave the difference at -1e-16; held at zero, the three numbers still add up.
+    # Rounding may leave the difference at -1e-16; kept at zero, the three numbers still add up.
     aleatoric = torch.minimum(_entropy(log_probs).sum(dim=0) / particles_used(log_probs), total)
     return Uncertainty(total=total, aleatoric=aleatoric, epistemic=total - aleatoric)
 

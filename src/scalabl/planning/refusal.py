@@ -13,7 +13,7 @@ from typing import Any
 
 from scalabl.core.errors import UserError
 from scalabl.data.assemble import select_rows
-from scalabl.data.training_data import load_training_task
+from scalabl.data.load import load_training_task
 from scalabl.planning.memory import in_words, machine_device, machine_memory
 from scalabl.planning.meta_model import read_config
 from scalabl.planning.plan import Planner, StepUse

@@ -31,7 +31,7 @@ def require_adapter(directory: Path) -> dict[str, Any]:
         path,
         missing=missing.format(directory, CONFIG),
         mend="restore the file",
-        holds="an adapter's configuration; restore the file",
+        expected="an adapter's configuration; restore the file",
     )
     if not (directory / ADAPTER).is_file():
         raise UserError(missing.format(directory, ADAPTER))

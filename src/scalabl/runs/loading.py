@@ -18,8 +18,8 @@ from scalabl.runs.models import load_base
 from scalabl.runs.record import RunRecord
 from scalabl.scoring.scorer import Scorer, make_scoring
 from scalabl.scoring.trunk import Trunk
-from scalabl.tuner.fingerprint import fingerprint, same_base
 from scalabl.tuner.joint import load_joint, set_joint
+from scalabl.tuner.model import fingerprint, same_base
 
 
 def load_adapter(model: Any, directory: Path) -> PeftModel:

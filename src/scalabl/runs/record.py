@@ -93,7 +93,7 @@ class RunRecord:
             raise UserError(f"There is no run directory {directory}; make one with scalabl train --output {directory}.")
         missing = f"{directory} holds no {RECORD}, so it is no run; make one with scalabl train."
         holds = f"a run's record; {_MEND}"
-        content = read_json(path, missing=missing, mend=_MEND, holds=holds, key="recipe")
+        content = read_json(path, missing=missing, mend=_MEND, expected=holds, key="recipe")
         if not isinstance(content["recipe"], dict):
             raise UserError(f"{path} must hold {holds}.")
         if content.get("version", VERSION) != VERSION:

@@ -294,7 +294,7 @@ def make_settings(values: Mapping[str, Any], recipe: Path | None = None) -> Sett
     named: dict[str, Any] = {}
     if recipe is not None:
         form = "settings as name: value lines"
-        content = read_yaml(recipe, missing=f"There is no recipe {recipe}.", mend=f"write {form}", holds=form)
+        content = read_yaml(recipe, missing=f"There is no recipe {recipe}.", mend=f"write {form}", expected=form)
         for name, value in content.items():
             named |= value if name in PANELS and isinstance(value, dict) else {name: value}
     named |= {name: value for name, value in values.items() if value is not None}

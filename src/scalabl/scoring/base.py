@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, Protocol, Self
@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from scalabl.core.errors import UserError
 from scalabl.data.example import Example
-from scalabl.scoring.images import ImageReader, RowImages, image_fields, image_reader
+from scalabl.scoring.images import BatchImages, ImageReader, RowImages, batch_images, image_reader
 
 
 class Prefix(Protocol):
@@ -40,6 +40,17 @@ class Encoded:
     trunk: Tensor | None = None  # (T, d) the frozen trunk's output, where it is cached
     images: RowImages | None = None
 
+    def part(self, where: slice | list[int]) -> Self:
+        """The row with some of its tokens alone."""
+        at = list(range(len(self.input_ids)))[where] if isinstance(where, slice) else where
+        return replace(
+            self,
+            input_ids=[self.input_ids[i] for i in at],
+            position_ids=[self.position_ids[i] for i in at],
+            segments=[self.segments[i] for i in at],
+            trunk=None if self.trunk is None else self.trunk[at],
+        )
+
 
 @dataclass
 class Batch:
@@ -52,8 +63,6 @@ class Batch:
     what stands before every row; it is encoded once for each of `particles`, which equal parts of the rows carry in
     this order (None: the model's state without particles).
 
-    `image_of` (B, T) is 0 for text and k for the k-th image of a row, whose pixels are those of row `picture` (B,) in
-    `pixels` (see `scoring.images`): copies of a row share them. `both_ways`: an image's tokens all see each other.
     """
 
     input_ids: Tensor
@@ -66,22 +75,22 @@ class Batch:
     start: int | None = None
     prefix: Prefix | None = None
     particles: tuple[Hashable, ...] = (None,)
-    image_of: Tensor | None = None
-    picture: Tensor | None = None
-    pixels: dict[str, Tensor] | None = None
-    both_ways: bool = False
+    images: BatchImages | None = None
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
 
-    def _map(self, f: Any) -> Batch:
-        tensors = {x.name: getattr(self, x.name) for x in fields(self) if isinstance(getattr(self, x.name), Tensor)}
-        return replace(self, **{name: f(tensor) for name, tensor in tensors.items()})
+    def _map(self, f: Callable[[Tensor], Tensor]) -> Batch:
+        values = {x.name: getattr(self, x.name) for x in fields(self)}
+        changed: dict[str, Any] = {name: f(value) for name, value in values.items() if isinstance(value, Tensor)}
+        if self.images is not None:
+            changed["images"] = self.images.map(f)
+        return replace(self, **changed)
 
     def to(self, device: torch.device | str) -> Batch:
         moved = self._map(lambda t: t.to(device))
-        if self.pixels is not None:
-            moved.pixels = {name: tensor.to(device) for name, tensor in self.pixels.items()}
+        if moved.images is not None:
+            moved.images = moved.images.with_pixels_on(device)
         return moved
 
     def select(self, rows: Tensor) -> Batch:
@@ -159,7 +168,7 @@ class Scoring(ABC):
             answers=torch.tensor([-100 if row.answer is None else row.answer for row in rows]),
             keep=max(1 + sum(segment > 0 for segment in row.segments) for row in rows),
             trunk=trunk,
-            **image_fields([row.images for row in rows], input_ids),
+            images=batch_images([row.images for row in rows], input_ids),
         )
 
     def images_of(self, example: Example) -> RowImages | None:
@@ -175,7 +184,7 @@ class Scoring(ABC):
         return image_reader(self.tokenizer)
 
     def prompt_ids(self, question: str, images: RowImages | None = None) -> list[int]:
-        """The prompt's tokens, through the chat template if asked for; images stand in front of the question.
+        """The prompt's tokens, through the chat template where `chat`; images stand in front of the question.
 
         Raises:
             UserError: an image cannot be read.
@@ -248,10 +257,9 @@ def attention_mask(batch: Batch, dtype: torch.dtype, window: int | None = None) 
     prefix = torch.arange(before, device=segments.device).expand(rows, -1)
     key = torch.cat([torch.zeros_like(prefix), segments], dim=1)[:, None, :]
     allowed = causal & (key >= 0) & ((key == 0) | (key == segments[:, :, None]))
-    if batch.both_ways and batch.image_of is not None:
-        allowed = allowed | (
-            (batch.image_of > 0)[:, None, :] & (batch.image_of[:, None, :] == batch.image_of[:, :, None])
-        )
+    if batch.images is not None and batch.images.both_ways:
+        of = batch.images.of
+        allowed = allowed | ((of > 0)[:, None, :] & (of[:, None, :] == of[:, :, None]))
     if window is not None:
         near = positions[:, :, None] - torch.cat([prefix, positions], dim=1)[:, None, :] < window
         allowed = allowed & near

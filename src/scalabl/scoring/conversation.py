@@ -69,7 +69,7 @@ def conversation_tokens(
         where: how a refusal names the row.
 
     Raises:
-        UserError: the template neither marks the assistant's turns nor can they be told by what is before them.
+        UserError: the template neither marks the assistant's turns nor do they show by what is before them.
     """
     if _GENERATION.search(tokenizer.get_chat_template()):
         return _by_mask(tokenizer, messages, first, where)

@@ -7,16 +7,20 @@ tokens have a position for time, height and width, and Gemma 3, whose image toke
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoImageProcessor
 
 from scalabl.core.errors import UserError
 from scalabl.data.images import open_image
+from scalabl.tuner.layers import language_side, unwrap
 
 QWEN, GEMMA = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), ("gemma3",)
 
@@ -143,29 +147,119 @@ class RowImages:
     reader: ImageReader
 
 
-def image_fields(rows: Sequence[RowImages | None], input_ids: Tensor) -> dict[str, Any]:
-    """The fields of a batch whose rows have images; none where no row has any.
+@dataclass(frozen=True)
+class BatchImages:
+    """The images of a batch; copies of a row (its particles) share their pixels.
 
-    Args:
-        rows: B rows' images.
-        input_ids: (B, T).
-
-    Returns:
-        image_of (B, T), 0 for text and k for the k-th image of the row; picture (B,), the row's place among the pixels;
-        pixels: the image side's inputs with the number of images of each row, "counts" (B,).
+    Attributes:
+        of: (B, T), 0 for text and k for the k-th image of the row.
+        picture: (B,), the row's place among the pixels.
+        pixels: the image side's inputs, images behind each other, and how many each place has, "counts".
+        both_ways: whether the tokens of an image see each other in both directions.
     """
+
+    of: Tensor
+    picture: Tensor
+    pixels: dict[str, Tensor]
+    both_ways: bool
+
+    def map(self, f: Callable[[Tensor], Tensor]) -> BatchImages:
+        """With what belongs to rows changed, and the pixels as they are."""
+        return replace(self, of=f(self.of), picture=f(self.picture))
+
+    def with_pixels_on(self, device: torch.device | str) -> BatchImages:
+        """With the pixels on another device."""
+        return replace(self, pixels={name: tensor.to(device) for name, tensor in self.pixels.items()})
+
+
+def batch_images(rows: Sequence[RowImages | None], input_ids: Tensor) -> BatchImages | None:
+    """The images of a batch's rows (B) of tokens (B, T); None where no row has any."""
     present = [row for row in rows if row is not None]
     if not present:
-        return {}
+        return None
     reader = present[0].reader
     is_image = input_ids == reader.token_id
     begins = is_image & ~torch.nn.functional.pad(is_image, (1, 0))[:, :-1]
     parts = [row.reader.pixels(row.paths, row.row) for row in present]
     pixels = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     pixels["counts"] = torch.tensor([0 if row is None else len(row.paths) for row in rows])
-    return {
-        "image_of": begins.cumsum(dim=1) * is_image,
-        "picture": torch.arange(len(rows)),
-        "pixels": pixels,
-        "both_ways": reader.both_ways,
-    }
+    return BatchImages(begins.cumsum(dim=1) * is_image, torch.arange(len(rows)), pixels, reader.both_ways)
+
+
+class ImageRows(Protocol):
+    """What is read of a batch (`scalabl.scoring.base.Batch`)."""
+
+    input_ids: Tensor
+    position_ids: Tensor
+    segments: Tensor
+    images: BatchImages | None
+
+
+def image_inputs(model: nn.Module, batch: ImageRows) -> dict[str, Any]:
+    """Keywords of the model's forward pass: pixels or what was seen in them, positions; none where no row has images.
+
+    Particles are copies of rows: the image side, which is not adapted, sees an image once for all of them.
+    """
+    if batch.images is None:
+        return {}
+    pixels = batch.images.pixels
+    base: Any = unwrap(model)
+    base = base.get_base_model() if hasattr(base, "get_base_model") else base
+    counts = pixels["counts"].tolist()
+    starts = [sum(counts[:place]) for place in range(len(counts))]
+    images = [starts[place] + i for place in batch.images.picture.tolist() for i in range(counts[place])]
+    if not images:
+        return {}
+    distinct = sorted(set(images))
+    found = _positions(base.model, batch, batch.images, images)
+    shares = "mm_encoder_outputs" in inspect.signature(base.forward).parameters
+    if len(distinct) == len(images) or not shares or _image_side_is_adapted(base):
+        return found | _of_images(pixels, images)
+    with torch.no_grad():
+        seen = base.model.get_image_features(**_of_images(pixels, distinct), return_dict=True)
+    places = [distinct.index(image) for image in images]
+    return found | {"mm_encoder_outputs": {"image": _repeated(seen, places)}}
+
+
+def _positions(core: Any, batch: ImageRows, found: BatchImages, images: list[int]) -> dict[str, Tensor]:
+    """Positions (3, B, T) in time, height and width, where the model has such: the model's own for the prompt, and for
+    the choices behind it as for text, each choice beginning where the prompt ends."""
+    if not hasattr(core, "get_rope_index"):
+        return {}
+    positions, behind = core.get_rope_index(
+        batch.input_ids,
+        mm_token_type_ids=(found.of > 0).int(),
+        image_grid_thw=found.pixels["image_grid_thw"][images],
+        attention_mask=(batch.segments == 0).long(),
+    )
+    of_choices = (batch.position_ids + behind)[None]
+    return {"position_ids": torch.where((batch.segments > 0)[None], of_choices, positions)}
+
+
+def _of_images(pixels: dict[str, Tensor], images: list[int]) -> dict[str, Tensor]:
+    """The image side's inputs of some of the images, in this order."""
+    values = pixels["pixel_values"]
+    if "image_grid_thw" not in pixels:
+        return {"pixel_values": values[images]}
+    grids = pixels["image_grid_thw"]
+    patches = values.split(grids.prod(dim=-1).tolist())
+    return {"pixel_values": torch.cat([patches[i] for i in images]), "image_grid_thw": grids[images]}
+
+
+def _repeated(seen: Any, places: list[int]) -> SimpleNamespace:
+    """What the image side saw, image by image, in the order of the images of all copies."""
+    embedded = seen.pooler_output
+    if isinstance(embedded, Tensor):
+        return SimpleNamespace(pooler_output=embedded[places])
+    made = SimpleNamespace(pooler_output=tuple(embedded[i] for i in places))
+    deeper = getattr(seen, "deepstack_features", None)  # what enters behind each of the lowest layers, image by image
+    if deeper is not None:
+        made.deepstack_features = [tuple(layer[i] for i in places) for layer in deeper]
+    return made
+
+
+def _image_side_is_adapted(base: nn.Module) -> bool:
+    language = set(language_side(base).modules())
+    output: Any = base.get_output_embeddings()  # type: ignore[operator]
+    language |= set(output.modules())
+    return any(isinstance(module, BaseTunerLayer) and module not in language for module in base.modules())

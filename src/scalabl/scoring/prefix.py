@@ -23,6 +23,7 @@ from scalabl.tuner.layers import active_adapters, unwrap
 
 LEAST = 16  # tokens, under which sharing them is not worth a pass of its own
 LEAST_SHARE = 0.2  # of a row
+TOLERANCE = 1e-3  # between a row's class probabilities behind the prefix and whole, in float32
 
 KeysValues = dict[int, tuple[Tensor, Tensor]]  # decoder layer -> keys and values (particles, heads, P, d)
 
@@ -64,7 +65,7 @@ class SharedPrefix:
 
     def cut(self, row: Encoded) -> Encoded:
         """The row's tokens behind the prefix."""
-        return _part(row, slice(self.length, None))
+        return row.part(slice(self.length, None))
 
     @torch.no_grad()
     def below(self, scorer: Scorer, start: int) -> Cache:
@@ -125,12 +126,12 @@ def shared_prefix(scorer: Scorer, rows: Sequence[Encoded]) -> SharedPrefix | Non
     mean = sum(len(row.input_ids) for row in rows) / len(rows)
     if length < max(LEAST, LEAST_SHARE * mean):
         return None
-    prefix = SharedPrefix(scorer, _part(rows[0], slice(length)))
+    prefix = SharedPrefix(scorer, rows[0].part(slice(length)))
     return prefix if agrees(scorer, prefix, rows[0]) else None
 
 
-def agrees(scorer: Scorer, prefix: SharedPrefix, row: Encoded, tolerance: float = 1e-3) -> bool:
-    """Whether a row has the same class probabilities behind the prefix as whole; asked once of a scorer."""
+def agrees(scorer: Scorer, prefix: SharedPrefix, row: Encoded) -> bool:
+    """Whether a row has the same class probabilities behind the prefix as whole; tried once a scorer."""
     if scorer.shares_prefix is None:
         behind = replace(scorer.scoring.collate([prefix.cut(row)]).to(scorer.device), prefix=prefix)
         try:
@@ -140,7 +141,7 @@ def agrees(scorer: Scorer, prefix: SharedPrefix, row: Encoded, tolerance: float 
         except Exception:  # an architecture whose cache is of another kind: its rows are run whole
             gap = float("inf")
         dtype = next(p.dtype for p in scorer.model.parameters() if p.is_floating_point())
-        scorer.shares_prefix = gap <= tolerance * (1 if dtype == torch.float32 else 50)
+        scorer.shares_prefix = gap <= TOLERANCE * (1 if dtype == torch.float32 else 50)
         prefix.claim(None, scorer.model)
     return scorer.shares_prefix
 
@@ -153,16 +154,6 @@ def common_length(rows: Sequence[Encoded]) -> int:
         tokens = zip(row.input_ids[:length], row.position_ids, row.segments, strict=False)
         length = next((i for i, (own, other) in enumerate(zip(tokens, first, strict=False)) if own != other), length)
     return length
-
-
-def _part(row: Encoded, where: slice) -> Encoded:
-    return replace(
-        row,
-        input_ids=row.input_ids[where],
-        position_ids=row.position_ids[where],
-        segments=row.segments[where],
-        trunk=None if row.trunk is None else row.trunk[where],
-    )
 
 
 def _keys_values(cache: DynamicCache) -> KeysValues:

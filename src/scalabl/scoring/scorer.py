@@ -19,6 +19,8 @@ from scalabl.scoring.text import Text
 from scalabl.scoring.trunk import Trunk, token_logits
 from scalabl.tuner.layers import reads_images
 
+TOLERANCE = 5e-2  # relative, for rounding between a row of its own and a packed one
+
 
 class Scorer:
     """Class logits of rows under the model's present state (mean, draws or particles).
@@ -81,34 +83,26 @@ class Scorer:
             cache = batch.prefix.below(self, start)
         return replace(batch, trunk=trunk.encode(self.model, batch, start, cache), start=start)
 
-    def check_packing(self, encoded: Encoded, tolerance: float = 5e-2) -> None:
+    def check_packing(self, encoded: Encoded) -> None:
         """Refuse a model that does not honour the mask which keeps the choices of one row apart, or whose images are
         read in another way here than by the model itself.
 
         Args:
             encoded: a row whose choices are of several tokens: what a single token says, no other choice can change.
-            tolerance: relative, for rounding between a row of its own and a packed one.
 
         Raises:
             UserError: scores are no numbers; the choices scored in one row and one by one differ, or one choice changes
                 another's score; the logits behind images are not the model's own.
         """
-        self._check_images(encoded, tolerance)
+        self._check_images(encoded)
         if not isinstance(self.scoring, Continuation):
             return
         alone = []
         for number in range(1, encoded.num_choices + 1):
             kept = [i for i, segment in enumerate(encoded.segments) if segment in (0, number)]
-            alone.append(
-                Encoded(
-                    [encoded.input_ids[i] for i in kept],
-                    [encoded.position_ids[i] for i in kept],
-                    [min(encoded.segments[i], 1) for i in kept],
-                    1,
-                    None,
-                    images=encoded.images,
-                )
-            )
+            part = encoded.part(kept)
+            segments = [min(segment, 1) for segment in part.segments]
+            alone.append(replace(part, segments=segments, num_choices=1, answer=None, trunk=None))
         other_first = [
             encoded.input_ids[0] if segment == 1 else token
             for token, segment in zip(encoded.input_ids, encoded.segments, strict=True)
@@ -123,25 +117,19 @@ class Scorer:
         gap = (together[0] - apart[:, 0]).abs().max().item() / size
         leak = (together[0, 1:] - changed[0, 1:]).abs().max().item() / size
         # 8-bit matrix products look for outliers over the whole batch, which couples all tokens a little
-        exact = tolerance if getattr(self.model, "is_loaded_in_8bit", False) else 1e-3
-        if not (gap <= tolerance and leak <= exact):
+        exact = TOLERANCE if getattr(self.model, "is_loaded_in_8bit", False) else 1e-3
+        if not (gap <= TOLERANCE and leak <= exact):
             raise UserError(
                 f"This model does not keep choices in one row apart (scores differ by {max(gap, leak):.1%}); load it "
                 'with attn_implementation="sdpa" or "eager", or use --scoring letters.'
             )
 
-    def _check_images(self, encoded: Encoded, tolerance: float) -> None:
+    def _check_images(self, encoded: Encoded) -> None:
         if encoded.images is None:
             return
-        prompt = encoded.segments.count(0)
-        alone = replace(
-            encoded,
-            input_ids=encoded.input_ids[:prompt],
-            position_ids=encoded.position_ids[:prompt],
-            segments=encoded.segments[:prompt],
-        )
+        alone = encoded.part(slice(encoded.segments.count(0)))
         gap = gap_to_own_reading(self.model, self.scoring.collate([alone]).to(self.device))
-        if not gap <= tolerance:
+        if not gap <= TOLERANCE:
             raise UserError(
                 f"This model reads images in another way than is known here (logits differ by {gap:.2g} of their "
                 "spread); use rows without images, or a Qwen-VL or Gemma-3 model."
@@ -174,11 +162,11 @@ def gap_to_own_reading(model: nn.Module, batch: Batch) -> float:
         model: an image-text model.
         batch: one row with images, not padded, of a prompt alone.
     """
-    assert batch.pixels is not None and batch.image_of is not None
+    assert batch.images is not None
     ours = token_logits(model, batch, None)[:, -1].float()
-    kinds = (batch.image_of > 0).int()
-    own = {"token_type_ids": kinds} if batch.both_ways else {"mm_token_type_ids": kinds}
-    pixels = {name: value for name, value in batch.pixels.items() if name != "counts"}
+    kinds = (batch.images.of > 0).int()
+    own = {"token_type_ids": kinds} if batch.images.both_ways else {"mm_token_type_ids": kinds}
+    pixels = {name: value for name, value in batch.images.pixels.items() if name != "counts"}
     mask = torch.ones_like(batch.input_ids)
     logits = model(input_ids=batch.input_ids, attention_mask=mask, use_cache=False, **own, **pixels).logits
     theirs = logits[:, -1].float()

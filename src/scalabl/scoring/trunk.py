@@ -21,7 +21,7 @@ from transformers import Cache
 
 from scalabl.core.errors import UserError
 from scalabl.scoring.base import Batch, attention_masks
-from scalabl.scoring.image_inputs import image_inputs
+from scalabl.scoring.images import image_inputs
 from scalabl.tuner.layers import decoder_layers, depths, unwrap
 
 

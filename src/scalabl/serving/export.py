@@ -212,7 +212,7 @@ def _temperature(directory: Path, identity: Identity) -> float | None:
     if not path.is_file():
         return None
     mend = "fit temperature again"
-    facts = read_json(path, missing="", mend=mend, holds=f"a temperature; {mend}", key="temperature")
+    facts = read_json(path, missing="", mend=mend, expected=f"a temperature; {mend}", key="temperature")
     return float(facts["temperature"]) if facts.get("adapter_sha256") == identity.adapter_sha256 else None
 
 

@@ -99,7 +99,7 @@ def read_manifest(output: Path) -> ParticleManifest:
     path = particles_directory(output) / MANIFEST
     mend = "delete the directory and call scalabl export again"
     missing = f"{output} holds no exported particles; make them with scalabl export DIR --particles N."
-    content = read_json(path, missing=missing, mend=mend, holds=f"a manifest of particles; {mend}", key="identity")
+    content = read_json(path, missing=missing, mend=mend, expected=f"a manifest of particles; {mend}", key="identity")
     if content.get("format_version") != FORMAT_VERSION:
         raise UserError(
             f"{path} is of format {content.get('format_version')}, but this version reads {FORMAT_VERSION}; {mend}."

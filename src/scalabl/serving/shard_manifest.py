@@ -229,7 +229,7 @@ def _read(output: Path) -> ShardManifest:
     mend = _OTHER
     missing = f"{output / MANIFEST} is no file; {mend}."
     made = read_json(
-        output / MANIFEST, missing=missing, mend=mend, holds=f"a manifest of answers; {mend}", key="shards"
+        output / MANIFEST, missing=missing, mend=mend, expected=f"a manifest of answers; {mend}", key="shards"
     )
     try:
         if "resolved" in made:

@@ -18,7 +18,7 @@ from pathlib import Path
 from scalabl.core.errors import UserError
 from scalabl.data.example import Example
 from scalabl.data.jsonl import PlacedRow, stream_rows
-from scalabl.data.training_data import with_labels
+from scalabl.data.load import with_labels
 
 SUFFIXES = (".jsonl", ".parquet")
 _LINE_BITS = 40

@@ -72,8 +72,7 @@ def run_demo(
         samples: N of the Monte Carlo predictive.
     """
     from scalabl.data.assemble import select_rows
-    from scalabl.data.load import load_task
-    from scalabl.data.training_data import rows_of
+    from scalabl.data.load import load_task, rows_of
     from scalabl.inference.evaluation import method_result, tempered
     from scalabl.inference.predictor import Predictor, labels_of
     from scalabl.inference.report.results import MethodResult, Report

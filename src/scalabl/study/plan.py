@@ -8,8 +8,7 @@ from typing import Any
 
 from scalabl.core.errors import UserError
 from scalabl.data.example import Example, Task
-from scalabl.data.load import load_task
-from scalabl.data.training_data import rows_of
+from scalabl.data.load import load_task, rows_of
 from scalabl.runs.registry import BASELINE, METHODS
 from scalabl.runs.registry import POST_HOC as POST_HOC_METHODS
 from scalabl.runs.settings import DEFAULTS

@@ -136,7 +136,7 @@ def read_study(path: Path) -> Study:
     """
     missing = f"There is no recipe {path}; give a YAML file, for example recipes/cpu.yaml."
     form = "a study as name: value lines (model, tasks, methods, seeds, settings)"
-    content = read_yaml(path, missing=missing, mend=f"write {form}", holds=form)
+    content = read_yaml(path, missing=missing, mend=f"write {form}", expected=form)
     return make_study({"about": _opening_comment(path.read_text(encoding="utf-8"))} | content, path.stem)
 
 

@@ -23,8 +23,8 @@ from scalabl.core.errors import UserError
 from scalabl.core.files import ADAPTER, sha256, write_json, writing
 from scalabl.data.assemble import TrainingRows, select_rows
 from scalabl.data.example import Task
+from scalabl.data.load import load_training_task
 from scalabl.data.text_rows import TextTask
-from scalabl.data.training_data import load_training_task
 from scalabl.runs.directory import claim
 from scalabl.runs.method import TrainedMethod, load_method
 from scalabl.runs.models import EMBEDDED, embedded_directory, load_base
@@ -41,7 +41,7 @@ from scalabl.training.ranks import SeparateNoise, check_launch, fit_checkpoint, 
 from scalabl.training.refusals import require_optimizer
 from scalabl.training.trainer import token_counts, trainer_of, weighing_the_kl, whole_adapter
 from scalabl.tuner.diagnostics import unconverged
-from scalabl.tuner.fingerprint import fingerprint
+from scalabl.tuner.model import fingerprint
 
 LOG = "training_log.json"
 

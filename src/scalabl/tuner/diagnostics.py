@@ -59,8 +59,8 @@ class LayerWeights:
     scaling: float
 
 
-def weights_of(model: nn.Module, adapter: str | None = None) -> list[LayerWeights]:
-    """The weights of every stochastic layer of the (active) adapter of a model.
+def weights_of(model: nn.Module) -> list[LayerWeights]:
+    """The weights of every stochastic layer of a model's active adapter.
 
     Raises:
         UserError: the model has none.
@@ -68,7 +68,7 @@ def weights_of(model: nn.Module, adapter: str | None = None) -> list[LayerWeight
     modules = dict(model.named_modules())
     paths = {id(module): path for path, module in modules.items()}
     found = []
-    for name, leaf in stochastic_layers(model, adapter).items():
+    for name, leaf in stochastic_layers(model).items():
         layer_path, _, adapter_name = paths[id(leaf)].partition(".lora_A.")  # wrappers and all
         layer: Any = modules[layer_path]
         up = layer.lora_B[adapter_name].weight

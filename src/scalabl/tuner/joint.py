@@ -35,16 +35,16 @@ def set_joint(model: nn.Module, joint: JointGaussian | None, adapter: str | None
         UserError: the layers or their ranks are others, or a layer's covariance is not full.
     """
     name = adapter if adapter is not None else active_adapters(unwrap(model))[0]
-    held: dict[str, JointGaussian] = unwrap(model).__dict__.setdefault(_ATTRIBUTE, {})
+    joints: dict[str, JointGaussian] = unwrap(model).__dict__.setdefault(_ATTRIBUTE, {})
     if joint is None:
-        held.pop(name, None)
+        joints.pop(name, None)
         return
     leaves = stochastic_layers(model, name)
     if {layer: leaf.out_features for layer, leaf in leaves.items()} != dict(joint.ranks):
         raise UserError("The joint covariance is over other layers than the adapter's; make it again for this adapter.")
     for layer, factor in joint.marginals.items():
         _set_cholesky(leaves[layer].posterior, factor)
-    held[name] = joint.to(next(iter(leaves.values())).direction.device)
+    joints[name] = joint.to(next(iter(leaves.values())).direction.device)
 
 
 @torch.no_grad()
@@ -58,11 +58,11 @@ def _set_cholesky(posterior: Gaussian, factor: Tensor) -> None:
 
 def joint_of(model: nn.Module) -> JointGaussian | None:
     """The joint covariance of the one active adapter, or None."""
-    held = unwrap(model).__dict__.get(_ATTRIBUTE)
-    if not held:
+    joints = unwrap(model).__dict__.get(_ATTRIBUTE)
+    if not joints:
         return None
     active = active_adapters(unwrap(model))
-    return held.get(active[0]) if len(active) == 1 else None
+    return joints.get(active[0]) if len(active) == 1 else None
 
 
 def correlated(model: nn.Module, noise: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

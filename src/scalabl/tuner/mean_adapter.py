@@ -1,6 +1,6 @@
 """`mean/`: the plain LoRA with the posterior mean folded in, A_mean = diag(s_mu) A, that any other tool loads.
 
-It is made from the adapter's own file, so that it holds for gathered, sharded or hand-made checkpoints alike.
+It is made from the adapter's own file, so that it is right for gathered, sharded or hand-made checkpoints alike.
 """
 
 from __future__ import annotations

@@ -1,22 +1,31 @@
-"""ScalaBLModel: PEFT's LoraModel whose every A is a stochastic leaf."""
+"""ScalaBLModel: PEFT's LoraModel whose every A is a stochastic leaf, on the base model that it was made for.
+
+A base model has a fingerprint, a short name equal across precisions, so that an adapter is never put on another one.
+"""
 
 from __future__ import annotations
 
 import copy
+import hashlib
 import warnings
 from typing import Any, cast
 
+import torch
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.utils.error import NoMatchingPeftModuleError
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from scalabl.core.errors import UserError
+from scalabl.core.modules import gathered
 from scalabl.core.top_layers import top_layers
 from scalabl.tuner.config import ScalaBLConfig
-from scalabl.tuner.fingerprint import fingerprint, same_base
 from scalabl.tuner.layers import beside_language, depths
 from scalabl.tuner.projection import Particles, StochasticProjection
+
+# parts of the names of what adapters add; a trained copy of a normalisation layer (modules_to_save) is no base weight
+_ADDED = ("lora_", "modules_to_save")
+_SIZES = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
 
 
 class ScalaBLModel(LoraModel):
@@ -110,7 +119,7 @@ class ScalaBLModel(LoraModel):
 
         if layers is None:
             return is_named(name)
-        if self._stochastic is None:  # asked for the first of the modules: which will there be?
+        if self._stochastic is None:  # at the first of the modules: which will there be?
             keys = [key for key, _ in self.model.named_modules() if self._check_target_module_exists(config, key)]
             self._stochastic = set(top_layers(depths(self.model, filter(is_named, keys)), layers))
         return name in self._stochastic
@@ -178,6 +187,41 @@ class ScalaBLModel(LoraModel):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*tie_word_embeddings=True", category=UserWarning)
             super()._check_merge_allowed()
+
+
+def fingerprint(model: nn.Module) -> str | None:
+    """Identity of the model's architecture and of its first and last normalisation weights; None on a meta device.
+
+    Normalisation weights are never quantised and differ between almost any two trained models; they are compared in
+    bfloat16, so that the same model in float32, bfloat16 or 4 bit has one fingerprint of 16 hex digits. A float32
+    model has a second one, after a colon: its own after rounding to float16, should it be loaded in that precision.
+    Two bases that differ in frozen layers alone (a merged LoRA of attention layers) look the same.
+    """
+    norms = [
+        parameter
+        for name, parameter in model.named_parameters()
+        if ("norm" in name.lower() or "ln_" in name.lower()) and not any(part in name for part in _ADDED)
+    ]
+    if not norms or norms[0].is_meta or norms[-1].is_meta:
+        return None
+    config = getattr(model, "config", None)
+    sizes = [f"{key}={getattr(config, key, None)};" for key in _SIZES]
+    # the first and the last: a base that was tuned further differs in at least one of them
+    values = [gathered(parameter.detach()).to("cpu") for parameter in (norms[0], norms[-1])]
+    names = [_digest(sizes, values), _digest(sizes, [value.to(torch.float16) for value in values])]
+    return ":".join(dict.fromkeys(names))
+
+
+def same_base(one: str, other: str) -> bool:
+    """Whether two fingerprints can be of one model, each in a precision of its own."""
+    return not set(one.split(":")).isdisjoint(other.split(":"))
+
+
+def _digest(sizes: list[str], values: list[Tensor]) -> str:
+    digest = hashlib.sha256("".join(sizes).encode())
+    for value in values:
+        digest.update(value.to(torch.bfloat16).view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _ends_in(name: str, end: str) -> bool:

@@ -1,14 +1,13 @@
-"""diag(s_mu) A as a tensor that is computed when its numbers are asked for.
-
-PEFT's LoRA forward pass asks `lora_A.weight` for its dtype alone. Computing the mean for that takes a norm, a division,
-an exponential and a product in every layer of every pass: kernels that count where launching them is what takes time.
-
-The stochastic leaf: what stands in the place of LoRA's A and the only place where noise meets a forward pass.
+"""The stochastic leaf: what stands in the place of LoRA's A, and the only place where noise meets a forward pass.
 
     y = W0 x + (alpha / r) B diag(s) A x,    s ~ q(s) = N(s_mu, scale scale^T)        [ScalaBL, eq. of the layer]
 
 The leaf computes diag(s) A x. Its rows carry independent draws of s, one a sequence: row i of a batch has its own
 s in every position of the sequence.
+
+PEFT's LoRA forward pass reads only the dtype of `lora_A.weight`. Computing the mean diag(s_mu) A for that takes a norm,
+a division, an exponential and a product in every layer of every pass, kernels that count where launching them is what
+takes time: it is a tensor that is computed when its numbers are read.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ class MeanWeight(Tensor):
 
     @property
     def dtype(self) -> torch.dtype:  # type: ignore[override]
-        """That of the numbers; asked for in every layer of every pass, so without torch's dispatch."""
+        """That of the numbers; read in every layer of every pass, so without torch's dispatch."""
         return self._dtype
 
     def numbers(self) -> Tensor:

@@ -41,10 +41,10 @@ from scalabl.training.posthoc.svd import scalabl_config, scalabl_tensors
 from scalabl.training.run import LOG, optimise, record_of
 from scalabl.tuner.config import SUPPORTED_LORA_OPTIONS, ScalaBLConfig
 from scalabl.tuner.diagnostics import unconverged
-from scalabl.tuner.fingerprint import fingerprint
 from scalabl.tuner.joint import save_joint, set_joint
 from scalabl.tuner.layers import stochastic_layers
 from scalabl.tuner.mean_adapter import MEAN_DIRECTORY
+from scalabl.tuner.model import fingerprint
 
 # of the rows that choose a scoring, where the adapter does not say what it was trained with
 _CHOOSING_ROWS = 300
