@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 
 PIP := $(BIN)/pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test check lint env dev clean
+.PHONY: demo test check quick lint env dev clean
 
 # what runs the program, and on top of it what runs the tests
 env: $(VENV)/.ready
@@ -31,10 +31,12 @@ demo: env
 test: dev
 	$(BIN)/python -m pytest
 
-# the mathematics, the rows, the settings and the floors: no model is made and nothing is downloaded
-check: lint
-	$(BIN)/python -m pytest tests/test_floors.py tests/posterior tests/metrics tests/data tests/runs/test_recipe.py \
-		tests/runs/test_mapping_file.py --ignore tests/data/test_wheel.py
+check: dev
+	$(MAKE) --jobs 2 lint quick
+
+# the mathematics, the figures, the rows and the floors: no model is made and nothing is downloaded
+quick: dev
+	$(BIN)/python -m pytest tests/test_floors.py tests/posterior tests/metrics tests/data --ignore tests/data/test_wheel.py
 
 lint: dev
 	$(BIN)/ruff check src tests benchmarks scripts

@@ -10,7 +10,7 @@ from tiny_base import loaded, questions
 from torch import Tensor
 from torch.func import functional_call
 
-from scalabl.predictive.kronecker import Block, Factor, gauss_newton, jacobians, likelihood_root, recorded
+from scalabl.predictive.kronecker import Factor, KroneckerBlock, gauss_newton, jacobians, likelihood_root, recorded
 from scalabl.predictive.lora_particles import lora_matrices
 from scalabl.scoring import Batch, Encoded, Scorer
 from scalabl.scoring.scorer import make_scoring
@@ -76,7 +76,7 @@ def dense_curvature(of: Scorer, rows: list[Encoded], name: str) -> Tensor:
     return total  # type: ignore[no-any-return]
 
 
-def dense(block: Block) -> Tensor:
+def dense(block: KroneckerBlock) -> Tensor:
     out = block.out_vectors @ torch.diag(block.out_values) @ block.out_vectors.T
     return torch.kron(out, block.in_vectors @ torch.diag(block.in_values) @ block.in_vectors.T)
 
@@ -166,7 +166,7 @@ def test_a_logit_covariance_is_the_dense_formula(ranks: tuple[int, int]) -> None
     """J (H + precision I)^-1 J^T, for exact factors and for those of a lower rank."""
     generator = torch.Generator().manual_seed(0)
     out_rank, in_rank = ranks
-    block = Block(
+    block = KroneckerBlock(
         torch.linalg.qr(torch.randn(4, out_rank, generator=generator))[0],
         3 * torch.rand(out_rank, generator=generator),
         torch.linalg.qr(torch.randn(6, in_rank, generator=generator))[0],

@@ -24,7 +24,7 @@ from scalabl.methods.saved import SavedMethod
 from scalabl.posterior.draws import standard_normal
 from scalabl.posterior.evidence import best_precision, log_evidence
 from scalabl.predictive.base import Predictive
-from scalabl.predictive.kronecker import Block, gauss_newton, jacobians, recorded
+from scalabl.predictive.kronecker import KroneckerBlock, gauss_newton, jacobians, recorded
 from scalabl.predictive.lora_particles import lora_matrices
 from scalabl.runs.method import Run
 from scalabl.scoring.base import Batch
@@ -54,7 +54,7 @@ class LinearizedLaplacePredictive:
 
     def __init__(
         self,
-        blocks: Mapping[str, Block],
+        blocks: Mapping[str, KroneckerBlock],
         precision: float,
         *,
         samples: int = 1000,
@@ -147,7 +147,10 @@ class LaplaceLoRA(SavedMethod):
         """The linearised predictive, over at least 1,000 draws of the logits."""
         facts, tensors = self.facts(run), self.tensors(run)
         names = dict.fromkeys(key.rsplit("|", 1)[0] for key in tensors)
-        blocks = {name: Block(**{k: tensors[f"{name}|{k}"] for k in Block.__dataclass_fields__}) for name in names}
+        blocks = {
+            name: KroneckerBlock(**{k: tensors[f"{name}|{k}"] for k in KroneckerBlock.__dataclass_fields__})
+            for name in names
+        }
         return LinearizedLaplacePredictive(
             blocks, facts["prior_precision"], samples=max(samples, DRAWS), seed=seed, link=link
         )

@@ -141,7 +141,7 @@ class Factor:
 
 
 @dataclass(frozen=True)
-class Block:
+class KroneckerBlock:
     """The curvature of one weight matrix (d_out, d_in) in eigenvectors: (V_out L_out V_out^T) (x) (V_in L_in V_in^T).
 
     Attributes:
@@ -176,7 +176,7 @@ class Block:
 class KroneckerCurvature:
     """The curvature of all weight matrices by name, with the log-likelihood (nats) of the rows it was summed over."""
 
-    blocks: dict[str, Block]
+    blocks: dict[str, KroneckerBlock]
     log_likelihood: float
 
 
@@ -219,7 +219,7 @@ def gauss_newton(
     blocks = {}
     for name in modules:
         (out_vectors, out_values), (in_vectors, in_values) = outputs[name].eigen(), inputs[name].eigen()
-        blocks[name] = Block(out_vectors, out_values, in_vectors, in_values / len(rows))
+        blocks[name] = KroneckerBlock(out_vectors, out_values, in_vectors, in_values / len(rows))
     return KroneckerCurvature(blocks, log_likelihood)
 
 

@@ -16,6 +16,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoTokenizer,
+    GgufConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -147,8 +148,6 @@ def embedded_directory() -> Path:
 
 
 def _convert_gguf(source: Path, target: Path) -> None:
-    from transformers import GgufConfig
-
     try:
         loaded = AutoModelForCausalLM.from_pretrained(
             source, gguf_file=_FILE, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)

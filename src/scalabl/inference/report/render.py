@@ -23,7 +23,7 @@ SHIFTED = ("accuracy", "nll", "ece")
 
 
 @dataclass(frozen=True)
-class Picture:
+class ReportPicture:
     """A picture under its heading; the SVG is ours, so it is not escaped."""
 
     heading: str
@@ -66,7 +66,7 @@ def render(report: Report, rows: list[dict[str, Any]]) -> str:
         rows=rows,
         ood=ood_names(report),
         reliability=[
-            Picture(
+            ReportPicture(
                 method.name,
                 Markup(figures.reliability_diagram(f"reliability-{i}", method.name, probs[i], method.labels)),
             )
@@ -102,7 +102,7 @@ def verdict(row: dict[str, Any], metric: str) -> str:
     return "at chance" if row["collapsed"] else "better"
 
 
-def _entropy(index: int, method: MethodResult) -> list[Picture]:
+def _entropy(index: int, method: MethodResult) -> list[ReportPicture]:
     parts = [("in distribution", decompose(method.log_probs))]
     parts += [(name, decompose(log_probs)) for name, log_probs in method.ood.items()]
     pictures = []
@@ -111,5 +111,5 @@ def _entropy(index: int, method: MethodResult) -> list[Picture]:
             continue
         sets = [(name, getattr(values, part)) for name, values in parts]
         svg = figures.entropy_histograms(f"entropy-{index}-{part}", method.name, label, sets)
-        pictures.append(Picture(f"{method.name}: {label}", Markup(svg)))
+        pictures.append(ReportPicture(f"{method.name}: {label}", Markup(svg)))
     return pictures
