@@ -22,7 +22,7 @@ from scalabl.planning.plan import make_plan
 from scalabl.planning.rows import PlannedRows
 from scalabl.runs.directory import hold
 from scalabl.runs.settings import Settings
-from scalabl.training.log_values import finite
+from scalabl.training.monitors import finite
 
 SHORT = ("--samples", 2, "--max-new-tokens", 2)
 

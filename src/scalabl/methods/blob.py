@@ -24,7 +24,7 @@ from scalabl.predictive.base import MeanPredictive, Predictive
 from scalabl.predictive.lora_particles import blob_draws, empty_noise
 from scalabl.runs.method import Run, TrainedMethod
 from scalabl.runs.settings import Settings
-from scalabl.training.log_values import LogContributor
+from scalabl.training.monitors import LogContributor
 from scalabl.training.parameter_group import innermost
 from scalabl.training.ranks import separate_noise
 from scalabl.training.refusals import refuse_flattened_batches, refuse_hidden_gradients

@@ -23,7 +23,7 @@ from scalabl.core.modules import gathered
 from scalabl.posterior.gaussian import DiagonalGaussian, Gaussian
 from scalabl.posterior.prior import Prior
 from scalabl.training.kl_gradient import add_kl_gradients, with_parameters
-from scalabl.training.log_values import LogContributor
+from scalabl.training.monitors import LogContributor
 from scalabl.training.parameter_group import VariationalGroup, innermost
 from scalabl.training.ranks import share_noise
 from scalabl.training.refusals import refuse_flattened_batches, refuse_hidden_gradients, refuse_untrained

@@ -1,10 +1,18 @@
-"""Callbacks that watch a run: its progress, the two ways to stop it early (Ctrl-C, and a second one), NaN and Inf."""
+"""Callbacks beside the ELBO: values in the Trainer's log, progress, the two ways to stop a run early, NaN and Inf.
+
+`Trainer.log` builds a dict, appends a copy to `state.log_history`, and hands the dict to its callbacks in order, where
+TensorBoard, W&B and the others stand before any callback of the user: what those add in `on_log` is never reported.
+So a `LogContributor` goes to the front of its trainer's list. A trainer hands that list to no callback, but the handler
+that has it is what calls the callback: it is found among the callers.
+"""
 
 from __future__ import annotations
 
+import inspect
 import math
 import signal
-from collections.abc import Iterable
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,11 +22,68 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import CallbackHandler
 
 from scalabl.core import processes
 from scalabl.core.errors import UserError
 from scalabl.core.modules import base_name, gathered
 from scalabl.core.progress import progress_bar
+
+
+class LogContributor(TrainerCallback, ABC):
+    """A callback whose `log_values` are in every training log: in `state.log_history` and in every reporter."""
+
+    @abstractmethod
+    def log_values(self, logs: dict[str, Any]) -> dict[str, float]:
+        """The values to add to `logs`, a training log (it has "loss")."""
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Go first, before there is anything to log."""
+        handler = _calling_handler()
+        if handler is not None and self in handler.callbacks:
+            # those behind are still to be called, and keep their places
+            handler.callbacks.remove(self)
+            handler.callbacks.insert(0, self)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Add the values to `logs` and to the newest entry of the log history."""
+        if not logs or "loss" not in logs:  # an evaluation, or the run's summary
+            return
+        values = self.log_values(logs)
+        logs.update(values)
+        if state.log_history and state.log_history[-1].get("step") == state.global_step:
+            state.log_history[-1].update(values)
+
+
+def _calling_handler() -> CallbackHandler | None:
+    """The handler that called the callback from which this is called; None if something else did."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, CallbackHandler):
+            return caller
+        frame = frame.f_back
+    return None
+
+
+def finite(log: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A log that JSON can hold: None for a number that is NaN or infinite.
+
+    The norm of the gradients is one where a loss scaler searches its scale, or where a norm alone overflows.
+    """
+    return [
+        {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in logs.items()}
+        for logs in log
+    ]
 
 
 class ProgressBar(TrainerCallback):
@@ -113,10 +178,9 @@ class NonFiniteGuard(TrainerCallback):
     """Checks gradients before each optimiser step, parameters before each checkpoint, and the loss of each log.
 
     The check of a step is the norm of all gradients, one number fetched from the device. (Trainer hides a NaN of the
-    loss from its log unless logging_nan_inf_filter is False.) It stands after
-    `ELBOCallback` in the list of callbacks, so that the KL's gradient is looked at too. Under fp16 with a loss scaler
-    infinite gradients are part of the search for a scale: the scaler skips such a step, and this guard leaves them to
-    it.
+    loss from its log unless logging_nan_inf_filter is False.) It stands after `ELBOCallback` in the list of callbacks,
+    so that the KL's gradient is looked at too. Under fp16 with a loss scaler infinite gradients are part of the search
+    for a scale: the scaler skips such a step, and this guard leaves them to it.
 
     Raises:
         NonFiniteError: in training, naming the step and the layer; the step is not taken and nothing is saved.

@@ -35,8 +35,7 @@ from scalabl.scoring.scorer import Scorer
 from scalabl.scoring.trunk import Trunk
 from scalabl.scoring.trunk_store import with_stored_trunk
 from scalabl.training.choose_scoring import candidates, check_rows, choose_scoring, describe
-from scalabl.training.log_values import finite
-from scalabl.training.monitors import NonFiniteError, NonFiniteGuard, ProgressBar, StopOnInterrupt
+from scalabl.training.monitors import NonFiniteError, NonFiniteGuard, ProgressBar, StopOnInterrupt, finite
 from scalabl.training.ranks import SeparateNoise, check_launch, fit_checkpoint, has_dropout, require_rows
 from scalabl.training.refusals import require_optimizer
 from scalabl.training.trainer import token_counts, trainer_of, weighing_the_kl, whole_adapter

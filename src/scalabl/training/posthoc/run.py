@@ -34,7 +34,7 @@ from scalabl.scoring.scorer import Scorer, make_scoring
 from scalabl.scoring.trunk import Trunk
 from scalabl.scoring.trunk_store import with_stored_trunk
 from scalabl.training.choose_scoring import candidates, choose_scoring
-from scalabl.training.log_values import finite
+from scalabl.training.monitors import finite
 from scalabl.training.posthoc.laplace import fit_laplace, used_components
 from scalabl.training.posthoc.settings import PosthocSettings, SourceAdapter, refuse_options
 from scalabl.training.posthoc.svd import scalabl_config, scalabl_tensors
