@@ -28,12 +28,14 @@ def export(
     The same call again writes nothing and prints the line.
     """
     from scalabl.serving.command import MAX_LORA_RANKS, as_shell, vllm_command
-    from scalabl.serving.export import export as write
-    from scalabl.serving.export import prepare
+    from scalabl.serving.manifest import prepare
 
     prepare(run, particles, output or run, form=format, seed=seed, draws=draws, name=name)
 
-    from scalabl.core.quiet import quiet
+    from scalabl.core.quiet import quiet, quiet_imports
+
+    quiet_imports()
+    from scalabl.serving.export import export as write
 
     quiet()
     manifest = write(run, particles, output, form=format, seed=seed, draws=draws, name=name)

@@ -1,18 +1,26 @@
-"""`scalabl export`: N particles of a run as N plain LoRAs, A_k = diag(s_k) A, from the run's files alone."""
+"""`scalabl export`: N particles of a run as N plain LoRAs, A_k = diag(s_k) A, from the run's files alone.
+
+The noise is keyed by seed and layer name, both of which the files have. Sobol draws also depend on the layers' order in
+the model, which the base model's configuration tells.
+"""
 
 from __future__ import annotations
 
-import os
-import shutil
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
 
 from scalabl.core import __version__
 from scalabl.core.errors import UserError
-from scalabl.core.files import ADAPTER, JOINT, read_json, require_place, sha256, write_json
-from scalabl.predictive.sampling import Sampling
-from scalabl.runs.adapter_file import require_adapter
-from scalabl.runs.record import RECORD, RunRecord
+from scalabl.core.files import ADAPTER, read_json, sha256, write_json, writing
+from scalabl.core.progress import progress_bar
+from scalabl.posterior.draws import noise
+from scalabl.runs.record import RunRecord
 from scalabl.serving.command import limits_of
 from scalabl.serving.manifest import (
     FORMAT_VERSION,
@@ -20,67 +28,18 @@ from scalabl.serving.manifest import (
     PARTICLES,
     Identity,
     ParticleManifest,
-    is_whole,
-    particles_directory,
+    prepare,
     read_manifest,
 )
+from scalabl.tuner.config import ScalaBLConfig
+from scalabl.tuner.joint import load_joint
+from scalabl.tuner.mean_adapter import fold, stored_leaves, write_plain_adapter
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-
-FORMATS = ("peft",)
 _OUTPUT_LAYERS = ("lm_head", "embed_out")
-_TOLD = (
+_RECIPE = (
     "method", "data", "r", "lora_alpha", "target_modules", "layers", "covariance", "prior_mean", "prior_std",
     "empirical_prior", "stochastic_modules", "stochastic_layers", "steps", "seed", "dtype", "bits",
 )  # fmt: skip
-
-
-def prepare(
-    directory: Path,
-    number: int,
-    output: Path,
-    *,
-    form: str = "peft",
-    seed: int = 0,
-    draws: str = "independent",
-    name: str = "particle",
-) -> tuple[Identity, dict[str, Any], RunRecord | None]:
-    """What `export` will write, checked; imports no torch.
-
-    Returns:
-        the particles' identity, the adapter's configuration, and the run's record (None where there is none).
-
-    Raises:
-        UserError: as `export`.
-    """
-    if form not in FORMATS:
-        raise UserError(f"There is no format {form!r}; choose {', '.join(FORMATS)}.")
-    if number < 1:
-        raise UserError(f"The number of particles is {number}; it must be at least 1, 10 is usual.")
-    if seed < 0:
-        raise UserError(f"The seed is {seed}; it must be 0 or more.")
-    if draws == "moments" and number < 2:
-        raise UserError("One particle has no variance to match: moments needs at least 2 particles.")
-    _ = Sampling(draws=draws)
-    if not name or any(c.isspace() or c in "/=," for c in name):
-        raise UserError(f"The name is {name!r}; adapters are named after it, so give letters, digits, - and _.")
-    if not directory.is_dir():
-        raise UserError(f"There is no directory {directory}; give a run made by scalabl train.")
-    config = require_adapter(directory)
-    if config["peft_type"] != "SCALABL":
-        raise UserError(
-            f"{directory} is a plain LoRA without a posterior, so it has no particles: serve it as it is, or make it "
-            "Bayesian first with scalabl bayesianize."
-        )
-    record = RunRecord.read_finished(directory) if (directory / RECORD).is_file() else None
-    joint = directory / JOINT
-    identity = Identity(
-        sha256(directory / ADAPTER), sha256(joint) if joint.is_file() else None, number, seed, draws
-    )  # fmt: skip
-    _require_place(output, identity, name)
-    return identity, config, record
 
 
 def export(
@@ -120,15 +79,6 @@ def export(
     target = output / PARTICLES
     if target.exists():
         return read_manifest(output)
-
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    from scalabl.core.progress import progress_bar
-    from scalabl.serving.draws_from_files import particle_values
-    from scalabl.tuner.config import ScalaBLConfig
-    from scalabl.tuner.mean_adapter import fold, write_plain_adapter
-
     config = ScalaBLConfig.from_pretrained(str(directory))
     assert isinstance(config, ScalaBLConfig)
     try:
@@ -141,21 +91,18 @@ def export(
 
     made = not output.exists()
     output.mkdir(parents=True, exist_ok=True)
-    unfinished = output / f".{PARTICLES}.{os.getpid()}"
     try:
-        digests = []
-        with progress_bar() as progress:
+        with writing(target) as unfinished, progress_bar() as progress:
             bar = progress.add_task("exporting", total=number, detail="")
+            digests = []
             for k in range(number):
                 plain = fold(tensors, config.unit_rows, lambda prefix, _mean, k=k: values[prefix][k])  # type: ignore[misc]
                 write_plain_adapter(unfinished / str(k), plain, config)
                 digests.append(sha256(unfinished / str(k) / ADAPTER))
                 progress.advance(bar)
-        manifest = _manifest(directory, identity, raw, record, name, tensors, tuple(digests))
-        write_json(unfinished / MANIFEST, manifest.as_dict())
-        os.replace(unfinished, target)
+            manifest = _manifest(directory, identity, raw, record, name, tensors, tuple(digests))
+            write_json(unfinished / MANIFEST, manifest.as_dict())
     except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
         if made and not any(output.iterdir()):
             output.rmdir()
         raise
@@ -188,7 +135,7 @@ def _manifest(
         target_modules=targets if isinstance(targets, str) else tuple(sorted(targets)),
         adapts_output_layer=output_layer,
         dtype=_dtype(record),
-        recipe={key: record.recipe.get(key) for key in _TOLD} if record else None,
+        recipe={key: record.recipe.get(key) for key in _RECIPE} if record else None,
         scoring=record.scoring if record else None,
         temperature=_temperature(directory, identity),
         labels=labels or None,
@@ -216,30 +163,54 @@ def _temperature(directory: Path, identity: Identity) -> float | None:
     return float(facts["temperature"]) if facts.get("adapter_sha256") == identity.adapter_sha256 else None
 
 
-def _require_place(output: Path, identity: Identity, name: str) -> None:
-    """Refuse a place that holds another export or cannot be written."""
-    target = output / PARTICLES
-    other = "choose another --output or delete it"
-    if output.exists() and not output.is_dir():
-        raise UserError(f"{output} is a file; choose another --output.")
-    if target.exists():
-        if not (target / MANIFEST).is_file():
-            raise UserError(f"{target} exists and holds no {MANIFEST}; {other}.")
-        there = read_manifest(output)
-        if there.identity != identity or there.name != name:
-            raise UserError(f"{target} holds another export ({_difference(there, identity, name)}); {other}.")
-        if not is_whole(particles_directory(output), there):
-            raise UserError(f"{target} was truncated or altered since it was exported; delete it and export again.")
-        return
-    require_place(output)
+def particle_values(
+    directory: Path, tensors: Mapping[str, Tensor], config: ScalaBLConfig, number: int, *, seed: int, draws: str
+) -> dict[str, Tensor]:
+    """s of N particles in every stochastic layer.
+
+    Args:
+        directory: the adapter's; its covariance between layers is used where it lies there.
+        tensors: the contents of its `adapter_model.safetensors`.
+        config: its configuration.
+        number: N.
+        seed: of the draws.
+        draws: their kind (`scalabl.posterior.draws`).
+
+    Returns:
+        the prefix of the leaf's names in `tensors` -> s (N, r), float32.
+
+    Raises:
+        UserError: there is no stochastic layer, the joint covariance is over others, or Sobol draws of a base model
+            whose configuration cannot be had.
+    """
+    leaves = stored_leaves(tensors, config.covariance)
+    if not leaves:
+        raise UserError(f"The adapter in {directory} has no stochastic layer; there is nothing to draw.")
+    order = _model_order(config, leaves) if draws == "sobol" else list(leaves)
+    drawn: Mapping[str, Tensor] = noise(draws, number, {layer: leaves[layer].posterior.r for layer in order}, seed)
+    joint = load_joint(directory)
+    if joint is not None:
+        if dict(joint.ranks) != {layer: leaf.posterior.r for layer, leaf in leaves.items()}:
+            raise UserError(f"The joint covariance in {directory} is over other layers than the adapter's; restore it.")
+        drawn = joint.correlate(drawn)
+    with torch.no_grad():
+        return {leaf.prefix: leaf.posterior.sample(drawn[layer]) for layer, leaf in leaves.items()}
 
 
-def _difference(there: ParticleManifest, identity: Identity, name: str) -> str:
-    """The first setting in which an export differs."""
-    if there.name != name:
-        return f"its name is {there.name}, now {name}"
-    for key in ("number", "seed", "draws"):
-        before, now = getattr(there.identity, key), getattr(identity, key)
-        if before != now:
-            return f"its {key} is {before}, now {now}"
-    return "of another adapter"
+def _model_order(config: ScalaBLConfig, layers: Collection[str]) -> list[str]:
+    """The layers as they stand in the model, which is built without weights."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    name = config.base_model_name_or_path or "(not named)"
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"Sobol draws depend on the order of the layers, and the configuration of the base model {name} cannot be "
+            "read; put it where the adapter says, or choose other --draws."
+        ) from error
+    found = [module for module, _ in model.named_modules() if module in layers]
+    if len(found) != len(layers):
+        raise UserError(f"The base model {name} lacks layers that the adapter was made for; choose other --draws.")
+    return found

@@ -1,4 +1,7 @@
-"""OUT/particles/manifest.json: what the exported particles are, and how rows are scored with them. Imports no torch."""
+"""OUT/particles/manifest.json: what the exported particles are, and how rows are scored with them. Imports no torch.
+
+`prepare` checks what an export will write against what is there.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from scalabl.core.errors import UserError
-from scalabl.core.files import ADAPTER, read_json, sha256
+from scalabl.core.files import ADAPTER, JOINT, read_json, require_place, sha256
+from scalabl.predictive.sampling import Sampling
+from scalabl.runs.adapter_file import require_adapter
+from scalabl.runs.record import RECORD, RunRecord
 
 PARTICLES = "particles"
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
+FORMATS = ("peft",)
 
 
 @dataclass(frozen=True)
@@ -114,11 +121,86 @@ def read_manifest(output: Path) -> ParticleManifest:
         raise UserError(f"{path} is no manifest of particles ({error}); {mend}.") from error
 
 
-def is_whole(directory: Path, manifest: ParticleManifest) -> bool:
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def prepare(
+    directory: Path,
+    number: int,
+    output: Path,
+    *,
+    form: str = "peft",
+    seed: int = 0,
+    draws: str = "independent",
+    name: str = "particle",
+) -> tuple[Identity, dict[str, Any], RunRecord | None]:
+    """What `export` will write, checked; imports no torch.
+
+    Returns:
+        the particles' identity, the adapter's configuration, and the run's record (None where there is none).
+
+    Raises:
+        UserError: as `scalabl.serving.export.export`.
+    """
+    if form not in FORMATS:
+        raise UserError(f"There is no format {form!r}; choose {', '.join(FORMATS)}.")
+    if number < 1:
+        raise UserError(f"The number of particles is {number}; it must be at least 1, 10 is usual.")
+    if seed < 0:
+        raise UserError(f"The seed is {seed}; it must be 0 or more.")
+    if draws == "moments" and number < 2:
+        raise UserError("One particle has no variance to match: moments needs at least 2 particles.")
+    _ = Sampling(draws=draws)
+    if not name or any(c.isspace() or c in "/=," for c in name):
+        raise UserError(f"The name is {name!r}; adapters are named after it, so give letters, digits, - and _.")
+    if not directory.is_dir():
+        raise UserError(f"There is no directory {directory}; give a run made by scalabl train.")
+    config = require_adapter(directory)
+    if config["peft_type"] != "SCALABL":
+        raise UserError(
+            f"{directory} is a plain LoRA without a posterior, so it has no particles: serve it as it is, or make it "
+            "Bayesian first with scalabl bayesianize."
+        )
+    record = RunRecord.read_finished(directory) if (directory / RECORD).is_file() else None
+    joint = directory / JOINT
+    identity = Identity(
+        sha256(directory / ADAPTER), sha256(joint) if joint.is_file() else None, number, seed, draws
+    )  # fmt: skip
+    _require_place(output, identity, name)
+    return identity, config, record
+
+
+def _is_whole(directory: Path, manifest: ParticleManifest) -> bool:
     """Whether every particle's weights in OUT/particles are what was written."""
     files = [directory / str(k) / ADAPTER for k in range(manifest.identity.number)]
     return all(f.is_file() and sha256(f) == digest for f, digest in zip(files, manifest.sha256, strict=True))
 
 
-def _tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+def _require_place(output: Path, identity: Identity, name: str) -> None:
+    """Refuse a place that holds another export or cannot be written."""
+    target = output / PARTICLES
+    other = "choose another --output or delete it"
+    if output.exists() and not output.is_dir():
+        raise UserError(f"{output} is a file; choose another --output.")
+    if target.exists():
+        if not (target / MANIFEST).is_file():
+            raise UserError(f"{target} exists and holds no {MANIFEST}; {other}.")
+        there = read_manifest(output)
+        if there.identity != identity or there.name != name:
+            raise UserError(f"{target} holds another export ({_difference(there, identity, name)}); {other}.")
+        if not _is_whole(target, there):
+            raise UserError(f"{target} was truncated or altered since it was exported; delete it and export again.")
+        return
+    require_place(output)
+
+
+def _difference(there: ParticleManifest, identity: Identity, name: str) -> str:
+    """The first setting in which an export differs."""
+    if there.name != name:
+        return f"its name is {there.name}, now {name}"
+    for key in ("number", "seed", "draws"):
+        before, now = getattr(there.identity, key), getattr(identity, key)
+        if before != now:
+            return f"its {key} is {before}, now {now}"
+    return "of another adapter"

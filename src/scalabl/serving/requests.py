@@ -1,4 +1,4 @@
-"""What a row asks of one particle on an OpenAI-compatible server, and what the answers say of its choices.
+"""A row as requests to one particle on an OpenAI-compatible server, and its choices' log-probabilities in the answers.
 
     next      the log-probabilities of chosen tokens behind a text, `logprob_token_ids`: the labels behind the prompt
               (letters); each token of each choice text behind the prompt and the tokens before it (continuation)
@@ -51,11 +51,11 @@ def requests_of(scoring: Scoring, row: Encoded, adapter: str, *, by: By, top_log
     if by == "prompt":
         prompt, choices = split(row)
         return [common | {"prompt": [prompt + ids for ids in choices], "prompt_logprobs": 0}]
-    asked = _asked(scoring, row)
+    wanted = _wanted(scoring, row)
     named = {"logprobs": top_logprobs, "return_tokens_as_token_ids": True}
     return [
-        common | named | {"prompt": [list(text) for text in texts], "logprob_token_ids": _tokens(asked, texts)}
-        for texts in _groups(asked)
+        common | named | {"prompt": [list(text) for text in texts], "logprob_token_ids": _tokens(wanted, texts)}
+        for texts in _groups(wanted)
     ]
 
 
@@ -97,32 +97,32 @@ def _steps(scoring: Scoring, row: Encoded) -> list[list[tuple[Text, int]]]:
     return [[(tuple(prompt + ids[:j]), token) for j, token in enumerate(ids)] for ids in choices]
 
 
-def _asked(scoring: Scoring, row: Encoded) -> dict[Text, list[int]]:
+def _wanted(scoring: Scoring, row: Encoded) -> dict[Text, list[int]]:
     """The texts of a row, each once, with the tokens that are looked up behind them."""
-    asked: dict[Text, list[int]] = {}
+    wanted: dict[Text, list[int]] = {}
     for text, token in (step for steps in _steps(scoring, row) for step in steps):
-        tokens = asked.setdefault(text, [])
+        tokens = wanted.setdefault(text, [])
         if token not in tokens:
             tokens.append(token)
-    return asked
+    return wanted
 
 
-def _groups(asked: Mapping[Text, list[int]]) -> list[list[Text]]:
-    """Texts that share a request: all its texts are asked for the same tokens, of which there is a limit."""
+def _groups(wanted: Mapping[Text, list[int]]) -> list[list[Text]]:
+    """Texts that share a request: it names the same tokens for all of them, of which there is a limit."""
     groups: list[list[Text]] = [[]]
-    for text in asked:
-        if groups[-1] and len(_tokens(asked, [*groups[-1], text])) > _MOST_TOKENS:
+    for text in wanted:
+        if groups[-1] and len(_tokens(wanted, [*groups[-1], text])) > _MOST_TOKENS:
             groups.append([])
         groups[-1].append(text)
     return groups
 
 
-def _tokens(asked: Mapping[Text, list[int]], texts: Sequence[Text]) -> list[int]:
-    return sorted({token for text in texts for token in asked[text]})
+def _tokens(wanted: Mapping[Text, list[int]], texts: Sequence[Text]) -> list[int]:
+    return sorted({token for text in texts for token in wanted[text]})
 
 
 def _from_next(scoring: Scoring, row: Encoded, answers: Sequence[Any], url: str) -> list[float]:
-    groups = _groups(_asked(scoring, row))
+    groups = _groups(_wanted(scoring, row))
     given: dict[Text, Mapping[str, Any]] = {}
     for texts, answer in zip(groups, answers, strict=True):
         for text, choice in zip(texts, _in_order(answer), strict=True):

@@ -53,7 +53,7 @@ class VLLMClassifier:
         timeout: seconds for each request.
         retries: how often a request is sent again after a lost connection, a time-out or a busy server.
         by: how tokens are looked up: "next" names them to the server (`logprob_token_ids`); "prompt" is for choice
-            texts on a server that cannot be told names (`prompt_logprobs`).
+            texts on a server that takes no names (`prompt_logprobs`).
         top_logprobs: of "next", on such a server: how many of the most probable tokens to look in; a token that is not
             among them is an error. -1 is the whole vocabulary.
         temperature: T of the particles' log-probabilities, log softmax(log p / T); `manifest.temperature` is the
@@ -197,7 +197,7 @@ class VLLMClassifier:
         widest = max(row.num_choices for row in rows)
         classes = len(self.scoring.label_ids) if isinstance(self.scoring, Letters) else widest
         out = torch.full((particles, len(rows), classes), -torch.inf, dtype=torch.float64)
-        # a row's particles follow each other, so that a server's batch holds all adapters
+        # a row's particles follow each other, so that all adapters are in a server's batch
         jobs = ((k, i) for i in range(len(rows)) for k in range(particles))
         pool = ThreadPoolExecutor(min(self._concurrency, particles * len(rows)), thread_name_prefix="scalabl-vllm")
         stop = threading.Event()
@@ -228,15 +228,15 @@ class VLLMClassifier:
         return log_probs_of(self.scoring, row, answers, by=self._by, url=self._client.url)
 
     def _refused(self, error: HTTPError, adapter: str | None = None) -> UserError:
-        said, url = str(error).rstrip("."), self._client.url
+        reason, url = str(error).rstrip("."), self._client.url
         if error.status in (401, 403):
-            return UserError(f"The server at {url} wants another key ({said}); pass api_key=... or set VLLM_API_KEY.")
+            return UserError(f"The server at {url} wants another key ({reason}); pass api_key=... or set VLLM_API_KEY.")
         if error.status == 404 and adapter is not None:
             return UserError(
-                f"The server at {url} has no adapter {adapter} ({said}); start it with the command that scalabl export "
-                "prints."
+                f"The server at {url} has no adapter {adapter} ({reason}); start it with the command that scalabl "
+                "export prints."
             )
-        return UserError(f"The server at {url} refused a request (status {error.status}): {said}.")
+        return UserError(f"The server at {url} refused a request (status {error.status}): {reason}.")
 
 
 def _root(url: str) -> str:
