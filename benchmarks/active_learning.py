@@ -10,16 +10,19 @@ directory named after all settings, and results are written after each. Needs th
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
-from collections.abc import Iterator, Sequence
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from _common import RESULTS, ROOT, facts, write_text
-from active_learning_results import write
+import harness
+import matplotlib
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
 
+from scalabl.core.files import write_text
 from scalabl.core.quiet import quiet
 from scalabl.data import Example, load_task
 from scalabl.data.assemble import shuffled
@@ -34,9 +37,16 @@ from scalabl.runs.method import Run
 from scalabl.runs.settings import Settings
 from scalabl.training.run import train
 
+NAME = "active_learning"
 START = "start"
 VALIDATION_ROWS = 4  # a run has to have some; the recipe leaves nothing to choose by them
 METRICS = ("accuracy", "nll", "ece")
+COLUMNS = ("seed", "by", "round", "labelled", *METRICS)
+TITLES = {"bald": "BALD", "entropy": "total entropy", "random": "random"}
+STYLE = {"bald": ("#0072b2", "solid"), "entropy": ("#d55e00", "dashed"), "random": ("#555555", "dotted")}
+HEADINGS = {"accuracy": "accuracy", "nll": "NLL (nats)"}
+
+Curves = dict[str, dict[int, dict[int, dict[str, float]]]]  # strategy -> rows labelled -> seed -> metric -> value
 
 
 @dataclass(frozen=True)
@@ -67,8 +77,7 @@ class Study:
     def digest(self) -> str:
         """Names everything that decides a cell but its seed, its strategy and its round."""
         rows = [[[r.question, r.choices, r.answer] for r in part] for part in (self.pool, self.validation, self.test)]
-        content = [self.recipe.as_dict(), rows, self.start, self.k, self.samples]
-        return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
+        return harness.digest([self.recipe.as_dict(), rows, self.start, self.k, self.samples])
 
 
 def study_of(a: argparse.Namespace) -> Study:
@@ -122,9 +131,9 @@ def cell(
 ) -> dict[str, Any]:
     """Train on the labelled rows, test, and pick the rows that each of the strategies wants next."""
     directory = runs / study.digest() / f"seed{seed}-{by}-{number}"
-    kept = directory / "figures.json"
-    if kept.is_file():
-        known: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8"))
+    figures_file = directory / "figures.json"
+    if figures_file.is_file():
+        known: dict[str, Any] = json.loads(figures_file.read_text(encoding="utf-8"))
         if known["labelled"] == labelled and known["picked"].keys() >= set(strategies):
             print(f"{directory.name}: known", flush=True)
             return known
@@ -139,7 +148,7 @@ def cell(
     made = {"seed": seed, "by": by, "round": number, "labelled": labelled}
     made |= {metric: figures[metric].value for metric in METRICS}
     made["picked"] = picks(study, run, seed, number, labelled, strategies)
-    write_text(kept, json.dumps(made) + "\n")
+    write_text(figures_file, json.dumps(made) + "\n")
     print(f"{directory.name}: {len(labelled)} rows, ACC {made['accuracy']:.3f}, NLL {made['nll']:.3f}", flush=True)
     return made
 
@@ -178,36 +187,149 @@ def _write_rows(path: Path, rows: Sequence[Example]) -> None:
 
 def main() -> None:
     """Do what is missing, and write active_learning.csv, .md and .svg after every cell."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--strategies", nargs="+", default=list(STRATEGIES), choices=STRATEGIES)
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--start", type=int, default=40, help="rows labelled at first")
-    parser.add_argument("-k", type=int, default=40, help="rows labelled a round")
-    parser.add_argument("--pool", type=int, default=240, help="rows that may be labelled")
-    parser.add_argument("--test-rows", type=int, default=150)
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--layers", default="last:2")
-    parser.add_argument("--samples", type=int, default=4, help="particles")
-    parser.add_argument("--model", default="smollm2-135m-instruct")
-    parser.add_argument("--data", default="arc-easy")
-    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "active-learning", help="where the cells go")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="directory of the results")
+    parser = harness.options(
+        __doc__,
+        seeds=[0, 1],
+        strategies=(list(STRATEGIES), None, STRATEGIES),
+        rounds=2,
+        start=(40, "rows labelled at first"),
+        k=(40, "rows labelled a round"),
+        pool=(240, "rows that may be labelled"),
+        test_rows=150,
+        steps=60,
+        layers="last:2",
+        samples=(4, "particles"),
+        model="smollm2-135m-instruct",
+        data="arc-easy",
+        runs=(harness.ROOT / "runs" / "active-learning", "where the cells go"),
+        output=(harness.RESULTS, "directory of the results"),
+    )
     a = parser.parse_args()
     quiet()
     study = study_of(a)
     fit = study.recipe.optimisation
-    known = facts(
+    known = harness.facts(
         model=a.model,
         data=f"{a.data}: a pool of {len(study.pool)} training rows, {len(study.test)} test rows",
-        method=f"ScalaBL, {fit.steps} steps of {fit.batch_size} rows, AdamW "
-        f"{fit.learning_rate:g}, adapters of r = {study.recipe.adapter.r} on {a.layers}, N = {a.samples}",
+        method=f"ScalaBL, {fit.steps} steps of {fit.batch_size} rows, AdamW {fit.learning_rate:g}, adapters of "
+        f"r = {study.recipe.adapter.r} on {a.layers}, N = {a.samples}",
         seeds=", ".join(map(str, a.seeds)),
     )
     done: list[dict[str, Any]] = []
     for made in cells(study, a.runs):
         done.append(made)
-        write(done, known, a.output)
+        found = curves(done)
+        harness.write_results(a.output, NAME, None, markdown(found, known), csv_of(done), picture(found), show=False)
+
+
+def csv_of(cells: Sequence[dict[str, Any]]) -> str:
+    """One line a cell."""
+    return harness.as_csv([cell | {"labelled": len(cell["labelled"])} for cell in cells], COLUMNS)
+
+
+def curves(cells: Sequence[dict[str, Any]]) -> Curves:
+    """The cells by strategy; the start of a seed belongs to every strategy."""
+    strategies = [name for name in TITLES if any(cell["by"] == name for cell in cells)]
+    found: Curves = {by: {} for by in strategies}
+    for by in strategies:
+        for cell in cells:
+            if cell["by"] in (by, "start"):
+                figures = {metric: cell[metric] for metric in METRICS}
+                found[by].setdefault(len(cell["labelled"]), {})[cell["seed"]] = figures
+    return found
+
+
+def markdown(found: Curves, known: dict[str, str]) -> str:
+    """The results as a page."""
+    rows: list[dict[str, Any]] = []
+    for by, curve in found.items():
+        for labelled in sorted(curve):
+            first = labelled == min(curve)
+            gaps = {m: None if first else _difference(found, by, labelled, m) for m in HEADINGS}
+            rows.append({"by": TITLES[by], "labelled": labelled, "seeds": curve[labelled].values(), "gaps": gaps})
+    shown = harness.table(
+        rows,
+        ("picked by", "{by}"),
+        ("rows labelled", "{labelled}"),
+        ("ACC % ↑", lambda row: _mean([100 * f["accuracy"] for f in row["seeds"]], 1)),
+        ("NLL ↓", lambda row: _mean([f["nll"] for f in row["seeds"]], 3)),
+        ("ACC − random", lambda row: _shown(row["gaps"]["accuracy"], 100, 1)),
+        ("NLL − random", lambda row: _shown(row["gaps"]["nll"], 1, 3)),
+    )
+    parts = [
+        "# Active learning: which rows to label",
+        f"![learning curves]({NAME}.svg)",
+        shown,
+        "Mean ± standard deviation over seeds. Differences from random picks are paired by seed, with their 95 % "
+        "interval (Student's); * where it leaves out zero. All strategies of a seed start from the same rows. Seeds "
+        "share the pool and the test rows.",
+        verdict(found),
+        harness.markdown_facts(known),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def verdict(found: Curves) -> str:
+    """Whether each strategy beat random picks, at the most rows that both have labelled, in a sentence each."""
+    sentences = []
+    for by in (by for by in found if by != "random" and "random" in found):
+        both = set(found[by]) & set(found["random"]) - {min(found["random"])}
+        difference = _difference(found, by, max(both), "nll") if both else None
+        if difference is None or (mean := difference["mean"]) is None:
+            continue
+        apart = harness.excludes_zero(difference["low"], difference["high"])
+        word = "is not shown to beat" if not apart else "beat" if mean < 0 else "was worse than"
+        gap = f"NLL {abs(mean):.3f} nats {'lower' if mean < 0 else 'higher'} than that of random picks"
+        sentences.append(
+            f"With {max(both)} rows {TITLES[by]} {word} random: {gap}, interval {_shown(difference, 1, 3)}."
+        )
+    return " ".join(sentences)
+
+
+def _difference(found: Curves, by: str, labelled: int, metric: str) -> dict[str, float | None] | None:
+    """This strategy minus random, over the seeds that have both; None where there is nothing to compare."""
+    if by == "random" or labelled not in found.get("random", {}):
+        return None
+    own, other = found[by][labelled], found["random"][labelled]
+    seeds = sorted(own.keys() & other.keys())
+    return harness.mean_with_interval([own[seed][metric] - other[seed][metric] for seed in seeds]) if seeds else None
+
+
+def _shown(difference: Mapping[str, float | None] | None, scale: float, digits: int) -> str:
+    if difference is None or difference["mean"] is None:
+        return "–"
+    mean = f"{scale * difference['mean']:+.{digits}f}"
+    low, high = difference["low"], difference["high"]
+    if low is None or high is None:
+        return mean
+    ends = f"({scale * low:+.{digits}f} to {scale * high:+.{digits}f})"
+    return f"{mean} {ends}{'*' if harness.excludes_zero(low, high) else ''}".replace("-", "−")
+
+
+def _mean(values: Sequence[float], digits: int) -> str:
+    mean = f"{statistics.fmean(values):.{digits}f}"
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
+
+
+def picture(found: Curves) -> str:
+    """Accuracy and NLL against the rows labelled: means over seeds as lines, seeds as dots."""
+    with matplotlib.rc_context({"font.size": 9}):
+        figure = Figure(figsize=(7.2, 3.0), layout="constrained")
+        FigureCanvasSVG(figure)
+        panels = figure.subplots(1, 2)
+        for axes, (metric, heading) in zip(panels, HEADINGS.items(), strict=True):
+            for by, curve in found.items():
+                colour, dashes = STYLE[by]
+                labelled = sorted(curve)
+                means = [statistics.fmean(f[metric] for f in curve[n].values()) for n in labelled]
+                axes.plot(labelled, means, color=colour, linestyle=dashes, linewidth=1.7, label=TITLES[by])
+                dots = [(n, figures[metric]) for n in labelled for figures in curve[n].values()]
+                axes.scatter(*zip(*dots, strict=True), color=colour, s=9, alpha=0.6)
+            axes.set(xlabel="rows labelled", ylabel=heading)
+            axes.spines[["top", "right"]].set_visible(False)
+        if found:
+            panels[0].legend(frameon=False)
+    return harness.svg(figure, NAME)
 
 
 if __name__ == "__main__":

@@ -6,27 +6,42 @@ Three finished runs of one task: plain LoRA, and ScalaBL with a full and with a 
 the exact joint posterior is from diagonal; what dropping its correlations does to predictions; what the full run's
 covariance learnt of it; and how noisy its gradient is. Writes docs/results/covariance/*.csv, *.svg and README.md after
 each part. What was computed is kept in --work, so that a second start goes on where the first one stopped.
+
+What was learnt: among Gaussians without correlations between layers the ELBO of a quadratic loss is highest at the
+"conditional" blocks of the exact posterior, the inverses of the precision's own blocks; the learnt covariance is
+compared with that.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import covariance_pictures as pictures
-from _common import RESULTS, ROOT, facts, write_text
-from covariance_learnt import fit_rows, learnt_rows
-from covariance_noise import noise_rows
-from covariance_posterior import PRIORS, position, posterior_tables
-from covariance_predictions import prediction_rows, predictions
-from covariance_results import as_csv, page
-from covariance_study import RUNS, Study, study_of
+import covariance_page as pages
+import torch
+from covariance_effects import noise_rows, prediction_rows, predictions
+from covariance_posterior import (
+    PRIORS,
+    RUNS,
+    Position,
+    Study,
+    layer_correlations,
+    off_diagonals,
+    position,
+    posterior_tables,
+    study_of,
+)
+from harness import RESULTS, ROOT, as_csv, facts, options
+from torch import Tensor
 
 from scalabl.core.errors import UserError
+from scalabl.core.files import write_text
 from scalabl.core.quiet import quiet
+from scalabl.posterior.joint import JointGaussian
 
-MC_ROWS, MC_OOD_ROWS = 24, 12  # 64 draws under 5 covariances are 320 passes over each row
+NULLS = ("signs", "order")
 # facts of the page that are numbers of the command line
 SIZES = (
     "test_rows", "ood_rows", "mc_rows", "mc_ood_rows", "samples", "points", "draws", "batches", "noise_batch",
@@ -34,34 +49,131 @@ SIZES = (
 )  # fmt: skip
 
 
-def options() -> argparse.Namespace:
+def cosine(learnt: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
+    """Between the off-diagonals of correlation matrices, all layers behind each other; 0 where one has none."""
+    a, b = (torch.cat([off_diagonals(x) for x in matrices]) for matrices in (learnt, exact))
+    length = (a.norm() * b.norm()).item()
+    return (a @ b).item() / length if length > 0 else 0.0
+
+
+def null_cosines(learnt: Sequence[Tensor], exact: Sequence[Tensor], null: str, number: int, seed: int) -> Tensor:
+    """(number,) cosines of learnt correlations that have nothing to do with the exact ones.
+
+    Args:
+        learnt: (r, r) correlation matrices, one a layer.
+        exact: of the same layers.
+        null: "signs" flips the sign of each number at random, so that correlations keep their sizes and lose their
+            signs; "order" shuffles the numbers of each layer, so that they keep both and lose their places.
+        number: how many.
+        seed: of the flips and shuffles.
+    """
+    generator, found = torch.Generator().manual_seed(seed), []
+    for _ in range(number):
+        other = []
+        for matrix in learnt:
+            if null == "signs":
+                sign = torch.randint(2, (len(matrix),), generator=generator).to(matrix) * 2 - 1
+                other.append(torch.outer(sign, sign) * matrix)
+            else:
+                order = torch.randperm(len(matrix), generator=generator)
+                other.append(matrix[order][:, order])
+        found.append(cosine(other, exact))
+    return torch.tensor(found, dtype=torch.float64)
+
+
+def p_value(observed: float, null: Tensor) -> float:
+    """(1 + number of null values at least as large) / (1 + number of them) [Phipson and Smyth 2010]."""
+    # the observed arrangement is one of the null's, and rounding must not take it out
+    return (1 + int((null >= observed - 1e-12).sum())) / (1 + len(null))
+
+
+def learnt_rows(at: Position, number: int, seed: int) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+    """Each layer's row and one of all together, and the null cosines of all together by name.
+
+    rms_*: root mean square correlation; *_cosine: with the learnt ones; slope: of the learnt on the conditional ones,
+    1 where they agree; rest_rms: what the slope leaves; p_*: of the cosine with the conditional ones.
+    """
+    exact, _ = at.exact("own")
+    learnt = layer_correlations(at.learnt_relative())
+    conditional = layer_correlations(exact.restricted("layer", "conditional"))
+    marginal = layer_correlations(exact)
+    groups: dict[str, list[str]] = {name: [name] for name in learnt if len(learnt[name]) > 1}
+    rows, nulls = [], {}
+    for layer, members in (groups | {"all": list(learnt)}).items():
+        own, best, block = ([of[name] for name in members] for of in (learnt, conditional, marginal))
+        a, b, c = (torch.cat([off_diagonals(x) for x in matrices]) for matrices in (own, best, block))
+        found = cosine(own, best)
+        nulls = {null: null_cosines(own, best, null, number, seed) for null in NULLS}
+        slope = (a @ b / (b @ b)).item() if b.any() else 0.0
+        rows.append(
+            {
+                "layer": layer,
+                "pairs": len(a),
+                "rms_learnt": _rms(a),
+                "rms_conditional": _rms(b),
+                "rms_marginal": _rms(c),
+                "conditional_cosine": found,
+                "marginal_cosine": cosine(own, block),
+                "slope": slope,
+                "rest_rms": _rms(a - slope * b),
+                **{f"p_{null}": p_value(found, values) for null, values in nulls.items()},
+            }
+        )
+    return rows, nulls  # "all" stands last
+
+
+def fit_rows(positions: Mapping[str, Position]) -> list[dict[str, Any]]:
+    """KL(q || exact posterior) in nats of what the runs learnt and of the best that such a q can be.
+
+    Up to a constant it is the ELBO of the quadratic loss around the run's mean, so that a difference of two is what the
+    one gains over the other.
+    """
+    found = []
+    for name in ("diagonal", "full"):
+        at = positions[name]
+        exact, _ = at.exact("own")
+        of: dict[str, JointGaussian] = {"learnt": at.learnt_relative()}
+        if name == "full":
+            of["learnt, correlations dropped"] = at.learnt_relative(correlated=False)
+        of["best full in each layer"] = exact.restricted("layer", "conditional")
+        of["best diagonal"] = exact.restricted("diagonal", "conditional")
+        for kind, q in of.items():
+            kl = q.kl(exact)
+            found.append({"weights": name, "q": kind, "kl": kl, "kl_a_row": kl / at.curvature.rows})
+    return found
+
+
+def _rms(values: Tensor) -> float:
+    return values.square().mean().sqrt().item() if len(values) else 0.0
+
+
+def parse() -> argparse.Namespace:
     """The command line; what cannot be is refused."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, what in RUNS.items():
-        parser.add_argument(f"--{name}", type=Path, required=True, help=f"a finished run: {what}")
-    parser.add_argument("--ood", required=True, help="rows of another task, by a benchmark's name or a JSONL file")
-    parser.add_argument("--train-rows", type=int, default=400, help="training rows for curvature and gradients")
-    parser.add_argument("--test-rows", type=int, default=200)
-    parser.add_argument("--ood-rows", type=int, default=100)
-    parser.add_argument("--points", type=int, default=128, help="of the linearised predictive's integral")
-    parser.add_argument("--samples", type=int, default=64, help="draws of Monte Carlo; 0 leaves it out")
-    parser.add_argument("--mc-rows", type=int, default=MC_ROWS, help="test rows of Monte Carlo, the first ones")
-    parser.add_argument("--mc-ood-rows", type=int, default=MC_OOD_ROWS, help="rows of the other task for it")
-    parser.add_argument("--draws", type=int, default=64, help="of each row's gradient")
-    parser.add_argument("--batches", type=int, default=2, help="fixed batches of the gradient's noise")
-    parser.add_argument("--noise-batch", type=int, default=8, help="rows of such a batch")
-    parser.add_argument("--start-steps", type=int, default=20, help="of the short run that is the start")
-    parser.add_argument("--null", type=int, default=2000, help="random signs and orders")
-    parser.add_argument("--bootstrap", type=int, default=1000)
-    parser.add_argument("--batch-size", type=int, default=8, help="rows at a time; the figures do not depend on it")
-    parser.add_argument("--seed", type=int, default=0, help="of all draws")
-    parser.add_argument("--model", help="the base model, if it has moved")
-    parser.add_argument(
-        "--work", type=Path, default=ROOT / "runs" / "covariance", help="where what is computed is kept"
+    parser = options(
+        __doc__,
+        **{name: (Path, f"a finished run: {what}") for name, what in RUNS.items()},
+        ood=(str, "rows of another task, by a benchmark's name or a JSONL file"),
+        train_rows=(400, "training rows for curvature and gradients"),
+        test_rows=200,
+        ood_rows=100,
+        points=(128, "of the linearised predictive's integral"),
+        samples=(64, "draws of Monte Carlo; 0 leaves it out"),
+        mc_rows=(24, "test rows of Monte Carlo, the first ones: 64 draws of 5 covariances are 320 passes of each"),
+        mc_ood_rows=(12, "rows of the other task for it"),
+        draws=(64, "of each row's gradient"),
+        batches=(2, "fixed batches of the gradient's noise"),
+        noise_batch=(8, "rows of such a batch"),
+        start_steps=(20, "of the short run that is the start"),
+        null=(2000, "random signs and orders"),
+        bootstrap=1000,
+        batch_size=(8, "rows at a time; the figures do not depend on it"),
+        seed=(0, "of all draws"),
+        model=(None, "the base model, if it has moved"),
+        work=(ROOT / "runs" / "covariance", "where what is computed is kept"),
+        output=(RESULTS / "covariance", "directory of the results"),
     )
-    parser.add_argument("--output", type=Path, default=RESULTS / "covariance", help="directory of the results")
     a = parser.parse_args()
-    least = {"draws": 2, "noise_batch": 2, "samples": 0, "mc_rows": 0} | dict.fromkeys(("seed",), 0)
+    least = {"draws": 2, "noise_batch": 2, "samples": 0, "mc_rows": 0, "seed": 0}
     for name, value in vars(a).items():
         if isinstance(value, int) and value < least.get(name, 1):
             parser.error(f"--{name.replace('_', '-')} is {value}; it must be at least {least.get(name, 1)}")
@@ -71,7 +183,7 @@ def options() -> argparse.Namespace:
 
 def main() -> None:
     """Do what is missing of the four parts, and write each as it is done."""
-    a = options()
+    a = parse()
     quiet()
     try:
         study = study_of(a)
@@ -91,19 +203,19 @@ class Report:
         """All four parts."""
         study, o = self.study, self.study.options
         positions = {name: position(study, name) for name in PRIORS}
-        drawn = {"correlations": pictures.correlations(positions), "sizes": pictures.sizes(positions)}
+        drawn = {"correlations": pages.picture_of_correlations(positions), "sizes": pages.picture_of_sizes(positions)}
         self._done(posterior_tables(positions), drawn)
 
         found = predictions(study, positions["mle"])
         rows = prediction_rows(found, study.test, bootstrap=o.bootstrap, seed=o.seed)
-        self._done({"predictions": rows}, {"predictions": pictures.predictions(rows)})
+        self._done({"predictions": rows}, {"predictions": pages.picture_of_predictions(rows)})
 
         learnt, nulls = learnt_rows(positions["full"], o.null, o.seed)
-        drawn = {"learnt": pictures.learnt(positions["full"], nulls, learnt[-1]["conditional_cosine"])}
+        drawn = {"learnt": pages.picture_of_learnt(positions["full"], nulls, learnt[-1]["conditional_cosine"])}
         self._done({"learnt": learnt, "fit": fit_rows(positions)}, drawn)
 
         noise, ratios = noise_rows(study)
-        self._done({"gradient_noise": noise}, {"gradient_noise": pictures.gradient_noise(ratios, o.draws)})
+        self._done({"gradient_noise": noise}, {"gradient_noise": pages.picture_of_gradient_noise(ratios, o.draws)})
 
     def _done(self, tables: dict[str, list[dict[str, Any]]], drawn: dict[str, str]) -> None:
         output: Path = self.study.options.output
@@ -115,7 +227,7 @@ class Report:
         self.tables |= tables
         sizes = {name: f"{getattr(self.study.options, name):,}" for name in SIZES}
         sizes |= {"test_rows": f"{len(self.study.test):,}", "ood_rows": f"{len(self.study.shifted):,}"}
-        write_text(output / "README.md", page(self.tables, self._facts(), sizes))
+        write_text(output / "README.md", pages.page(self.tables, self._facts(), sizes))
         print(f"{output}: {', '.join(tables)}", flush=True)
 
     def _facts(self) -> dict[str, str]:

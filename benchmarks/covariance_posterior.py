@@ -1,22 +1,132 @@
-"""The exact Gauss-Newton posterior of s at a run's weights, and how far it is from having no correlations."""
+"""The covariance study's runs and rows, what was computed of them before, and the exact Gauss-Newton posterior of s at
+a run's weights: how far it is from having no correlations."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import argparse
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
-from covariance_study import Made, Study
+from harness import digest
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
+from scalabl.core.errors import UserError
+from scalabl.core.files import writing
 from scalabl.core.progress import progress_bar
+from scalabl.data import Example, load_task
+from scalabl.data.assemble import select_rows
+from scalabl.data.load import rows_of, with_labels
 from scalabl.posterior import FullGaussian
 from scalabl.posterior.joint import JointGaussian
+from scalabl.runs.loading import load_run
+from scalabl.runs.method import Run
+from scalabl.runs.record import RunRecord
+from scalabl.runs.settings import Settings
+from scalabl.scoring import Encoded
+from scalabl.scoring.trunk_store import with_stored_trunk
 from scalabl.training.posthoc.laplace import JointCurvature, gauss_newton, posterior_of, used_components
 from scalabl.training.posthoc.svd import Factors, StochasticLeaves, factors_of
 from scalabl.tuner import prior_of, stochastic_layers
 from scalabl.tuner.layers import depths
+
+RUNS = {"mle": "plain LoRA", "diagonal": "ScalaBL, diagonal", "full": "ScalaBL, full"}
+Made = tuple[dict[str, Tensor], dict[str, Any]]  # tensors, and what JSON holds
+
+
+@dataclass(frozen=True, eq=False)
+class Study:
+    """Attributes:
+    directories: of the finished runs "mle", "diagonal" and "full".
+    records: what their `scalabl.json` say.
+    train: training rows that curvature and gradients are taken over, the first of them for the latter.
+    test, shifted: rows to predict; of the runs' own task, and of another one.
+    options: of the command line.
+    """
+
+    directories: dict[str, Path]
+    records: dict[str, RunRecord]
+    train: list[Example]
+    test: list[Example]
+    shifted: list[Example]
+    options: argparse.Namespace
+
+    def recipe(self, name: str) -> Settings:
+        return self.records[name].settings
+
+    def run(self, name: str) -> Run:
+        """The loaded run; one is in memory at a time."""
+        return loaded(self.directories[name], self.options.model)
+
+    def encoded(self, run: Run, rows: Sequence[Example]) -> list[Encoded]:
+        """Rows as tokens with the frozen layers' output."""
+        return with_stored_trunk(run.scorer, run.encode(list(rows)), batch_size=self.options.batch_size)
+
+    def kept(self, name: str, made_from: Sequence[Any], make: Callable[[], Made]) -> Made:
+        """What `make` gives, computed once for what it is made from."""
+        path: Path = self.options.work / f"{name}-{digest(list(made_from))}.safetensors"
+        if not path.is_file():
+            tensors, facts = make()
+            path.parent.mkdir(parents=True, exist_ok=True)
+            contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
+            with writing(path) as unfinished:
+                save_file(contiguous, unfinished, metadata={"facts": json.dumps(facts)})
+        # read back even where it was just made: a second start works on the very same numbers
+        with safe_open(path, framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            return tensors, json.loads(file.metadata()["facts"])
+
+    def identity(self, name: str, *rows: Sequence[Example]) -> list[Any]:
+        """A run and rows, for `kept`."""
+        return [self.records[name].adapter_sha256, [[[r.question, r.choices, r.answer] for r in x] for x in rows]]
+
+
+@lru_cache(maxsize=1)
+def loaded(directory: Path, model: str | None) -> Run:
+    """A finished run; the last one stays in memory."""
+    return load_run(directory, model=model)
+
+
+def study_of(options: argparse.Namespace) -> Study:
+    """The study that the options ask for, checked before anything is loaded.
+
+    Raises:
+        UserError: a run is not finished, of another kind than its place, or of another task or base model.
+    """
+    directories = {name: getattr(options, name) for name in RUNS}
+    records = {name: RunRecord.read_finished(directory) for name, directory in directories.items()}
+    recipes = {name: record.recipe for name, record in records.items()}
+    if recipes["mle"]["method"] not in ("mle", "map"):
+        raise UserError(f"{options.mle} was trained by {recipes['mle']['method']}; give a run of plain LoRA as --mle.")
+    for name in ("diagonal", "full"):
+        recipe = recipes[name]
+        if recipe["method"] != "scalabl" or recipe["covariance"] != name or records[name].joint_sha256:
+            raise UserError(f"{directories[name]} is no run of scalabl train with covariance: {name}.")
+        for setting in ("model", "data"):
+            if recipe[setting] != recipes["mle"][setting]:
+                raise UserError(
+                    f"{directories[name]} has {setting} {recipe[setting]!r} and {options.mle} has "
+                    f"{recipes['mle'][setting]!r}; the three runs must share it."
+                )
+    data, labels = recipes["mle"]["data"], records["mle"].labels
+    recipe = records["mle"].settings
+    limit = min(options.train_rows, records["mle"].rows["train"])
+    train = with_labels(select_rows(load_task(data), recipe.changed(train_rows=limit).rows).train, labels, data)
+    return Study(
+        directories,
+        records,
+        train,
+        rows_of(data, limit=options.test_rows, labels=labels),
+        rows_of(options.ood, limit=options.ood_rows),
+        options,
+    )
+
 
 # which prior each run's exact posterior has; the first is the one that pictures show
 PRIORS = {"mle": ("evidence",), "diagonal": ("own", "evidence"), "full": ("own", "evidence")}
@@ -206,6 +316,12 @@ def layer_correlations(joint: JointGaussian) -> dict[str, Tensor]:
     """The layer's name -> (r, r) correlations within it."""
     correlation = joint.correlation()
     return {name: correlation[rows, rows] for name, rows in joint.blocks()}
+
+
+def off_diagonals(correlation: Tensor) -> Tensor:
+    """(r, r) -> (r (r - 1) / 2,) the correlations of each pair, once."""
+    rows, columns = torch.tril_indices(len(correlation), len(correlation), offset=-1)
+    return correlation[rows, columns]
 
 
 def shown(positions: Mapping[str, Position]) -> Sequence[tuple[str, JointGaussian, dict[str, int]]]:

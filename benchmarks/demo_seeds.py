@@ -2,81 +2,141 @@
 
     python benchmarks/demo_seeds.py
 
-Resumable: runs that are finished are not trained again, and a seed whose figures are known is not predicted again.
-Needs the development environment (make dev).
+A seed changes initialisation, order of rows and draws, while training and test rows stay the same: two methods are
+compared seed by seed. Intervals are Student's. Resumable: runs that are finished are not trained again, and a seed
+whose figures are known is not predicted again. Needs the development environment (make dev).
 """
 
 from __future__ import annotations
 
-import argparse
-import csv
-import inspect
-import io
-import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from _common import RESULTS, ROOT, facts, markdown_facts, markdown_table, write_results, write_text
-from over_seeds import TEST, summarize, told_apart
+import harness
 
 from scalabl.core.files import ADAPTER, sha256
-from scalabl.inference.report.table import ARROWS, heading, number, table
+from scalabl.inference.report.table import ARROWS, heading, number
+from scalabl.inference.report.table import table as figures_of
 from scalabl.metrics import METRICS
 from scalabl.study import demo
-from scalabl.study.demo import demo_recipe, run_demo
+from scalabl.study.demo import SAMPLES, STEPS, TEST_ROWS, run_demo
 
-DEFAULTS = {
-    name: parameter.default
-    for name, parameter in inspect.signature(run_demo).parameters.items()
-    if name in ("steps", "test_rows", "samples")
-}
+TEST = "test"
 SHIFTED = ("accuracy", "nll", "ece")
-TOLD = {"auroc_total": "AUROC, total ↑", "auroc_epistemic": "AUROC, epistemic ↑"}
+TITLES = {"auroc_total": "AUROC, total ↑", "auroc_epistemic": "AUROC, epistemic ↑"}
+HIGHER = METRICS | dict.fromkeys(TITLES, True)  # metric -> whether higher is better
+Rows = Sequence[dict[str, Any]]  # of one seed, as the report's table gives them
+Methods = dict[str, dict[str, Any]]  # method -> its figures over seeds
 
 
 def of_seed(directory: Path, seed: int, settings: dict[str, int]) -> dict[str, Any]:
     """The facts and figures of one seed, kept in `directory` together with what they were made from."""
-    kept = directory / ("figures-" + "-".join(f"{name}{value}" for name, value in settings.items()) + ".json")
-    if kept.is_file():
-        known: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8"))
-        if known["adapters"] == _adapters(directory) and known["made_from"] == _made_from(seed, settings):
-            print(f"seed {seed}: known, {kept}")
-            return known
+
+    def made_from() -> list[Any]:
+        recipes = [demo.demo_recipe(name, seed=seed, steps=settings["steps"]).as_dict() for name in ("mle", "scalabl")]
+        # figures are those of these very adapters
+        adapters = {path.parent.name: sha256(path) for path in sorted(directory.glob(f"*/{ADAPTER}"))}
+        return [recipes, settings, demo.TASK, demo.SHIFTED_ROWS, adapters]
+
+    def make() -> dict[str, Any]:
+        report = run_demo(directory, seed=seed, **settings)
+        return {"facts": report.facts, "methods": figures_of(report)}
+
     directory.mkdir(parents=True, exist_ok=True)
-    report = run_demo(directory, seed=seed, **settings)
-    made = {
-        "facts": report.facts,
-        "made_from": _made_from(seed, settings),
-        "adapters": _adapters(directory),
-        "methods": table(report),
-    }
-    write_text(kept, json.dumps(made, indent=1, allow_nan=False) + "\n")
-    return made
+    return harness.kept(directory / "figures.json", made_from, make)
 
 
-def _adapters(directory: Path) -> dict[str, str]:
-    """Run -> hash of its adapter: figures are those of these very adapters."""
-    return {path.parent.name: sha256(path) for path in sorted(directory.glob(f"*/{ADAPTER}"))}
+def summarize(tables: Mapping[int, Rows]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Data set ("test" or a shifted one) -> method -> its figures over seeds.
+
+    A method's figures: "collapsed" (the seeds at which it is at chance), "best" (metrics), and for every metric
+    {values, mean, sd, low, high, difference}: sd and interval of the mean are None with one seed, `difference` is
+    {mean, low, high} of this method minus the first, None in the first.
+
+    Raises:
+        ValueError: the seeds' tables have other methods.
+    """
+    names = {seed: [row["method"] for row in table] for seed, table in tables.items()}
+    if len({tuple(of_seed) for of_seed in names.values()}) != 1:
+        raise ValueError(f"the seeds have other methods: {names}")
+    shifted = list(dict.fromkeys(name for table in tables.values() for row in table for name in row["ood"]))
+    return {data: _of_data(tables, data) for data in (TEST, *shifted)}
 
 
-def _made_from(seed: int, settings: dict[str, int]) -> dict[str, Any]:
-    """Everything that decides the figures of a seed: the recipes of both methods, and the demo's constants."""
-    recipes = {name: demo_recipe(name, seed=seed, steps=settings["steps"]).as_dict() for name in ("mle", "scalabl")}
-    constants = {name: value for name, value in vars(demo).items() if name.isupper() and not isinstance(value, bool)}
-    content: dict[str, Any] = json.loads(json.dumps({"recipes": recipes, "constants": constants, "settings": settings}))
-    return content
+def _of_data(tables: Mapping[int, Rows], data: str) -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+    first: dict[str, list[float | None]] = {}
+    for position, row in enumerate(next(iter(tables.values()))):
+        by_seed = {seed: _figures(table[position], data) for seed, table in tables.items()}
+        collapsed = [seed for seed, figures in by_seed.items() if figures.get("collapsed")]
+        metrics = [metric for metric in HIGHER if all(metric in figures for figures in by_seed.values())]
+        values = {metric: [figures[metric]["value"] for figures in by_seed.values()] for metric in metrics}
+        first = first or values
+        found[row["method"]] = {"collapsed": collapsed, "best": []} | {
+            metric: {
+                "values": own,
+                **harness.mean_with_interval(own),
+                "difference": None if first is values else harness.mean_with_interval(_minus(own, first[metric])),
+            }
+            for metric, own in values.items()
+        }
+    _mark_best(found)
+    return found
+
+
+def _figures(row: dict[str, Any], data: str) -> dict[str, Any]:
+    figures: dict[str, Any] = row if data == TEST else row["ood"].get(data, {})
+    return figures
+
+
+def _minus(values: Sequence[float | None], others: Sequence[float | None]) -> list[float | None]:
+    pairs = zip(values, others, strict=True)
+    return [None if value is None or other is None else value - other for value, other in pairs]
+
+
+def _mark_best(methods: dict[str, dict[str, Any]]) -> None:
+    """Enter in "best" the metrics in which a method is best, or not told apart from the best.
+
+    Only where the paired interval tells at least one method apart from the best: where it does not, there is no best.
+    A method at chance with any seed stands aside.
+    """
+    for metric, higher in HIGHER.items():
+        standing = {
+            name: figures[metric]
+            for name, figures in methods.items()
+            if not figures["collapsed"] and metric in figures and figures[metric]["sd"] is not None
+        }
+        if len(standing) < 2:
+            continue
+        best = max(standing, key=lambda name: (1 if higher else -1) * standing[name]["mean"])
+        tied = [
+            name
+            for name, figure in standing.items()
+            if not _apart(harness.mean_with_interval(_minus(figure["values"], standing[best]["values"])))
+        ]
+        if len(tied) < len(standing):
+            for name in tied:
+                methods[name]["best"].append(metric)
+
+
+def _apart(difference: Mapping[str, float | None]) -> bool:
+    return harness.excludes_zero(difference["low"], difference["high"])
 
 
 def main() -> None:
     """Run what is missing, and write demo.json, demo.md and demo.csv."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    for name, value in DEFAULTS.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
-    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "demo-seeds", help="where the runs go")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="directory of the results")
+    parser = harness.options(
+        __doc__,
+        seeds=[0, 1, 2],
+        steps=STEPS,
+        test_rows=TEST_ROWS,
+        samples=SAMPLES,
+        runs=(harness.ROOT / "runs" / "demo-seeds", "where the runs go"),
+        output=(harness.RESULTS, "directory of the results"),
+    )
     a = parser.parse_args()
-    settings = {name: getattr(a, name) for name in DEFAULTS}
+    settings = {name: getattr(a, name) for name in ("steps", "test_rows", "samples")}
     seeds = {seed: of_seed(a.runs / f"seed{seed}", seed, settings) for seed in a.seeds}
     summary = summarize({seed: made["methods"] for seed, made in seeds.items()})
     content = {
@@ -85,9 +145,7 @@ def main() -> None:
         "notes": _notes(seeds),
         "seeds": {str(seed): made for seed, made in seeds.items()},
     }
-    write_results(a.output, "demo", content, markdown(content))
-    write_text(a.output / "demo.csv", as_csv(summary, a.seeds))
-    print(markdown(content))
+    harness.write_results(a.output, "demo", content, markdown(content), csv_of(summary, a.seeds))
 
 
 def _facts(seeds: dict[int, dict[str, Any]]) -> dict[str, str]:
@@ -95,7 +153,7 @@ def _facts(seeds: dict[int, dict[str, Any]]) -> dict[str, str]:
     first, *others = (made["facts"] for made in seeds.values())
     shared = {key: value for key, value in first.items() if all(other.get(key) == value for other in others)}
     shared = {key: value for key, value in shared.items() if key not in ("seed", "command", "versions", "device")}
-    return facts(**shared, seeds=", ".join(map(str, seeds)))
+    return harness.facts(**shared, seeds=", ".join(map(str, seeds)))
 
 
 def _notes(seeds: dict[int, dict[str, Any]]) -> dict[str, list[str]]:
@@ -104,29 +162,24 @@ def _notes(seeds: dict[int, dict[str, Any]]) -> dict[str, list[str]]:
     for seed, made in seeds.items():
         for row in made["methods"]:
             notes.setdefault(row["method"], []).extend(f"seed {seed}: {note}" for note in row["notes"])
-    return {method: said for method, said in notes.items() if said}
+    return {method: own for method, own in notes.items() if own}
 
 
-def as_csv(summary: dict[str, dict[str, dict[str, Any]]], seeds: list[int]) -> str:
+def csv_of(summary: dict[str, Methods], seeds: Sequence[int]) -> str:
     """One line a data set, method and metric."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    differences = [f"minus_first_{end}" for end in ("mean", "low", "high")]
-    writer.writerow(
-        ["data", "method", "metric", "mean", "sd", "low", "high", *differences, "best", "collapsed_seeds"]
-        + [f"seed_{seed}" for seed in seeds]
-    )
+    rows = []
     for data, methods in summary.items():
         for method, figures in methods.items():
-            for metric, figure in figures.items():
-                if not isinstance(figure, dict):
-                    continue
-                difference = figure["difference"] or dict.fromkeys(("mean", "low", "high"))
-                line = [data, method, metric, *(figure[key] for key in ("mean", "sd", "low", "high"))]
-                line += [difference[key] for key in ("mean", "low", "high")]
-                line += [int(metric in figures["best"]), " ".join(map(str, figures["collapsed"])), *figure["values"]]
-                writer.writerow(line)
-    return text.getvalue()
+            for metric in (name for name in HIGHER if name in figures):
+                figure = figures[metric]
+                difference = figure["difference"] or {}
+                row = {"data": data, "method": method, "metric": metric}
+                row |= {key: figure[key] for key in ("mean", "sd", "low", "high")}
+                row |= {f"minus_first_{end}": difference.get(end) for end in ("mean", "low", "high")}
+                row |= {"best": int(metric in figures["best"])}
+                row |= {"collapsed_seeds": " ".join(map(str, figures["collapsed"]))}
+                rows.append(row | {f"seed_{seed}": v for seed, v in zip(seeds, figure["values"], strict=True)})
+    return harness.as_csv(rows)
 
 
 def markdown(content: dict[str, Any]) -> str:
@@ -134,38 +187,41 @@ def markdown(content: dict[str, Any]) -> str:
     summary, number_of_seeds = content["summary"], len(content["seeds"])
     parts = ["# The demo over seeds", _table(summary[TEST], list(METRICS), number_of_seeds)]
     if number_of_seeds > 1:
+        rows = [{"method": method, **of} for method, of in summary[TEST].items()]
+        columns = [(_heading(m), lambda row, m=m: _difference(row[m]["difference"], m)) for m in METRICS]
+        others = [row for row in rows if any(row[m]["difference"] for m in METRICS)]
         parts += [
             "Mean ± standard deviation over seeds. Bold: the best mean, and those whose paired difference from it over "
             "seeds has a 95 % interval (Student's) with zero in it; nothing is bold where that holds for all. Seeds "
             "share their training and test rows: the spread is that of training, not of the choice of rows.",
             f"Difference from {next(iter(summary[TEST]))}, paired by seed: mean and 95 % interval; * where it leaves "
             "out zero.",
-            _differences(summary[TEST]),
+            harness.table(others, ("method", "{method}"), *columns),
         ]
     for data, methods in summary.items():
         if data != TEST:
             parts += [
                 f"## Shifted: {data}",
-                _table(methods, [*SHIFTED, *TOLD], number_of_seeds),
+                _table(methods, [*SHIFTED, *TITLES], number_of_seeds),
                 "AUROC: of the uncertainty between test rows and shifted rows; 0.5 is blind, – where it has no such "
                 "part.",
             ]
     if content["notes"]:
-        parts += ["## Notes", "\n".join(f"- {method}: {'; '.join(said)}" for method, said in content["notes"].items())]
-    return "\n\n".join([*parts, markdown_facts(content["facts"])]) + "\n"
+        parts += ["## Notes", "\n".join(f"- {method}: {'; '.join(own)}" for method, own in content["notes"].items())]
+    return "\n\n".join([*parts, harness.markdown_facts(content["facts"])]) + "\n"
 
 
-def _table(methods: dict[str, dict[str, Any]], metrics: list[str], number_of_seeds: int) -> str:
-    rows = []
-    for method, figures in methods.items():
-        collapsed = len(figures["collapsed"])
-        warning = f" (**at chance** in {collapsed} of {number_of_seeds} seeds)" if collapsed else ""
-        rows.append([method + warning, *(_cell(figures, metric) for metric in metrics)])
-    return markdown_table(["method", *(_heading(metric) for metric in metrics)], rows)
+def _table(methods: Methods, metrics: list[str], number_of_seeds: int) -> str:
+    def name(row: dict[str, Any]) -> str:
+        at_chance = f" (**at chance** in {len(row['collapsed'])} of {number_of_seeds} seeds)"
+        return row["method"] + (at_chance if row["collapsed"] else "")
+
+    columns = [(_heading(metric), lambda row, metric=metric: _cell(row, metric)) for metric in metrics]
+    return harness.table([{"method": method, **of} for method, of in methods.items()], ("method", name), *columns)
 
 
 def _heading(metric: str) -> str:
-    return TOLD.get(metric) or f"{heading(metric)} {ARROWS[metric]}"
+    return TITLES.get(metric) or f"{heading(metric)} {ARROWS[metric]}"
 
 
 def _cell(figures: dict[str, Any], metric: str) -> str:
@@ -178,20 +234,11 @@ def _cell(figures: dict[str, Any], metric: str) -> str:
     return f"**{text}**" if metric in figures["best"] else text
 
 
-def _differences(methods: dict[str, dict[str, Any]]) -> str:
-    rows = []
-    for method, figures in methods.items():
-        cells = []
-        for metric in METRICS:
-            difference = figures[metric]["difference"]
-            if difference is None or difference["mean"] is None:
-                cells.append("–")
-                continue
-            mean, low, high = (number(difference[key], metric, signed=True) for key in ("mean", "low", "high"))
-            cells.append(f"{mean} ({low} to {high}){'*' if told_apart(difference) else ''}")
-        if any(cell != "–" for cell in cells):
-            rows.append([method, *cells])
-    return markdown_table(["method", *(_heading(metric) for metric in METRICS)], rows)
+def _difference(difference: dict[str, Any] | None, metric: str) -> str:
+    if difference is None or difference["mean"] is None:
+        return "–"
+    mean, low, high = (number(difference[key], metric, signed=True) for key in ("mean", "low", "high"))
+    return f"{mean} ({low} to {high}){'*' if _apart(difference) else ''}"
 
 
 if __name__ == "__main__":

@@ -11,26 +11,21 @@ reference grows by blocks and every figure is kept, in a directory named after t
 from __future__ import annotations
 
 import argparse
-import csv
-import hashlib
-import io
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import harness
 import matplotlib
 import torch
-from _common import RESULTS, ROOT, facts, markdown_facts, markdown_table, write_results, write_text
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
-from over_seeds import mean_with_interval
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from scalabl.core.files import ADAPTER, sha256
+from scalabl.core.files import ADAPTER, sha256, write_text, writing
 from scalabl.core.progress import progress_bar
 from scalabl.core.quiet import quiet
 from scalabl.data.load import rows_of
@@ -47,7 +42,6 @@ REFERENCE_SEED = 1_000_003  # of no other draws
 ERRORS = {"rmse": "RMSE of the probabilities", "kl": "KL from the long run, nats"}
 # Okabe and Ito's colours, which colour-blind readers tell apart; and a marker each
 LOOKS = [("#0072b2", "o"), ("#d55e00", "s"), ("#009e73", "D"), ("#cc79a7", "^")]
-STYLE: dict[str, Any] = {"svg.fonttype": "none", "font.size": 9, "text.parse_math": False, "svg.hashsalt": "draws"}
 
 
 @dataclass(frozen=True)
@@ -95,9 +89,8 @@ def reference(
         sums = {"sum": probs, "squares": probs.square(), "pair_squares": pairs.square()}
         state = {name: state.get(name, 0) + values.sum(dim=0) for name, values in sums.items()}
         state["particles"] = torch.tensor(done)
-        unfinished = store.with_name(f".{store.name}.{os.getpid()}")
-        save_file(state, unfinished)
-        os.replace(unfinished, store)
+        with writing(store) as unfinished:
+            save_file(state, unfinished)
         advance(number)
     mean = state["sum"] / done
     present = _present(rows, mean)
@@ -173,7 +166,7 @@ def summarize(figures: Sequence[dict[str, Any]], variance: float) -> list[dict[s
             own = [figure for figure in figures if (figure["draws"], figure["samples"]) == (kind, number)]
             squared = sum(figure["rmse"] ** 2 for figure in own) / len(own)
             row = {"draws": kind, "samples": number, "worth": variance / squared}
-            rows.append(row | {name: mean_with_interval([figure[name] for figure in own]) for name in ERRORS})
+            rows.append(row | {name: harness.mean_with_interval([figure[name] for figure in own]) for name in ERRORS})
     return rows
 
 
@@ -184,39 +177,39 @@ def linearized(run: Run, rows: Sequence[Encoded], exact: Reference, *, batch_siz
     return {**found, "worth": exact.variance / found["rmse"] ** 2}
 
 
-def as_csv(figures: Sequence[dict[str, Any]]) -> str:
-    """One line a kind, N and seed."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, ["draws", "samples", "seed", *ERRORS], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(figures)
-    return text.getvalue()
-
-
 def markdown(content: dict[str, Any]) -> str:
     """The results as a page."""
-    cells = [
-        [row["draws"], str(row["samples"]), *(_interval(row[name]) for name in ERRORS), f"{row['worth']:.1f}"]
-        for row in content["summary"]
-    ]
-    exact, linear = content["reference"], content["linearized"]
-    cells.append(["linearised", "–", *(f"{linear[name]:.2e}" for name in ERRORS), f"{linear['worth']:.1f}"])
-    return "\n\n".join(
-        [
-            "# Kinds of draws: the error of N particles",
-            "![The error of the averaged probabilities against N, a line a kind of draws](draws.svg)",
-            markdown_table(["draws", "N", *ERRORS.values(), "worth"], cells),
-            f"Against the average of {exact['particles'] // 2:,} independent antithetic pairs, whose own RMSE is "
-            f"{exact['rmse']:.2g}, that of {exact['variance'] / exact['rmse'] ** 2:,.0f} independent draws. Mean and "
-            "95 % interval (Student's) over seeds of the draws; the model and the rows are the same. Worth: how many "
-            "independent draws have the same mean squared error (the variance of one particle's probabilities, from "
-            "the long run, over it).",
-            markdown_facts(content["facts"]),
-        ]
+    exact = content["reference"]
+    linear = {"draws": "linearised", "samples": "–", **content["linearized"]}
+    shown = harness.table(
+        [*content["summary"], linear],
+        ("draws", "{draws}"),
+        ("N", "{samples}"),
+        *((words, lambda row, name=name: _interval(row[name])) for name, words in ERRORS.items()),
+        ("worth", "{worth:.1f}"),
     )
+    note = (
+        f"Against the average of {exact['particles'] // 2:,} independent antithetic pairs, whose own RMSE is "
+        f"{exact['rmse']:.2g}, that of {exact['variance'] / exact['rmse'] ** 2:,.0f} independent draws. Mean and "
+        "95 % interval (Student's) over seeds of the draws; the model and the rows are the same. Worth: how many "
+        "independent draws have the same mean squared error (the variance of one particle's probabilities, from "
+        "the long run, over it)."
+    )
+    return f"""# Kinds of draws: the error of N particles
+
+![The error of the averaged probabilities against N, a line a kind of draws](draws.svg)
+
+{shown}
+
+{note}
+
+{harness.markdown_facts(content["facts"])}
+"""
 
 
-def _interval(figure: dict[str, float | None]) -> str:
+def _interval(figure: dict[str, float | None] | float) -> str:
+    if isinstance(figure, float):
+        return f"{figure:.2e}"
     if figure["low"] is None or figure["high"] is None:
         return f"{figure['mean']:.2e}"
     return f"{figure['mean']:.2e} ({figure['low']:.2e} to {figure['high']:.2e})"
@@ -224,7 +217,7 @@ def _interval(figure: dict[str, float | None]) -> str:
 
 def picture(summary: Sequence[dict[str, Any]]) -> str:
     """The errors against N, both on logarithmic scales, as SVG."""
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(harness.STYLE):
         drawing = Figure(figsize=(7.0, 3.0), layout="constrained", facecolor="white")
         panels = drawing.subplots(1, len(ERRORS))
     for axes, (error, words) in zip(panels, ERRORS.items(), strict=True):
@@ -242,24 +235,23 @@ def picture(summary: Sequence[dict[str, Any]]) -> str:
         axes.set_xlabel("particles, N")
         axes.set_title(words, fontsize=9)
     drawing.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(DRAWS), frameon=False)
-    out = io.StringIO()
-    with matplotlib.rc_context(STYLE):
-        drawing.savefig(out, format="svg", metadata={"Date": None})
-    return out.getvalue()
+    return harness.svg(drawing, "draws")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, required=True, help="a finished run of ScalaBL")
-    parser.add_argument("--data", help="what to predict; the run's own task by default, its test rows")
-    parser.add_argument("--rows", type=int, default=48)
-    parser.add_argument("--samples", type=int, nargs="+", default=[2, 4, 8, 16, 32])
-    parser.add_argument("--seeds", type=int, default=8, help="how many, from 0")
-    parser.add_argument("--reference", type=int, default=4096, help="particles of the long-run average, an even number")
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--model", help="the base model, if it has moved")
-    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "draws", help="where figures are kept")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="directory of the results")
+    parser = harness.options(
+        __doc__,
+        run=(Path, "a finished run of ScalaBL"),
+        data=(None, "what to predict; the run's own task by default, its test rows"),
+        rows=48,
+        samples=[2, 4, 8, 16, 32],
+        seeds=(8, "how many, from 0"),
+        reference=(4096, "particles of the long-run average, an even number"),
+        batch_size=8,
+        model=(None, "the base model, if it has moved"),
+        work=(harness.ROOT / "runs" / "draws", "where figures are kept"),
+        output=(harness.RESULTS, "directory of the results"),
+    )
     a = parser.parse_args()
     if min(a.samples) < 2 or a.seeds < 1 or a.reference < 4 or a.reference % 2:
         parser.error("--samples must be at least 2, --seeds at least 1, --reference an even number from 4 on")
@@ -272,28 +264,21 @@ def main() -> None:
     rows = with_stored_trunk(run.scorer, run.encode(examples), batch_size=a.batch_size)
     made_from = [sha256(a.run / ADAPTER), sorted(a.samples), a.reference]
     made_from += [[row.id, row.question, row.choices] for row in examples]
-    identity = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:12]
-    exact, figures = measure(a, run, rows, a.work / identity)
+    exact, figures = measure(a, run, rows, a.work / harness.digest(made_from))
     recipe = run.record.recipe
     content = {
-        "facts": facts(
+        "facts": harness.facts(
             model=recipe["model"],
             run=f"{recipe['method']}, {recipe['steps']} steps on {recipe['data']}, seed {recipe['seed']}",
             data=f"{data}, {len(examples)} rows",
             seeds=f"0 to {a.seeds - 1}, of the draws",
         ),
-        "reference": {
-            "particles": exact.particles,
-            "variance": exact.variance,
-            "rmse": exact.rmse,
-        },
+        "reference": {"particles": exact.particles, "variance": exact.variance, "rmse": exact.rmse},
         "summary": summarize(figures, exact.variance),
         "linearized": linearized(run, rows, exact, batch_size=a.batch_size),
     }
-    write_results(a.output, "draws", content, markdown(content))
-    write_text(a.output / "draws.csv", as_csv(figures))
-    write_text(a.output / "draws.svg", picture(content["summary"]))
-    print(markdown(content))
+    lines = harness.as_csv(figures, ("draws", "samples", "seed", *ERRORS))
+    harness.write_results(a.output, "draws", content, markdown(content), lines, picture(content["summary"]))
 
 
 if __name__ == "__main__":

@@ -17,17 +17,18 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import harness
+import matplotlib
 import numpy as np
 import polygraph_scores
 import torch
-from _common import RESULTS, ROOT, facts, load_average, write_text
-from open_answers_results import write
+from matplotlib.figure import Figure
 
 from scalabl.core.errors import UserError
+from scalabl.core.files import write_text
 from scalabl.data.load import load_open_task
 from scalabl.data.open_questions import OpenQuestion
 from scalabl.generation.decoding import Decoded
@@ -45,31 +46,44 @@ METHODS = ("mle", "mc_dropout", "ensemble", "blob", "scalabl", "scalabl mean")
 TARGETS = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
 # each method's own settings, chosen on validation questions; everything else is shared
 OWN: dict[str, dict[str, Any]] = {"scalabl": {"variational_learning_rate": 5e-2, "empirical_prior": True}}
+METRICS = {"auroc": "AUROC ↑", "prr": "PRR ↑", "aurc": "AURC ↓"}
+# what each method's answers are scored by in the table; every score is in the JSON file
+SCORES = {
+    "mle": ("log_probability", "mean_log_probability", "mean_entropy", "self_consistency", "semantic_entropy",
+            "discrete_semantic_entropy"),
+    "scalabl mean": ("log_probability", "mean_log_probability", "mean_entropy"),
+    None: ("log_probability", "mean_log_probability", "mean_entropy", "mean_epistemic", "mean_intersection",
+           "first_token_epistemic", "std_mean_log_probability"),
+}  # fmt: skip
+SAMPLED = ("self_consistency", "semantic_entropy", "discrete_semantic_entropy")
+POLYGRAPH = "lm-polygraph "  # begins the names of its scores; those that are ours by another name are left out
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main() -> None:
     """Train and answer what is missing, and write open_answers.json, .csv, .md and .svg."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", nargs="+", default=list(TASKS), help="names, or files of open questions")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--model", default="smollm2-135m-instruct")
-    parser.add_argument("--layers", default="last:6")
-    parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--train-rows", type=int, default=600)
-    parser.add_argument("--validation-rows", type=int, default=150)
-    parser.add_argument("--test-rows", type=int, default=300)
-    parser.add_argument("--samples", type=int, default=10, help="particles, and sampled answers of plain LoRA")
-    parser.add_argument("--max-new-tokens", type=int, default=16)
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=5, help="paired timings of decoding")
-    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "open-answers")
-    parser.add_argument("--output", type=Path, default=RESULTS)
-    a = parser.parse_args(argv)
+    parser = harness.options(
+        __doc__,
+        tasks=(list(TASKS), "names, or files of open questions"),
+        methods=(list(METHODS), None, METHODS),
+        seeds=[0, 1, 2],
+        model="smollm2-135m-instruct",
+        layers="last:6",
+        steps=150,
+        train_rows=600,
+        validation_rows=150,
+        test_rows=300,
+        samples=(10, "particles, and sampled answers of plain LoRA"),
+        max_new_tokens=16,
+        batch_size=8,
+        rounds=(5, "paired timings of decoding"),
+        runs=harness.ROOT / "runs" / "open-answers",
+        output=harness.RESULTS,
+    )
+    a = parser.parse_args()
     rows = [of_cell(a, task, method, seed) for seed in a.seeds for task in a.tasks for method in a.methods]
     polygraph = [with_polygraph(a, row) for row in rows if row["method"] == "mle"]
     timings = costs(a)
-    known = facts(
+    known = harness.facts(
         model=a.model,
         data=f"{', '.join(a.tasks)} (validation rows of the official sets, cut 60/10/30 by a seeded order): "
         f"{a.train_rows} trained on, {a.validation_rows} for the confidence, {a.test_rows} answered",
@@ -77,9 +91,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"{a.max_new_tokens} tokens at most",
         seeds=", ".join(map(str, a.seeds)),
         polygraph=f"lm-polygraph {polygraph_scores.version()}" if all(polygraph) else "lm-polygraph not installed",
-        load=load_average(),
+        load=harness.load_average(),
     )
-    write(a.output, {"facts": known, "costs": timings, "rows": rows})
+    content = {"facts": known, "costs": timings, "rows": rows}
+    lines = summarized(content)
+    harness.write_results(a.output, "open_answers", content, markdown(content, lines), csv_of(lines), picture(lines))
 
 
 def run_of(a: argparse.Namespace, task: str, method: str, seed: int) -> Path:
@@ -116,35 +132,32 @@ def members(a: argparse.Namespace) -> range:
 
 def of_cell(a: argparse.Namespace, task: str, method: str, seed: int) -> dict[str, Any]:
     """The figures of one method on one task with one seed, kept in a file together with their settings."""
-    kept = a.runs / Path(task).stem / f"{method}-{seed}.json"
-    own = OWN.get(method.partition(" ")[0], {})
+    place = a.runs / Path(task).stem / f"{method}-{seed}.json"
     names = ("model", "layers", "steps", "train_rows", "validation_rows", "test_rows", "samples", "max_new_tokens")
-    settings = {name: getattr(a, name) for name in names} | {"own": own}
-    if kept.is_file():
-        known: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8"))
-        if known["settings"] == settings:
-            return known
-    splits = load_open_task(task).splits
-    validation, test = splits["validation"][: a.validation_rows], splits["test"][: a.test_rows]
-    run = loaded(a, task, method, seed)
-    print(f"answering {task}: {method}, seed {seed}", flush=True)
-    held_out = answers(a, run, method, seed, validation)
-    decoded: list[tuple[Decoded, list[Decoded]]] = []
-    judged = answers(a, run, method, seed, test, sampled=method == "mle", decoded=decoded)
-    try:
-        fitted, why = fit_on(held_out), None
-    except UserError as error:
-        fitted, why = None, str(error)
-    found = {"task": Path(task).stem, "method": method, "seed": seed, "settings": settings, "why": why}
-    found |= judge(judged, fitted)
-    if method == "mle":
-        same = equivalence(AnswerSampling().equivalence)
-        sets = [semantic_sets([one.text for one in others], same) for _, others in decoded]
-        stats = polygraph_scores.statistics([one for one, _ in decoded], [others for _, others in decoded], sets)
-        text = json.dumps({"right": judged.right.tolist(), "statistics": stats})
-        write_text(kept.with_suffix(".answers.json"), text + "\n")
-    write_text(kept, json.dumps(found, indent=1, allow_nan=False) + "\n")
-    return found
+    settings = {name: getattr(a, name) for name in names} | {"own": OWN.get(method.partition(" ")[0], {})}
+
+    def make() -> dict[str, Any]:
+        splits = load_open_task(task).splits
+        validation, test = splits["validation"][: a.validation_rows], splits["test"][: a.test_rows]
+        run = loaded(a, task, method, seed)
+        print(f"answering {task}: {method}, seed {seed}", flush=True)
+        held_out = answers(a, run, method, seed, validation)
+        decoded: list[tuple[Decoded, list[Decoded]]] = []
+        judged = answers(a, run, method, seed, test, sampled=method == "mle", decoded=decoded)
+        try:
+            fitted, why = fit_on(held_out), None
+        except UserError as error:
+            fitted, why = None, str(error)
+        if method == "mle":
+            same = equivalence(AnswerSampling().equivalence)
+            sets = [semantic_sets([one.text for one in others], same) for _, others in decoded]
+            stats = polygraph_scores.statistics([one for one, _ in decoded], [others for _, others in decoded], sets)
+            text = json.dumps({"right": judged.right.tolist(), "statistics": stats})
+            write_text(place.with_suffix(".answers.json"), text + "\n")
+        found = {"task": Path(task).stem, "method": method, "seed": seed, "settings": settings, "why": why}
+        return found | judge(judged, fitted)
+
+    return harness.kept(place, lambda: settings, make)
 
 
 def answers(
@@ -160,7 +173,8 @@ def answers(
     """Answers to questions, with sampled ones beside them if wished; both are added to `decoded`."""
     return answer_questions(
         run, questions, samples=particles(a, method), seed=seed, max_new_tokens=a.max_new_tokens,
-        batch_size=a.batch_size, sampling=AnswerSampling(a.samples) if sampled else None, draws=ensemble_of(a, method),  # noqa: E501
+        batch_size=a.batch_size, draws=ensemble_of(a, method),
+        sampling=AnswerSampling(a.samples) if sampled else None,
         seen=None if decoded is None else lambda answer, others: decoded.append((answer, others)),
     )  # fmt: skip
 
@@ -179,11 +193,12 @@ def with_polygraph(a: argparse.Namespace, row: dict[str, Any]) -> bool:
     """Add lm-polygraph's scores of the same answers and samples to a row of plain LoRA, if it is installed."""
     if not polygraph_scores.installed():
         return False
-    kept = json.loads((a.runs / row["task"] / f"mle-{row['seed']}.answers.json").read_text(encoding="utf-8"))
+    file = a.runs / row["task"] / f"mle-{row['seed']}.answers.json"
+    written = json.loads(file.read_text(encoding="utf-8"))
     tokens = max(figures["tokens"] for figures in row["scores"].values())
-    for name, values in polygraph_scores.polygraph_scores(kept["statistics"]).items():
+    for name, values in polygraph_scores.polygraph_scores(written["statistics"]).items():
         sampled = name.startswith(polygraph_scores.SAMPLED)
-        figures = plain(judge_ranking(np.array(values), np.array(kept["right"]), seed=0))
+        figures = plain(judge_ranking(np.array(values), np.array(written["right"]), seed=0))
         own = tokens if sampled else row["tokens_an_answer"]
         row["scores"][f"lm-polygraph {name}"] = {**figures, "tokens": own}
     return True
@@ -194,11 +209,11 @@ def costs(a: argparse.Namespace) -> dict[str, Any]:
 
     "mle + samples" is the answer and the sampled ones, what semantic entropy takes.
     """
-    kept = a.runs / "costs.json"
-    if kept.is_file():
-        known: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8"))
-        if known["settings"] == [a.samples, a.max_new_tokens, a.batch_size, a.rounds, a.methods]:
-            return known
+    settings = [a.samples, a.max_new_tokens, a.batch_size, a.rounds, a.methods]
+    return harness.kept(a.runs / "costs.json", lambda: settings, lambda: {"settings": settings, **_costs(a)})
+
+
+def _costs(a: argparse.Namespace) -> dict[str, Any]:
     task, seed = a.tasks[0], a.seeds[0]
     prompts = [row.prompt for row in load_open_task(task).split("test")[: a.batch_size]]
     runs = {method: loaded(a, task, method, seed) for method in a.methods}
@@ -217,18 +232,137 @@ def costs(a: argparse.Namespace) -> dict[str, Any]:
             )  # fmt: skip
             seconds[name].append(time.perf_counter() - begin)
     ratios = {
-        name: [own / plain for own, plain in zip(values[1:], seconds[names[0]][1:], strict=True)]
+        name: [own / base for own, base in zip(values[1:], seconds[names[0]][1:], strict=True)]
         for name, values in seconds.items()
     }
-    found = {
-        "settings": [a.samples, a.max_new_tokens, a.batch_size, a.rounds, a.methods],
-        "beside": names[0],
-        "ratios": ratios,
-        "medians": {name: statistics.median(values) for name, values in ratios.items()},
-        "load": load_average(),
-    }
-    write_text(kept, json.dumps(found, indent=1) + "\n")
-    return found
+    medians = {name: statistics.median(values) for name, values in ratios.items()}
+    return {"beside": names[0], "ratios": ratios, "medians": medians, "load": harness.load_average()}
+
+
+def summarized(content: dict[str, Any]) -> list[dict[str, Any]]:
+    """One row a task, method and score, with every figure's mean, sd and interval over seeds."""
+    lines = []
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in content["rows"]:
+        groups.setdefault((row["task"], row["method"]), []).append(row)
+    medians = content["costs"]["medians"]
+    for (task, method), seeds in groups.items():
+        shared = {"task": task, "method": method, "ece": None, "cost": medians[method]}
+        shared |= {name: harness.mean_with_interval([row[name] for row in seeds]) for name in ("accuracy", "f1")}
+        # scores that took more tokens than the answer
+        first = seeds[0]
+        sampled = {s for s, f in first["scores"].items() if f["tokens"] > first["tokens_an_answer"] + 1e-9}
+        for score in first["scores"]:
+            of = [row["scores"][score] for row in seeds]
+            own = {m: harness.mean_with_interval([figures[m]["value"] for figures in of]) for m in METRICS}
+            own |= {"tokens": harness.mean_with_interval([figures["tokens"] for figures in of])}
+            cost = {"cost": medians[f"{method} + samples"]} if score in sampled else {}
+            lines.append({**shared, "score": score, **own, **cost})
+        if all("confidence" in row for row in seeds):
+            of = [row["confidence"] for row in seeds]
+            own = {m: harness.mean_with_interval([figures[m]["value"] for figures in of]) for m in (*METRICS, "ece")}
+            own |= {"tokens": harness.mean_with_interval([row["tokens_an_answer"] for row in seeds])}
+            lines.append({**shared, "score": "confidence", **own})
+    return lines
+
+
+def markdown(content: dict[str, Any], lines: list[dict[str, Any]]) -> str:
+    """The results as a page."""
+    parts = ["# Open answers: which score tells that an answer is wrong", "![AUROC and cost](open_answers.svg)"]
+    for task in dict.fromkeys(row["task"] for row in lines):
+        rows = [row for row in lines if row["task"] == task and _is_shown(row)]
+        best = max((row["auroc"]["mean"] for row in rows if row["auroc"]["mean"] is not None), default=None)
+
+        def auroc(row: dict[str, Any], best: float | None = best) -> str:
+            text, mean = _number(row["auroc"], 1, 3), row["auroc"]["mean"]
+            return f"**{text}**" if mean is not None and mean == best else text
+
+        shown = harness.table(
+            rows,
+            ("method, score", lambda row: f"{row['method']}, {row['score'].replace('_', ' ')}"),
+            ("ACC % ↑", lambda row: _number(row["accuracy"], 100, 1)),
+            (METRICS["auroc"], auroc),
+            *((METRICS[m], lambda row, m=m: _number(row[m], 1, 3)) for m in ("prr", "aurc")),
+            ("ECE % ↓", lambda row: _number(row["ece"], 100, 1) if row["ece"] else ""),
+            ("cost", "{cost:.2f}"),
+            ("tokens", "{tokens[mean]:.0f}"),
+        )
+        parts += [f"## {task}", shown]
+    parts += [
+        "Mean ± standard deviation over seeds; bold: the highest mean AUROC of a task. ACC: exact match with one of "
+        "the answers that count. Cost: time beside plain LoRA's greedy decode, medians of paired rounds with a fixed "
+        'number of tokens; "tokens": generated for an answer with its score. confidence: of the scores that one decode '
+        "gives, the one (isotonic or Platt) with the lowest left-out NLL on validation questions. lm-polygraph: by its "
+        "own code, of plain LoRA's answers and samples; those that are ours by another name are in the JSON file only.",
+        harness.markdown_facts(content["facts"]),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _is_shown(row: dict[str, Any]) -> bool:
+    score = row["score"]
+    if score.startswith(POLYGRAPH):
+        return score.removeprefix(POLYGRAPH) not in polygraph_scores.SAME
+    return score == "confidence" or score in SCORES.get(row["method"], SCORES[None])
+
+
+def _took_samples(score: str) -> bool:
+    return score in SAMPLED or score.removeprefix(POLYGRAPH).startswith(polygraph_scores.SAMPLED)
+
+
+def _number(figure: dict[str, float | None], scale: float, digits: int) -> str:
+    mean, sd = figure["mean"], figure["sd"]
+    if mean is None:
+        return "–"
+    return f"{scale * mean:.{digits}f}" + ("" if sd is None else f" ± {scale * sd:.{digits}f}")
+
+
+def csv_of(lines: list[dict[str, Any]]) -> str:
+    """One line a task, method and score."""
+    rows = []
+    for line in lines:
+        row = {name: line[name] for name in ("task", "method", "score", "cost")}
+        for name in ("accuracy", "f1", *METRICS, "ece", "tokens"):
+            figure = line[name] or {"mean": None, "sd": None}
+            row |= {name: figure["mean"], f"{name}_sd": figure["sd"]}
+        rows.append(row)
+    return harness.as_csv(rows)
+
+
+def picture(lines: list[dict[str, Any]]) -> str:
+    """AUROC of each score, a panel a task and a colour a method; bars: standard deviations over seeds."""
+    shown = [row for row in lines if _is_shown(row) and row["auroc"]["mean"] is not None]
+    tasks = list(dict.fromkeys(row["task"] for row in lines))
+    methods = list(dict.fromkeys(row["method"] for row in shown))
+    # one decode's scores first, then those of sampled answers
+    scores = sorted(dict.fromkeys(row["score"] for row in shown), key=_took_samples)
+    tab10: Any = matplotlib.colormaps["tab10"]
+    size = (3.6 * len(tasks) + 2.4, 0.42 * len(scores) + 1.3)
+    figure = Figure(figsize=size)
+    axes = figure.subplots(1, len(tasks), sharex=True, sharey=True, squeeze=False)
+    for axis, task in zip(axes[0], tasks, strict=True):
+        for i, method in enumerate(methods):
+            rows = [row for row in shown if (row["task"], row["method"]) == (task, method)]
+            # a method's points lie a little below the method's before it
+            y = [scores.index(row["score"]) + 0.11 * (i - (len(methods) - 1) / 2) for row in rows]
+            x = [row["auroc"]["mean"] for row in rows]
+            bars = [row["auroc"]["sd"] or 0.0 for row in rows]
+            costs = sorted({row["cost"] for row in rows})
+            label = f"{method} ({', with samples '.join(f'{cost:.1f}' for cost in costs)} ×)" if costs else method
+            shape: dict[str, Any] = {"fmt": "o", "color": tab10.colors[i], "markersize": 4, "elinewidth": 0.8}
+            axis.errorbar(x, y, xerr=bars, label=label, **shape)
+        for place in range(1, len(scores)):
+            axis.axhline(place - 0.5, color="0.92", linewidth=0.8, zorder=0)
+        axis.axvline(0.5, color="0.7", linewidth=0.8, zorder=0)
+        axis.set_title(task)
+        axis.set_xlabel("AUROC of wrong answers")
+    axes[0][0].set_yticks(range(len(scores)), [name.replace("_", " ") for name in scores], fontsize=8)
+    axes[0][0].set_ylim(max(len(scores), 1) - 0.5, -0.5)  # the first score on top
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    legend: dict[str, Any] = {"ncols": 3, "fontsize": 8, "frameon": False, "loc": "lower center"}
+    figure.legend(handles, labels, title="method (cost in greedy decodes of plain LoRA)", title_fontsize=8, **legend)
+    figure.tight_layout(rect=(0, 0.85 / size[1], 1, 1))
+    return harness.svg(figure, "open_answers")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
-"""Rival scores by lm-polygraph's own code, of answers that were generated and sampled here.
+"""Scores by lm-polygraph's own code, of answers that were generated and sampled here.
 
     pip install --no-deps lm-polygraph==0.7.0
-    python benchmarks/polygraph_scores.py ANSWERS.json SCORES.json
 
 lm-polygraph generates, clusters and scores; here it only scores, so that every score is of the same model, the same
 texts and the same semantic sets. `statistics` writes what its estimators read; each is a function of that alone. Its
@@ -15,18 +14,14 @@ eigenvalues. LexicalSimilarity stems English words; ours does not.
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import importlib.metadata
 import importlib.util
-import json
 import sys
 import types
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from _common import write_text
 
 if TYPE_CHECKING:
     from scalabl.generation.decoding import Decoded
@@ -119,16 +114,3 @@ def _module(name: str) -> Any:
             bare.__path__ = [str(Path(place) / folder) for place in spec.submodule_search_locations]
             sys.modules[package] = bare
     return importlib.import_module(f"lm_polygraph.estimators.{name}")
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("answers", type=Path, help="JSON, made by `statistics`")
-    parser.add_argument("scores", type=Path, help="where to write the scores, as JSON")
-    arguments = parser.parse_args()
-    stats = json.loads(arguments.answers.read_text(encoding="utf-8"))
-    write_text(arguments.scores, json.dumps({"version": version(), "scores": polygraph_scores(stats)}, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()

@@ -19,32 +19,31 @@ from __future__ import annotations
 import argparse
 import ctypes
 import gc
-import hashlib
 import json
-import os
 import random
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from _common import RESULTS, ROOT, facts, load_average, markdown_facts, write_results, write_text
-from predictive_results import as_csv, judged, markdown, picture, summarize
-from predictive_strategies import Strategy, as_wide, strategies
+from harness import RESULTS, ROOT, as_csv, digest, facts, load_average, options, write_results
+from predictive_page import COLUMNS, judged, markdown, picture, summarize
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from scalabl.core.files import ADAPTER, sha256
+from scalabl.core.files import ADAPTER, sha256, write_text, writing
 from scalabl.core.progress import progress_bar
 from scalabl.core.quiet import quiet
 from scalabl.data import Example
 from scalabl.data.load import rows_of
 from scalabl.inference.evaluation import answers
 from scalabl.inference.predictor import run_variance, top_holding
-from scalabl.predictive import AutoPredictive, MeanPredictive, MonteCarloPredictive, Predictive
+from scalabl.predictive import AutoPredictive, LinearizedPredictive, MeanPredictive, MonteCarloPredictive, Predictive
 from scalabl.predictive import predict as predict_rows
+from scalabl.predictive.adaptive import AdaptivePredictive
 from scalabl.predictive.base import chosen
 from scalabl.predictive.cost import cost_of
 from scalabl.predictive.drawn_layers import first_difference
@@ -57,6 +56,73 @@ from scalabl.study.work import measured
 PLAIN = "plain forward"
 LONG = "long-run average"
 LONG_SEED = 1_000_003  # of no other draws
+
+
+class Passes:
+    """N particles one after the other, each a pass of its own."""
+
+    name = "passes"
+
+    def __init__(self, inner: MonteCarloPredictive) -> None:
+        self.inner = inner
+
+    def __call__(self, scorer: Scorer, batch: Batch) -> Tensor:
+        return torch.cat([self.inner.draw(scorer, batch, i, 1) for i in range(self.inner.samples)])
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """One line of the table.
+
+    Attributes:
+        name: as in the table.
+        make: the predictive.
+        trunk: whether what lies below the lowest stochastic layer is run once; else every layer for every particle.
+        timed_as, judged_as: the strategy whose passes, or whose predictions, are the same.
+    """
+
+    name: str
+    make: Callable[[], Predictive]
+    trunk: bool = True
+    timed_as: str | None = None
+    judged_as: str | None = None
+
+
+def strategies(samples: int, top: str) -> list[Strategy]:
+    """All of them; `top`: the layers of the restricted linearisation, "last:K"."""
+    mc, passes = f"mc, N = {samples}", f"mc, N = {samples}, {samples} passes"
+    found = [
+        Strategy("mean", MeanPredictive),
+        Strategy(passes, lambda: Passes(MonteCarloPredictive(samples)), trunk=False, judged_as=mc),
+        Strategy(f"{mc}, one batch", lambda: MonteCarloPredictive(samples), trunk=False, judged_as=mc),
+        Strategy(mc, lambda: MonteCarloPredictive(samples)),
+    ]
+    for number in (4, 6):
+        for kind in ("antithetic", "sobol", "moments"):
+            found.append(
+                Strategy(
+                    f"{kind}, N = {number}",
+                    lambda kind=kind, number=number: MonteCarloPredictive(number, draws=kind),  # type: ignore[misc]
+                    timed_as=None if kind == "antithetic" else f"antithetic, N = {number}",
+                )
+            )
+    return [
+        *found,
+        Strategy(f"adaptive, N ≤ {samples}", lambda: AdaptivePredictive(MonteCarloPredictive(samples))),
+        Strategy("linearized", LinearizedPredictive),
+        Strategy(f"linearized, s in {top}", lambda: LinearizedPredictive(stochastic_layers=top)),
+        Strategy("auto", lambda: AutoPredictive(samples)),
+    ]
+
+
+def as_wide(row: Example, classes: int) -> Example:
+    """The row with its right choice and so many others: entropies are compared between rows of like choices."""
+    if len(row.choices) <= classes or row.answer is None:
+        return row
+    generator = random.Random(row.id)
+    others = [i for i in range(len(row.choices)) if i != row.answer]
+    kept = sorted([row.answer, *generator.sample(others, classes - 1)])
+    return replace(row, choices=tuple(row.choices[i] for i in kept), answer=kept.index(row.answer))
 
 
 @dataclass
@@ -104,10 +170,9 @@ def judge(bench: Bench, a: argparse.Namespace, advance: Callable[[str], None]) -
         metadata = {}
         if isinstance(predictive, AutoPredictive) and predictive.choice is not None:
             metadata["choice"] = predictive.choice.sentence
-        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-        save_file(found, unfinished)
         write_text(path.with_suffix(".json"), json.dumps(metadata) + "\n")
-        os.replace(unfinished, path)
+        with writing(path) as unfinished:
+            save_file(found, unfinished)
 
     for strategy in bench.lines:
         if strategy.judged_as is None:
@@ -213,7 +278,7 @@ def bench_of(directory: Path, ood: str, a: argparse.Namespace) -> Bench:
     shifted = [as_wide(row, classes) for row in rows_of(ood, limit=a.ood_rows, labels=labels)]
     settings = [sha256(directory / ADAPTER), a.samples, a.reference, a.reference_rows, a.top]
     settings += [[[row.id, row.question, row.choices, row.answer] for row in rows] for rows in (test, shifted)]
-    kept = a.work / hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
+    kept = a.work / digest(settings)
     kept.mkdir(parents=True, exist_ok=True)
     top = kept / "top.json"
     if not top.is_file():
@@ -228,26 +293,26 @@ def bench_of(directory: Path, ood: str, a: argparse.Namespace) -> Bench:
 
 def main() -> None:
     """Measure what is not yet known, and write the results."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, required=True, help="a finished run of ScalaBL, of 4 classes")
-    parser.add_argument("--run2", type=Path, help="another one, of 2 classes")
-    parser.add_argument("--ood", default="mmlu-chemistry", help="rows to tell from those of --run")
-    parser.add_argument("--ood2", default="mmlu-chemistry", help="of --run2; rows with more choices are cut to as many")
-    parser.add_argument("--rows", type=int, default=150, help="test rows")
-    parser.add_argument("--ood-rows", type=int, default=100)
-    parser.add_argument("--samples", type=int, default=10, help="N of mc")
-    parser.add_argument("--reference", type=int, default=200, help="particles of the long-run average")
-    parser.add_argument("--reference-rows", type=int, default=50, help="test rows that it is taken of")
-    parser.add_argument("--top", default="variance:0.9", help="layers of the restricted linearisation")
-    parser.add_argument(
-        "--variance-rows", type=int, default=30, help="validation rows for their shares of the variance"
+    parser = options(
+        __doc__,
+        run=(Path, "a finished run of ScalaBL, of 4 classes"),
+        run2=(None, "another one, of 2 classes"),
+        ood=("mmlu-chemistry", "rows to tell from those of --run"),
+        ood2=("mmlu-chemistry", "of --run2; rows with more choices are cut to as many"),
+        rows=(150, "test rows"),
+        ood_rows=100,
+        samples=(10, "N of mc"),
+        reference=(200, "particles of the long-run average"),
+        reference_rows=(50, "test rows that it is taken of"),
+        top=("variance:0.9", "layers of the restricted linearisation"),
+        variance_rows=(30, "validation rows for their shares of the variance"),
+        batches=[1, 8, 32],
+        rounds=5,
+        batch_size=(8, "of the predictions that are judged"),
+        model=(None, "the base model, if it has moved"),
+        work=(ROOT / "runs" / "predictive", "where figures are kept"),
+        output=(RESULTS, "directory of the results"),
     )
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--batch-size", type=int, default=8, help="of the predictions that are judged")
-    parser.add_argument("--model", help="the base model, if it has moved")
-    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "predictive", help="where figures are kept")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="directory of the results")
     a = parser.parse_args()
     if a.rounds < 1 or a.samples < 2 or a.reference < 2:
         parser.error("--rounds must be at least 1, --samples and --reference at least 2")
@@ -255,41 +320,14 @@ def main() -> None:
     load = load_average()
     benches = [bench_of(a.run, a.ood, a)]
     if a.run2 is not None:
-        benches.append(bench_of(a.run2, a.ood2, a))
+        benches.append(bench_of(Path(a.run2), a.ood2, a))
         if benches[0].classes == benches[1].classes:
             parser.error(f"both runs have {benches[0].classes} classes; give runs of different numbers")
     rows: list[dict[str, Any]] = []
-    choices: dict[int, Any] = {}
+    choices: dict[str, Any] = {}
     for bench in benches:
-        steps = sum(s.judged_as is None for s in bench.lines) + 1 + a.rounds * len(a.batches)
-        with progress_bar() as progress:
-            bar = progress.add_task("predictives", total=steps, detail="")
-            costs = {}
-
-            def advance(detail: str, progress: Any = progress, bar: Any = bar) -> None:
-                progress.update(bar, advance=1, detail=detail)
-
-            judge(bench, a, advance)
-            for batch in a.batches:
-                costs[batch] = weigh(bench, a, batch, advance)
-        found = {s.name: load_file(predictions_of(bench, s.judged_as or s.name)) for s in bench.lines}
-        long = load_file(predictions_of(bench, LONG))["long"]
-        quality = judged(found, long, answers(bench.data["test"]), f"mc, N = {a.samples}")
-        encoded = bench.run.encode(bench.data["test"])
-        start = first_difference(bench.run.scorer.model, None) or 0
-        modelled: dict[int, dict[str, float]] = {}
-        for batch in a.batches:
-            model = cost_of(bench.run.scorer, encoded, batch)
-            modelled[batch] = {
-                "linearized": model.linearized(start),
-                f"mc, N = {a.samples}": model.mc(a.samples, start),
-            }
-        timed = {s.name: s.timed_as or s.name for s in bench.lines}
-        rows += summarize(bench.classes, timed, costs, quality, modelled, PLAIN)
-        sentence = json.loads(predictions_of(bench, "auto").with_suffix(".json").read_text(encoding="utf-8"))
-        choices[bench.classes] = {"data": bench.names, "quality": sentence.get("choice")} | {
-            str(batch): known["choice"] for batch, known in costs.items()
-        }
+        of_bench, choices[str(bench.classes)] = figures_of(bench, a)
+        rows += of_bench
     recipe = benches[0].run.record.recipe
     content = {
         "facts": facts(
@@ -303,10 +341,40 @@ def main() -> None:
         "choices": choices,
         "rows": rows,
     }
-    write_results(a.output, "predictive", content, f"{markdown(content)}\n\n{markdown_facts(content['facts'])}")
-    write_text(a.output / "predictive.csv", as_csv(rows))
-    write_text(a.output / "predictive.svg", picture(rows, 8 if 8 in a.batches else a.batches[0]))
-    print(markdown(content))
+    drawn = picture(rows, 8 if 8 in a.batches else a.batches[0])
+    write_results(a.output, "predictive", content, markdown(content), csv_of(rows), drawn)
+
+
+def figures_of(bench: Bench, a: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The rows of a run's strategies, and what `auto` chose there."""
+    steps = sum(s.judged_as is None for s in bench.lines) + 1 + a.rounds * len(a.batches)
+    with progress_bar() as progress:
+        bar = progress.add_task("predictives", total=steps, detail="")
+
+        def advance(detail: str) -> None:
+            progress.update(bar, advance=1, detail=detail)
+
+        judge(bench, a, advance)
+        costs = {batch: weigh(bench, a, batch, advance) for batch in a.batches}
+    found = {s.name: load_file(predictions_of(bench, s.judged_as or s.name)) for s in bench.lines}
+    long, mc = load_file(predictions_of(bench, LONG))["long"], f"mc, N = {a.samples}"
+    quality = judged(found, long, answers(bench.data["test"]), mc)
+    encoded = bench.run.encode(bench.data["test"])
+    start = first_difference(bench.run.scorer.model, None) or 0
+    modelled: dict[int, dict[str, float]] = {}
+    for batch in a.batches:
+        model = cost_of(bench.run.scorer, encoded, batch)
+        modelled[batch] = {"linearized": model.linearized(start), mc: model.mc(a.samples, start)}
+    timed = {s.name: s.timed_as or s.name for s in bench.lines}
+    sentence = json.loads(predictions_of(bench, "auto").with_suffix(".json").read_text(encoding="utf-8"))
+    choice = {"data": bench.names, "quality": sentence.get("choice")}
+    choice |= {str(batch): known["choice"] for batch, known in costs.items()}
+    return summarize(bench.classes, timed, costs, quality, modelled, PLAIN), choice
+
+
+def csv_of(rows: Sequence[dict[str, Any]]) -> str:
+    """One line a strategy, number of classes and batch size; empty where a figure is not defined."""
+    return as_csv([{k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows], COLUMNS)
 
 
 if __name__ == "__main__":

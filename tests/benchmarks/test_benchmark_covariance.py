@@ -7,15 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import covariance
-import covariance_noise
+import covariance_effects
 import covariance_posterior
-import covariance_predictions
 import pytest
 import torch
-from covariance_learnt import NULLS, cosine, fit_rows, learnt_rows, null_cosines, off_diagonals, p_value
-from covariance_posterior import KINDS, Position, correlation_rows, pairs, position
-from covariance_predictions import STRUCTURES, EveryStructure
-from covariance_study import loaded, study_of
+from covariance import NULLS, cosine, fit_rows, learnt_rows, null_cosines, p_value
+from covariance_effects import STRUCTURES, EveryStructure
+from covariance_posterior import KINDS, Position, correlation_rows, loaded, off_diagonals, pairs, position, study_of
 from tiny_base import adapted, questions, tiny_base, write_task
 from tiny_base import loaded as tiny
 
@@ -84,7 +82,7 @@ def test_the_four_parts_are_written_and_a_second_start_computes_nothing(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(covariance_predictions, "predict", killed)
+        patch.setattr(covariance_effects, "predict", killed)
         with pytest.raises(KeyboardInterrupt):
             call()
     assert {path.stem for path in results.glob("*.csv")} == {"posterior", "correlations", "divergences"}
@@ -109,9 +107,9 @@ def test_the_four_parts_are_written_and_a_second_start_computes_nothing(
     with monkeypatch.context() as patch:
         for module, name in (
             (covariance_posterior, "gauss_newton"),
-            (covariance_predictions, "predict"),
-            (covariance_noise, "s_gradients"),
-            (covariance_noise, "train"),
+            (covariance_effects, "predict"),
+            (covariance_effects, "s_gradients"),
+            (covariance_effects, "train"),
         ):
             patch.setattr(module, name, killed)
         call()
@@ -146,7 +144,7 @@ def test_the_four_parts_are_written_and_a_second_start_computes_nothing(
 @pytest.fixture
 def study(line: list[str], monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr("sys.argv", [*line, "--train-rows", "99"])
-    return study_of(covariance.options())
+    return study_of(covariance.parse())
 
 
 def test_the_exact_posterior_of_a_plain_lora_is_that_of_bayesianize(study: Any) -> None:
@@ -176,7 +174,7 @@ def test_the_exact_posterior_under_the_runs_own_prior_is_the_inverse_of_the_prec
 
 def test_fewer_rows_are_scaled_up_to_the_runs(line: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", [*line, "--train-rows", "6"])
-    study = study_of(covariance.options())
+    study = study_of(covariance.parse())
     at = position(study, "full")
     run = study.run("full")
     own = covariance_posterior.gauss_newton(run.scorer, run.encode(study.train))

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from covariance_noise import PARAMETERS, figures, parameter_gradients, s_gradients
+from covariance_effects import PARAMETERS, figures, parameter_gradients, s_gradients
 from tiny_base import adapted, questions
 from tiny_base import loaded as tiny
 

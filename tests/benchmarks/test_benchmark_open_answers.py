@@ -20,13 +20,14 @@ def data(tmp_path: Path) -> Path:
     return folder
 
 
-def test_every_method_answers_and_is_judged(data: Path, tmp_path: Path) -> None:
+def test_every_method_answers_and_is_judged(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = [
-        "--model", str(tiny_base()), "--tasks", str(data), "--seeds", "0", "1", "--steps", "20", "--train-rows", "24",
+        "--model", str(tiny_base()), "--tasks", str(data), "--seeds", "0", "1", "--steps", "6", "--train-rows", "24",
         "--validation-rows", "12", "--test-rows", "10", "--samples", "3", "--max-new-tokens", "4", "--rounds", "1",
         "--layers", "last:1", "--runs", str(tmp_path / "runs"), "--output", str(tmp_path / "results"),
     ]  # fmt: skip
-    open_answers.main(options)
+    monkeypatch.setattr("sys.argv", ["open_answers.py", *options])
+    open_answers.main()
     content = json.loads((tmp_path / "results" / "open_answers.json").read_text())
     assert [(r["method"], r["seed"]) for r in content["rows"]] == [
         (method, seed) for seed in (0, 1) for method in open_answers.METHODS
@@ -47,5 +48,5 @@ def test_every_method_answers_and_is_judged(data: Path, tmp_path: Path) -> None:
     assert "| scalabl mean, log probability |" in (tmp_path / "results" / "open_answers.md").read_text()
 
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*") if path.is_file()}
-    open_answers.main(options)
+    open_answers.main()
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*") if path.is_file()} == before

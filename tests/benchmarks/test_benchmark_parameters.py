@@ -3,9 +3,8 @@
 import json
 
 import pytest
-from _common import RESULTS
-from extra_parameters import COVARIANCES, MODELS, count
-from shapes import SHAPES
+from extra_parameters import COVARIANCES, MODELS, SHAPES, count
+from harness import RESULTS
 
 # Qwen2.5-7B and 32B, Llama-2-7B: the paper's own counts; 14B: 2 r numbers for each of 2 x 48 + 1 layers
 EXPECTED = {

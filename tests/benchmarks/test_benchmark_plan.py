@@ -2,10 +2,11 @@
 
 import csv
 import json
+import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import plan
-import plan_step
 import pytest
 import torch
 from tiny_base import tiny_base
@@ -32,7 +33,8 @@ def test_planned_stands_beside_measured(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_a_failed_measurement_is_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan, "cases", lambda: [plan.Case("training", layers="last:9")])
+    failed = subprocess.CompletedProcess([], 1, stderr="layers is last:9, but the model has 3")
+    monkeypatch.setattr("plan.subprocess", SimpleNamespace(run=lambda *_, **__: failed, DEVNULL=0, PIPE=0))
     monkeypatch.setattr("sys.argv", ["plan.py", "--model", str(tiny_base()), "--output", str(tmp_path)])
     with pytest.raises(SystemExit, match="layers is last:9, but the model has 3"):
         plan.main()
@@ -40,7 +42,7 @@ def test_a_failed_measurement_is_no_result(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_the_scales_see_what_comes_and_goes() -> None:
-    scales = plan_step.Scales(torch.device("cpu"))
+    scales = plan.Scales(torch.device("cpu"))
     scales.reset()
     before = scales.now()
     tensor = torch.ones(25_000_000)

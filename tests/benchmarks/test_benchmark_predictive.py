@@ -9,8 +9,8 @@ from typing import Any
 import predictive
 import pytest
 import torch
-from predictive_results import COLUMNS, judged, summarize
-from predictive_strategies import Passes, as_wide
+from predictive import Passes, as_wide
+from predictive_page import COLUMNS, judged, summarize
 from tiny_base import as_json, questions, tiny_base, write_jsonl
 
 from scalabl.data import Example

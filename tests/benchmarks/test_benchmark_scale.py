@@ -9,14 +9,12 @@ from typing import Any
 
 import pytest
 import scale
-import scale_base
 import scale_cells
 import torch
-from scale_base import DTYPE, TARGETS, adapter_numbers, base_bytes, build
-from scale_cells import Clock, OutOfTime, adapted, rounds_of
-from scale_results import COLUMNS, rows, write
-from shapes import SHAPES
-from training_step import step_of
+from extra_parameters import SHAPES, TARGETS
+from scale import COLUMNS, markdown, rows
+from scale_cells import DTYPE, Clock, OutOfTime, adapted, adapter_numbers, base_bytes, build, rounds_of
+from training_cost import step_of
 from transformers import AutoModelForCausalLM
 
 TOY = [
@@ -65,13 +63,12 @@ def test_every_method_is_measured_on_every_base(finished: Path) -> None:
     page = (finished / "scale.md").read_text(encoding="utf-8")
     assert "## Training" in page and "## Decoding" in page and "Not measured" not in page
     assert "Memory of a ScalaBL step within 1.01" in page and "- seeds: 0" in page
-    assert not (finished / "scale.svg").exists()  # one size
 
 
 def test_a_second_start_measures_nothing_again(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = json.loads((finished / "scale.json").read_text(encoding="utf-8"))
     output = Path(shutil.copytree(finished, tmp_path / "copy"))
-    monkeypatch.setattr(scale_base, "build", None)
+    monkeypatch.setattr(scale_cells, "build", None)
     after = call(output, monkeypatch)
     assert after["rows"] == before["rows"]
     with pytest.raises(SystemExit, match="other settings"):
@@ -119,9 +116,9 @@ def test_what_cannot_be_done_is_said_and_does_not_stop_it(
         built.append(1)
         raise ValueError("no such thing")
 
-    monkeypatch.setattr(scale_base, "build", refused)
+    monkeypatch.setattr(scale_cells, "build", refused)
     if setting == "free_bytes":
-        monkeypatch.setattr(scale_base, "free_bytes", lambda _: 10_000)
+        monkeypatch.setattr(scale_cells, "free_bytes", lambda _: 10_000)
     content = call(tmp_path, monkeypatch, *options)
     assert list(content["cells"]) == CELLS and not content["rows"]
     assert all(reason in cell["reason"] for cell in content["cells"].values())
@@ -218,7 +215,7 @@ def test_adapters_have_the_papers_numbers() -> None:
 
 
 def test_32b_is_estimated_to_fit_a_card_of_78_gib() -> None:
-    largest = scale_base.training_bytes("qwen2.5-32b", 16, 4 * 300, scale_cells.METHODS)
+    largest = scale_cells.training_bytes("qwen2.5-32b", 16, 4 * 300, scale_cells.METHODS)
     assert base_bytes("qwen2.5-32b", 16) == 65_527_752_704
     assert base_bytes("qwen2.5-32b", 16) < largest < 78 * 2**30 / 1.02
 
@@ -247,7 +244,7 @@ def cell(model: str, bits: int, lora: list[float], scalabl: list[float]) -> dict
     return about | {"lines": lines}
 
 
-def test_ratios_are_paired_by_round_and_sizes_make_a_picture(tmp_path: Path) -> None:
+def test_ratios_are_paired_by_round_and_what_was_not_measured_is_listed() -> None:
     cells = {
         "7": cell("qwen2.5-7b", 16, [1.0, 2.0, 4.0], [1.01, 2.02, 4.04]),
         "32": cell("qwen2.5-32b", 16, [1.0, 1.0, 1.0], [1.5, 1.5, 1.5]),
@@ -258,9 +255,6 @@ def test_ratios_are_paired_by_round_and_sizes_make_a_picture(tmp_path: Path) -> 
     for name in ("time_ratio", "time_ratio_low", "time_ratio_high"):
         assert scalabl[name] == pytest.approx(1.01)
     assert scalabl["tokens_per_second"] == pytest.approx(4 * 300 / 2.02)
-    write(tmp_path, cells, {"device": "a card"})
-    page = (tmp_path / "scale.md").read_text(encoding="utf-8")
+    page = markdown(rows(cells), cells, {"device": "a card"})
     assert "within 1.02 of plain LoRA's: 1 of 2; not Qwen2.5-32B at 16 bit, batch 4 (1.500)" in page
     assert "within 1.01 of plain LoRA's: 2 of 2." in page and "- 14: skipped, it takes about 90 GiB" in page
-    picture = (tmp_path / "scale.svg").read_text(encoding="utf-8")
-    assert "(scale.svg)" in page and ">Qwen2.5-32B<" in picture and picture.count(">scalabl, 16 bit<") == 1

@@ -9,9 +9,7 @@ from typing import Any
 import pytest
 import torch
 import training_cost
-import training_step
-from methods import METHODS
-from training_step import adapt, load, make_step, times
+from training_cost import METHODS, adapt, load, step_of, times
 
 
 @pytest.fixture
@@ -34,11 +32,9 @@ def test_every_method_is_stepped_once_a_round(base, batch) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_methods_share_the_base_and_train_their_own(method, base, batch, tmp_path, monkeypatch) -> None:
-    made = []
-    monkeypatch.setattr("training_step.adapt", lambda *arguments: made.append(adapt(*arguments)) or made[-1])
-    step = make_step(base, method, batch, tmp_path)
-    (model,) = made
+def test_methods_share_the_base_and_train_their_own(method, base, batch, tmp_path) -> None:
+    model = adapt(base, method)
+    step = step_of(model, method, batch, tmp_path)
     shared = {parameter.data_ptr() for parameter in base.parameters()}
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert shared == {p.data_ptr() for p in model.parameters() if not p.requires_grad}
@@ -54,7 +50,7 @@ def test_methods_share_the_base_and_train_their_own(method, base, batch, tmp_pat
 def test_scalabl_is_charged_for_the_kl(base, batch, tmp_path, monkeypatch) -> None:
     added = []
     monkeypatch.setattr("scalabl.training.callback.add_kl_gradients", lambda posteriors, *_: added.extend(posteriors))
-    make_step(base, "scalabl", batch, tmp_path)()
+    step_of(adapt(base, "scalabl"), "scalabl", batch, tmp_path)()
     assert len(added) == 4  # q_proj and v_proj of two layers
 
 
@@ -63,9 +59,10 @@ def test_results_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
     def in_this_process(line: list[str], env: dict[str, str], **_: Any) -> subprocess.CompletedProcess[str]:
         allocators.append(env.get("MALLOC_MMAP_THRESHOLD_"))
-        assert Path(line[1]).samefile(training_step.__file__)
-        monkeypatch.setattr("sys.argv", line[1:])
-        training_step.main()
+        assert Path(line[1]).samefile(training_cost.__file__)
+        with monkeypatch.context() as patch:
+            patch.setattr("sys.argv", line[1:])
+            training_cost.main()
         return subprocess.CompletedProcess(line, 0)
 
     monkeypatch.setattr("training_cost.subprocess", SimpleNamespace(run=in_this_process, DEVNULL=None, PIPE=None))
@@ -95,6 +92,6 @@ def test_a_failed_measurement_is_no_result(tmp_path: Path, monkeypatch: pytest.M
 
 def test_ratios_are_of_the_same_round() -> None:
     # the machine slows down threefold; each pair still says 1.5
-    found = training_cost.ratios({"lora": [1.0, 3.0, 2.0], "scalabl": [1.5, 4.5, 3.0]})
+    found = training_cost.to_baseline({"lora": [1.0, 3.0, 2.0], "scalabl": [1.5, 4.5, 3.0]})
     assert found["scalabl"]["ratios"] == [1.5, 1.5, 1.5]
     assert (found["scalabl"]["median"], found["scalabl"]["low"], found["scalabl"]["high"]) == (1.5, 1.5, 1.5)

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-import kl_normalization
+import posteriors
 import pytest
 from tiny_base import tiny_base, write_jsonl
 
@@ -16,10 +16,13 @@ def data(tmp_path: Path) -> Path:
     return write_jsonl(tmp_path / "rows.jsonl", rows)
 
 
-def test_rows_weigh_the_kl_more_and_bring_the_posterior_nearer_to_the_prior(data: Path, tmp_path: Path) -> None:
+def test_rows_weigh_the_kl_more_and_bring_the_posterior_nearer_to_the_prior(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     options = ["--model", str(tiny_base(layers=6)), "--data", str(data), "--steps", "30", "--rows", "5"]
     places = ["--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
-    kl_normalization.main([*options, *places])
+    monkeypatch.setattr("sys.argv", ["posteriors.py", "kl_normalization", *options, *places])
+    posteriors.main()
     token, sequence = json.loads((tmp_path / "results" / "kl_normalization.json").read_text())["rows"]
     assert token["KL divided by"].endswith("trained tokens") and sequence["KL divided by"] == "22 rows"
     assert sequence["KL (nats)"] < token["KL (nats)"] and sequence["sigma"] > token["sigma"]
@@ -28,5 +31,5 @@ def test_rows_weigh_the_kl_more_and_bring_the_posterior_nearer_to_the_prior(data
     assert f"| {token['KL divided by']} | 0 | {token['sigma']:.3f} |" in page
     # what is trained is not trained again
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*.safetensors")}
-    kl_normalization.main([*options, *places])
+    posteriors.main()
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*.safetensors")} == before

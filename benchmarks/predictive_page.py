@@ -1,16 +1,14 @@
-"""The table, the page and the picture of `predictive.py`, made of what it measured."""
+"""The rows, the page and the picture of `predictive.py`, made of what it measured."""
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib
 import torch
-from _common import markdown_table, median_with_interval
-from draws import LOOKS, STYLE, errors
+from draws import LOOKS, errors
+from harness import STYLE, markdown_facts, median_with_interval, svg, table
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 from torch import Tensor
@@ -115,70 +113,45 @@ def summarize(
     return rows
 
 
-def as_csv(rows: Sequence[dict[str, Any]]) -> str:
-    """One line a strategy, number of classes and batch size; empty where a figure is not defined."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(
-        {key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()} for row in rows
-    )
-    return text.getvalue()
-
-
 def markdown(content: dict[str, Any]) -> str:
-    """The page without its facts."""
+    """The results as a page."""
     parts = ["# Predictives: cost against quality", "![Cost against KL and NLL](predictive.svg)"]
     rows = content["rows"]
     for classes in sorted({row["classes"] for row in rows}, reverse=True):
         own = [row for row in rows if row["classes"] == classes]
         batches = sorted({row["batch"] for row in own})
         middle = 8 if 8 in batches else batches[0]
-        header = [
-            "strategy", *(f"cost, batch {batch}" for batch in batches), f"MiB, batch {middle}", "NLL",
-            f"NLL − mc, N = {content['samples']}", "ECE %", "OOD AUROC", "by epistemic", "KL, nats",
-        ]  # fmt: skip
-        lines = []
-        for name in dict.fromkeys(row["strategy"] for row in own):
-            of = {row["batch"]: row for row in own if row["strategy"] == name}
-            row = of[middle]
-            lines.append(
-                [
-                    name,
-                    *(f"{of[batch]['cost']:.2f}" for batch in batches),
-                    f"{row['memory']:.0f}",
-                    _number(row["nll"], 3),
-                    _interval(row),
-                    "–" if row["ece"] is None else f"{100 * row['ece']:.1f}",
-                    _number(row["ood_auroc"], 3),
-                    _number(row["ood_auroc_epistemic"], 3),
-                    f"{row['kl']:.1e}",
-                ]
-            )
-        choice = content["choices"][classes]
+        costs = {(row["strategy"], row["batch"]): f"{row['cost']:.2f}" for row in own}
+        shown = table(
+            [row for row in own if row["batch"] == middle],
+            ("strategy", "{strategy}"),
+            *((f"cost, batch {b}", lambda row, b=b, costs=costs: costs[row["strategy"], b]) for b in batches),
+            (f"MiB, batch {middle}", "{memory:.0f}"),
+            ("NLL", lambda row: _number(row["nll"])),
+            (f"NLL − mc, N = {content['samples']}", _interval),
+            ("ECE %", lambda row: "–" if row["ece"] is None else f"{100 * row['ece']:.1f}"),
+            ("OOD AUROC", lambda row: _number(row["ood_auroc"])),
+            ("by epistemic", lambda row: _number(row["ood_auroc_epistemic"])),
+            ("KL, nats", "{kl:.1e}"),
+        )
+        choice = content["choices"][str(classes)]
         chosen = "; ".join(f"batch {batch}: {choice[str(batch)]}" for batch in batches)
+        modelled = "; ".join(
+            f"{row['strategy']} at batch {row['batch']} {row['modelled']:.2f} (measured {row['cost']:.2f})"
+            for row in own
+            if row["modelled"] is not None
+        )
         parts += [
             f"## {classes} classes: {choice['data']}",
-            markdown_table(header, lines),
+            shown,
             f"`auto` at each batch size: {chosen}. Of the judged predictions: {choice['quality']}",
-            "What the cost model says: "
-            + "; ".join(
-                f"{row['strategy']} at batch {row['batch']} {row['modelled']:.2f} (measured {row['cost']:.2f})"
-                for row in own
-                if row["modelled"] is not None
-            )
-            + ".",
+            f"What the cost model says: {modelled}.",
         ]
-    return "\n\n".join(
-        [
-            *parts,
-            NOTE,
-        ]
-    )
+    return "\n\n".join([*parts, NOTE, markdown_facts(content["facts"])])
 
 
-def _number(value: float | None, digits: int) -> str:
-    return "–" if value is None else f"{value:.{digits}f}"
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
 
 
 def _interval(row: Mapping[str, Any]) -> str:
@@ -191,7 +164,7 @@ def picture(rows: Sequence[dict[str, Any]], batch: int) -> str:
     numbers = sorted({row["classes"] for row in rows}, reverse=True)
     names = list(dict.fromkeys(row["strategy"] for row in rows))
     looks = {name: (LOOKS[i % 4][0], "osD^vP*X"[i // 4]) for i, name in enumerate(names)}
-    with matplotlib.rc_context(STYLE | {"svg.hashsalt": "predictive"}):
+    with matplotlib.rc_context(STYLE):
         drawing = Figure(figsize=(3.6 * len(numbers) + 2.2, 5.4), layout="constrained", facecolor="white")
         panels = drawing.subplots(2, len(numbers), squeeze=False, sharex=True)
     for column, classes in enumerate(numbers):
@@ -216,7 +189,4 @@ def picture(rows: Sequence[dict[str, Any]], batch: int) -> str:
         panels[0, column].set_title(f"{classes} classes, batch {batch}", fontsize=9)
         panels[1, column].set_xlabel("cost, plain forwards")
     drawing.legend(loc="outside right center", frameon=False, fontsize=7)
-    out = io.StringIO()
-    with matplotlib.rc_context(STYLE | {"svg.hashsalt": "predictive"}):
-        drawing.savefig(out, format="svg", metadata={"Date": None})
-    return out.getvalue()
+    return svg(drawing, "predictive")
