@@ -50,7 +50,8 @@ def options(doc: str | None, **named: Any) -> argparse.ArgumentParser:
             own |= {"type": type(default[0]), "nargs": "+", "default": default}
         else:
             own |= {"type": type(default) if default is not None else str, "default": default}
-        parser.add_argument(f"--{name.replace('_', '-')}", **own)
+        short = [f"-{name}"] if len(name) == 1 else []
+        parser.add_argument(*short, f"--{name.replace('_', '-')}", **own)
     return parser
 
 

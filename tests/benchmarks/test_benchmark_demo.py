@@ -12,7 +12,8 @@ import torch
 from demo_seeds import summarize
 from harness import excludes_zero, mean_with_interval
 
-from scalabl.inference.report import MethodResult, Report, table
+from scalabl.inference.report.results import MethodResult, Report
+from scalabl.inference.report.table import table
 
 
 def test_student_interval() -> None:
