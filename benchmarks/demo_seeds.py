@@ -173,7 +173,7 @@ def csv_of(summary: dict[str, Methods], seeds: Sequence[int]) -> str:
             for metric in (name for name in HIGHER if name in figures):
                 figure = figures[metric]
                 difference = figure["difference"] or {}
-                row = {"data": data, "method": method, "metric": metric}
+                row: dict[str, Any] = {"data": data, "method": method, "metric": metric}
                 row |= {key: figure[key] for key in ("mean", "sd", "low", "high")}
                 row |= {f"minus_first_{end}": difference.get(end) for end in ("mean", "low", "high")}
                 row |= {"best": int(metric in figures["best"])}

@@ -28,7 +28,7 @@ from scalabl.core.files import write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results"
-STYLE: dict[str, Any] = {"svg.fonttype": "none", "font.size": 9, "text.parse_math": False}
+STYLE: Any = {"svg.fonttype": "none", "font.size": 9, "text.parse_math": False}
 PACKAGES = ("torch", "transformers", "peft", "accelerate")
 
 
