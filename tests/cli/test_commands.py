@@ -13,6 +13,7 @@ from tiny_base import as_json, questions, tiny_base, write_jsonl
 
 from scalabl.core import __version__
 from scalabl.metrics import METRICS
+from scalabl.runs.settings import FIELDS
 
 _HEAVY = """
 import sys
@@ -49,6 +50,33 @@ def test_help_and_refusals_import_nothing_heavy(arguments: list[str]) -> None:
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert said.returncode == (0 if said.stdout else 2), said.stderr
     assert said.stderr.splitlines()[-1] == "imported:"
+
+
+@pytest.mark.parametrize("command", ["train", "plan"])
+def test_settings_are_shown_in_panels_and_no_name_is_cut(
+    command: str, program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = program(command, "--help").out
+    assert "\N{HORIZONTAL ELLIPSIS}" not in shown and "--no-gradient-checkpointing" in shown
+    first, *others = shown.split("\N{BOX DRAWINGS LIGHT ARC DOWN AND RIGHT}")[1:]
+    assert {"Optimisation", "Posterior", "Adapter", "Rows", "Machine"} == {panel.split()[1] for panel in others}
+    if command == "train":
+        names = [line.split("--")[1].split()[0] for line in first.splitlines() if "  --" in line]
+        assert names[:-1] == [
+            "output",
+            "config",
+            "model",
+            "data",
+            "method",
+            "steps",
+            "batch-size",
+            "learning-rate",
+            "rank",
+            "seed",
+        ]
+        options = {name.replace("_", "-") for name, each in FIELDS.items() if each.metadata["help"]} - {"r"}
+        assert all(f"--{name} " in shown for name in options)
 
 
 def test_a_command_in_a_process_of_its_own_says_nothing_but_its_table(scalabl_run: Path, task_directory: Path) -> None:

@@ -1,11 +1,13 @@
-"""Recipes: from YAML and options, checked before anything is loaded."""
+"""Settings: from YAML and options, checked before anything is loaded."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from scalabl.core.errors import UserError
+from scalabl.runs.record import RunRecord
 from scalabl.runs.settings import Settings, layer_fraction, make_settings
 
 
@@ -118,3 +120,40 @@ def test_values_out_of_range_are_refused(setting: dict[str, Any], message: str) 
 
 def test_layers() -> None:
     assert layer_fraction("all") is None and layer_fraction("last:8") == 8
+
+
+def test_a_recipe_may_be_by_panel(tmp_path: Path) -> None:
+    config = tmp_path / "recipe.yaml"
+    config.write_text("data: x.jsonl\noptimisation: {steps: 7}\nadapter:\n  r: 2\nrows: {max_length: 9}\nbeta: 0.5\n")
+    made = make_settings({"r": 3}, config)
+    assert made == Settings.flat(data="x.jsonl", steps=7, r=3, max_length=9, beta=0.5)
+    config.write_text("adapter: {rank: 2}")
+    with pytest.raises(UserError, match="names 'rank', which is no setting"):
+        make_settings({}, config)
+
+
+def test_settings_are_flat_on_disk_and_keep_their_order() -> None:
+    flat = Settings.flat(r=3, prior_mean=0.5).as_dict()
+    assert Settings.flat(**flat).as_dict() == flat and flat["r"] == 3
+    assert list(flat)[:4] == ["model", "data", "method", "steps"] and list(flat)[-1] == "prior_mean"
+    assert Settings().changed(beta=2.0).posterior.beta == 2.0
+
+
+def test_a_record_is_read_as_it_was_written_and_newer_ones_are_refused(tmp_path: Path) -> None:
+    record = RunRecord(Settings().as_dict(), status="finished", warnings=["w"], predictive="linearized")
+    record.write(tmp_path)
+    assert RunRecord.read(tmp_path) == record and record.settings == Settings()
+    content = json.loads((tmp_path / "scalabl.json").read_text())
+    assert content["version"] == 1 and "tokens" not in content
+    old = {"recipe": {"steps": 0, "method": "mle"}, "status": "finished", "unknown": 1}
+    (tmp_path / "scalabl.json").write_text(json.dumps(old))
+    read = RunRecord.read(tmp_path)
+    assert read.is_finished and read.recipe["steps"] == 0 and read.method == "mle" and read.processes == 1
+    assert read.labels is None and read.base_options == {"dtype": "auto", "bits": None, "quantization": "bitsandbytes"}
+    for other, sentence in (
+        (old | {"version": 2, "scalabl": "9.0"}, "was written by scalabl 9.0; read it with that version"),
+        (old | {"recipe": "steps"}, "must hold a run's record"),
+    ):
+        (tmp_path / "scalabl.json").write_text(json.dumps(other))
+        with pytest.raises(UserError, match=sentence):
+            RunRecord.read(tmp_path)

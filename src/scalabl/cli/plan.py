@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from scalabl.cli.app import app
+from scalabl.cli.settings_options import SettingsCommand, with_settings
 from scalabl.core.errors import UserError
 from scalabl.runs.settings import make_settings
 
@@ -18,49 +19,43 @@ if TYPE_CHECKING:
 _BATCH = 4  # the paper's
 
 
-@app.command()
+# what a plan depends on, where its option has another name or help than that of scalabl train
+_SETTINGS: dict[str, dict[str, str]] = {
+    "model": {"help": "A Hub id, smollm2-135m-instruct, or a directory with a config.json."},
+    "target_modules": {"names": "--targets,--target-modules", "help": "For example q_proj,v_proj,lm_head."},
+    "layers": {}, "r": {}, "covariance": {}, "dtype": {}, "quantization": {}, "method": {}, "optimizer": {},
+    "bits": {"help": "Of the base's weights: 16 (as in --dtype), 8 or 4."},
+    "batch_size": {"names": "--batch,--batch-size", "help": "Rows a step; 4 where there is no recipe."},
+    "max_length": {"names": "--seq,--max-length"},
+    "gradient_checkpointing": {},
+}  # fmt: skip
+
+
+@app.command(cls=SettingsCommand)
+@with_settings(_SETTINGS)
 def plan(
-    model: Annotated[
-        str | None, typer.Option(help="A Hub id, smollm2-135m-instruct, or a directory with a config.json.")
-    ] = None,
+    given: dict[str, Any],
     config: Annotated[Path | None, typer.Option(help="A recipe (YAML) of scalabl train; options win.")] = None,
-    target_modules: Annotated[
-        str | None, typer.Option("--targets", "--target-modules", help="For example q_proj,v_proj,lm_head.")
-    ] = None,
-    layers: Annotated[str | None, typer.Option(help="all, or last:K.")] = None,
-    r: Annotated[int | None, typer.Option("--rank", "-r", help="LoRA's rank.")] = None,
-    bits: Annotated[int | None, typer.Option(help="Of the base's weights: 16 (as in --dtype), 8 or 4.")] = None,
-    quantization: Annotated[str | None, typer.Option(help="Of --bits: bitsandbytes or torchao (8 bit).")] = None,
-    covariance: Annotated[str | None, typer.Option(help="diagonal or full.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
-    batch_size: Annotated[int | None, typer.Option("--batch", "--batch-size", help="Rows a step.")] = None,
-    max_length: Annotated[int | None, typer.Option("--seq", "--max-length", help="Tokens a row.")] = None,
+    card: Annotated[str | None, typer.Option(help="A GPU's memory, for example 24GB; else this machine's.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; cuda where --card is given.")] = None,
+    samples: Annotated[int, typer.Option(help="N of the predictions.")] = 10,
     scored: Annotated[
         int, typer.Option(help="Tokens of a row whose logits are read, of all its choices together.")
     ] = 32,
     loss: Annotated[
         str | None, typer.Option(help="letters, continuation, or tokens: of every token, plain fine-tuning.")
     ] = None,
-    samples: Annotated[int, typer.Option(help="N of the predictions.")] = 10,
-    method: Annotated[str | None, typer.Option(help="scalabl, mle, map, mc_dropout or blob.")] = None,
-    optimizer: Annotated[str | None, typer.Option(help="As Trainer names it, for example paged_adamw_8bit.")] = None,
-    gradient_checkpointing: Annotated[
-        bool | None, typer.Option("--gradient-checkpointing/--no-gradient-checkpointing", help="Less memory.")
-    ] = None,
-    card: Annotated[str | None, typer.Option(help="A GPU's memory, for example 24GB; else this machine's.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; cuda where --card is given.")] = None,
     json: Annotated[Path | None, typer.Option(help="Write the figures here.")] = None,
 ) -> None:
     """Memory, operations and the largest batch of a training, before any weight is read."""
-    own = ("config", "scored", "loss", "samples", "card", "device", "json")
-    given = {name: value for name, value in locals().items() if name not in own and name != "own"}
     from scalabl.core.files import require_writable, write_json
     from scalabl.planning.memory import machine_device, machine_memory, parse_bytes
 
-    if config is None and batch_size is None:
+    if config is None and given["batch_size"] is None:
         given["batch_size"] = _BATCH
-    settings = make_settings(given | {"bits": None if bits == 16 else bits}, config)
-    if bits == 16:
+    unquantised = given["bits"] == 16
+    settings = make_settings(given | {"bits": None if unquantised else given["bits"]}, config)
+    if unquantised:
         settings = settings.changed(bits=None, quantization="bitsandbytes")
     for name, value, least in (("scored", scored, 1), ("samples", samples, 1)):
         if value < least:

@@ -11,9 +11,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from scalabl.core.errors import UserError
 from scalabl.data.assemble import select_rows
+from scalabl.data.example import Task
 from scalabl.data.load import load_training_task
+from scalabl.data.text_rows import TextTask
 from scalabl.planning.memory import in_words, machine_device, machine_memory
 from scalabl.planning.meta_model import read_config
 from scalabl.planning.plan import Planner, StepUse
@@ -128,20 +132,27 @@ class RunPlan:
         )
 
 
-def plan_run(settings: Settings, *, ignore_memory: bool = False) -> RunPlan:
+def plan_run(
+    settings: Settings,
+    task: Task | TextTask | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    ignore_memory: bool = False,
+) -> RunPlan:
     """Plan a training on this machine, and refuse one that cannot fit; no weights are read.
 
     Args:
         settings: what is to be trained.
+        task, tokenizer: the settings' own, where they are loaded already.
         ignore_memory: refuse nothing.
 
     Raises:
         UserError: it cannot fit, or the run would refuse its settings, model or rows.
         CannotPlanError: it may run, but what it takes cannot be told.
     """
-    task = load_training_task(settings.data)
+    task = task or load_training_task(settings.data)
     rows: Any = select_rows(task, settings.rows)
-    tokenizer = load_tokenizer(settings.model)
+    tokenizer = tokenizer or load_tokenizer(settings.model)
     options = candidates(settings, tokenizer, (*rows.train, *rows.validation), task.labels)
     longest = sorted((*rows.train, *rows.validation), key=_characters, reverse=True)[:_LONGEST]
     encoded = [option.encode(row) for option in {x.name: x for x in options}.values() for row in longest]

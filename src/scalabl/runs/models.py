@@ -38,6 +38,7 @@ def load_base(
     bits: int | None = None,
     quantization: str = "bitsandbytes",
     device: str | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model and its tokenizer.
 
@@ -47,6 +48,7 @@ def load_base(
         bits: 4 or 8 for a quantised base, None for none.
         quantization: by what it is quantised, as in `scalabl.runs.models`.
         device: where to put it; the accelerator if there is one, else the CPU.
+        tokenizer: its own, where it is loaded already.
 
     Raises:
         UserError: it cannot be found, has no tokenizer, or is not a causal language model; what quantises it is not
@@ -58,7 +60,7 @@ def load_base(
         dtype = "float32" if device == "cpu" else "bfloat16"
     if dtype not in DTYPES:
         raise UserError(f"dtype is {dtype!r}; it must be auto, {', '.join(DTYPES)}.")
-    tokenizer = _tokenizer(path)
+    tokenizer = tokenizer or _tokenizer(path)
     options: dict[str, Any] = {"dtype": DTYPES[dtype]}
     if bits is not None:
         config = quantization_config(quantization, bits, DTYPES[dtype])

@@ -307,18 +307,22 @@ def make_settings(values: Mapping[str, Any], recipe: Path | None = None) -> Sett
     return Settings.flat(**{name: typed_setting(name, value) for name, value in named.items()})
 
 
+def kind_of(name: str) -> Any:
+    """The type of a setting's values: int, float, str or bool."""
+    return {"int": int, "float": float, "str": str, "bool": bool}[str(FIELDS[name].type).split(" ")[0]]
+
+
 def typed_setting(name: str, value: Any) -> Any:
     """YAML reads 1e-4 as text and 16 as a whole number: bring a value to the setting's own type.
 
     Raises:
         UserError: it cannot be one.
     """
-    kind = str(FIELDS[name].type)
+    wanted = kind_of(name)
     if name in ("target_modules", "stochastic_modules") and isinstance(value, list):
         return ",".join(map(str, value))
-    if value is None and "None" in kind:
+    if value is None and FIELDS[name].default is None:
         return None
-    wanted: Any = {"int": int, "float": float, "str": str, "bool": bool}[kind.split(" ")[0]]
     word = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}[wanted]
     wrong = UserError(f"{name} is {value!r}; it must be {word}.")
     if value is None or isinstance(value, list | dict) or isinstance(value, bool) != (wanted is bool):

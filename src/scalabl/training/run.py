@@ -15,7 +15,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
+from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
 from scalabl.core import processes
@@ -49,7 +49,13 @@ class Interrupted(Exception):
     """The run was stopped by Ctrl-C; its checkpoint is kept."""
 
 
-def train(settings: Settings, output: Path) -> RunRecord:
+def train(
+    settings: Settings,
+    output: Path,
+    *,
+    task: Task | TextTask | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> RunRecord:
     """Train, and write a finished run directory; resumes what an earlier call left unfinished.
 
     In several processes (`scalabl.core.processes`) the main one chooses and writes; all of them get the record.
@@ -57,6 +63,7 @@ def train(settings: Settings, output: Path) -> RunRecord:
     Args:
         settings: what to train.
         output: the run's directory.
+        task, tokenizer: the settings' own, where they are loaded already.
 
     Returns:
         the run's record, as in its `scalabl.json`.
@@ -65,7 +72,7 @@ def train(settings: Settings, output: Path) -> RunRecord:
         UserError: bad data, model or settings; another run in `output`.
         Interrupted: Ctrl-C; the same call goes on from the checkpoint.
     """
-    task = load_training_task(settings.data)
+    task = task or load_training_task(settings.data)
     check_rows(settings, task)
     rows: TrainingRows[Any] = select_rows(task, settings.rows)
     check_launch(settings)
@@ -74,7 +81,7 @@ def train(settings: Settings, output: Path) -> RunRecord:
         return processes.on_main(lambda: RunRecord.read_finished(output))
     try:
         with processes.cleaning_up(lambda: _remove_traces(output)):
-            return _train(settings, output, task, rows)
+            return _train(settings, output, task, rows, tokenizer)
     except NonFiniteError as error:
         last = last_checkpoint(output) if processes.is_main() else None
         kept = f" and choose another --output ({last} is the last good checkpoint)" if last else ""
@@ -103,13 +110,19 @@ def last_checkpoint(output: Path) -> Path | None:
     return max(found)[1] if found else None
 
 
-def _train(settings: Settings, output: Path, task: Task | TextTask, rows: TrainingRows[Any]) -> RunRecord:
+def _train(
+    settings: Settings,
+    output: Path,
+    task: Task | TextTask,
+    rows: TrainingRows[Any],
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> RunRecord:
     if settings.optimisation.optimizer != OptimisationSettings.optimizer:
         require_optimizer(settings.optimisation.optimizer, "cuda" if torch.cuda.is_available() else "cpu")
     processes.connect()
     if settings.model == EMBEDDED:
         processes.first_on_each_machine(embedded_directory)
-    model, tokenizer = load_base(settings.model, **_placed(settings.machine.of_base))
+    model, tokenizer = load_base(settings.model, **_placed(settings.machine.of_base), tokenizer=tokenizer)
     options = candidates(settings, tokenizer, (*rows.train, *rows.validation), task.labels)
     longest = max((options[-1].encode(row) for row in rows.train[:50]), key=lambda row: sum(map(bool, row.segments)))
     processes.on_main(lambda: Scorer(model, options[-1]).check_packing(longest))
