@@ -3,6 +3,7 @@ from .core.errors import UserError as UserError
 from .data.load import load_task as load_task
 from .generation.generate import generate as generate
 from .inference.classifier import Classifier as Classifier
+from .serving.vllm import VLLMClassifier as VLLMClassifier
 from .training.callback import ELBOCallback as ELBOCallback
 from .tuner.config import ScalaBLConfig as ScalaBLConfig
 from .tuner.layers import kl_divergence as kl_divergence
