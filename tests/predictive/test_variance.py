@@ -6,8 +6,7 @@ from tiny_base import adapted, loaded, questions
 
 from scalabl.core.errors import UserError
 from scalabl.inference.predictor import top_holding
-from scalabl.predictive.linearized import logit_gaussian
-from scalabl.predictive.variance import layer_variances
+from scalabl.predictive.linearized import layer_variances, logit_gaussian
 from scalabl.scoring import Continuation, Scorer
 from scalabl.scoring.trunk import Trunk
 from scalabl.tuner import stochastic_layers

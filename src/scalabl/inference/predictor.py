@@ -28,7 +28,7 @@ from scalabl.metrics.uncertainty import average, decompose, particles_used
 from scalabl.predictive.adaptive import with_sampling
 from scalabl.predictive.auto import AutoPredictive
 from scalabl.predictive.base import Predictive, predict
-from scalabl.predictive.variance import LayerVariance, layer_variances
+from scalabl.predictive.linearized import LayerVariance, layer_variances
 from scalabl.runs.loading import load_run
 from scalabl.runs.method import Run, load_post_hoc
 from scalabl.runs.registry import METHODS
