@@ -29,7 +29,7 @@ from scalabl.data.assemble import shuffled
 from scalabl.data.example import LETTERS
 from scalabl.data.load import rows_of
 from scalabl.inference.acquisition import STRATEGIES, informativeness, most_informative, random_order
-from scalabl.inference.evaluation import answers, log_probabilities
+from scalabl.inference.predictor import labels_of, log_probabilities
 from scalabl.metrics import evaluate
 from scalabl.metrics.uncertainty import average
 from scalabl.runs.loading import load_run
@@ -144,7 +144,7 @@ def cell(
     run = load_run(directory / "run")
     predictive = run.predictive(samples=study.samples, seed=seed)
     log_probs = log_probabilities(run, study.test, predictive, description=directory.name)
-    figures = evaluate(average(log_probs), answers(study.test), bootstrap=2)
+    figures = evaluate(average(log_probs), labels_of(study.test), bootstrap=2)
     made = {"seed": seed, "by": by, "round": number, "labelled": labelled}
     made |= {metric: figures[metric].value for metric in METRICS}
     made["picked"] = picks(study, run, seed, number, labelled, strategies)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from scalabl.core.progress import progress_bar
 from scalabl.data import Example
-from scalabl.inference.evaluation import answers
+from scalabl.inference.predictor import labels_of
 from scalabl.metrics import Metric, evaluate, ood_auroc, paired_difference, paired_ood_difference
 from scalabl.metrics.uncertainty import average, decompose
 from scalabl.posterior import FullGaussian, Gaussian, standard_normal
@@ -123,7 +123,7 @@ def prediction_rows(
 
     Intervals are 95 % of the bootstrap over rows; that of a difference is paired.
     """
-    labels, rows = answers(test), []
+    labels, rows = labels_of(test), []
     for (predictive, structure), log_probs in found.items():
         reference = found["linearized" if predictive == "mean" else predictive, JOINT]
         same = log_probs is reference

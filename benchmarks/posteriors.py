@@ -26,7 +26,7 @@ from scalabl.core.quiet import quiet
 from scalabl.data import TextTask, load_task, load_training_task
 from scalabl.data.assemble import select_rows
 from scalabl.generation.loading import LanguageRun, load_language_run
-from scalabl.inference.evaluation import answers, log_probabilities
+from scalabl.inference.predictor import labels_of, log_probabilities
 from scalabl.metrics import evaluate
 from scalabl.metrics.uncertainty import average
 from scalabl.predictive import MonteCarloPredictive
@@ -68,7 +68,7 @@ def with_unit_rows(a: argparse.Namespace, unit_rows: bool, seed: int) -> dict[st
     row: dict[str, Any] = {"rows of A": "unit length" if unit_rows else "free (paper)", "seed": seed}
     for name in ("mean", "mc"):
         probs = average(log_probabilities(run, rows, make_predictive(name, seed=seed), description=name))
-        figures = evaluate(probs, answers(rows), bootstrap=2)
+        figures = evaluate(probs, labels_of(rows), bootstrap=2)
         row |= {f"nll, {name}": figures["nll"].value, f"ece, {name}": figures["ece"].value}
     lengths = [leaf.direction.detach().norm(dim=1).mean().item() for leaf in stochastic_layers(model).values()]
     return row | {

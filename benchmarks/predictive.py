@@ -39,8 +39,7 @@ from scalabl.core.progress import progress_bar
 from scalabl.core.quiet import quiet
 from scalabl.data import Example
 from scalabl.data.load import rows_of
-from scalabl.inference.evaluation import answers
-from scalabl.inference.predictor import run_variance, top_holding
+from scalabl.inference.predictor import labels_of, run_variance, top_holding
 from scalabl.predictive import AutoPredictive, LinearizedPredictive, MeanPredictive, MonteCarloPredictive, Predictive
 from scalabl.predictive import predict as predict_rows
 from scalabl.predictive.adaptive import AdaptivePredictive
@@ -358,7 +357,7 @@ def figures_of(bench: Bench, a: argparse.Namespace) -> tuple[list[dict[str, Any]
         costs = {batch: weigh(bench, a, batch, advance) for batch in a.batches}
     found = {s.name: load_file(predictions_of(bench, s.judged_as or s.name)) for s in bench.lines}
     long, mc = load_file(predictions_of(bench, LONG))["long"], f"mc, N = {a.samples}"
-    quality = judged(found, long, answers(bench.data["test"]), mc)
+    quality = judged(found, long, labels_of(bench.data["test"]), mc)
     encoded = bench.run.encode(bench.data["test"])
     start = first_difference(bench.run.scorer.model, None) or 0
     modelled: dict[int, dict[str, float]] = {}

@@ -16,7 +16,7 @@ from tiny_base import tiny_base
 
 from scalabl.data import load_rows
 from scalabl.inference.acquisition import informativeness, most_informative, random_order
-from scalabl.inference.evaluation import log_probabilities
+from scalabl.inference.predictor import log_probabilities
 from scalabl.runs.loading import load_run
 from scalabl.scoring import trunk_store
 

@@ -12,7 +12,7 @@ from tiny_study import Done, content
 from scalabl.core.errors import UserError
 from scalabl.data import load_task
 from scalabl.data.load import rows_of
-from scalabl.inference.evaluation import answers, log_probabilities
+from scalabl.inference.predictor import labels_of, log_probabilities
 from scalabl.runs.loading import load_run
 from scalabl.runs.method import load_post_hoc
 from scalabl.runs.settings import Settings
@@ -54,7 +54,7 @@ def test_predictions_are_those_of_the_run(done: Done, name: str, particles: int,
     ]:
         assert log_probs.shape[:2] == (particles, len(rows))
         torch.testing.assert_close(log_probs, log_probabilities(run, rows, strategy), atol=1e-5, rtol=0)
-        assert torch.equal(labels, answers(rows))
+        assert torch.equal(labels, labels_of(rows))
 
 
 def test_other_predictives_of_the_same_run(done: Done, tmp_path: Path) -> None:

@@ -10,8 +10,6 @@ from torch import Tensor
 
 from scalabl.data.example import Example
 from scalabl.inference.predictor import Predictor, labels_of
-from scalabl.inference.predictor import labels_of as answers  # noqa: F401
-from scalabl.inference.predictor import log_probabilities as log_probabilities
 from scalabl.inference.promise import Promise
 from scalabl.inference.report.results import MethodResult, Report
 from scalabl.inference.settings import PredictionSettings

@@ -25,7 +25,7 @@ from scalabl.core.files import sha256, write_json, writing
 from scalabl.data.assemble import TrainingRows, select_rows
 from scalabl.data.example import Example
 from scalabl.data.load import load_task
-from scalabl.inference.evaluation import answers
+from scalabl.inference.predictor import labels_of
 from scalabl.methods.saved import POST_HOC_DIRECTORY
 from scalabl.predictive.auto import AutoPredictive
 from scalabl.predictive.base import Predictive, predict
@@ -119,7 +119,7 @@ def _predict(cell: Cell, output: Path) -> dict[str, Any]:
 
     def enter(name: str, rows: list[Example]) -> float:
         log_probs, seconds = _log_probs(run, rows, strategy, settings["batch_size"])
-        tensors[f"{name}|log_probs"], tensors[f"{name}|labels"] = log_probs.contiguous(), answers(rows)
+        tensors[f"{name}|log_probs"], tensors[f"{name}|labels"] = log_probs.contiguous(), labels_of(rows)
         return seconds
 
     held_out, tuning = list(_rows_of(run).validation), tuning_rows(task)
