@@ -6,6 +6,7 @@ import ast
 import contextlib
 import functools
 import io
+import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -65,6 +66,13 @@ def test_imports_inside_functions_keep_torch_out_of_a_file() -> None:
     """What loads torch already has nothing to gain by importing late."""
     found = {name for name, file in MODULES.items() if imports_in_functions(file) and loads_torch(name)}
     assert found - INSIDE.keys() == set()
+
+
+def test_a_runs_record_is_read_by_its_fields() -> None:
+    """One file knows its keys; elsewhere it is a `RunRecord`."""
+    bare = re.compile(r"\brecord(\[|\.get\()")
+    found = {name for name, file in MODULES.items() if bare.search(file.read_text(encoding="utf-8"))}
+    assert found - {"scalabl.runs.record"} == set()
 
 
 @functools.cache

@@ -269,11 +269,11 @@ def _logged(records: list[dict[str, float]], quantity: str) -> tuple[list[float]
 
     Where a run logged no NLL, its loss is the NLL: a KL never enters the loss.
     """
-    if quantity == "nll" and not any("nll" in record for record in records):
+    if quantity == "nll" and not any("nll" in entry for entry in records):
         quantity = "loss"
-    held = [record for record in records if "step" in record and math.isfinite(record.get(quantity, math.nan))]
-    held = held[:: max(1, math.ceil(len(held) / _MAX_POINTS))]
-    return [record["step"] for record in held], [record[quantity] for record in held]
+    kept = [entry for entry in records if "step" in entry and math.isfinite(entry.get(quantity, math.nan))]
+    kept = kept[:: max(1, math.ceil(len(kept) / _MAX_POINTS))]
+    return [entry["step"] for entry in kept], [entry[quantity] for entry in kept]
 
 
 def _running_mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
