@@ -96,7 +96,7 @@ class GeneratedAnswer:
     """What `scalabl.generate` gives for a prompt.
 
     Attributes:
-        prompt: what was asked.
+        prompt: what it answers.
         text: the answer.
         confidence: in [0, 1]; a probability of being right where `calibrated`, else the length-normalised
             probability of the text, exp(1/T sum_t log p(y_t)).

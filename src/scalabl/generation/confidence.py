@@ -97,7 +97,7 @@ class Confidence:
         """Read what `save` wrote; the same numbers to the last bit.
 
         Raises:
-            UserError: there is no such file, or it holds something else.
+            UserError: there is no such file, or it has another content.
         """
         content = read_json(
             path,

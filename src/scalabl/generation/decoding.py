@@ -109,9 +109,9 @@ class Decoded:
 
 
 class _Recorder:
-    """Keeps what the particles said about every generated token.
+    """Keeps the particles' figures of every generated token.
 
-    A step's distribution is held until the token is known that was taken from it: the next step's input.
+    A step's distribution is kept until the token is known that was taken from it: the next step's input.
     """
 
     def __init__(self) -> None:

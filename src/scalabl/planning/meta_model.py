@@ -46,7 +46,7 @@ class Counts:
 
 
 def read_config(name: str) -> PretrainedConfig:
-    """The configuration of a model: the embedded one, a directory that holds its config.json, or a name on the Hub.
+    """The configuration of a model: the embedded one, a directory with its config.json, or a name on the Hub.
 
     Raises:
         UserError: there is none.
@@ -66,12 +66,12 @@ def compute_dtype(settings: Settings, device: str) -> torch.dtype:
 
 
 def autocast_dtype(settings: Settings, device: str) -> torch.dtype | None:
-    """The precision of automatic mixed precision while training, which a run turns on as its Trainer is told to."""
+    """The precision of automatic mixed precision while training, which a run turns on in its Trainer."""
     return torch.bfloat16 if settings.machine.dtype == "bfloat16" and device != "cpu" else None
 
 
 def build(settings: Settings, config: PretrainedConfig, device: str) -> tuple[PeftModel, Counts]:
-    """The adapted model on the meta device, and what it holds.
+    """The adapted model on the meta device, and what is in it.
 
     Args:
         settings: what is to be trained.
@@ -134,13 +134,13 @@ def storage_bytes(tensors: Iterable[Tensor]) -> int:
 def _count(model: PeftModel, method: TrainedMethod, base: int) -> Counts:
     named = dict(model.named_parameters())
     lora, variational = method.count(model)
-    held = named | dict(model.named_buffers())
+    stored = named | dict(model.named_buffers())
     return Counts(
         base=base,
         lora=lora,
         variational=variational,
-        weights=storage_bytes(tensor for name, tensor in held.items() if "lora_" not in name),
-        adapter=storage_bytes(tensor for name, tensor in held.items() if "lora_" in name),
+        weights=storage_bytes(tensor for name, tensor in stored.items() if "lora_" not in name),
+        adapter=storage_bytes(tensor for name, tensor in stored.items() if "lora_" in name),
         gradients=sum(p.numel() * p.element_size() for p in named.values() if p.requires_grad),
     )
 

@@ -148,7 +148,7 @@ def plan_run(
 
     Raises:
         UserError: it cannot fit, or the run would refuse its settings, model or rows.
-        CannotPlanError: it may run, but what it takes cannot be told.
+        CannotPlanError: it may run, but what it takes cannot be planned.
     """
     task = task or load_training_task(settings.data)
     rows: Any = select_rows(task, settings.rows)

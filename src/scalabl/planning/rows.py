@@ -11,7 +11,7 @@ from scalabl.core.errors import UserError
 from scalabl.scoring.base import Batch, Encoded
 from scalabl.scoring.text import EncodedText
 
-MOST = 2**26  # tokens at a time, which are held as numbers: no device takes so many
+MOST = 2**26  # tokens at a time, which are kept as numbers: no device takes so many
 LOSSES = ("letters", "continuation", "tokens")
 
 

@@ -57,7 +57,7 @@ def candidates(
     """The scorings that the settings allow for these rows, `Example`s or `TextRow`s.
 
     Raises:
-        UserError: letters were asked for, but a label is not one token.
+        UserError: letters were chosen, but a label is not one token.
     """
     if isinstance(rows[0], TextRow):
         of_messages = not isinstance(rows[0].prompt, str)  # then a prompt of its own is a turn too

@@ -31,7 +31,7 @@ class VariationalGroup:
     """Gives `parameters` their own learning rate, and no weight decay, in every step of `optimizer`.
 
     In a step the parameters of each native group form a group of their own, with that group's hyperparameters but
-    weight_decay = 0 and lr = learning_rate * (native lr / native initial lr): the LR schedule's factor holds for them
+    weight_decay = 0 and lr = learning_rate * (native lr / native initial lr): the LR schedule's factor is theirs
     as well. Before and after a step the optimiser's groups are the native ones, the same lists in the same order.
 
     Args:

@@ -141,7 +141,7 @@ def separate_noise(args: TrainingArguments) -> None:
 
 
 class SeparateNoise(TrainerCallback):
-    """For methods whose noise is not s (dropout, a rival's own): a stream of its own for every rank."""
+    """For methods whose noise is not s (dropout, a baseline's own): a stream of its own for every rank."""
 
     def on_train_begin(self, args: TrainingArguments, *_: Any, **__: Any) -> None:
         separate_noise(args)

@@ -195,16 +195,16 @@ def record_of(
     )
 
 
-def _placed(held_as: dict[str, Any]) -> dict[str, Any]:
+def _placed(options: dict[str, Any]) -> dict[str, Any]:
     """Where this process of several loads the base: on its own device; on the CPU, where it is to be sharded."""
     if processes.world_size() == 1:
-        return held_as
+        return options
     device = processes.own_device()
     if processes.is_sharded():
-        if held_as["dtype"] == "auto":
-            held_as = held_as | {"dtype": "float32" if device == "cpu" else "bfloat16"}
+        if options["dtype"] == "auto":
+            options = options | {"dtype": "float32" if device == "cpu" else "bfloat16"}
         device = "cpu"
-    return held_as | {"device": device}
+    return options | {"device": device}
 
 
 def optimise(

@@ -73,7 +73,7 @@ def gauss_newton(
         advance: called with the number of rows done, for a progress bar.
 
     Raises:
-        UserError: no rows, a row without an answer, or more numbers than the memory holds.
+        UserError: no rows, a row without an answer, or more numbers than fit into memory.
     """
     if not rows or any(row.answer is None for row in rows):
         raise UserError("The curvature is taken over labelled rows, but there are none or some have no answer.")

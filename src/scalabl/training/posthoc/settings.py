@@ -155,7 +155,7 @@ class PosthocSettings:
         training: scoring, batch size and precision of the model; for "vi" steps, rates and the prior too.
         structure: which correlations Laplace's covariance keeps: "joint", "layer" or "diagonal".
         prior_precision: Laplace's, on relative strengths; None takes the one of the highest evidence.
-        scoring_given: whether the scoring was given, so that it holds against the run's own.
+        scoring_given: whether the scoring was given, so that it wins over the run's own.
 
     Raises:
         UserError: a value out of its range, or one that the method does not read.
