@@ -36,8 +36,9 @@ from scalabl.generation.equivalence import equivalence, semantic_sets
 from scalabl.generation.evaluation import Judged, answer_questions, fit_on, judge, plain
 from scalabl.generation.fan_out import EnsembleDraws
 from scalabl.generation.generate import AnswerSampling, decoded_with_samples, draws_of
-from scalabl.generation.loading import LanguageRun, load_language_run
 from scalabl.metrics.ranking import judge_ranking
+from scalabl.runs.loading import load_run
+from scalabl.runs.method import Run
 from scalabl.runs.settings import make_settings
 from scalabl.training.run import train
 
@@ -114,14 +115,14 @@ def run_of(a: argparse.Namespace, task: str, method: str, seed: int) -> Path:
     return directory
 
 
-def loaded(a: argparse.Namespace, task: str, method: str, seed: int) -> LanguageRun:
+def loaded(a: argparse.Namespace, task: str, method: str, seed: int) -> Run:
     """The run of a method; for an ensemble plain LoRA's of every seed, as adapters of one model."""
     if method != "ensemble":
-        return load_language_run(run_of(a, task, method, seed))
+        return load_run(run_of(a, task, method, seed), generating=True)
     first, *others = [run_of(a, task, "mle", (seed + i) % 2**32) for i in members(a)]
-    run = load_language_run(first)
+    run = load_run(first, generating=True)
     for i, other in enumerate(others, start=1):
-        run.model.load_adapter(str(other), adapter_name=f"member{i}")
+        run.scorer.model.load_adapter(str(other), adapter_name=f"member{i}")
     return run
 
 
@@ -162,7 +163,7 @@ def of_cell(a: argparse.Namespace, task: str, method: str, seed: int) -> dict[st
 
 def answers(
     a: argparse.Namespace,
-    run: LanguageRun,
+    run: Run,
     method: str,
     seed: int,
     questions: tuple[OpenQuestion, ...],

@@ -25,17 +25,15 @@ from scalabl.core.progress import progress_bar
 from scalabl.core.quiet import quiet
 from scalabl.data import TextTask, load_task, load_training_task
 from scalabl.data.assemble import select_rows
-from scalabl.generation.loading import LanguageRun, load_language_run
 from scalabl.inference.predictor import labels_of, log_probabilities
 from scalabl.metrics import evaluate
 from scalabl.metrics.uncertainty import average
 from scalabl.predictive import MonteCarloPredictive
 from scalabl.predictive.auto import make_predictive
 from scalabl.runs.loading import load_run
+from scalabl.runs.method import Run
 from scalabl.runs.settings import KL_NORMALIZATIONS, Settings
-from scalabl.scoring import Scorer
 from scalabl.scoring.text import EncodedText
-from scalabl.scoring.trunk import Trunk
 from scalabl.study.demo import STEPS, TASK, demo_recipe
 from scalabl.training.run import train
 from scalabl.tuner import mean, prior_of, stochastic_layers
@@ -89,11 +87,12 @@ def with_normalization(a: argparse.Namespace, normalization: str, seed: int) -> 
     )  # fmt: skip
     directory = a.runs / "kl-normalization" / f"{normalization}-seed{seed}-steps{a.steps}"
     record = train(recipe, directory)
-    run = load_language_run(directory)
+    run = load_run(directory, generating=True)
     task = load_training_task(recipe.data)
     if not isinstance(task, TextTask):
         raise UserError(f"{recipe.data} has no rows of text; give prompts with completions or open questions.")
-    rows = [run.text.encode(row) for row in select_rows(task, recipe.rows).validation]
+    text: Any = run.scoring
+    rows = [text.encode(row) for row in select_rows(task, recipe.rows).validation]
     layers = summarize(weights_of(run.model), prior_of(run.model))
     of_mean, of_particles = log_likelihoods(run, rows, seed)
     tokens = sum(row.trained for row in rows)
@@ -113,15 +112,14 @@ def with_normalization(a: argparse.Namespace, normalization: str, seed: int) -> 
 
 
 @torch.no_grad()
-def log_likelihoods(run: LanguageRun, rows: Sequence[EncodedText], seed: int) -> tuple[Tensor, Tensor]:
+def log_likelihoods(run: Run, rows: Sequence[EncodedText], seed: int) -> tuple[Tensor, Tensor]:
     """Summed log-likelihood of each row's trained tokens, in nats: under the mean (n,) and under particles (N, n)."""
-    scorer = Scorer(run.model, run.text, Trunk(run.model))
-    particles = MonteCarloPredictive(SAMPLES, seed=seed)
+    scorer, particles = run.scorer, MonteCarloPredictive(SAMPLES, seed=seed)
     of_mean, of_particles = [], []
     with progress_bar() as progress:
         bar = progress.add_task("held-out rows", total=len(rows), detail="")
         for start in range(0, len(rows), BATCH):
-            batch = scorer.with_trunk(run.text.collate(rows[start : start + BATCH]).to(scorer.device))
+            batch = scorer.with_trunk(run.scoring.collate(rows[start : start + BATCH]).to(scorer.device))
             with mean(run.model):
                 of_mean.append(scorer.class_logits(batch)[:, 0].cpu())
             with particles.context(run.model, 0, SAMPLES):

@@ -12,7 +12,8 @@ from scalabl.data.open_questions import OpenQuestion
 from scalabl.generation.answer import answer_span
 from scalabl.generation.correctness import MEASURES, answer_text, correctness, normalise_answer, number
 from scalabl.generation.evaluation import answer_questions
-from scalabl.generation.loading import LanguageRun
+from scalabl.runs.method import Run
+from scalabl.runs.record import RunRecord
 
 
 @pytest.mark.parametrize(
@@ -124,7 +125,7 @@ def test_signs_in_a_row_are_no_error(text, expected):
 def test_an_answer_that_a_measure_cannot_read_is_refused_before_any_is_generated():
     rows = [OpenQuestion("1", "How many?", ("7",)), OpenQuestion("2", "Which?", ("red",))]
     with pytest.raises(UserError, match="'red' holds no number"):
-        answer_questions(LanguageRun({}, None, None), rows, measure="number")
+        answer_questions(Run(RunRecord({}), None, None), rows, measure="number")
 
 
 def test_what_cannot_be_judged_is_refused():

@@ -10,8 +10,11 @@ import scalabl
 from scalabl.core.errors import UserError
 from scalabl.generation.decoding import decode
 from scalabl.generation.generate import AnswerSampling, decoded_with_samples
-from scalabl.generation.loading import LanguageRun
 from scalabl.predictive.monte_carlo import MonteCarloPredictive
+from scalabl.runs.method import Run
+from scalabl.runs.record import RunRecord
+from scalabl.scoring.scorer import Scorer
+from scalabl.scoring.text import Text
 
 PROMPTS = ["red blue green red blue green", "stone", "a long answer yes no"]
 GREEDY = {"max_new_tokens": 7, "do_sample": False}
@@ -41,7 +44,7 @@ def tokenizer():
 
 
 def answers(model, tokenizer, sampling=None, **generation):
-    run = LanguageRun({"scoring": {"chat": False}}, model, tokenizer)
+    run = Run(RunRecord({}, scoring={"chat": False}), Scorer(model, Text(tokenizer)), tokenizer)
     rows = decoded_with_samples(
         run, PROMPTS, MonteCarloPredictive(3), chat=None, stop=(), sampling=sampling or AnswerSampling(), max_new_tokens=7,  # noqa: E501
         **generation,

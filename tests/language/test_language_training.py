@@ -12,7 +12,7 @@ from tiny_base import as_json, questions, tiny_base, write_jsonl
 
 from scalabl.core.errors import UserError
 from scalabl.core.files import ADAPTER, sha256
-from scalabl.generation.loading import load_language_run
+from scalabl.generation.generate import prompt_tokens
 from scalabl.inference.classifier import Classifier
 from scalabl.runs.loading import load_run
 from scalabl.runs.record import RunRecord
@@ -51,18 +51,18 @@ def test_every_method_trains_on_rows_of_text(method: str, rows: Path, tmp_path: 
     record = train(recipe(rows, method=method, steps=30), tmp_path / "run")
     log = log_of(tmp_path / "run")
     assert record.kind == "language" and log[-1]["loss"] < log[0]["loss"] - 0.3
-    run = load_language_run(tmp_path / "run")
+    run = load_run(tmp_path / "run", generating=True)
     assert run.is_bayesian == (method == "scalabl") and not run.model.training
     with torch.no_grad():
-        ids = torch.tensor([run.text.prompt_tokens("Question: which word 1?\nAnswer:")])
+        ids = torch.tensor([prompt_tokens(run, "Question: which word 1?\nAnswer:", None)])
         assert run.model(ids).logits.isfinite().all()
 
 
 def test_the_record_counts_tokens_and_weighs_the_kl_by_them(finished: Path, rows: Path, tmp_path: Path) -> None:
     record = RunRecord.read(finished)
     assert record.rows == {"train": 18, "validation": 2} and record.status == "finished"
-    run = load_language_run(finished)
-    assert record.scoring == run.text.settings() == {"scoring": "text", "chat": False, "max_length": 300}
+    run = load_run(finished, generating=True)
+    assert record.scoring == run.scoring.settings() == {"scoring": "text", "chat": False, "max_length": 300}
     tokens = record.tokens
     assert tokens["cut_rows"] == 0 and tokens["trained"] < tokens["all"]
     assert all(entry["kl_weight"] == pytest.approx(1 / tokens["trained"]) for entry in log_of(finished))
@@ -138,8 +138,8 @@ def test_what_scores_choices_refuses_a_run_on_text(finished: Path) -> None:
 def test_a_run_on_choices_generates_too(tmp_path: Path) -> None:
     data = write_jsonl(tmp_path / "rows.jsonl", map(as_json, questions(12)))
     train(recipe(data, steps=2, scoring="continuation"), tmp_path / "run")
-    run = load_language_run(tmp_path / "run")
-    assert run.record.kind == "choices" and run.text.prompt_tokens("a") == run.tokenizer("a")["input_ids"]
+    run = load_run(tmp_path / "run", generating=True)
+    assert run.record.kind == "choices" and prompt_tokens(run, "a", None) == run.tokenizer("a")["input_ids"]
     assert RunRecord.read_classifier(tmp_path / "run") == run.record
 
 

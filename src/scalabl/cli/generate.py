@@ -57,12 +57,12 @@ def generate(
     from scalabl.core.progress import progress_bar
     from scalabl.generation.generate import AnswerSampling, check
     from scalabl.generation.generate import generate as answer_prompts
-    from scalabl.generation.loading import load_language_run
     from scalabl.generation.shading import in_terminal, write_page
+    from scalabl.runs.loading import load_run
 
     sampling = AnswerSampling(answers, equivalence=equivalence)
     check(samples, max_new_tokens, batch_size, sampling)
-    loaded = load_language_run(run, model=model)
+    loaded = load_run(run, model=model, generating=True)
     with progress_bar() as progress:
         bar = progress.add_task("generating", total=len(prompts), detail="")
         found = answer_prompts(

@@ -73,11 +73,11 @@ def evaluate_open(
     from scalabl.core.progress import progress_bar
     from scalabl.generation.evaluation import answer_questions, fit_on, judge
     from scalabl.generation.generate import CONFIDENCE, AnswerSampling, check
-    from scalabl.generation.loading import load_language_run
+    from scalabl.runs.loading import load_run
 
     sampling = AnswerSampling(answers, equivalence=equivalence)
     check(samples, max_new_tokens, batch_size, sampling)
-    loaded = load_language_run(run, model=model)
+    loaded = load_run(run, model=model, generating=True)
     shared: dict[str, Any] = {
         "samples": samples, "seed": seed, "max_new_tokens": max_new_tokens, "measure": measure,
         "batch_size": batch_size,

@@ -17,11 +17,11 @@ from scalabl.generation.correctness import MEASURES, correctness
 from scalabl.generation.decoding import Decoded
 from scalabl.generation.fan_out import Draws
 from scalabl.generation.generate import AnswerSampling, answers_with_samples, draws_of
-from scalabl.generation.loading import LanguageRun
 from scalabl.generation.sampled_scores import SAMPLED_SCORES
 from scalabl.generation.sequence_scores import SEQUENCE_SCORES, Score
 from scalabl.metrics.bootstrap import Metric
 from scalabl.metrics.ranking import judge_confidence, judge_ranking, rejection_curve
+from scalabl.runs.method import Run
 
 SCORES: dict[str, Score] = {**SEQUENCE_SCORES, **SAMPLED_SCORES}
 # what the text's tokens had, how open their places were, and what the particles disagree about
@@ -56,7 +56,7 @@ class Judged:
 
 
 def answer_questions(
-    run: LanguageRun,
+    run: Run,
     questions: Sequence[OpenQuestion],
     *,
     samples: int = 10,

@@ -15,10 +15,10 @@ from scalabl.generation.confidence import Confidence
 from scalabl.generation.decoding import Decoded, decode, with_stop_criterion
 from scalabl.generation.equivalence import Equivalence, equivalence
 from scalabl.generation.fan_out import Draws, MeanDraws
-from scalabl.generation.loading import LanguageRun, load_language_run
 from scalabl.generation.sampled_scores import sampled_scores
 from scalabl.generation.sequence_scores import sequence_scores
-from scalabl.runs.method import load_method
+from scalabl.runs.loading import load_run
+from scalabl.runs.method import Run, load_method
 from scalabl.scoring.text import Text
 
 # a model's own defaults (its generation_config.json) would take other tokens than the average's
@@ -43,7 +43,7 @@ class AnswerSampling:
 
 
 def generate(
-    run: LanguageRun | Path | str,
+    run: Run | Path | str,
     prompts: Sequence[str],
     *,
     samples: int = 10,
@@ -77,7 +77,7 @@ def generate(
     Raises:
         UserError: not a finished run, no prompt, an empty prompt, numbers out of range.
     """
-    run = run if isinstance(run, LanguageRun) else load_language_run(Path(run))
+    run = run if isinstance(run, Run) else load_run(Path(run), generating=True)
     sampling = sampling or AnswerSampling()
     check(samples, max_new_tokens, batch_size, sampling)
     if not prompts:
@@ -91,7 +91,7 @@ def generate(
 
 
 def answers_with_samples(
-    run: LanguageRun,
+    run: Run,
     prompts: Sequence[str],
     draws: Draws,
     *,
@@ -128,9 +128,9 @@ def answers_with_samples(
             advance(len(rows))
 
 
-def _require_room(run: LanguageRun, tokens: int, max_new_tokens: int) -> None:
+def _require_room(run: Run, tokens: int, max_new_tokens: int) -> None:
     """Refuse a prompt and an answer that the model has no positions for: its tokens would be noise, or an error."""
-    room = getattr(run.model.config.get_text_config(), "max_position_embeddings", None)
+    room = getattr(run.scorer.model.config.get_text_config(), "max_position_embeddings", None)
     if room is not None and tokens + max_new_tokens > room:
         raise UserError(
             f"A prompt of {tokens:,} tokens and an answer of up to {max_new_tokens:,} are more than the {room:,} that "
@@ -139,7 +139,7 @@ def _require_room(run: LanguageRun, tokens: int, max_new_tokens: int) -> None:
 
 
 def decoded_with_samples(
-    run: LanguageRun,
+    run: Run,
     prompts: Sequence[str],
     draws: Draws,
     *,
@@ -215,13 +215,13 @@ def check(samples: int, max_new_tokens: int, batch_size: int, sampling: AnswerSa
         raise UserError("Further answers need a temperature above 0 and a top_p between 0 and 1.")
 
 
-def fitted_confidence(run: LanguageRun) -> Confidence | None:
+def fitted_confidence(run: Run) -> Confidence | None:
     """The confidence that was fitted on the run's validation answers, if there is one."""
     path = None if run.directory is None else run.directory / CONFIDENCE
     return Confidence.load(path) if path is not None and path.exists() else None
 
 
-def draws_of(run: LanguageRun, samples: int, seed: int) -> Draws:
+def draws_of(run: Run, samples: int, seed: int) -> Draws:
     """The particles of the run's own method; its mean for N = 0, and for a method that draws none."""
     if samples == 0 or not run.is_sampled:
         return MeanDraws()
@@ -231,7 +231,7 @@ def draws_of(run: LanguageRun, samples: int, seed: int) -> Draws:
     return draws
 
 
-def prompt_tokens(run: LanguageRun, prompt: str, chat: bool | None) -> list[int]:
+def prompt_tokens(run: Run, prompt: str, chat: bool | None) -> list[int]:
     """A prompt as tokens, in the chat template's user turn where `chat` says so.
 
     Raises:

@@ -80,17 +80,18 @@ def load_adapted(
     return load_adapter(base, directory), tokenizer
 
 
-def load_run(directory: Path, *, model: str | None = None) -> Run:
+def load_run(directory: Path, *, model: str | None = None, generating: bool = False) -> Run:
     """Load a finished run.
 
     Args:
         directory: made by `scalabl train`.
         model: the base model, if it has moved since.
+        generating: for its texts rather than for choices: one that was trained on rows of text will do too.
 
     Raises:
         UserError: not a finished run, altered files, another base model.
     """
-    record = RunRecord.read_classifier(directory)
+    record = RunRecord.read_finished(directory) if generating else RunRecord.read_classifier(directory)
     adapted, tokenizer = load_adapted(directory, record, model)
     scoring = make_scoring(record.scoring, tokenizer)
     return Run(record, Scorer(adapted, scoring, Trunk(adapted)), tokenizer, directory)
