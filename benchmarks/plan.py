@@ -32,7 +32,7 @@ from training_cost import ALLOCATORS
 
 from scalabl.core.files import write_text
 from scalabl.planning.plan import Planner
-from scalabl.planning.rows import PlannedRows
+from scalabl.planning.step import PlannedRows
 from scalabl.predictive import MeanPredictive, MonteCarloPredictive, predict
 from scalabl.runs.method import load_method
 from scalabl.runs.models import load_base

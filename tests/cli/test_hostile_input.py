@@ -19,7 +19,7 @@ from scalabl.cli.app import explain
 from scalabl.core.errors import UserError
 from scalabl.core.files import require_writable
 from scalabl.planning.plan import make_plan
-from scalabl.planning.rows import PlannedRows
+from scalabl.planning.step import PlannedRows
 from scalabl.runs.directory import hold
 from scalabl.runs.settings import Settings
 from scalabl.training.monitors import finite

@@ -13,8 +13,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from scalabl.planning.meta_model import build, read_config
-from scalabl.planning.rows import PlannedRows
-from scalabl.planning.step import MetaRun, training_loss
+from scalabl.planning.step import MetaRun, PlannedRows, training_loss
 from scalabl.runs.method import load_method
 from scalabl.runs.models import load_base
 from scalabl.runs.settings import Settings, make_settings

@@ -12,7 +12,7 @@ from scalabl.core.errors import UserError
 from scalabl.planning import refusal as training_run
 from scalabl.planning.plan import CannotPlanError, Planner
 from scalabl.planning.refusal import plan_run
-from scalabl.planning.rows import PlannedRows
+from scalabl.planning.step import PlannedRows
 from scalabl.runs.models import load_tokenizer
 from scalabl.runs.settings import Settings
 from scalabl.scoring import Continuation, Letters

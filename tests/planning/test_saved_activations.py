@@ -6,7 +6,7 @@ import pytest
 import torch
 from real_step import ROWS, meta_run, recipe_of, saved_by_the_real_step, saving, state
 
-from scalabl.planning.rows import PlannedRows
+from scalabl.planning.step import PlannedRows
 from scalabl.runs.settings import Settings
 
 

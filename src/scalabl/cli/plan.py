@@ -76,7 +76,7 @@ def plan(
 
     from scalabl.core.quiet import quiet
     from scalabl.planning.plan import make_plan
-    from scalabl.planning.rows import PlannedRows
+    from scalabl.planning.step import PlannedRows
 
     quiet()
     read = loss or ("letters" if settings.rows.scoring == "letters" else "continuation")

@@ -4,4 +4,4 @@ from .plan import Planner as Planner
 from .plan import make_plan as make_plan
 from .refusal import RunPlan as RunPlan
 from .refusal import plan_run as plan_run
-from .rows import PlannedRows as PlannedRows
+from .step import PlannedRows as PlannedRows

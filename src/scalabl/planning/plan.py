@@ -19,8 +19,7 @@ from scalabl.planning.meta_model import (
     optimizer_bytes,
     read_config,
 )
-from scalabl.planning.rows import MOST, PlannedRows
-from scalabl.planning.step import MetaRun, particles_of
+from scalabl.planning.step import MOST, MetaRun, PlannedRows, particles_of
 from scalabl.runs.method import load_method
 from scalabl.runs.settings import Settings
 from scalabl.training.refusals import require_known
