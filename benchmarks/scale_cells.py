@@ -34,7 +34,7 @@ from transformers import (
 import scalabl
 from scalabl.predictive import AutoPredictive, MeanPredictive, MonteCarloPredictive, Predictive
 from scalabl.predictive.base import chosen
-from scalabl.runs.quantization import keep_differentiable, quantization_config
+from scalabl.runs.models import keep_differentiable, quantization_config
 from scalabl.scoring import Encoded, Scorer
 from scalabl.scoring.letters import Letters
 from scalabl.study.work import measured

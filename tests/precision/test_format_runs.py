@@ -18,8 +18,7 @@ from scalabl.predictive import predict
 from scalabl.runs.directory import claim
 from scalabl.runs.loading import load_run
 from scalabl.runs.method import Run
-from scalabl.runs.models import load_base
-from scalabl.runs.quantization import quantization_config
+from scalabl.runs.models import load_base, quantization_config
 from scalabl.runs.record import RunRecord
 from scalabl.runs.settings import Settings
 from scalabl.scoring import Scorer

@@ -1,1 +1,5 @@
-"""A run on disk: its record, its recipe, its base model, and how it is loaded."""
+"""A run on disk: its record, its settings, its base model, and how it is loaded."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

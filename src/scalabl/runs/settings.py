@@ -15,12 +15,12 @@ from typing import Any, NamedTuple, TypeVar
 from scalabl.core.errors import UserError
 from scalabl.core.files import read_yaml
 from scalabl.core.top_layers import check_spec
-from scalabl.runs.quantization import QUANTIZATIONS, check_bits
 from scalabl.runs.registry import SETTINGS, TRAINED
 
 LARGEST_SEED = 2**32 - 1  # that torch and numpy both take
 LARGEST = 1e30  # of a setting: float32, in which all is trained, ends at 3e38
 KL_NORMALIZATIONS = ("token", "sequence")
+QUANTIZATIONS = ("bitsandbytes", "torchao")
 
 
 class Range(NamedTuple):
@@ -98,6 +98,21 @@ def layer_fraction(layers: str) -> int | None:
     if head == "last" and number.isdigit() and int(number) >= 1:
         return int(number)
     raise UserError(f"layers is {layers!r}; it must be all or last:K, for example last:8.")
+
+
+def check_bits(quantization: str, bits: int | None) -> None:
+    """Refuse a combination that there is not; None for a base that is not quantised.
+
+    Raises:
+        UserError: the sentence says which there are.
+    """
+    if quantization not in QUANTIZATIONS:
+        raise UserError(f"quantization is {quantization!r}; it must be one of {', '.join(QUANTIZATIONS)}.")
+    if bits not in (None, 4, 8):
+        raise UserError(f"bits is {bits}; it must be 4, 8 or left out.")
+    if quantization == "torchao" and bits != 8:
+        why = "bits is left out, so nothing would be quantised" if bits is None else "it holds 8 bit here"
+        raise UserError(f"quantization is torchao, but {why}; set bits to 8, or quantization to bitsandbytes.")
 
 
 @dataclass(frozen=True)
