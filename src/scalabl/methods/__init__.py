@@ -1,1 +1,5 @@
-"""What is compared: the methods behind one interface (`scalabl.runs.method`), found by name."""
+"""What is compared: the methods behind one interface (`scalabl.runs.method`), found by name in its registry."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -119,7 +119,7 @@ class Factor:
             self._shrink()
 
     def _shrink(self) -> None:
-        """Keep the `rank` largest directions of S^T S, S the rows held so far."""
+        """Keep the `rank` largest directions of S^T S, S the rows kept so far."""
         rows = self._sum.double()  # singular Gram matrices defeat the solver in single precision
         if rows.shape[0] <= rows.shape[1]:
             _, left = torch.linalg.eigh(rows @ rows.T)

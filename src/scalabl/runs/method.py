@@ -149,10 +149,7 @@ def load_method(name: str) -> TrainedMethod:
     """
     if name in POST_HOC:
         raise UserError(f"{name} is not trained but fitted on a finished run; choose one of {', '.join(TRAINED)}.")
-    if name not in TRAINED:
-        raise UserError(f"There is no method {name!r}; choose one of {', '.join(TRAINED)}.")
-    method: TrainedMethod = _imported(name)
-    return method
+    return _imported(name, TRAINED)  # type: ignore[no-any-return]
 
 
 def load_post_hoc(name: str) -> PostHocMethod:
@@ -163,13 +160,12 @@ def load_post_hoc(name: str) -> PostHocMethod:
     """
     if name in TRAINED:
         raise UserError(f"{name} has a training run of its own; fitted on a finished one are {', '.join(POST_HOC)}.")
-    if name not in POST_HOC:
-        raise UserError(f"There is no method {name!r}; choose one of {', '.join(POST_HOC)}.")
-    method: PostHocMethod = _imported(name)
-    return method
+    return _imported(name, POST_HOC)  # type: ignore[no-any-return]
 
 
-def _imported(name: str) -> Any:
+def _imported(name: str, among: Sequence[str]) -> Any:
+    if name not in among:
+        raise UserError(f"There is no method {name!r}; choose one of {', '.join(among)}.")
     file, _, of_class = METHODS[name].source.partition(":")
     return getattr(importlib.import_module(f"scalabl.methods.{file}"), of_class)(name)
 

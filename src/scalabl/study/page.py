@@ -15,6 +15,7 @@ from jinja2 import Environment, StrictUndefined
 
 from scalabl.inference.report.table import ARROWS, MINUS, heading, number
 from scalabl.metrics.figures import METRICS
+from scalabl.runs.registry import METHODS
 from scalabl.study import names
 from scalabl.study.drawing import Picture, svg
 from scalabl.study.summary import BASELINES, Figure, Gap, Line, Table
@@ -181,7 +182,7 @@ def _shift(metric: str, known: Table, shifted: Sequence[Table], short: dict[str,
 def _name(line: Line, table: Table) -> str:
     name = names.method(line.variant, tempered=line.tempered) + (f" {CHANCE}" if line.collapsed else "")
     most = max(other.seeds for other in table.lines)
-    if line.variant.method == "ensemble" or line.seeds == most:
+    if METHODS[line.variant.method].members or line.seeds == most:
         return name
     return f"{name} ({line.seeds} of {most} seeds)"
 

@@ -15,6 +15,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import ScalarFormatter
 
 from scalabl.inference.report.table import number
+from scalabl.runs.registry import BASELINE
 from scalabl.study import names
 from scalabl.study.drawing import COLOURS, INK, METRICS_DRAWN, MUTED, Picture, blank, scale, styled, title
 from scalabl.study.study import Grid, Study, Variant, grids
@@ -93,7 +94,7 @@ def _dots(
 
 
 def _reference(axes: Axes, metric: str, lines: Sequence[Line], colour: str) -> None:
-    mean = next((line.figures[metric].mean for line in lines if line.variant.method == "mle"), None)
+    mean = next((line.figures[metric].mean for line in lines if line.variant.method == BASELINE), None)
     if mean is not None:
         axes.axvline(mean, color=colour, linewidth=0.9, linestyle=":", zorder=1)
 
@@ -287,7 +288,7 @@ def _sensitivity(found: Sequence[Grid], table: Table) -> str:
             sentence += f", for half of them from {quarter_} to {three_}"
         sentences.append(sentence + ".")
     for line in table.lines:
-        if line.variant.method == "mle" and not line.variant.point:
+        if line.variant.method == BASELINE and not line.variant.point:
             name = names.method(line.variant, tempered=line.tempered)
             sentences.append(f"{name}: {number(line.figures['nll'].mean or 0.0, 'nll')} on test rows.")
     return " ".join(sentences)

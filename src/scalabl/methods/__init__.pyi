@@ -1,0 +1,12 @@
+from .blob import BLoB as BLoB
+from .ensemble import Ensemble as Ensemble
+from .ivon import IVONLoRA as IVONLoRA
+from .laplace import LaplaceLoRA as LaplaceLoRA
+from .plain import MAP as MAP
+from .plain import MCDropout as MCDropout
+from .plain import MonteCLoRA as MonteCLoRA
+from .plain import PlainLoRA as PlainLoRA
+from .scalabl import ScalaBL as ScalaBL
+from .subspace_laplace import SubspaceLaplace as SubspaceLaplace
+from .temperature import Temperature as Temperature
+from .tfb import TFB as TFB
