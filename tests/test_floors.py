@@ -24,8 +24,7 @@ SLOW = {"torch", "transformers", "peft"}
 # where a file that needs torch anyway may import inside a function, and why
 INSIDE = {
     "scalabl.training.trainer": "DeepSpeed is there only where it trains",
-    "scalabl.predictive.over_ranks": "one process needs no accelerate",
-    "scalabl.serving.draws_from_files": "draws need no transformers where the layers are known",
+    "scalabl.runs.models": "torchao is an extra",
 }
 
 

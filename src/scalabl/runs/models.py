@@ -23,9 +23,11 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoTokenizer,
+    BitsAndBytesConfig,
     GgufConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    TorchAoConfig,
 )
 
 from scalabl.core.errors import UserError, first_line, one_line
@@ -195,11 +197,8 @@ def quantization_config(quantization: str, bits: int, dtype: Any) -> Any:
         )
     if quantization == "torchao":
         from torchao.quantization import Int8WeightOnlyConfig
-        from transformers import TorchAoConfig
 
         return TorchAoConfig(Int8WeightOnlyConfig(version=2))
-    from transformers import BitsAndBytesConfig
-
     if bits == 8:
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(

@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from scalabl.core import __version__
 from scalabl.core.errors import UserError
@@ -199,8 +200,6 @@ def particle_values(
 
 def _model_order(config: ScalaBLConfig, layers: Collection[str]) -> list[str]:
     """The layers as they stand in the model, which is built without weights."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     name = config.base_model_name_or_path or "(not named)"
     try:
         with torch.device("meta"):
