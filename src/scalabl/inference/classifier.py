@@ -300,6 +300,10 @@ class Classifier:
         """The strategy that turns the posterior into predictions."""
         return self.predictor.strategy
 
+    @predictive.setter
+    def predictive(self, predictive: Predictive) -> None:
+        self.predictor.strategy = predictive
+
     def __call__(self, questions: str | Sequence[str | Mapping[str, Any] | Example]) -> Answer:
         """Classify questions.
 
