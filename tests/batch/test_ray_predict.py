@@ -161,7 +161,7 @@ def test_a_killed_driver_goes_on_with_what_is_missing(
         time.sleep(0.1)
     done = {path: path.stat().st_mtime_ns for path in parts(output)}
     rows_done = sum(pq.read_metadata(path).num_rows for path in done)
-    assert 4 <= rows_done < 24
+    assert 2 <= rows_done < 24
 
     before: list[dict[Path, int]] = []
     put_together = module._put_together
@@ -254,7 +254,13 @@ def test_what_kills_workers_again_and_again_is_named(tmp_path: Path, monkeypatch
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["5"]
 
 
-def test_a_machine_without_the_package_is_named() -> None:
+def test_a_refusal_of_a_worker_is_its_sentence_and_a_machine_without_the_package_is_named() -> None:
+    refused = refusal(
+        ray.exceptions.RayTaskError(
+            "submit", "Traceback ...", UserError("No such model; give another.\nFailed to apply ...")
+        )
+    )
+    assert type(refused) is UserError and str(refused) == "No such model; give another."
     sentence = str(refusal(RuntimeError("trace\n\nModuleNotFoundError: No module named 'scalabl.serving'")))
     assert sentence.startswith("Workers cannot start (") and sentence.endswith(
         "install the same scalabl on every machine."

@@ -68,6 +68,7 @@ BLOCK_ROWS = 512
 FIRST = 1000  # rows on which auto's choice is made
 _WORK_MEMORY = 1.5  # times the model's weights, what a worker on a CPU is given
 _PARTS, _CHECKPOINTS = "parts", "checkpoints"  # in WORK
+_CONTEXT = ("checkpoint_config", "enable_progress_bars", "raise_original_map_exception")  # of Ray Data, put back
 
 
 @dataclass(frozen=True)
@@ -225,7 +226,7 @@ def _answer(setup: Setup, blocks: Sequence[Block], labels: Sequence[str] | None,
     parts = setup.work / _PARTS
     shutil.rmtree(setup.work / BEGUN, ignore_errors=True)
     context = DataContext.get_current()
-    before = context.checkpoint_config, context.enable_progress_bars
+    before = {name: getattr(context, name) for name in _CONTEXT}
     config = CheckpointConfig(
         "key", str(setup.work / _CHECKPOINTS), delete_checkpoint_on_success=False, checkpoint_manager_cls=_Checkpoints
     )
@@ -233,20 +234,24 @@ def _answer(setup: Setup, blocks: Sequence[Block], labels: Sequence[str] | None,
     if not source.tasks:
         return
     workers = min(workers, len(source.tasks))
-    free: dict[str, Any] = {"ray_remote_args": {"num_cpus": 0}, "concurrency": max(1, workers // 8)}
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    few = max(1, workers // 8)  # reading and writing take next to nothing, and no core that a predictor waits for
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what ends the work is raised here, as a sentence
     try:
         context.checkpoint_config, context.enable_progress_bars = config, sys.stderr.isatty()
-        rows = read_datasource(source, override_num_blocks=len(source.tasks), **free)
+        context.raise_original_map_exception = True
+        rows = read_datasource(source, override_num_blocks=len(source.tasks), num_cpus=0, concurrency=few)
         answers = rows.map_batches(
             Worker, fn_constructor_args=(setup,), batch_size=None, batch_format="pyarrow",
             compute=ActorPoolStrategy(size=workers), num_cpus=1, num_gpus=gpus, scheduling_strategy="SPREAD",
         )  # fmt: skip
-        answers.write_parquet(str(parts), partition_cols=["shard"], **free)
+        answers.write_parquet(
+            str(parts), partition_cols=["shard"], ray_remote_args={"num_cpus": 0}, concurrency=few
+        )  # fmt: skip
     except Exception as error:
         raise refusal(error) from error
     finally:
-        context.checkpoint_config, context.enable_progress_bars = before
+        for name, value in before.items():
+            setattr(context, name, value)
 
 
 def _put_together(output: Path, format: str, manifest: ShardManifest, sources: Mapping[int, ShardSource]) -> None:

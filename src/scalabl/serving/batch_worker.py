@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 from ray import get_runtime_context
 
-from scalabl.core.errors import UserError
+from scalabl.core.errors import UserError, first_line
 from scalabl.core.files import write_text
 from scalabl.core.quiet import quiet, quiet_imports
 from scalabl.data.example import Example
@@ -151,7 +151,7 @@ def refusal(error: Exception) -> Exception:
     """What a worker refused, or a sentence for a worker that has another program, or the error itself."""
     cause = getattr(error, "cause", None) or error
     if isinstance(cause, UserError):
-        return UserError(str(cause))
+        return UserError(first_line(cause))  # Ray Data puts lines of its own behind
     reason = str(error).strip().splitlines()[-1]
     if isinstance(cause, ModuleNotFoundError) or "No module named" in reason:
         return UserError(f"Workers cannot start ({reason}); install the same scalabl on every machine.")
