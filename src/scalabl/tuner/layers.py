@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from scalabl.core.errors import UserError
@@ -63,14 +64,34 @@ def prior_of(model: nn.Module, adapter: str | None = None) -> Prior:
     return prior
 
 
+def require_live(model: nn.Module) -> None:
+    """Refuse a model whose active stochastic layers take no part in a forward pass: a draw would change nothing.
+
+    Raises:
+        UserError: an active adapter is merged into its base, or adapters are disabled.
+    """
+    for layer in unwrap(model).modules():
+        if isinstance(layer, LoraLayer) and any(
+            isinstance(leaf, StochasticProjection) for leaf in layer.lora_A.values()
+        ):
+            if layer.merged:
+                raise UserError(
+                    "The adapter is merged into its base, which leaves the mean alone: nothing can be drawn; call "
+                    "unmerge_adapter() first."
+                )
+            if layer.disable_adapters:
+                raise UserError("The adapter is disabled, so that nothing can be drawn; enable it first.")
+
+
 def kl_divergence(model: nn.Module, adapter: str | None = None) -> Tensor:
     """KL(q || p) in nats, summed over all stochastic layers of the (active) adapter: a differentiable scalar.
 
     Where several adapters are active, each has its own prior.
 
     Raises:
-        UserError: the model has no stochastic layer.
+        UserError: the model has no stochastic layer, or its adapter is merged into the base.
     """
+    require_live(model)
     terms = [leaf.posterior.kl(prior_of(model, name)) for _, name, leaf in _leaves(model, adapter)]
     return torch.stack([term.to(terms[0].device) for term in terms]).sum()
 

@@ -107,8 +107,9 @@ class ScalaBLModel(LoraModel):
                 "rank in rank_pattern."
             )
         leaf = self._leaf(plain.weight, lora_config)
-        leaf.requires_grad_(plain.weight.requires_grad).train(plain.training)
-        layer.lora_A[adapter_name] = leaf
+        layer.lora_A[adapter_name] = leaf.requires_grad_(plain.weight.requires_grad)
+        # PEFT's own modules begin in training mode, in which a leaf draws, whatever mode the model is in
+        layer.train(base.training)
 
     def _is_stochastic(self, config: ScalaBLConfig, name: str) -> bool:
         """Whether s is uncertain in the adapted module of this name."""

@@ -108,7 +108,8 @@ class StochasticProjection(nn.Module):
         unit_rows: keep the rows of A at unit length in the forward pass, so that s alone carries their scale.
         draws: in state "auto", one draw of s a "sequence", or one a "batch", shared by its rows.
 
-    State "auto" draws while training and is the mean otherwise; "sample" always gives each row a draw of its own.
+    State "auto" draws while it is trained and is the mean otherwise, in a frozen adapter too (a reference model's);
+    "sample" always gives each row a draw of its own.
     """
 
     def __init__(
@@ -161,7 +162,7 @@ class StochasticProjection(nn.Module):
                 )
             s = self.posterior.sample(state.noise.to(device))
             return s.repeat_interleave(rows // number, dim=0)
-        if state == "sample" or (state == "auto" and self.training):
+        if not _is_mean(self):
             one_for_all = state == "auto" and self.draws == "batch"  # for the rows of all ranks too
             number, (rank, ranks) = (1, (0, 1)) if one_for_all else (rows, self.share)
             noise = torch.randn(ranks * number, self.out_features, device=device)
@@ -187,7 +188,12 @@ class StochasticProjection(nn.Module):
 
 
 def _is_mean(leaf: StochasticProjection) -> bool:
-    return leaf.state == "mean" or (leaf.state == "auto" and not leaf.training)
+    """Whether every row carries the mean."""
+    if leaf.state != "auto":
+        return leaf.state == "mean"
+    q = leaf.posterior
+    learns = leaf.direction.requires_grad or q.log_mean.requires_grad or q.log_std.requires_grad
+    return not (leaf.training and learns)
 
 
 def _initial(weight: Tensor, init_sigma: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,17 +11,20 @@ from scalabl.core.errors import UserError
 from scalabl.posterior.draws import standard_normal
 from scalabl.posterior.gaussian import Gaussian
 from scalabl.tuner.joint import correlated
-from scalabl.tuner.layers import stochastic_layers
+from scalabl.tuner.layers import require_live, stochastic_layers
 from scalabl.tuner.projection import Particles, State, StochasticProjection, Values
 
 
 @contextmanager
 def _state(model: nn.Module, state_of: Callable[[str, StochasticProjection], State]) -> Iterator[None]:
     layers = stochastic_layers(model)
+    states = {name: state_of(name, leaf) for name, leaf in layers.items()}
+    if any(state != "mean" for state in states.values()):
+        require_live(model)
     before = {name: leaf.state for name, leaf in layers.items()}
     try:
         for name, leaf in layers.items():
-            leaf.state = state_of(name, leaf)
+            leaf.state = states[name]
         yield
     finally:
         for name, leaf in layers.items():

@@ -1,0 +1,110 @@
+"""When a stochastic layer draws: while it is trained, in the mode of its model, and never when it is merged."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model, inject_adapter_in_model
+from tiny_base import tiny_base
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import scalabl
+
+IDS = torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])
+
+
+def base() -> PreTrainedModel:
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(tiny_base()).eval()
+    return model
+
+
+def config(**options: Any) -> scalabl.ScalaBLConfig:
+    return scalabl.ScalaBLConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, **options)
+
+
+def adapted() -> PeftModel:
+    """A tiny model with an adapter whose draws move the logits."""
+    torch.manual_seed(0)
+    return get_peft_model(base(), config()).eval()
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = model(input_ids=IDS).logits
+    return found
+
+
+def added(directory: Path) -> Any:
+    model = adapted()
+    model.add_adapter("b", config())
+    model.set_adapter("b")
+    return model
+
+
+def loaded_to_train(directory: Path) -> Any:
+    model = adapted()
+    model.load_adapter(str(directory), "b", is_trainable=True)
+    model.set_adapter("b")
+    return model
+
+
+def injected(directory: Path) -> Any:
+    return inject_adapter_in_model(config(), base())
+
+
+def by_transformers(directory: Path) -> Any:
+    model = base()
+    model.add_adapter(config(), "b")
+    return model
+
+
+def from_adapter_directory(directory: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(directory)
+
+
+@pytest.mark.parametrize("make", [added, loaded_to_train, injected, by_transformers, from_adapter_directory])
+def test_an_adapter_takes_the_mode_of_the_model_that_it_is_put_into(
+    make: Callable[[Path], Any], tmp_path: Path
+) -> None:
+    saved = adapted()
+    saved.peft_config["default"].base_model_name_or_path = str(tiny_base())
+    saved.save_pretrained(str(tmp_path))
+    model = make(tmp_path)
+    assert not model.training
+    assert torch.equal(logits(model), logits(model))
+    model.train()
+    for p in model.parameters():
+        p.requires_grad_(True)
+    assert not torch.equal(logits(model), logits(model))
+
+
+def test_a_frozen_adapter_gives_its_mean_while_others_train() -> None:
+    model = adapted()
+    mean = logits(model)
+    model.train()
+    assert not torch.equal(logits(model), mean)
+    model.requires_grad_(False)
+    torch.testing.assert_close(logits(model), mean)
+    with scalabl.sample(model):  # what is named is done
+        assert not torch.equal(logits(model), mean)
+
+
+@pytest.mark.parametrize("verb", ["particles", "sample", "kl"])
+def test_a_merged_adapter_is_refused(verb: str) -> None:
+    model = adapted()
+    mean = logits(model)
+    model.merge_adapter()
+    with pytest.raises(scalabl.UserError, match="merged into its base.*unmerge_adapter"):
+        {
+            "particles": lambda: scalabl.particles(model, 2).__enter__(),
+            "sample": lambda: scalabl.sample(model).__enter__(),
+            "kl": lambda: scalabl.kl_divergence(model),
+        }[verb]()
+    with scalabl.mean(model):  # what was merged
+        torch.testing.assert_close(logits(model), mean, atol=1e-5, rtol=1e-5)
+    model.unmerge_adapter()
+    assert scalabl.kl_divergence(model) > 0
+    with model.disable_adapter(), pytest.raises(scalabl.UserError, match="disabled"):
+        scalabl.particles(model, 2).__enter__()
