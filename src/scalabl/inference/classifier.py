@@ -25,7 +25,7 @@ from scalabl.inference.promise import Promise
 from scalabl.inference.settings import PredictionSettings
 from scalabl.metrics.uncertainty import average, decompose
 from scalabl.predictive.auto import make_predictive
-from scalabl.predictive.base import MeanPredictive, Predictive
+from scalabl.predictive.base import MeanPredictive, Predictive, chosen
 from scalabl.predictive.lora_particles import DropoutPredictive, blob_draws
 from scalabl.predictive.sampling import PLAIN, Sampling
 from scalabl.runs.loading import load_adapter, require_base
@@ -315,9 +315,11 @@ class Classifier:
         """
         labels = self.scorer.scoring.labels if isinstance(self.scorer.scoring, Letters) else None
         rows = rows_of(questions, labels)
+        encoded = self.predictor.run.encode(rows)
         if self.scorer.scoring.prefix:
-            self.predictor.prefix = self._shared_prefix
-        log_probs = self.predictor.log_probs(rows)
+            used = chosen(self.predictive, self.scorer, encoded, self.predictor.batch_size)
+            self.predictor.prefix = self._shared_prefix if getattr(used, "shares_prefix", False) else None
+        log_probs = self.predictor.log_probs(rows, encoded)
         return answer_of(rows, log_probs, self.predictor.answered(log_probs))
 
     @cached_property
