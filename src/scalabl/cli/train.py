@@ -43,7 +43,7 @@ def train(
     require_writable(json, unlike=(output,))
     task = load_training_task(settings.data)
     if processes.on_main(lambda: claim(output, settings, processes.world_size())):
-        record = processes.on_main(lambda: RunRecord.read_finished(output))
+        record = RunRecord.of_main(lambda: RunRecord.read_finished(output))
     else:
         lock = processes.on_main(lambda: hold(output))
         try:

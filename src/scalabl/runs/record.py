@@ -5,11 +5,12 @@ It lies as `scalabl.json` in the run's directory, written whole or not at all, w
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self, TypedDict
 
-from scalabl.core import __version__
+from scalabl.core import __version__, processes
 from scalabl.core.errors import UserError
 from scalabl.core.files import ADAPTER, JOINT, read_json, sha256, write_json
 from scalabl.runs.settings import DEFAULTS, Settings
@@ -137,6 +138,15 @@ class RunRecord:
                 f"{directory}."
             )
         return record
+
+    @classmethod
+    def of_main(cls, work: Callable[[], Self]) -> Self:
+        """The record that the main process's work returns, in every process.
+
+        Raises:
+            UserError: in every process, what the work raised in the main one.
+        """
+        return cls(**processes.on_main(lambda: work().as_dict()))
 
     def write(self, directory: Path) -> None:
         """Write it into the run's directory, whole or not at all."""

@@ -78,7 +78,7 @@ def train(
     check_launch(settings)
     require_rows(settings, len(rows.train))
     if processes.on_main(lambda: claim(output, settings, processes.world_size())):
-        return processes.on_main(lambda: RunRecord.read_finished(output))
+        return RunRecord.of_main(lambda: RunRecord.read_finished(output))
     try:
         with processes.cleaning_up(lambda: _remove_traces(output)):
             return _train(settings, output, task, rows, tokenizer)
@@ -163,7 +163,7 @@ def _train(
         shutil.rmtree(output / "checkpoints", ignore_errors=True)
         return finished
 
-    return processes.on_main(finish)
+    return RunRecord.of_main(finish)
 
 
 def record_of(
