@@ -11,9 +11,9 @@ import torch
 from rich.console import Console
 
 from scalabl.core.errors import UserError
-from scalabl.inference.report import MethodResult, Report, print_table, table, write
+from scalabl.inference.report import MethodResult, Report, print_table, write
 from scalabl.inference.report.render import verdict
-from scalabl.inference.report.table import number, plus_minus, span
+from scalabl.inference.report.table import number, plus_minus, span, table
 from scalabl.metrics import METRICS, evaluate
 from scalabl.metrics.uncertainty import average
 
