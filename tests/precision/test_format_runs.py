@@ -106,11 +106,12 @@ def test_a_run_can_be_made_bayesian_on_its_format(form: Format, task: Path, tmp_
     train(recipe(task, form, method="mle", steps=4), tmp_path / "mle")
     source = read_source(tmp_path / "mle", None)
     settings = settings_for(source, str(task))
-    assert settings.training.machine == recipe(task, form).machine
+    made, wanted = settings.training.machine, recipe(task, form).machine
+    assert (made.dtype, made.bits, made.quantization) == (wanted.dtype, wanted.bits, wanted.quantization)
     bayesianize(source, *rows_for(source, str(task), 8), tmp_path / "bayes", settings)
-    made = load_run(tmp_path / "bayes")
-    assert type(weight_of(made)).__name__ != "Parameter" or "bits" not in form.held
-    assert log_probabilities(made, questions(4), made.predictive("mc", samples=3)).isfinite().any()
+    run = load_run(tmp_path / "bayes")
+    assert type(weight_of(run)).__name__ != "Parameter" or "bits" not in form.held
+    assert log_probabilities(run, questions(4), run.predictive("mc", samples=3)).isfinite().any()
 
 
 def test_records_from_before_the_setting_are_of_bitsandbytes(tmp_path: Path) -> None:

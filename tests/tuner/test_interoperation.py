@@ -94,6 +94,7 @@ IMPORT_ORDERS = (
     "import transformers, scalabl, peft",
     "import scalabl.tuner, peft",
     "from scalabl import ScalaBLConfig; import peft",
+    "import scalabl; from transformers import TrainerCallback; import peft",  # a module that imports PEFT itself
 )
 _REGISTERED = """
 config = peft.PeftConfig.from_pretrained(sys.argv[1])

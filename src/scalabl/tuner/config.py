@@ -11,7 +11,6 @@ from typing import Any, Literal
 from peft import LoraConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from scalabl.core.errors import UserError
 from scalabl.core.top_layers import check_spec
@@ -175,7 +174,8 @@ def write_mean_adapter(save_directory: str | Path, config: ScalaBLConfig) -> Non
 
     Nor in a trainer's checkpoint: on resuming, Trainer takes every sub-folder with weights for a further adapter.
     """
-    if re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", Path(save_directory).name):
+    # the names that Trainer gives; the module that has them imports PEFT, whose import loads this one
+    if re.fullmatch(r"checkpoint-\d+", Path(save_directory).name):
         return
     weights = Path(save_directory) / SAFETENSORS_WEIGHTS_NAME
     if not weights.exists():
