@@ -111,7 +111,7 @@ def test_what_the_main_process_refuses_all_refuse_in_the_same_words(work: Work) 
 
 
 def test_a_run_of_two_processes_is_that_of_one_where_its_steps_have_as_many_rows(work: Work) -> None:
-    assert train(recipe(work.path, batch_size=8), work.path / "two") == RunRecord.read(work.path / "two").as_dict()
+    assert train(recipe(work.path, batch_size=8), work.path / "two") == RunRecord.read(work.path / "two")
     with pytest.raises(UserError, match=r"run of 8 rows a step \(in 2 processes\), but batch_size 4 .* are 4; choose"):
         train(recipe(work.path, batch_size=4), work.path / "two")
     with pytest.raises(UserError, match=r"holds another run \(batch_size was 8, now 4\)"):
