@@ -162,7 +162,7 @@ def test_plans_of_what_no_machine_holds(program: Program, options: tuple[object,
 
 
 def test_the_largest_batch_is_looked_for_among_those_that_can_be_planned(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("plan", "rows"):
+    for module in ("plan", "step"):
         monkeypatch.setattr(f"scalabl.planning.{module}.MOST", 256)
     recipe, rows = Settings.flat(model=str(tiny_base()), layers="last:1"), PlannedRows(1, 256 // 4)
     made = make_plan(recipe, rows, device="cuda", card=2**60, samples=2)

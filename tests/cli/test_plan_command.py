@@ -51,7 +51,7 @@ def test_a_configuration_is_enough(program: Program, configured: Path, tmp_path:
 
 def test_published_shapes(program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    from shapes import SHAPES
+    from extra_parameters import SHAPES
 
     shape = SHAPES["qwen2.5-7b"]
     shape.config().save_pretrained(tmp_path / "qwen")

@@ -58,12 +58,12 @@ def describe_adapter(directory: Path) -> dict[str, Any]:
     from scalabl.tuner.diagnostics import summarize, warnings_of
 
     config = require_adapter(directory)
+    bayesian = config["peft_type"] == "SCALABL"
     try:
         tensors = load_file(directory / ADAPTER)
-        weights = _stochastic_layers(tensors, config)
+        weights = _stochastic_layers(tensors, config) if bayesian else []
     except (SafetensorError, KeyError, RuntimeError) as error:
         raise UserError(f"{directory / ADAPTER} is truncated or altered ({error}); restore the file.") from error
-    bayesian = config["peft_type"] == "SCALABL"
     if bayesian and not weights:
         raise UserError(f"{directory / ADAPTER} holds no posterior, it was altered; restore the file.")
     empirical = config.get("empirical_prior", False)
