@@ -22,8 +22,8 @@ import matplotlib
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
+from scalabl.core.console import quiet
 from scalabl.core.files import write_text
-from scalabl.core.quiet import quiet
 from scalabl.data import Example, load_task
 from scalabl.data.assemble import shuffled
 from scalabl.data.example import LETTERS

@@ -36,9 +36,9 @@ from covariance_posterior import (
 from harness import RESULTS, ROOT, as_csv, facts, options
 from torch import Tensor
 
+from scalabl.core.console import quiet
 from scalabl.core.errors import UserError
 from scalabl.core.files import write_text
-from scalabl.core.quiet import quiet
 from scalabl.posterior.joint import JointGaussian
 
 NULLS = ("signs", "order")

@@ -18,7 +18,7 @@ import torch
 from covariance_posterior import RESTRICTIONS, Made, Position, Study, loaded
 from torch import Tensor
 
-from scalabl.core.progress import progress_bar
+from scalabl.core.console import progress_bar
 from scalabl.data import Example
 from scalabl.inference.predictor import labels_of
 from scalabl.metrics import Metric, evaluate, ood_auroc, paired_difference, paired_ood_difference

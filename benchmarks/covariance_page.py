@@ -15,7 +15,7 @@ from scipy.stats import halfnorm
 from torch import Tensor
 
 from scalabl.posterior.joint import JointGaussian
-from scalabl.study.drawing import COLOURS, MUTED, RULE, blank, styled
+from scalabl.study.look import COLOURS, MUTED, RULE, blank, styled
 
 Rows = Sequence[dict[str, Any]]
 PRIOR = {"own": "its own", "evidence": "of the highest evidence"}

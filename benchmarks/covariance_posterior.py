@@ -17,9 +17,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from scalabl.core.console import progress_bar
 from scalabl.core.errors import UserError
 from scalabl.core.files import writing
-from scalabl.core.progress import progress_bar
 from scalabl.data import Example, load_task
 from scalabl.data.assemble import select_rows
 from scalabl.data.load import rows_of, with_labels

@@ -25,9 +25,8 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from scalabl.core.console import progress_bar, quiet
 from scalabl.core.files import ADAPTER, sha256, write_text, writing
-from scalabl.core.progress import progress_bar
-from scalabl.core.quiet import quiet
 from scalabl.data.load import rows_of
 from scalabl.metrics.uncertainty import average
 from scalabl.predictive import LinearizedPredictive, MonteCarloPredictive, predict

@@ -20,9 +20,8 @@ import torch
 from harness import RESULTS, ROOT, facts, markdown_facts, markdown_table, options, write_results
 from torch import Tensor
 
+from scalabl.core.console import progress_bar, quiet
 from scalabl.core.errors import UserError
-from scalabl.core.progress import progress_bar
-from scalabl.core.quiet import quiet
 from scalabl.data import TextTask, load_task, load_training_task
 from scalabl.data.assemble import select_rows
 from scalabl.inference.predictor import labels_of, log_probabilities

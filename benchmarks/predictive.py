@@ -34,18 +34,17 @@ from predictive_page import COLUMNS, judged, markdown, picture, summarize
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from scalabl.core.console import progress_bar, quiet
 from scalabl.core.files import ADAPTER, sha256, write_text, writing
-from scalabl.core.progress import progress_bar
-from scalabl.core.quiet import quiet
 from scalabl.data import Example
 from scalabl.data.load import rows_of
 from scalabl.inference.predictor import labels_of, run_variance, top_holding
 from scalabl.predictive import AutoPredictive, LinearizedPredictive, MeanPredictive, MonteCarloPredictive, Predictive
 from scalabl.predictive import predict as predict_rows
 from scalabl.predictive.adaptive import AdaptivePredictive
+from scalabl.predictive.auto import cost_of
 from scalabl.predictive.base import chosen
-from scalabl.predictive.cost import cost_of
-from scalabl.predictive.drawn_layers import first_difference
+from scalabl.predictive.monte_carlo import first_difference
 from scalabl.runs.loading import load_run
 from scalabl.runs.method import Run
 from scalabl.scoring import Batch, Encoded, Scorer

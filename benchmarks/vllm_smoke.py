@@ -39,9 +39,9 @@ from scalabl.inference.classifier import answer_of
 from scalabl.predictive import MonteCarloPredictive, predict
 from scalabl.runs.models import load_base
 from scalabl.scoring import Continuation, Letters, Scorer, Scoring
-from scalabl.serving.command import vllm_command
 from scalabl.serving.export import export
 from scalabl.serving.http import JSONClient
+from scalabl.serving.manifest import vllm_command
 from scalabl.serving.vllm import VLLMClassifier
 
 NUMBER, ROWS = 4, 8

@@ -13,8 +13,7 @@ from tiny_base import adapted, tiny_tokenizer
 
 from scalabl.generation.decoding import decode
 from scalabl.generation.equivalence import equivalence, semantic_sets
-from scalabl.generation.sampled_scores import sampled_scores
-from scalabl.generation.sequence_scores import sequence_scores
+from scalabl.generation.scores import sampled_scores, sequence_scores
 from scalabl.predictive.monte_carlo import MonteCarloPredictive
 
 

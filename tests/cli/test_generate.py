@@ -13,10 +13,9 @@ from tiny_base import write_jsonl
 
 import scalabl
 from scalabl.core.errors import UserError
-from scalabl.generation.answer import GeneratedAnswer, Token
+from scalabl.generation.answer import GeneratedAnswer, Token, in_terminal
 from scalabl.generation.confidence import Confidence
 from scalabl.generation.generate import CONFIDENCE, AnswerSampling
-from scalabl.generation.shading import in_terminal
 
 
 @pytest.fixture

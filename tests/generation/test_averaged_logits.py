@@ -8,8 +8,7 @@ import scalabl
 from scalabl.core.errors import UserError
 from scalabl.generation.decoding import decode
 from scalabl.generation.fan_out import averaged
-from scalabl.predictive.drawn_layers import restricted
-from scalabl.predictive.monte_carlo import MonteCarloPredictive
+from scalabl.predictive.monte_carlo import MonteCarloPredictive, restricted
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from decoded_texts import with_probability
 
 from scalabl.core.errors import UserError
 from scalabl.generation.equivalence import equivalence
-from scalabl.generation.sampled_scores import SAMPLED_SCORES, rouge_l, sampled_scores
+from scalabl.generation.scores import SAMPLED_SCORES, rouge_l, sampled_scores
 
 NORMALISED = equivalence("normalised")
 ANSWER = with_probability("Paris", [0.5, 0.5])

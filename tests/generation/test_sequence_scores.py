@@ -8,7 +8,7 @@ import torch
 from decoded_texts import at_random, decoded, with_probability
 
 from scalabl.core.errors import UserError
-from scalabl.generation.sequence_scores import SEQUENCE_SCORES, log_mean, sequence_scores, token_log_probs
+from scalabl.generation.scores import SEQUENCE_SCORES, log_mean, sequence_scores, token_log_probs
 
 
 def two_tokens():

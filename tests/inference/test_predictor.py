@@ -16,7 +16,7 @@ from scalabl.inference.predictor import Predictor
 from scalabl.inference.promise import Promise
 from scalabl.inference.settings import PredictionSettings
 from scalabl.metrics.selective import Threshold
-from scalabl.metrics.temperature import apply_temperature
+from scalabl.metrics.uncertainty import apply_temperature
 from scalabl.predictive import LinearizedPredictive, MeanPredictive, MonteCarloPredictive
 from scalabl.predictive.sampling import Sampling
 from scalabl.runs.loading import load_run

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from scalabl.core.errors import UserError
-from scalabl.metrics.temperature import apply_temperature, fit_temperature, negative_log_likelihood
+from scalabl.metrics.uncertainty import apply_temperature, fit_temperature, negative_log_likelihood
 
 
 def simulated(true: float, *, particles: int = 1, rows: int = 20_000, classes: int = 4) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ from torch import Tensor
 from scalabl.data import Example
 from scalabl.methods import tfb
 from scalabl.methods.tfb import largest_passing, noise_mixers
-from scalabl.metrics.temperature import negative_log_likelihood
+from scalabl.metrics.uncertainty import negative_log_likelihood
 from scalabl.posterior import standard_normal
 from scalabl.predictive import MeanPredictive, predict
 from scalabl.predictive.lora_particles import lora_parts

@@ -13,7 +13,7 @@ from tiny_base import questions, write_jsonl
 from scalabl.core.errors import UserError
 from scalabl.data import Example, load_rows, load_task
 from scalabl.data.assemble import holdout
-from scalabl.data.images import open_image
+from scalabl.data.example import open_image
 from scalabl.inference.classifier import rows_of
 from scalabl.study.cells import rows_digest
 from scalabl.study.plan import overlap

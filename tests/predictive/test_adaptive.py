@@ -7,8 +7,15 @@ from torch import Tensor
 
 from scalabl.core.errors import UserError
 from scalabl.methods.temperature import TemperedPredictive
-from scalabl.metrics.temperature import apply_temperature, fit_temperature, negative_log_likelihood
-from scalabl.metrics.uncertainty import average, decompose, mean_particles, particles_used
+from scalabl.metrics.uncertainty import (
+    apply_temperature,
+    average,
+    decompose,
+    fit_temperature,
+    mean_particles,
+    negative_log_likelihood,
+    particles_used,
+)
 from scalabl.predictive import MeanPredictive, MonteCarloPredictive, predict
 from scalabl.predictive.adaptive import AdaptivePredictive, with_sampling
 from scalabl.predictive.lora_particles import DropoutPredictive

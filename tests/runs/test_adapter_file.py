@@ -8,7 +8,7 @@ import pytest
 from tiny_base import adapted
 
 from scalabl.core.errors import UserError
-from scalabl.runs.adapter_file import describe_adapter, require_adapter
+from scalabl.runs.directory import describe_adapter, require_adapter
 from scalabl.tuner import kl_divergence, prior_of
 from scalabl.tuner.diagnostics import summarize, weights_of
 

@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_base import loaded, questions
 
-from scalabl.metrics.temperature import negative_log_likelihood
+from scalabl.metrics.uncertainty import negative_log_likelihood
 from scalabl.predictive import MeanPredictive, predict
 from scalabl.runs.settings import Settings
 from scalabl.scoring import Batch, Scorer

@@ -12,9 +12,8 @@ import pytest
 from scalabl.cli import main
 from scalabl.core.errors import UserError
 from scalabl.runs.record import RECORD
-from scalabl.serving.command import as_shell, vllm_command
 from scalabl.serving.export import export
-from scalabl.serving.manifest import read_manifest
+from scalabl.serving.manifest import as_shell, read_manifest, vllm_command
 
 
 def said(

@@ -16,8 +16,7 @@ from tiny_base import adapted, loaded, questions
 from scalabl.core.errors import UserError
 from scalabl.data import Example
 from scalabl.inference.classifier import Classifier, rows_of
-from scalabl.metrics.temperature import apply_temperature
-from scalabl.metrics.uncertainty import average
+from scalabl.metrics.uncertainty import apply_temperature, average
 from scalabl.predictive import MonteCarloPredictive, predict
 from scalabl.runs.loading import load_run
 from scalabl.scoring import Continuation, Letters, Scorer, Scoring

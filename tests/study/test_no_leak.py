@@ -9,7 +9,7 @@ from tiny_base import as_json, questions, write_jsonl, write_task
 from tiny_study import Done, content
 
 from scalabl.data import Example, Task, load_task
-from scalabl.metrics.temperature import fit_temperature
+from scalabl.metrics.uncertainty import fit_temperature
 from scalabl.scoring.continuation import Continuation
 from scalabl.study.benchmark import facts_of
 from scalabl.study.cells import PREDICTION, finished

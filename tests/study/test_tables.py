@@ -14,8 +14,7 @@ from tiny_study import Done, content, snapshot, write
 from scalabl.cli.benchmark import benchmark
 from scalabl.core.errors import UserError
 from scalabl.metrics import METRICS, evaluate, ood_auroc
-from scalabl.metrics.temperature import apply_temperature
-from scalabl.metrics.uncertainty import average, decompose
+from scalabl.metrics.uncertainty import apply_temperature, average, decompose
 from scalabl.study.benchmark import facts_of, write_results
 from scalabl.study.cells import finished
 from scalabl.study.page import NOTES, Document, html, latex, layout, markdown

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from scalabl.posterior import DiagonalGaussian, Gaussian, Prior, forward_kl_gradient
 from scalabl.posterior.gaussian import POSTERIORS
-from scalabl.training.kl_gradient import add_kl_gradients, with_parameters
+from scalabl.training.kl import add_kl_gradients, with_parameters
 
 
 def layers(*kinds_and_ranks: tuple[str, int], gradients: bool = True) -> list[Gaussian]:

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from scalabl.training.schedule import SCHEDULES, kl_weight, minibatch_share, warmup_share
+from scalabl.training.kl import SCHEDULES, kl_weight, minibatch_share, warmup_share
 
 
 def test_elbo_is_one_over_n_at_every_step() -> None:

@@ -13,7 +13,7 @@ import torch
 from tiny_run import arguments, tiny_model, trainer, weights
 
 from scalabl.training.callback import ELBOCallback
-from scalabl.training.kl_gradient import add_kl_gradients
+from scalabl.training.kl import add_kl_gradients
 from scalabl.tuner import prior_of, stochastic_layers
 
 CASES: dict[str, dict[str, Any]] = {

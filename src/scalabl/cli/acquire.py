@@ -56,7 +56,7 @@ def acquire(
 
     if by != "random":
         import scalabl.inference.predictor  # noqa: F401  (torch and transformers, before they are turned down)
-        from scalabl.core.quiet import quiet
+        from scalabl.core.console import quiet
 
         quiet()
     chosen = chosen_rows(run, rows, k, by=by, samples=samples, seed=seed, batch_size=batch_size, model=model)

@@ -51,7 +51,7 @@ def bayesianize(
     require_writable(json, unlike=(output,))
     task, rows, held_out = rows_for(source, data, train_rows)
 
-    from scalabl.core.quiet import quiet
+    from scalabl.core.console import quiet
     from scalabl.training.posthoc.run import bayesianize as make
     from scalabl.training.run import Interrupted
 

@@ -82,11 +82,10 @@ def evaluate(
 
     from rich.console import Console
 
-    from scalabl.core.quiet import quiet
+    from scalabl.core.console import quiet
     from scalabl.inference.evaluation import evaluate_run
     from scalabl.inference.report.render import write
-    from scalabl.inference.report.table import table
-    from scalabl.inference.report.terminal import print_table
+    from scalabl.inference.report.table import print_table, table
 
     quiet()
     made = evaluate_run(run, rows, shifted, held_out, settings, data=data, batch_size=batch_size, model=model)

@@ -27,12 +27,11 @@ def export(
 
     The same call again writes nothing and prints the line.
     """
-    from scalabl.serving.command import MAX_LORA_RANKS, as_shell, vllm_command
-    from scalabl.serving.manifest import prepare
+    from scalabl.serving.manifest import MAX_LORA_RANKS, as_shell, prepare, vllm_command
 
     prepare(run, particles, output or run, form=format, seed=seed, draws=draws, name=name)
 
-    from scalabl.core.quiet import quiet, quiet_imports
+    from scalabl.core.console import quiet, quiet_imports
 
     quiet_imports()
     from scalabl.serving.export import export as write

@@ -49,15 +49,15 @@ def generate(
     RunRecord.read_finished(run)
     sampled = _sampled(temperature, top_p)
 
-    from scalabl.core.quiet import quiet
+    from scalabl.core.console import quiet
 
     quiet()
     from rich.console import Console
 
-    from scalabl.core.progress import progress_bar
+    from scalabl.core.console import progress_bar
+    from scalabl.generation.answer import in_terminal, write_page
     from scalabl.generation.generate import AnswerSampling, check
     from scalabl.generation.generate import generate as answer_prompts
-    from scalabl.generation.shading import in_terminal, write_page
     from scalabl.runs.loading import load_run
 
     sampling = AnswerSampling(answers, equivalence=equivalence)

@@ -32,7 +32,7 @@ def inspect(
 ) -> None:
     """What is adapted, parameter counts, mean and sigma by layer, warnings."""
     from scalabl.core.files import require_writable, write_json
-    from scalabl.runs.adapter_file import describe_adapter, require_adapter
+    from scalabl.runs.directory import describe_adapter, require_adapter
 
     require_writable(json)
     require_adapter(run)
@@ -87,7 +87,7 @@ def _variance(run: Path, rows: int, model: str | None, console: Console) -> dict
 
     from rich.table import Table
 
-    from scalabl.core.quiet import quiet
+    from scalabl.core.console import quiet
     from scalabl.inference.predictor import run_variance, top_holding
     from scalabl.runs.loading import load_run
 

@@ -10,7 +10,6 @@ from scalabl.cli import acquire as _acquire  # noqa: F401
 from scalabl.cli import bayesianize as _bayesianize  # noqa: F401
 from scalabl.cli import benchmark as _benchmark  # noqa: F401
 from scalabl.cli import data as _data  # noqa: F401  (each module adds its command to the app)
-from scalabl.cli import demo as _demo  # noqa: F401
 from scalabl.cli import evaluate as _evaluate  # noqa: F401
 from scalabl.cli import export as _export  # noqa: F401
 from scalabl.cli import generate as _generate  # noqa: F401
@@ -20,7 +19,7 @@ from scalabl.cli import predict as _predict  # noqa: F401
 from scalabl.cli import train as _train  # noqa: F401
 from scalabl.cli.app import app, explain, fail
 from scalabl.core import processes
-from scalabl.core.quiet import quiet_imports
+from scalabl.core.console import quiet_imports
 
 
 def main() -> None:

@@ -67,10 +67,10 @@ def evaluate_open(
 
     from rich.console import Console
 
-    from scalabl.core.quiet import quiet
+    from scalabl.core.console import quiet
 
     quiet()
-    from scalabl.core.progress import progress_bar
+    from scalabl.core.console import progress_bar
     from scalabl.generation.evaluation import answer_questions, fit_on, judge
     from scalabl.generation.generate import CONFIDENCE, AnswerSampling, check
     from scalabl.runs.loading import load_run

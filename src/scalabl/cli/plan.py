@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from scalabl.cli.app import app
-from scalabl.cli.settings_options import SettingsCommand, with_settings
+from scalabl.cli.options import SettingsCommand, with_settings
 from scalabl.core.errors import UserError
 from scalabl.runs.settings import make_settings
 
@@ -74,7 +74,7 @@ def plan(
         size = machine_memory(device)
     from rich.console import Console
 
-    from scalabl.core.quiet import quiet
+    from scalabl.core.console import quiet
     from scalabl.planning.plan import make_plan
     from scalabl.planning.step import PlannedRows
 

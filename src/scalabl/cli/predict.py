@@ -80,7 +80,7 @@ def predict(
     labels = record.labels
     rows = with_labels(load_rows(input, labels=labels, require_answer=False), labels, input)
 
-    from scalabl.core.quiet import quiet
+    from scalabl.core.console import quiet
     from scalabl.inference.batch_prediction import predict_file
 
     quiet()

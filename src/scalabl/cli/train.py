@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from scalabl.cli.app import app, fail
-from scalabl.cli.settings_options import SettingsCommand, with_settings
+from scalabl.cli.options import SettingsCommand, with_settings
 from scalabl.core import processes
 from scalabl.runs.record import RunRecord
 from scalabl.runs.settings import Settings, make_settings
@@ -60,7 +60,7 @@ def train(
 
 def _train(settings: Settings, output: Path, task: Task | TextTask, ignore_memory: bool) -> RunRecord:
     try:
-        from scalabl.core.quiet import quiet
+        from scalabl.core.console import quiet
         from scalabl.training.run import Interrupted, train
 
         quiet()

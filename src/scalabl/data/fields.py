@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from scalabl.core.errors import UserError
-from scalabl.data.example import LETTERS
-from scalabl.data.images import KEY
+from scalabl.data.example import KEY, LETTERS
 
 _QUESTION_KEYS = ("question", "choices", "answer")
 _TEXT_KEYS = ("text", "label")

@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from scalabl.core.errors import UserError
-from scalabl.data.example import Example, Task, check, first_duplicate
+from scalabl.data.example import Example, Task, check, first_duplicate, images_of
 from scalabl.data.fields import answer_index, check_keys, choices_of, is_text_row, label_of, row_id, text_of
-from scalabl.data.images import images_of
 from scalabl.data.records import Ids, name_of, read_fields, split_files
 
 

@@ -17,8 +17,7 @@ from scalabl.generation.correctness import MEASURES, correctness
 from scalabl.generation.decoding import Decoded
 from scalabl.generation.fan_out import Draws
 from scalabl.generation.generate import AnswerSampling, answers_with_samples, draws_of
-from scalabl.generation.sampled_scores import SAMPLED_SCORES
-from scalabl.generation.sequence_scores import SEQUENCE_SCORES, Score
+from scalabl.generation.scores import SAMPLED_SCORES, SEQUENCE_SCORES, Score
 from scalabl.metrics.bootstrap import Metric
 from scalabl.metrics.ranking import judge_confidence, judge_ranking, rejection_curve
 from scalabl.runs.method import Run

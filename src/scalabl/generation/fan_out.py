@@ -23,8 +23,8 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from scalabl.core.errors import UserError
-from scalabl.predictive.drawn_layers import first_difference, restricted
 from scalabl.predictive.lora_particles import removed_after
+from scalabl.predictive.monte_carlo import first_difference, restricted
 from scalabl.scoring.trunk import final_norm, lowest_adapted_layer
 from scalabl.tuner.layers import decoder_layers, stochastic_layers, unwrap
 from scalabl.tuner.state import mean

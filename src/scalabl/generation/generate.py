@@ -15,8 +15,7 @@ from scalabl.generation.confidence import Confidence
 from scalabl.generation.decoding import Decoded, decode, with_stop_criterion
 from scalabl.generation.equivalence import Equivalence, equivalence
 from scalabl.generation.fan_out import Draws, MeanDraws
-from scalabl.generation.sampled_scores import sampled_scores
-from scalabl.generation.sequence_scores import sequence_scores
+from scalabl.generation.scores import sampled_scores, sequence_scores
 from scalabl.runs.loading import load_run
 from scalabl.runs.method import Run, load_method
 from scalabl.scoring.text import Text

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from scalabl.core import processes
+from scalabl.core.console import progress_bar
 from scalabl.core.files import sha256, write_text
-from scalabl.core.progress import progress_bar
 from scalabl.data.example import Example
 from scalabl.inference.predictor import Predictor
 from scalabl.inference.promise import held_out_rows

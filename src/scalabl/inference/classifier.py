@@ -18,8 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from scalabl.core.errors import UserError
-from scalabl.data.example import Example, check
-from scalabl.data.images import images_of
+from scalabl.data.example import Example, check, images_of
 from scalabl.inference.predictor import Predictor
 from scalabl.inference.promise import Promise
 from scalabl.inference.settings import PredictionSettings

@@ -14,8 +14,7 @@ from scalabl.inference.promise import Promise
 from scalabl.inference.report.results import MethodResult, Report
 from scalabl.inference.settings import PredictionSettings
 from scalabl.metrics.selective import Threshold
-from scalabl.metrics.temperature import apply_temperature, fit_temperature
-from scalabl.metrics.uncertainty import average, mean_particles
+from scalabl.metrics.uncertainty import apply_temperature, average, fit_temperature, mean_particles
 from scalabl.predictive.adaptive import AdaptivePredictive
 from scalabl.predictive.base import Predictive
 from scalabl.runs.method import Run

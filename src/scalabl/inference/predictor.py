@@ -17,14 +17,13 @@ import torch
 from torch import Tensor
 
 from scalabl.core import processes
+from scalabl.core.console import progress_bar
 from scalabl.core.errors import UserError
-from scalabl.core.progress import progress_bar
 from scalabl.core.top_layers import check_spec, holding_variance
 from scalabl.data.example import Example
 from scalabl.inference.promise import held_out_rows
 from scalabl.inference.settings import PredictionSettings
-from scalabl.metrics.temperature import apply_temperature
-from scalabl.metrics.uncertainty import average, decompose, particles_used
+from scalabl.metrics.uncertainty import apply_temperature, average, decompose, particles_used
 from scalabl.predictive.adaptive import with_sampling
 from scalabl.predictive.auto import AutoPredictive
 from scalabl.predictive.base import Predictive, predict

@@ -19,16 +19,16 @@ from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from scalabl.methods.plain import lora_options
-from scalabl.posterior.prior import Prior
+from scalabl.posterior.gaussian import Prior
 from scalabl.predictive.base import MeanPredictive, Predictive
 from scalabl.predictive.lora_particles import blob_draws, empty_noise
 from scalabl.runs.method import Run, TrainedMethod
 from scalabl.runs.settings import Settings
+from scalabl.training.kl import Schedule, kl_weight
 from scalabl.training.monitors import LogContributor
 from scalabl.training.parameter_group import innermost
 from scalabl.training.ranks import separate_noise
 from scalabl.training.refusals import refuse_flattened_batches, refuse_hidden_gradients
-from scalabl.training.schedule import Schedule, kl_weight
 from scalabl.tuner.blob import BLoBConfig, BLoBProjection, blob_layers
 from scalabl.tuner.layers import prior_of
 

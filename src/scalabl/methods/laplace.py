@@ -17,8 +17,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from scalabl.core.console import progress_bar
 from scalabl.core.errors import UserError
-from scalabl.core.progress import progress_bar
 from scalabl.data.example import Example
 from scalabl.methods.saved import SavedMethod
 from scalabl.posterior.draws import standard_normal

@@ -17,7 +17,7 @@ from torch import Tensor
 from scalabl.core.errors import UserError
 from scalabl.data.example import Example
 from scalabl.methods.saved import SavedMethod
-from scalabl.metrics.temperature import apply_temperature, fit_temperature
+from scalabl.metrics.uncertainty import apply_temperature, fit_temperature
 from scalabl.predictive.base import Predictive, predict
 from scalabl.runs.method import Run
 from scalabl.scoring.base import Batch

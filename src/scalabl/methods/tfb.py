@@ -19,7 +19,7 @@ from torch import Tensor
 
 from scalabl.data.example import Example
 from scalabl.methods.saved import SavedMethod
-from scalabl.metrics.temperature import negative_log_likelihood
+from scalabl.metrics.uncertainty import negative_log_likelihood
 from scalabl.predictive.base import MeanPredictive, Predictive, predict
 from scalabl.predictive.lora_particles import WeightNoisePredictive, lora_parts
 from scalabl.runs.method import Run

@@ -17,7 +17,7 @@ from torch import Tensor
 from scalabl.core.errors import UserError
 from scalabl.planning.meta_device import DeviceKernels, LiveBytes, Use
 from scalabl.planning.meta_model import autocast_dtype, hidden_size, model_dtype, storage_bytes
-from scalabl.predictive.drawn_layers import first_difference
+from scalabl.predictive.monte_carlo import first_difference
 from scalabl.runs.method import load_method
 from scalabl.runs.registry import SAMPLED
 from scalabl.runs.settings import Settings

@@ -3,6 +3,6 @@ from .gaussian import POSTERIORS as POSTERIORS
 from .gaussian import DiagonalGaussian as DiagonalGaussian
 from .gaussian import FullGaussian as FullGaussian
 from .gaussian import Gaussian as Gaussian
+from .gaussian import Prior as Prior
 from .gaussian import forward_kl_gradient as forward_kl_gradient
 from .joint import JointGaussian as JointGaussian
-from .prior import Prior as Prior

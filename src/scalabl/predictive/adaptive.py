@@ -26,8 +26,7 @@ from torch import Tensor
 
 from scalabl.core.errors import UserError
 from scalabl.predictive.base import Predictive
-from scalabl.predictive.drawn_layers import first_difference
-from scalabl.predictive.monte_carlo import MonteCarloPredictive
+from scalabl.predictive.monte_carlo import MonteCarloPredictive, first_difference
 from scalabl.predictive.sampling import Sampling
 from scalabl.scoring.base import Batch
 from scalabl.scoring.scorer import Scorer

@@ -24,7 +24,7 @@ from torch import Tensor
 from scalabl.core.errors import UserError
 from scalabl.core.modules import eval_mode
 from scalabl.core.top_layers import check_spec
-from scalabl.predictive.drawn_layers import drawn_layers
+from scalabl.predictive.monte_carlo import drawn_layers
 from scalabl.scoring.base import Batch, Encoded
 from scalabl.scoring.scorer import Scorer, batches
 from scalabl.tuner.joint import joint_of

@@ -1,25 +1,54 @@
-"""How many particles fit into memory at once.
+"""The Monte Carlo predictive: p(y | x) = 1/N sum_n p(y | x, s_n), the particles as rows of one batch.
 
-The Monte Carlo predictive: p(y | x) = 1/N sum_n p(y | x, s_n), the particles as rows of one batch.
+Which stochastic layers a predictive draws, and the lowest of them: below it all particles are one. How many particles
+fit into memory at once.
 """
 
 from __future__ import annotations
 
 import os
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from scalabl.core.errors import UserError
-from scalabl.core.top_layers import check_spec
+from scalabl.core.top_layers import check_spec, top_layers
 from scalabl.posterior.draws import noise
-from scalabl.predictive.drawn_layers import first_difference, restricted
 from scalabl.scoring.base import Batch
 from scalabl.scoring.scorer import Scorer
-from scalabl.tuner.layers import stochastic_layers
-from scalabl.tuner.state import noise_particles, particles
+from scalabl.tuner.layers import depths, stochastic_layers
+from scalabl.tuner.state import noise_particles, only, particles
+
+
+def drawn_layers(model: nn.Module, spec: str | None) -> dict[str, int]:
+    """The stochastic layers that are drawn, with their depths; empty where the model has no posterior over s.
+
+    Args:
+        model: a PEFT model.
+        spec: "last:K" or a fraction "last:0.25" of the stochastic layers; None for all.
+
+    Raises:
+        UserError: there are fewer such layers.
+    """
+    try:
+        names = stochastic_layers(model)
+    except UserError:
+        return {}
+    found = depths(model, names)
+    return found if spec is None else {name: found[name] for name in top_layers(found, spec)}
+
+
+def first_difference(model: nn.Module, spec: str | None) -> int | None:
+    """The lowest decoder layer that is drawn; None for a rival, whose noise begins at the lowest adapted layer."""
+    return min(drawn_layers(model, spec).values(), default=None)
+
+
+def restricted(model: nn.Module, spec: str | None) -> AbstractContextManager[None]:
+    """Context in which the stochastic layers that are not drawn carry their mean."""
+    return nullcontext() if spec is None else only(model, drawn_layers(model, spec))
+
 
 # a fraction of what is free: other programs, fragmentation and the estimate's own error need the rest
 _SHARE = 0.4

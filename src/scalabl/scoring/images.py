@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoImageProcessor
 
 from scalabl.core.errors import UserError
-from scalabl.data.images import open_image
+from scalabl.data.example import open_image
 from scalabl.tuner.layers import language_side, unwrap
 
 QWEN, GEMMA = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), ("gemma3",)

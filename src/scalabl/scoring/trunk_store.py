@@ -20,9 +20,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from scalabl.core.console import progress_bar
 from scalabl.core.files import cache_directory, writing
 from scalabl.core.modules import eval_mode
-from scalabl.core.progress import progress_bar
 from scalabl.scoring.base import Encoded
 from scalabl.scoring.scorer import Scorer, batches
 

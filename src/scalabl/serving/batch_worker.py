@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 from ray import get_runtime_context
 
+from scalabl.core.console import quiet, quiet_imports
 from scalabl.core.errors import UserError, first_line
 from scalabl.core.files import write_text
-from scalabl.core.quiet import quiet, quiet_imports
 from scalabl.data.example import Example
 from scalabl.inference.settings import PredictionSettings
 from scalabl.serving.shards import NamedRow, place_of

@@ -17,18 +17,18 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from scalabl.core import __version__
+from scalabl.core.console import progress_bar
 from scalabl.core.errors import UserError
 from scalabl.core.files import ADAPTER, read_json, sha256, write_json, writing
-from scalabl.core.progress import progress_bar
 from scalabl.posterior.draws import noise
 from scalabl.runs.record import RunRecord
-from scalabl.serving.command import limits_of
 from scalabl.serving.manifest import (
     FORMAT_VERSION,
     MANIFEST,
     PARTICLES,
     Identity,
     ParticleManifest,
+    limits_of,
     prepare,
     read_manifest,
 )

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from scalabl.core import __version__
+from scalabl.core.console import progress_bar
 from scalabl.core.errors import UserError
 from scalabl.core.files import read_json, require_place, sha256, write_json
-from scalabl.core.progress import progress_bar
 from scalabl.inference.settings import PredictionSettings
 from scalabl.serving.shards import Block, Shard, ShardSource, examine, searched
 

@@ -23,19 +23,18 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from scalabl.core.console import progress_bar
 from scalabl.core.errors import UserError
-from scalabl.core.progress import progress_bar
 from scalabl.data.example import Example
 from scalabl.inference.classifier import Answer, answer_of, rows_of
-from scalabl.metrics.temperature import apply_temperature
+from scalabl.metrics.uncertainty import apply_temperature
 from scalabl.runs.models import load_tokenizer
 from scalabl.scoring.base import Encoded, Scoring
 from scalabl.scoring.continuation import Continuation
 from scalabl.scoring.letters import Letters
 from scalabl.scoring.scorer import make_scoring
-from scalabl.serving.command import OUTPUT_LAYER_ISSUE
 from scalabl.serving.http import HTTPError, JSONClient
-from scalabl.serving.manifest import ParticleManifest, read_manifest
+from scalabl.serving.manifest import OUTPUT_LAYER_ISSUE, ParticleManifest, read_manifest
 from scalabl.serving.requests import BY, By, log_probs_of, requests_of
 
 __all__ = ["VLLMClassifier"]

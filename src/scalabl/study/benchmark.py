@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from scalabl.core.files import write_bytes, write_text
 from scalabl.study.cells import PREDICTION, Cell, failure, finished
-from scalabl.study.drawing import svg
+from scalabl.study.look import svg
 from scalabl.study.page import html, latex, layout, markdown
 from scalabl.study.pictures import pictures
 from scalabl.study.plan import StudyPlan

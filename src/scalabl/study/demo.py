@@ -77,7 +77,7 @@ def run_demo(
     from scalabl.inference.predictor import Predictor, labels_of
     from scalabl.inference.report.results import MethodResult, Report
     from scalabl.inference.settings import PredictionSettings
-    from scalabl.metrics.temperature import fit_temperature
+    from scalabl.metrics.uncertainty import fit_temperature
     from scalabl.runs.loading import load_run
     from scalabl.training.run import LOG, train
 

@@ -16,8 +16,8 @@ from jinja2 import Environment, StrictUndefined
 from scalabl.inference.report.table import ARROWS, MINUS, heading, number
 from scalabl.metrics.figures import METRICS
 from scalabl.runs.registry import METHODS
-from scalabl.study import names
-from scalabl.study.drawing import Picture, svg
+from scalabl.study import look
+from scalabl.study.look import Picture, svg
 from scalabl.study.summary import BASELINES, Figure, Gap, Line, Table
 
 SHOWN = ("accuracy", "nll", "ece", "brier", "auroc")
@@ -121,7 +121,7 @@ def layout(
     answer: str = "",
 ) -> Document:
     """Tables of means and pictures as the sections of a page."""
-    short = names.of_tables(tables)
+    short = look.of_tables(tables)
     sections, behind = [], []
     for table in (table for table in tables if not table.shifted):
         title_ = f"{short[table.task]} ({table.n:,} test rows)"
@@ -138,7 +138,7 @@ def _quality(table: Table) -> list[PageTable]:
     """Every method's figures and costs, and behind them the intervals of some metrics."""
     columns = (*SHOWN, *COSTS)
     rows = [(_name(line, table), [_cell(line.figures[c], c, line.tempered) for c in columns]) for line in table.lines]
-    chance = [f"{names.method(line.variant, tempered=line.tempered)} ({line.collapsed} of {line.seeds} seeds)"
+    chance = [f"{look.method(line.variant, tempered=line.tempered)} ({line.collapsed} of {line.seeds} seeds)"
               for line in table.lines if line.collapsed]  # fmt: skip
     warning = f"{CHANCE} at chance: {', '.join(chance)}." if chance else ""
     heads = ("method", *map(_heading, columns))
@@ -180,7 +180,7 @@ def _shift(metric: str, known: Table, shifted: Sequence[Table], short: dict[str,
 
 
 def _name(line: Line, table: Table) -> str:
-    name = names.method(line.variant, tempered=line.tempered) + (f" {CHANCE}" if line.collapsed else "")
+    name = look.method(line.variant, tempered=line.tempered) + (f" {CHANCE}" if line.collapsed else "")
     most = max(other.seeds for other in table.lines)
     if METHODS[line.variant.method].members or line.seeds == most:
         return name

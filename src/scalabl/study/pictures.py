@@ -16,8 +16,8 @@ from matplotlib.ticker import ScalarFormatter
 
 from scalabl.inference.report.table import number
 from scalabl.runs.registry import BASELINE
-from scalabl.study import names
-from scalabl.study.drawing import COLOURS, INK, METRICS_DRAWN, MUTED, Picture, blank, scale, styled, title
+from scalabl.study import look
+from scalabl.study.look import COLOURS, INK, METRICS_DRAWN, MUTED, Picture, blank, scale, styled, title
 from scalabl.study.study import Grid, Study, Variant, grids
 from scalabl.study.summary import Line, Table
 
@@ -31,7 +31,7 @@ _MARKERS = "osD^vP"
 def pictures(study: Study, tables: Sequence[Table]) -> list[Picture]:
     """The pictures of a study, in the order of its tables."""
     found, made = grids(study), []
-    short = names.of_tables(tables)
+    short = look.of_tables(tables)
     for table in tables:
         if not found:
             made.append(comparison(table, short))
@@ -65,7 +65,7 @@ def comparison(table: Table, short: dict[str, str]) -> Picture:
     where = f"trained on {short[table.trained_on]}, tested on {short[table.task]}"
     description = (
         f"NLL, ECE and accuracy of every method, {where}; the lowest NLL is "
-        f"{number(best.figures['nll'].mean or 0.0, 'nll')}, of {names.method(best.variant, tempered=best.tempered)}"
+        f"{number(best.figures['nll'].mean or 0.0, 'nll')}, of {look.method(best.variant, tempered=best.tempered)}"
     )
     parts = (short[table.trained_on], "to", short[table.task]) if table.shifted else (short[table.task],)
     words = (
@@ -74,7 +74,7 @@ def comparison(table: Table, short: dict[str, str]) -> Picture:
     )
     if table.shifted:
         words = f"Tested on {short[table.task]}. {words}"
-    return Picture(names.file_name("methods", *parts), table, drawing, description, words)
+    return Picture(look.file_name("methods", *parts), table, drawing, description, words)
 
 
 def _dots(
@@ -101,7 +101,7 @@ def _reference(axes: Axes, metric: str, lines: Sequence[Line], colour: str) -> N
 
 def _label(line: Line, tempered: dict[str, Line]) -> str:
     chance = line.collapsed or tempered[line.variant.name].collapsed
-    return names.method(line.variant) + (" † at chance" if chance else "")
+    return look.method(line.variant) + (" † at chance" if chance else "")
 
 
 def grid_pictures(found: Sequence[Grid], table: Table, task: str) -> list[Picture]:
@@ -145,19 +145,19 @@ def heat_map(grid: Grid, table: Table, task: str) -> Picture | None:
                     if not third or place[2] == i:
                         collapsed = variant.name in lines and lines[variant.name].collapsed > 0
                         _mark(axes, place, collapsed, best=variant == best, default=variant == grid.default)
-                axes.set_xticks(range(len(across.values)), [names.value(v) for v in across.values])
+                axes.set_xticks(range(len(across.values)), [look.value(v) for v in across.values])
                 if third and row is rows[0]:
-                    axes.set_title(f"{names.setting(third[0].setting)} {names.value(value)}", fontsize=10)
-            row[0].set_yticks(range(len(down.values)), [names.value(v) for v in down.values])
-            row[0].set_ylabel(f"{words}\n{names.setting(down.setting)}")
+                    axes.set_title(f"{look.setting(third[0].setting)} {look.value(value)}", fontsize=10)
+            row[0].set_yticks(range(len(down.values)), [look.value(v) for v in down.values])
+            row[0].set_ylabel(f"{words}\n{look.setting(down.setting)}")
             plain = ScalarFormatter(useOffset=False)
             bar = drawing.colorbar(row[-1].images[0], ax=row, shrink=0.9, aspect=12, format=plain)
             bar.outline.set_visible(False)  # type: ignore[operator]
         for axes in rows[-1]:
-            axes.set_xlabel(names.setting(across.setting))
-    settings = ", ".join(names.setting(axis.setting) for axis in grid.axes)
+            axes.set_xlabel(look.setting(across.setting))
+    settings = ", ".join(look.setting(axis.setting) for axis in grid.axes)
     legend = " Full frame: lowest on validation rows; dashed: the default; †: at chance with at least one seed."
-    name, about = names.file_name("heat-map", grid.family, task), f"Heat map of NLL on {task} over {settings}"
+    name, about = look.file_name("heat-map", grid.family, task), f"Heat map of NLL on {task} over {settings}"
     return Picture(name, table, drawing, about, _sensitivity([grid], table) + legend)
 
 
@@ -190,10 +190,10 @@ def points(found: Sequence[Grid], table: Table, task: str) -> Picture | None:
     known = {(line.variant.name, line.tempered): line for line in table.lines}
     level = [line for line in table.lines if not line.variant.point]
     families = list(dict.fromkeys(line.variant.name for line in level))
-    labels = [names.value(value) for value in values]
+    labels = [look.value(value) for value in values]
     joined = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
     long = max(map(len, labels)) > 8 and len(labels) > 2
-    default = "" if axis.default is None else f" (default {names.value(axis.values[axis.default])})"
+    default = "" if axis.default is None else f" (default {look.value(axis.values[axis.default])})"
     drawing, (row,) = blank(10, 3.9 if long else 3.4, 1, len(METRICS_DRAWN))
     with styled():
         for axes, metric in zip(row, METRICS_DRAWN, strict=True):
@@ -206,19 +206,19 @@ def points(found: Sequence[Grid], table: Table, task: str) -> Picture | None:
             for line in level:
                 if (mean := line.figures[metric].mean) is not None:
                     colour = COLOURS[(len(found) + families.index(line.variant.name)) % len(COLOURS)]
-                    label, style = names.method(line.variant, tempered=line.tempered), "--" if line.tempered else "-"
+                    label, style = look.method(line.variant, tempered=line.tempered), "--" if line.tempered else "-"
                     axes.axhline(mean, linewidth=0.9, alpha=0.8, label=label, color=colour, linestyle=style)
                     seen.append(mean)
             scale(axes, metric, seen, upright=True)
             axes.set_title(title(metric), fontsize=10)
             axes.set_xticks(range(len(values)), labels, rotation=25 if long else 0, ha="right" if long else "center")
             axes.set_xlim(-0.4, len(values) - 0.6)
-            axes.set_xlabel(names.setting(axis.setting) + default)
+            axes.set_xlabel(look.setting(axis.setting) + default)
             axes.grid(axis="y")
             axes.spines[["top", "right"]].set_visible(False)
         drawing.legend(*row[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
-    name = names.file_name("along", names.setting(axis.setting), task)
-    about = f"NLL, ECE and accuracy on {task} along {names.setting(axis.setting)}"
+    name = look.file_name("along", look.setting(axis.setting), task)
+    about = f"NLL, ECE and accuracy on {task} along {look.setting(axis.setting)}"
     words = _sensitivity(found, table) + " Dots: seeds. Open marks and dashed lines: with a temperature."
     return Picture(name, table, drawing, about, words)
 
@@ -275,11 +275,11 @@ def _sensitivity(found: Sequence[Grid], table: Table) -> str:
             validation, test = (raw[variant.name].figures[name].mean or 0.0 for name in ("validation_nll", "nll"))
             return f"{number(validation, 'nll')} there, {number(test, 'nll')} on test rows"
 
-        sentence = f"{names.method(best)} has the lowest NLL on validation rows ({both(best)})"
+        sentence = f"{look.method(best)} has the lowest NLL on validation rows ({both(best)})"
         if default == best:
             sentence += ", and is the default"
         elif default is not None and default.name in raw:
-            sentence += f"; the default, {names.method(default)}, has {both(default)}"
+            sentence += f"; the default, {look.method(default)}, has {both(default)}"
         tested = [mean for line in raw.values() if (mean := line.figures["nll"].mean) is not None]
         if len(tested) > 3:
             quarter, _, three = quantiles(tested, n=4, method="inclusive")
@@ -289,6 +289,6 @@ def _sensitivity(found: Sequence[Grid], table: Table) -> str:
         sentences.append(sentence + ".")
     for line in table.lines:
         if line.variant.method == BASELINE and not line.variant.point:
-            name = names.method(line.variant, tempered=line.tempered)
+            name = look.method(line.variant, tempered=line.tempered)
             sentences.append(f"{name}: {number(line.figures['nll'].mean or 0.0, 'nll')} on test rows.")
     return " ".join(sentences)

@@ -37,8 +37,7 @@ from scalabl.core.files import write_text, writing
 from scalabl.inference.report.results import count_choices
 from scalabl.metrics import evaluate
 from scalabl.metrics.figures import is_collapsed, ood_auroc
-from scalabl.metrics.temperature import apply_temperature, fit_temperature
-from scalabl.metrics.uncertainty import average, decompose
+from scalabl.metrics.uncertainty import apply_temperature, average, decompose, fit_temperature
 from scalabl.study.cells import Cell, finished
 from scalabl.study.plan import Entry, StudyPlan, baseline_of
 from scalabl.study.study import TEMPERED, Study

@@ -21,9 +21,9 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from scalabl.core.console import quiet, quiet_imports
 from scalabl.core.errors import UserError
 from scalabl.core.files import write_json
-from scalabl.core.quiet import quiet, quiet_imports
 from scalabl.serving.ray_address import connected, gpus_each
 from scalabl.study.cells import Cell, failure, finished
 from scalabl.study.plan import StudyPlan

@@ -20,14 +20,12 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from scalabl.core.errors import UserError
 from scalabl.core.modules import gathered
-from scalabl.posterior.gaussian import DiagonalGaussian, Gaussian
-from scalabl.posterior.prior import Prior
-from scalabl.training.kl_gradient import add_kl_gradients, with_parameters
+from scalabl.posterior.gaussian import DiagonalGaussian, Gaussian, Prior
+from scalabl.training.kl import SCHEDULES, Schedule, add_kl_gradients, kl_weight, with_parameters
 from scalabl.training.monitors import LogContributor
 from scalabl.training.parameter_group import VariationalGroup, innermost
 from scalabl.training.ranks import share_noise
 from scalabl.training.refusals import refuse_flattened_batches, refuse_hidden_gradients, refuse_untrained
-from scalabl.training.schedule import SCHEDULES, Schedule, kl_weight
 from scalabl.tuner.layers import active_adapters, prior_of, stochastic_layers, unwrap
 from scalabl.tuner.projection import StochasticProjection
 
@@ -52,7 +50,7 @@ class ELBOCallback(LogContributor):
             default for causal language models) the number of trained tokens of the training set (`for_tokens`).
         beta: multiplier of the KL, at least 0; 1 is the ELBO.
         schedule: "elbo" (KL / N at every step), "warmup" (linear from 0 to KL / N) or "minibatch" (the paper's
-            pi_i, KL / N on average); see `scalabl.training.schedule`.
+            pi_i, KL / N on average); see `scalabl.training.kl`.
         warmup_fraction: fraction of all optimiser steps over which "warmup" rises.
         cycle: optimiser steps of one cycle of "minibatch"; an epoch if None.
         learning_rate: learning rate of the variational parameters at a schedule factor of 1 (the trainer's own LR

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from scalabl.core.errors import UserError
 from scalabl.data.example import Example, Task
 from scalabl.data.text_rows import TextRow, TextTask
-from scalabl.metrics.temperature import negative_log_likelihood
+from scalabl.metrics.uncertainty import negative_log_likelihood
 from scalabl.predictive.base import predict
 from scalabl.runs.settings import Settings
 from scalabl.scoring.base import Batch, Scoring

@@ -25,9 +25,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import CallbackHandler
 
 from scalabl.core import processes
+from scalabl.core.console import progress_bar
 from scalabl.core.errors import UserError
 from scalabl.core.modules import base_name, gathered
-from scalabl.core.progress import progress_bar
 
 
 class LogContributor(TrainerCallback, ABC):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from scalabl.core.errors import UserError
 from scalabl.core.modules import split_leaf
-from scalabl.posterior.prior import Prior
+from scalabl.posterior.gaussian import Prior
 from scalabl.tuner.config import ScalaBLType, refuse_unsupported
 from scalabl.tuner.layers import active_adapters, unwrap
 from scalabl.tuner.model import ScalaBLModel

@@ -14,8 +14,7 @@ from safetensors.torch import load_file
 
 from scalabl.core.errors import UserError
 from scalabl.core.top_layers import check_spec
-from scalabl.posterior.gaussian import POSTERIORS
-from scalabl.posterior.prior import Prior
+from scalabl.posterior.gaussian import POSTERIORS, Prior
 from scalabl.tuner.mean_adapter import (
     MEAN_DIRECTORY,
     fold,

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from scalabl.posterior.gaussian import Gaussian
-from scalabl.posterior.prior import Prior
+from scalabl.posterior.gaussian import Gaussian, Prior
 from scalabl.tuner.layers import stochastic_layers
 
 COLLAPSED, BEYOND_PRIOR, DROWNED, STILL_FALLING = 1e-3, 1.2, 1.0, 0.15

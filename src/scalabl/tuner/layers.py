@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from scalabl.core.errors import UserError
 from scalabl.core.modules import base_name, split_leaf
-from scalabl.posterior.prior import Prior
+from scalabl.posterior.gaussian import Prior
 from scalabl.tuner.projection import StochasticProjection
 
 

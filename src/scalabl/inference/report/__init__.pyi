@@ -1,4 +1,4 @@
 from .render import write as write
 from .results import MethodResult as MethodResult
 from .results import Report as Report
-from .terminal import print_table as print_table
+from .table import print_table as print_table

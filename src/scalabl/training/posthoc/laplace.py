@@ -27,9 +27,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from scalabl.core.console import progress_bar
 from scalabl.core.errors import UserError
 from scalabl.core.modules import eval_mode
-from scalabl.core.progress import progress_bar
 from scalabl.posterior.evidence import best_precision, log_evidence
 from scalabl.posterior.joint import JointGaussian
 from scalabl.predictive.kronecker import likelihood_root

@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from scalabl.core.errors import UserError
 from scalabl.core.files import ADAPTER, sha256, write_json, writing
 from scalabl.data.example import Example, Task
-from scalabl.runs.adapter_file import CONFIG
+from scalabl.runs.directory import CONFIG
 from scalabl.runs.loading import load_adapter, require_base
 from scalabl.runs.models import load_base
 from scalabl.runs.record import RowCounts, RunRecord

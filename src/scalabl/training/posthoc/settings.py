@@ -16,7 +16,7 @@ from scalabl.core.errors import UserError
 from scalabl.core.files import ADAPTER, require_place
 from scalabl.data.example import Example, Task
 from scalabl.data.load import load_task, with_labels
-from scalabl.runs.adapter_file import CONFIG
+from scalabl.runs.directory import CONFIG
 from scalabl.runs.record import RECORD, RunRecord
 from scalabl.runs.settings import LARGEST, Settings, typed_setting
 

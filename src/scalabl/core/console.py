@@ -1,10 +1,34 @@
-"""Libraries' own bars and warnings, turned down so that the terminal holds progress and tables alone."""
+"""What the terminal shows: one progress bar for all that takes more than a few seconds, and no library's own noise."""
 
 from __future__ import annotations
 
 import logging
 import os
 import warnings
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from scalabl.core.processes import is_main
+
+
+def progress_bar() -> Progress:
+    """A bar on standard error: what, how many of how many, time gone, time left."""
+    console = Console(stderr=True)
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[detail]}"),
+        console=console,
+        transient=True,
+        # a log file would be left an empty line; of several processes one shows it
+        disable=not console.is_terminal or not is_main(),
+    )
+
 
 # what they say while they are imported (kernels that are not there, deprecations of their own), before `quiet`
 _CHATTY = ("torchao", "torch.utils._pytree", "bitsandbytes", "accelerate", "peft")
