@@ -36,8 +36,8 @@ check: dev
 
 # the mathematics, the figures, the rows and the floors: no model is made and nothing is downloaded
 quick: dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_floors.py tests/posterior tests/metrics tests/data \
-		--ignore tests/data/test_wheel.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_floors.py tests/core tests/posterior tests/metrics \
+		tests/data --ignore tests/data/test_wheel.py --ignore tests/data/test_open_tasks.py
 
 lint: dev
 	$(BIN)/ruff check src tests benchmarks scripts

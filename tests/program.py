@@ -1,10 +1,9 @@
-"""What the program says, and the arguments of a short training run."""
+"""What the program writes, and the arguments of a short training run."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from tiny_base import tiny_base
@@ -12,9 +11,8 @@ from tiny_base import tiny_base
 from scalabl.runs.settings import Settings
 
 
-@dataclass(frozen=True)
-class Said:
-    """What the program said."""
+class Output(NamedTuple):
+    """What the program wrote, and its exit code."""
 
     code: int
     out: str
@@ -23,14 +21,14 @@ class Said:
     def sentence(self) -> str:
         """Its one sentence on standard error, after exit code 2 and no result on standard output."""
         assert self.code == 2, self
-        # a training has said what it takes before it began
+        # a training writes what it takes before it begins
         assert not self.out or (self.out.startswith("memory: ") and self.out.count("\n") == 1)
         lines = self.err.splitlines()
         assert len(lines) == 1 and lines[0].startswith("scalabl: "), self.err
         return lines[0].removeprefix("scalabl: ")
 
 
-Program = Callable[..., Said]
+Program = Callable[..., Output]
 
 
 def train_arguments(data: object, output: Path, *more: object) -> tuple[object, ...]:
