@@ -19,6 +19,7 @@ from transformers.generation import StoppingCriteria, StoppingCriteriaList, Stop
 from scalabl.core.errors import UserError
 from scalabl.core.modules import eval_mode
 from scalabl.generation.fan_out import Draws, averaged, can_share, shared_prompts
+from scalabl.tuner.threads import alone
 
 
 @dataclass(frozen=True)
@@ -201,7 +202,7 @@ def decode(
     stops = _Stops(StoppingCriteriaList(generation.pop("stopping_criteria", None) or []), length)
     if stops.criteria:
         generation["stopping_criteria"] = StoppingCriteriaList([stops])
-    with eval_mode(model):
+    with alone(model), eval_mode(model):
         texts: dict[str, Any] = {**inputs, "num_return_sequences": num_return_sequences}
         if can_share(model, inputs, num_return_sequences, generation):
             texts = shared_prompts(model, draws, inputs, num_return_sequences)

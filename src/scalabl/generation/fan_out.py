@@ -28,6 +28,7 @@ from scalabl.predictive.monte_carlo import first_difference, restricted
 from scalabl.scoring.trunk import final_norm, lowest_adapted_layer
 from scalabl.tuner.layers import decoder_layers, stochastic_layers, unwrap
 from scalabl.tuner.state import mean
+from scalabl.tuner.threads import own
 
 Averaged = Callable[[Tensor, Tensor], None]
 
@@ -77,7 +78,7 @@ class EnsembleDraws:
         handles = []
         for module in unwrap(model).modules():
             if isinstance(module, LoraLayer) and any(name in module.lora_A for name in chosen):
-                handles.append(module.register_forward_hook(_members(chosen)))
+                handles.append(module.register_forward_hook(own(_members(chosen))))
         with removed_after(handles), model.disable_adapter():  # type: ignore[operator]
             yield
 
@@ -147,9 +148,9 @@ def averaged(model: nn.Module, draws: Draws, seen: Averaged | None = None) -> It
     # the first of these repeats the hidden states; masks and positions are given to each layer anew
     entered = layers[start:] if start < len(layers) else [final_norm(inner)]
     handles = [
-        output.register_forward_pre_hook(begin, with_kwargs=True),
-        output.register_forward_hook(average, with_kwargs=True),
-        *(layer.register_forward_pre_hook(fan_out, with_kwargs=True) for layer in entered),
+        output.register_forward_pre_hook(own(begin), with_kwargs=True),
+        output.register_forward_hook(own(average), with_kwargs=True),
+        *(layer.register_forward_pre_hook(own(fan_out), with_kwargs=True) for layer in entered),
     ]
     with removed_after(handles), draws.context(model, 0, number), restricted(model, drawn):
         yield

@@ -38,6 +38,7 @@ from scalabl.scoring.scorer import Scorer, make_scoring
 from scalabl.scoring.trunk import Trunk
 from scalabl.tuner.blob import BLoBProjection
 from scalabl.tuner.projection import StochasticProjection
+from scalabl.tuner.threads import alone
 
 
 @dataclass(frozen=True)
@@ -165,6 +166,8 @@ class BareRun:
 
 class Classifier:
     """A Bayesian classifier over label words or choices.
+
+    Threads may share one: they take turns, and a plain pass of the model in another thread is not touched.
 
     Args:
         model: the base model with its adapter.
@@ -314,11 +317,12 @@ class Classifier:
         """
         labels = self.scorer.scoring.labels if isinstance(self.scorer.scoring, Letters) else None
         rows = rows_of(questions, labels)
-        encoded = self.predictor.run.encode(rows)
-        if self.scorer.scoring.prefix:
-            used = chosen(self.predictive, self.scorer, encoded, self.predictor.batch_size)
-            self.predictor.prefix = self._shared_prefix if getattr(used, "shares_prefix", False) else None
-        log_probs = self.predictor.log_probs(rows, encoded)
+        with alone(self.scorer.model):  # threads take turns
+            encoded = self.predictor.run.encode(rows)
+            if self.scorer.scoring.prefix:
+                used = chosen(self.predictive, self.scorer, encoded, self.predictor.batch_size)
+                self.predictor.prefix = self._shared_prefix if getattr(used, "shares_prefix", False) else None
+            log_probs = self.predictor.log_probs(rows, encoded)
         return answer_of(rows, log_probs, self.predictor.answered(log_probs))
 
     @cached_property

@@ -35,6 +35,7 @@ from scalabl.scoring.base import Encoded
 from scalabl.scoring.prefix import SharedPrefix, shared_prefix
 from scalabl.scoring.scorer import Scorer
 from scalabl.scoring.trunk_store import with_stored_trunk
+from scalabl.tuner.threads import alone
 
 T = TypeVar("T")
 VARIANCE_ROWS = 100  # on which the layers' variance is measured
@@ -143,15 +144,16 @@ class Predictor:
         Raises:
             UserError: rows that the run cannot encode, or the run's held-out rows cannot be had.
         """
-        if isinstance(self.strategy, AutoPredictive):
-            rows = held_out_rows(self.whole_run().record) if rows is None else rows
-            self._choose(self.strategy, self.run.encode(list(rows)))
-        promise = self.settings.promise
-        if promise is not None and self.settings.threshold is None:
-            held_out = held_out_rows(self.whole_run().record)
-            log_probs = self.log_probs(held_out, dataset="held-out rows")
-            self.settings = replace(self.settings, threshold=promise.threshold(log_probs, labels_of(held_out)))
-        return self.settings
+        with alone(self.run.scorer.model):
+            if isinstance(self.strategy, AutoPredictive):
+                rows = held_out_rows(self.whole_run().record) if rows is None else rows
+                self._choose(self.strategy, self.run.encode(list(rows)))
+            promise = self.settings.promise
+            if promise is not None and self.settings.threshold is None:
+                held_out = held_out_rows(self.whole_run().record)
+                log_probs = self.log_probs(held_out, dataset="held-out rows")
+                self.settings = replace(self.settings, threshold=promise.threshold(log_probs, labels_of(held_out)))
+            return self.settings
 
     def _choose(self, auto: AutoPredictive, encoded: Sequence[Encoded]) -> None:
         def choice() -> tuple[str, str | None, str]:
@@ -187,16 +189,19 @@ class Predictor:
         Raises:
             UserError: rows that the run's scoring cannot encode.
         """
-        scorer, strategy, batch_size = self.run.scorer, self.strategy, self.batch_size
-        if dataset is not None:
-            log_probs = log_probabilities(
-                self.run, rows, strategy, batch_size=batch_size, description=dataset, over_ranks=self.over_ranks
-            )
-        else:
-            encoded = self.run.encode(list(rows)) if encoded is None else encoded
-            log_probs = predict(
-                scorer, encoded, strategy, batch_size=batch_size, prefix=self.prefix, over_ranks=self.over_ranks
-            )
+        scorer, batch_size = self.run.scorer, self.batch_size
+        with alone(scorer.model):
+            if dataset is not None:
+                log_probs = log_probabilities(
+                    self.run, rows, self.strategy, batch_size=batch_size, description=dataset,
+                    over_ranks=self.over_ranks,
+                )  # fmt: skip
+            else:
+                encoded = self.run.encode(list(rows)) if encoded is None else encoded
+                log_probs = predict(
+                    scorer, encoded, self.strategy, batch_size=batch_size, prefix=self.prefix,
+                    over_ranks=self.over_ranks,
+                )  # fmt: skip
         temperature = self.settings.temperature
         return log_probs if temperature is None else apply_temperature(log_probs, temperature)
 

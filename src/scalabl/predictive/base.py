@@ -22,6 +22,7 @@ from scalabl.predictive.monte_carlo import MonteCarloPredictive
 from scalabl.scoring.base import Batch, Encoded
 from scalabl.scoring.prefix import SharedPrefix, shared_prefix
 from scalabl.scoring.scorer import Scorer, batches, longest_first
+from scalabl.tuner.threads import alone
 
 
 class Predictive(Protocol):
@@ -101,7 +102,7 @@ def _predict_here(
 ) -> Tensor:
     classes = max(row.num_choices for row in rows)
     out: Tensor | None = None
-    with eval_mode(scorer.model):
+    with alone(scorer.model), eval_mode(scorer.model):
         prefix = _prefix(scorer, rows, predictive, prefix)
         if prefix is not None:
             rows = [prefix.cut(row) for row in rows]

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from scalabl.predictive.lora_particles import lora_matrices, removed_after
 from scalabl.scoring.base import Batch, Encoded
 from scalabl.scoring.scorer import Scorer, batches
+from scalabl.tuner.threads import own
 
 
 @dataclass
@@ -45,7 +46,7 @@ def recorded(model: nn.Module) -> Iterator[dict[str, Recorded]]:
         return hook
 
     try:
-        with removed_after([module.register_forward_hook(hook_of(name)) for name, module in modules.items()]):
+        with removed_after([module.register_forward_hook(own(hook_of(name))) for name, module in modules.items()]):
             for module in modules.values():
                 module.weight.requires_grad_(True)  # outputs need a graph, though no weight is moved
             yield found

@@ -24,6 +24,7 @@ from scalabl.posterior.draws import standard_normal, uniform
 from scalabl.predictive.monte_carlo import MonteCarloPredictive
 from scalabl.tuner.blob import blob_layers
 from scalabl.tuner.layers import active_adapters, unwrap
+from scalabl.tuner.threads import own
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def weight_noise(model: nn.Module, noise: Mapping[str, Tensor]) -> Iterator[None
         return hook
 
     matrices = lora_matrices(model)
-    with removed_after([matrices[name].register_forward_hook(hook_of(values)) for name, values in noise.items()]):
+    with removed_after([matrices[name].register_forward_hook(own(hook_of(values))) for name, values in noise.items()]):
         yield
 
 
@@ -123,7 +124,7 @@ def input_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> Iterator[None]
         return hook
 
     parts = lora_parts(model)
-    with removed_after([parts[name].down.register_forward_pre_hook(hook_of(v)) for name, v in masks.items()]):
+    with removed_after([parts[name].down.register_forward_pre_hook(own(hook_of(v))) for name, v in masks.items()]):
         yield
 
 

@@ -9,6 +9,7 @@ are passed through.
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -23,28 +24,33 @@ from scalabl.core.errors import UserError
 from scalabl.scoring.base import Batch, attention_masks
 from scalabl.scoring.images import image_inputs
 from scalabl.tuner.layers import decoder_layers, depths, unwrap
+from scalabl.tuner.threads import alone, own
 
 
 class _Reached(Exception):
     """The trunk's end: the forward pass goes no further."""
 
 
-class _Inject(nn.Module):
-    """Stands in for the first decoder layer: hands on the stored hidden states."""
+class _StandIn(nn.Module):
+    """Stands in for a decoder layer of the trunk in the passes of one thread; in those of others the layer is itself.
 
-    def __init__(self, hidden: Tensor) -> None:
+    Args:
+        layer: the decoder layer.
+        hidden: the stored hidden states, which the first layer hands on; None for the others, which hand on what they
+            are given.
+    """
+
+    def __init__(self, layer: nn.Module, hidden: Tensor | None) -> None:
         super().__init__()
+        self.layer = (layer,)  # no part of this module, so that no name changes
         self.hidden = hidden
+        self.thread = threading.get_ident()
 
-    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
-        return self.hidden.to(hidden_states.dtype)
-
-
-class _Pass(nn.Module):
-    """Stands in for every other decoder layer of the trunk."""
-
-    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
-        return hidden_states
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        # a compiled pass is of the thread that compiles it
+        if not torch.compiler.is_compiling() and self.thread != threading.get_ident():
+            return self.layer[0](hidden_states, *args, **kwargs)
+        return hidden_states if self.hidden is None else self.hidden.to(hidden_states.dtype)
 
 
 class Trunk:
@@ -86,7 +92,7 @@ class Trunk:
 
         start = self.depth if start is None else start
         after = self.layers[start] if start < len(self.layers) else final_norm(model)
-        handle = after.register_forward_pre_hook(stop, with_kwargs=True)
+        handle = after.register_forward_pre_hook(own(stop), with_kwargs=True)
         try:
             token_logits(model, batch, self, cache=cache)
         except _Reached:
@@ -96,16 +102,17 @@ class Trunk:
         return reached[0]
 
     @contextmanager
-    def resume(self, _model: nn.Module, hidden: Tensor, start: int | None = None) -> Iterator[None]:
-        """Within it the model starts from `hidden` (B, T, d) at layer `start`; `depth` if None."""
-        original = list(self.layers[: self.depth if start is None else start])
-        try:
-            for i in range(len(original)):
-                self.layers[i] = _Inject(hidden) if i == 0 else _Pass()
-            yield
-        finally:
-            for i, layer in enumerate(original):
-                self.layers[i] = layer
+    def resume(self, model: nn.Module, hidden: Tensor, start: int | None = None) -> Iterator[None]:
+        """Within it this thread's passes start from `hidden` (B, T, d) at layer `start`; `depth` if None."""
+        with alone(model):
+            original = list(self.layers[: self.depth if start is None else start])
+            try:
+                for i, layer in enumerate(original):
+                    self.layers[i] = _StandIn(layer, hidden if i == 0 else None)
+                yield
+            finally:
+                for i, layer in enumerate(original):
+                    self.layers[i] = layer
 
     def check(self, model: nn.Module, batch: Batch, start: int | None = None, tolerance: float = 1e-3) -> None:
         """Refuse a model that does not give the same logits from its trunk.
@@ -179,7 +186,7 @@ def token_logits(
         at = (positions[0], positions[1] - (batch.input_ids.shape[1] - batch.keep))
     # an adapted output layer has to see which row a token belongs to
     early = type(output_layer) is torch.nn.Linear
-    gather = nullcontext() if at is None or not early else output_layer.register_forward_pre_hook(_Gather(at))
+    gather = nullcontext() if at is None or not early else output_layer.register_forward_pre_hook(own(_Gather(at)))
     resume = nullcontext() if trunk is None or batch.trunk is None else trunk.resume(model, batch.trunk, batch.start)
     with resume, gather:
         logits: Tensor = model(

@@ -17,6 +17,7 @@ from scalabl.core.errors import UserError
 from scalabl.core.modules import base_name, split_leaf
 from scalabl.posterior.gaussian import Prior
 from scalabl.tuner.projection import StochasticProjection
+from scalabl.tuner.threads import alone
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -101,11 +102,12 @@ def _leaves(model: nn.Module, adapter: str | None) -> list[tuple[str, str, Stoch
     model = unwrap(model)
     wanted = [adapter] if adapter is not None else active_adapters(model)
     leaves = []
-    for name, module in model.named_modules():
-        if isinstance(module, StochasticProjection):
-            layer, adapter_name = split_leaf(name)
-            if adapter_name in wanted:
-                leaves.append((layer, adapter_name, module))
+    with alone(model):  # while another thread predicts, layers may have stand-ins
+        for name, module in model.named_modules():
+            if isinstance(module, StochasticProjection):
+                layer, adapter_name = split_leaf(name)
+                if adapter_name in wanted:
+                    leaves.append((layer, adapter_name, module))
     if not leaves:
         raise UserError(
             f"No stochastic layer in adapter {', '.join(wanted)}: make the adapter with scalabl.ScalaBLConfig, "

@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_map_only
 
 from scalabl.core.errors import UserError
 from scalabl.posterior.gaussian import POSTERIORS, Gaussian
+from scalabl.tuner.threads import Scope
 
 
 class MeanWeight(Tensor):
@@ -125,11 +126,32 @@ class StochasticProjection(nn.Module):
         self.out_features, self.in_features = weight.shape
         self.unit_rows = unit_rows
         self.draws = draws
-        self.state: State = "auto"
+        self._state: State = "auto"
+        self._scopes: list[tuple[Scope, State]] = []  # the states that contexts give it, the newest last
         self.share = (0, 1)  # while training: (rank, ranks) between which a batch is split; its rows are drawn as one
         rows, singular_values, sigma = _initial(weight, init_sigma)
         self.direction = nn.Parameter(rows.to(weight.dtype))
         self.posterior: Gaussian = POSTERIORS[covariance](singular_values, sigma)
+
+    @property
+    def state(self) -> State:
+        """What the rows of the calling thread's passes carry; setting it is for all threads."""
+        for scope, state in reversed(self._scopes):
+            if scope.holds_here():
+                return state
+        return self._state
+
+    @state.setter
+    def state(self, state: State) -> None:
+        self._state = state
+
+    def enter(self, scope: Scope, state: State) -> None:
+        """Take a state for as long as a scope is open."""
+        self._scopes = [entry for entry in self._scopes if entry[0].is_open] + [(scope, state)]
+
+    def leave(self, scope: Scope) -> None:
+        """Forget a scope and what it gave."""
+        self._scopes = [entry for entry in self._scopes if entry[0] is not scope]
 
     def rows(self) -> Tensor:
         """(r, d_in) the projection A as the forward pass uses it."""

@@ -1,4 +1,4 @@
-"""The states of a model: its mean, fresh draws, or N fixed particles, each as a context."""
+"""The states of a model: its mean, fresh draws, or N fixed particles, each as a context of the thread that enters it."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from scalabl.posterior.gaussian import Gaussian
 from scalabl.tuner.joint import correlated
 from scalabl.tuner.layers import require_live, stochastic_layers
 from scalabl.tuner.projection import Particles, State, StochasticProjection, Values
+from scalabl.tuner.threads import Scope
 
 
 @contextmanager
@@ -21,14 +22,15 @@ def _state(model: nn.Module, state_of: Callable[[str, StochasticProjection], Sta
     states = {name: state_of(name, leaf) for name, leaf in layers.items()}
     if any(state != "mean" for state in states.values()):
         require_live(model)
-    before = {name: leaf.state for name, leaf in layers.items()}
+    scope = Scope()
     try:
         for name, leaf in layers.items():
-            leaf.state = states[name]
+            leaf.enter(scope, states[name])
         yield
     finally:
-        for name, leaf in layers.items():
-            leaf.state = before[name]
+        scope.is_open = False  # at once for all of them, wherever a generator is closed and whatever stops this
+        for leaf in layers.values():
+            leaf.leave(scope)
 
 
 def mean(model: nn.Module) -> AbstractContextManager[None]:
