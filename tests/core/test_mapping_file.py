@@ -82,3 +82,36 @@ def test_a_file_that_may_not_be_read_is_named(
     monkeypatch.setattr(Path, "read_text", refused)  # root may read everything
     with pytest.raises(UserError, match="cannot be read .Permission denied.; change its permissions"):
         read(path, **SENTENCES)
+
+
+@pytest.mark.parametrize(
+    ("read", "kind", "text"),
+    [
+        (read_json, "readable JSON", '{"r": 8, "inner": {"r": 8, "r": 4}}'),
+        (read_yaml, "YAML", "r: 8\nbeta: 1\nr: 4\n"),
+        (read_yaml, "YAML", "adapter: {r: 8, r: 4}\n"),
+        (read_yaml, "YAML", '"r": 8\nr: 4\n'),
+    ],
+)
+def test_a_key_that_is_there_twice_is_refused_by_name(read: Read, kind: str, text: str, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text(text)
+    with pytest.raises(UserError, match=rf"is not {kind} \(.*the key 'r' is there twice\); mend it\.$"):
+        read(path, **SENTENCES)
+
+
+def test_a_yaml_key_may_override_what_is_merged_into_its_mapping(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("a: &a {r: 8, beta: 1}\nb:\n  <<: *a\n  r: 4\n")
+    assert read_yaml(path, **SENTENCES)["b"] == {"r": 4, "beta": 1}
+
+
+@both
+def test_what_is_nested_too_deeply_or_of_another_type_than_its_tag_is_one_sentence(
+    read: Read, kind: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "file"
+    for text in ("[" * 100_000, '{"a": ' * 100_000, '{"a": !!bool maybe}', '{"a": !!int ""}', '{"a": !!timestamp x}'):
+        path.write_text(text)
+        with pytest.raises(UserError, match=rf"is not {kind} \([^\n]+\); mend it\.$"):
+            read(path, **SENTENCES)

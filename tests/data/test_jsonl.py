@@ -51,6 +51,8 @@ def test_answer_is_text_letter_or_index(tmp_path, choices, answer, index):
         ({"choices": []}, "no choices"),
         ({"choices": ["water", "fire", "water"]}, "'water' is there twice"),
         ({"choices": ["water", "water "]}, "there twice"),
+        ({"choices": ["caf\u00e9", "cafe\u0301", "water"]}, "the choice 'cafe\u0301' is there twice"),
+        ({"choices": ["x\u00b2", "water", "x2"]}, None),
         ({"choices": ["water", " "]}, "choice 1 is blank"),
         ({"choices": ["water", 1]}, "choice 1 is a number"),
         ({"choices": "water"}, "not a list"),
@@ -87,7 +89,7 @@ def test_bad_question_rows_are_refused_with_file_and_line(tmp_path, change, said
         ("[1]", "not a JSON object"),
         ('{"question": NaN}', "NaN is not JSON"),
         ('{"question": -Infinity}', "-Infinity is not JSON"),
-        ('{"question": "a", "question": "b"}', "a key is there twice"),
+        ('{"question": "a", "question": "b"}', "the key 'question' is there twice"),
         ("[" * 100_000, "not JSON"),
         ('{"answer": ' + "1" * 5000 + "}", "not JSON"),
     ],
@@ -184,5 +186,8 @@ def test_prediction_rows_need_no_answer(tmp_path):
     assert [(row.choices, row.answer) for row in rows] == [(("b", "a"), None), (("b", "a"), 0)]
     with pytest.raises(UserError, match="is there twice"):
         load_rows(texts, labels=["a", "a"], require_answer=False)
+    two_forms = write(tmp_path / "f.jsonl", {"text": "a", "label": "caf\u00e9"}, {"text": "b", "label": "cafe\u0301"})
+    with pytest.raises(UserError, match="is there twice .or in two spellings"):
+        load_rows(two_forms)
     with pytest.raises(UserError, match="no labels given"):
         load_rows(write(tmp_path / "u.jsonl", {"text": "hm"}), require_answer=False)

@@ -157,3 +157,17 @@ def test_a_record_is_read_as_it_was_written_and_newer_ones_are_refused(tmp_path:
         (tmp_path / "scalabl.json").write_text(json.dumps(other))
         with pytest.raises(UserError, match=sentence):
             RunRecord.read(tmp_path)
+
+
+def test_a_recipe_that_names_a_setting_twice_is_refused(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    for text, said in (
+        ("r: 8\nsteps: 3\nr: 4\n", r"recipe.yaml is not YAML \(line 3: the key 'r' is there twice\); write settings"),
+        ("adapter: {r: 8}\nr: 4\n", "recipe.yaml names r twice, once in its panel; keep one of them"),
+        ("r: 4\nadapter: {r: 8}\n", "recipe.yaml names r twice, once in its panel; keep one of them"),
+    ):
+        recipe.write_text(text)
+        with pytest.raises(UserError, match=said):
+            make_settings({}, recipe)
+    recipe.write_text("r: 4\n")
+    assert make_settings({"r": 8}, recipe).adapter.r == 8  # an option wins, as it says

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_base import loaded, questions
+from tiny_base import loaded, questions, tiny_tokenizer
 from tokenizers import Tokenizer, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
@@ -54,8 +54,10 @@ def test_labels_of_several_tokens_and_of_the_same_token_are_refused() -> None:
     _, tokenizer = loaded()
     with pytest.raises(UserError, match=r"'maybe' is 2 tokens .*--scoring continuation"):
         Letters(tokenizer, labels=("yes", "maybe"))
+    lower = tiny_tokenizer()
+    lower.backend_tokenizer.normalizer = normalizers.Lowercase()
     with pytest.raises(UserError, match="same token"):
-        Letters(tokenizer, labels=("yes", "yes "))
+        Letters(lower, labels=("yes", "YES"))
 
 
 def test_more_choices_than_letters_are_refused() -> None:
@@ -102,3 +104,10 @@ def test_the_settings_make_the_same_scoring_again() -> None:
         again = make_scoring(scoring.settings(), tokenizer)
         assert isinstance(again, Letters) and again.settings() == scoring.settings()
         assert again.label_ids.tolist() == scoring.label_ids.tolist()
+
+
+def test_labels_that_are_one_text_are_refused_by_name() -> None:
+    tokenizer = tiny_tokenizer()
+    for labels in (["yes", "no", "yes"], ["yes", " yes"], ["caf\u00e9", "cafe\u0301"]):
+        with pytest.raises(UserError, match=f"The label '{labels[-1]}' is there twice; use labels that differ"):
+            Letters(tokenizer, labels=labels)

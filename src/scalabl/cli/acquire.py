@@ -12,6 +12,7 @@ import typer
 
 from scalabl.cli import options
 from scalabl.cli.app import app
+from scalabl.cli.streams import is_utf8
 from scalabl.core.errors import UserError
 from scalabl.core.files import write_text
 
@@ -66,7 +67,9 @@ def acquire(
 
 
 def _write(rows: Iterable[dict[str, Any]], output: Path | None) -> None:
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    # on a console of another encoding, characters are escaped: JSON of any encoding is then the same rows
+    ascii_alone = output is None and not is_utf8(sys.stdout)
+    text = "".join(json.dumps(row, ensure_ascii=ascii_alone) + "\n" for row in rows)
     if output is None:
         sys.stdout.write(text)
     else:

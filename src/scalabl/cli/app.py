@@ -43,7 +43,7 @@ def _version(
     context: typer.Context, version: bool = typer.Option(False, "--version", help="Print the version.")
 ) -> None:
     if version:
-        typer.echo(__version__)
+        print(__version__)
         raise typer.Exit
     command = context.invoked_subcommand
     if processes.world_size() > 1 and command is not None and command not in _SEVERAL:

@@ -114,7 +114,7 @@ def _tables(study: Study, plan: StudyPlan, output: Path, results: Path, command:
         raise UserError(f"No prediction of this study is finished in {output}; run it without --tables-only first.")
     _make(results, "results")
     write_results(study, plan, output, results, rows, command)
-    typer.echo(f"{len(rows):,} rows in {results}/results.csv; tables and pictures in README.md and results.html")
+    print(f"{len(rows):,} rows in {results}/results.csv; tables and pictures in README.md and results.html")
 
 
 def _list(plan: StudyPlan, output: Path) -> None:
@@ -122,8 +122,8 @@ def _list(plan: StudyPlan, output: Path) -> None:
 
     done = {address: finished(output, address) is not None for address in plan.cells}
     for address, cell in plan.cells.items():
-        typer.echo(f"{address}  {'finished' if done[address] else 'to do':8}  {cell.label}")
-    typer.echo(f"{sum(done.values())} of {len(done)} cells are finished.")
+        print(f"{address}  {'finished' if done[address] else 'to do':8}  {cell.label}")
+    print(f"{sum(done.values())} of {len(done)} cells are finished.")
 
 
 @app.command()
@@ -150,11 +150,11 @@ def demo(
     quiet()
     made = run_demo(output, seed=seed, steps=steps, test_rows=test_rows, samples=samples)
     figures = table(made)
+    write(made, report)
+    if json is not None:
+        write_json(json, {"facts": made.facts, "methods": figures})
     console = Console()
     for name, text in made.facts.items():
         console.print(f"[dim]{name}:[/dim] {text}", highlight=False)
     print_table(figures, console)
-    write(made, report)
     console.print(f"report: {report.resolve()}", highlight=False)
-    if json is not None:
-        write_json(json, {"facts": made.facts, "methods": figures})

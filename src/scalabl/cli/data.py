@@ -15,7 +15,7 @@ def list_benchmarks() -> None:
     from scalabl.data.registry import BENCHMARKS, OPEN_BENCHMARKS
 
     for name in (*BENCHMARKS, *OPEN_BENCHMARKS):
-        typer.echo(name)
+        print(name)
 
 
 @data.command("get")
@@ -40,4 +40,4 @@ def get_benchmarks(
         )
     for task in tasks:
         splits = ", ".join(f"{len(rows):,} {name}" for name, rows in task.splits.items())
-        typer.echo(f"{task.name}: {splits} ({task.source}; {task.licence})")
+        print(f"{task.name}: {splits} ({task.source}; {task.licence})")

@@ -92,11 +92,11 @@ def evaluate(
     if not processes.is_main():
         return
     figures = table(made)
-    print_table(figures, Console())
     if json is not None:
         write_json(json, _as_json(figures, record, data, seed))
     if report is not None:
         write(made, report)
+    print_table(figures, Console())
 
 
 def _as_json(figures: list[dict[str, Any]], record: RunRecord, data: str, seed: int) -> dict[str, Any]:

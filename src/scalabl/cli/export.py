@@ -39,8 +39,8 @@ def export(
     quiet()
     manifest = write(run, particles, output, form=format, seed=seed, draws=draws, name=name)
     directory = (output or run) / "particles"
-    typer.echo(f"{particles:,} particles in {directory}")
+    print(f"{particles:,} particles in {directory}")
     for warning in manifest.warnings:
-        typer.echo(f"warning: {warning}")
+        print(f"warning: {warning}")
     if (model or manifest.base_model) and manifest.rank <= MAX_LORA_RANKS[-1]:
-        typer.echo(as_shell(vllm_command(manifest, directory, base=model, host=host, port=port)))
+        print(as_shell(vllm_command(manifest, directory, base=model, host=host, port=port)))

@@ -46,6 +46,10 @@ def inspect(
     from rich.text import Text
 
     found = describe_adapter(run)
+    measured = _measured(run, rows, model) if variance else {}
+    found |= measured
+    if json is not None:
+        write_json(json, found)
     console = Console()
     facts = Table.grid(padding=(0, 2))
     of_s = ("stochastic_modules", "stochastic_layers")
@@ -67,12 +71,10 @@ def inspect(
             )
         )  # fmt: skip
     console.print(layers)
-    if variance:
-        found |= _variance(run, rows, model, console)
+    if measured:
+        _print_variance(measured, console)
     for warning in found["warnings"]:
         console.print(Text(f"warning: {warning}", "bold yellow"))
-    if json is not None:
-        write_json(json, found)
 
 
 def _check_variance(record: RunRecord, rows: int) -> None:
@@ -81,11 +83,9 @@ def _check_variance(record: RunRecord, rows: int) -> None:
     options.require_counts(rows=rows)
 
 
-def _variance(run: Path, rows: int, model: str | None, console: Console) -> dict[str, Any]:
-    """Measure and print; returns `variance` (name, depth, variance, share) and `variance_top` (share -> last:K)."""
+def _measured(run: Path, rows: int, model: str | None) -> dict[str, Any]:
+    """`variance` (name, depth, variance, share of each layer) and `variance_top` (share -> last:K)."""
     from dataclasses import asdict
-
-    from rich.table import Table
 
     from scalabl.core.console import quiet
     from scalabl.inference.predictor import run_variance, top_holding
@@ -93,13 +93,20 @@ def _variance(run: Path, rows: int, model: str | None, console: Console) -> dict
 
     quiet()
     found = run_variance(load_run(run, model=model), limit=rows)
+    top = {f"{share:g}": top_holding(found, share) for share in (0.5, 0.9, 0.99)}
+    return {"variance": [asdict(v) for v in found], "variance_top": top}
+
+
+def _print_variance(measured: dict[str, Any], console: Console) -> None:
+    from rich.table import Table
+
     table = Table(box=None, header_style="bold")
     for heading in ("layer", "logit variance", "share", ""):
         table.add_column(heading, justify="right" if heading in ("logit variance", "share") else "left")
-    largest = max(v.share for v in found)
-    for v in found:
-        table.add_row(v.name, f"{v.variance:.3g}", f"{v.share:.1%}", "█" * round(_BAR * v.share / largest))
+    largest = max(layer["share"] for layer in measured["variance"])
+    for layer in measured["variance"]:
+        share = layer["share"]
+        table.add_row(layer["name"], f"{layer['variance']:.3g}", f"{share:.1%}", "█" * round(_BAR * share / largest))
     console.print(table)
-    top = {f"{share:g}": top_holding(found, share) for share in (0.5, 0.9, 0.99)}
-    console.print("top layers by their share: " + ", ".join(f"{k} (variance:{share})" for share, k in top.items()))
-    return {"variance": [asdict(v) for v in found], "variance_top": top}
+    top = ", ".join(f"{layers} (variance:{share})" for share, layers in measured["variance_top"].items())
+    console.print(f"top layers by their share: {top}")

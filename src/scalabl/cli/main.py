@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import NoReturn
 
 import typer
 
@@ -18,6 +19,7 @@ from scalabl.cli import plan as _plan  # noqa: F401
 from scalabl.cli import predict as _predict  # noqa: F401
 from scalabl.cli import train as _train  # noqa: F401
 from scalabl.cli.app import app, explain, fail
+from scalabl.cli.streams import any_console
 from scalabl.core import processes
 from scalabl.core.console import quiet_imports
 
@@ -25,8 +27,14 @@ from scalabl.core.console import quiet_imports
 def main() -> None:
     """Run the program."""
     quiet_imports()
+    with any_console():
+        _run()
+
+
+def _run() -> NoReturn:
     try:
         code = app(standalone_mode=False)
+        sys.stdout.flush()  # what cannot be written shows here
     except (KeyboardInterrupt, typer.Abort):
         code = 130
     except Exception as error:

@@ -83,9 +83,9 @@ def plan(
     rows = PlannedRows(settings.optimisation.batch_size, settings.rows.max_length, loss=read, scored=scored)
     with Console(stderr=True).status("planning"):
         made = make_plan(settings, rows, device=device, card=size, samples=samples)
-    _print(made, Console())
     if json is not None:
         write_json(json, made.as_dict())
+    _print(made, Console())
 
 
 def _print(made: Plan, console: Any) -> None:

@@ -88,10 +88,10 @@ def predict(
     if not processes.is_main():
         return
     if done.particles is not None:
-        typer.echo(f"{len(rows):,} answers from {done.particles:.1f} of at most {samples} particles each, on average")
+        print(f"{len(rows):,} answers from {done.particles:.1f} of at most {samples} particles each, on average")
     if max_error is not None:
         share = done.answered / len(rows)
-        typer.echo(f"answered   {done.answered:,} of {len(rows):,} rows ({share:.1%}) in {output}")
+        print(f"answered   {done.answered:,} of {len(rows):,} rows ({share:.1%}) in {output}")
 
 
 def _predict_shards(
@@ -114,21 +114,21 @@ def _predict_shards(
         run, input, output, address, settings, format=format, batch_size=batch_size, block_rows=block_rows,
         model=model, tell=_tell,
     )  # fmt: skip
-    typer.echo(f"{done.rows:,} answers to {done.shards:,} shards in {output}")
+    print(f"{done.rows:,} answers to {done.shards:,} shards in {output}")
     if done.particles is not None:
-        typer.echo(f"from {done.particles:.1f} of at most {settings.samples} particles each, on average")
+        print(f"from {done.particles:.1f} of at most {settings.samples} particles each, on average")
     if done.answered < done.rows:
-        typer.echo(f"answered   {done.answered:,} of {done.rows:,} rows ({done.answered / done.rows:.1%})")
+        print(f"answered   {done.answered:,} of {done.rows:,} rows ({done.answered / done.rows:.1%})")
 
 
 def _tell(settings: PredictionSettings) -> None:
     """What auto took and why; the threshold, the promise, and the share of rows to expect, before rows are answered."""
     if settings.why is not None:
-        typer.echo(settings.why)
+        print(settings.why)
     promise, threshold = settings.promise, settings.threshold
     if promise is None or threshold is None:
         return
     counts = f"{threshold.answered:,} of {threshold.rows:,} held-out rows, {threshold.wrong:,} of them wrong"
-    typer.echo(f"threshold  {promise.describe(threshold)}")
-    typer.echo(f"promise    {threshold.sentence}")
-    typer.echo(f"expected   {threshold.coverage:.1%} of rows answered ({counts})")
+    print(f"threshold  {promise.describe(threshold)}")
+    print(f"promise    {threshold.sentence}")
+    print(f"expected   {threshold.coverage:.1%} of rows answered ({counts})")

@@ -98,7 +98,7 @@ def _plan(settings: Settings, task: Task | TextTask, ignore_memory: bool) -> Pre
 
     planned = processes.on_main(line)
     if processes.is_main():
-        typer.echo(planned)
+        print(planned)
     return loaded[0] if loaded else None
 
 

@@ -5,6 +5,7 @@ Imports no torch.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -34,21 +35,54 @@ def read_json(path: Path, *, missing: str, mend: str, expected: str, key: str | 
     Raises:
         UserError: the file is not there, cannot be read, or has something else in it.
     """
-    return _read(path, json.loads, "readable JSON", missing, mend, expected, key)
+    parse = functools.partial(json.loads, object_pairs_hook=each_key_once)
+    return _read(path, parse, "readable JSON", missing, mend, expected, key)
+
+
+class RepeatedKeyError(ValueError):
+    """An object names a key twice."""
+
+
+def each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """`object_pairs_hook` of JSON in which no object names a key twice, of which Python's own would take the last.
+
+    Raises:
+        RepeatedKeyError: one does; the text names the key.
+    """
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise RepeatedKeyError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} is there twice")
+    return found
 
 
 def read_yaml(path: Path, *, missing: str, mend: str, expected: str, key: str | None = None) -> dict[str, Any]:
     """The mapping in a YAML file; as `read_json`."""
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        """Refuses a mapping that names a key twice, of which YAML's own would take the last."""
+
+        def compose_mapping_node(self, anchor: Any) -> Any:
+            node = super().compose_mapping_node(anchor)
+            seen: set[tuple[str, str]] = set()
+            for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+                if (key.tag, key.value) in seen:
+                    problem = f"the key {key.value!r} is there twice"
+                    raise yaml.composer.ComposerError(None, None, problem, key.start_mark)
+                seen.add((key.tag, key.value))
+            return node
+
     def parse(text: str) -> Any:
         try:
-            return yaml.safe_load(text)
+            return yaml.load(text, Loader)
         except yaml.MarkedYAMLError as error:
             line = error.problem_mark.line + 1 if error.problem_mark else "?"
             raise ValueError(f"line {line}: {error.problem or error.context}") from error
         except yaml.YAMLError as error:
             raise ValueError(str(error).splitlines()[0]) from error
+        except (LookupError, AttributeError, TypeError, OverflowError) as error:  # !!bool perhaps
+            raise ValueError("a value is not of the type that its tag names") from error
 
     return _read(path, parse, "YAML", missing, mend, expected, key)
 
@@ -64,6 +98,8 @@ def _read(
         raise UserError(f"{path} cannot be read ({error.strerror}); change its permissions.") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not {kind} (it is not text); {mend}.") from error
+    except RecursionError as error:
+        raise UserError(f"{path} is not {kind} (it is nested too deeply); {mend}.") from error
     except ValueError as error:
         raise UserError(f"{path} is not {kind} ({error}); {mend}.") from error
     if not isinstance(content, dict) or (key is not None and key not in content):

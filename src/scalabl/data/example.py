@@ -6,6 +6,7 @@ A row's images: ``"image"`` names one file or a list of them, relative to the fi
 from __future__ import annotations
 
 import functools
+import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,12 +145,17 @@ def check(example: Example, where: str) -> Example:
 
 
 def first_duplicate(words: Iterable[str]) -> str | None:
-    """The first word that repeats an earlier one (surrounding blanks aside), or None."""
+    """The first word that is the same text as an earlier one, or None.
+
+    Surrounding blanks aside, and in Unicode's canonical form (NFC), in which "\u00e9" and "e\u0301" are one letter; a
+    superscript stays another character than its digit, as m\u00b2 is not m2.
+    """
     seen: set[str] = set()
     for word in words:
-        if word.strip() in seen:
+        plain = unicodedata.normalize("NFC", word.strip())
+        if plain in seen:
             return word
-        seen.add(word.strip())
+        seen.add(plain)
     return None
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from scalabl.core.errors import UserError
+from scalabl.core.files import RepeatedKeyError, each_key_once
 
 SPLITS = ("train", "validation", "test")
 
@@ -141,16 +142,12 @@ def _parse(text: str, where: str) -> dict[str, Any]:
     def refuse_constant(word: str) -> NoReturn:
         raise UserError(f"{where}: {word} is not JSON; write a text or a whole number.")
 
-    def refuse_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        row = dict(pairs)
-        if len(row) < len(pairs):
-            raise UserError(f"{where}: a key is there twice; keep one of them.")
-        return row
-
     try:
-        row = json.loads(text, parse_constant=refuse_constant, object_pairs_hook=refuse_repeats)
+        row = json.loads(text, parse_constant=refuse_constant, object_pairs_hook=each_key_once)
     except UserError:
         raise
+    except RepeatedKeyError as error:
+        raise UserError(f"{where}: {error}; keep one of them.") from None
     except (ValueError, RecursionError) as error:
         reason = getattr(error, "msg", "nested too deeply or a number too long")
         raise UserError(f"{where}: not JSON ({reason}); write one JSON object a line.") from None
@@ -183,6 +180,9 @@ def read_parquet_objects(path: Path, *, place: int = 0) -> Iterator[tuple[int, i
                 raise UserError(f"{path} has no rows; give a Parquet file that has some.")
             # pandas writes the index of a filtered table as a column
             columns = [name for name in file.schema_arrow.names if not name.startswith("__index_level_")]
+            if len(set(columns)) < len(columns):
+                twice = next(name for name in columns if columns.count(name) > 1)
+                raise UserError(f"{path}: the column {twice!r} is there twice; keep one of them.")
             end = 0
             for group in range(file.num_row_groups):
                 number, end = end, end + file.metadata.row_group(group).num_rows

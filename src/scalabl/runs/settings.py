@@ -311,7 +311,10 @@ def make_settings(values: Mapping[str, Any], recipe: Path | None = None) -> Sett
         form = "settings as name: value lines"
         content = read_yaml(recipe, missing=f"There is no recipe {recipe}.", mend=f"write {form}", expected=form)
         for name, value in content.items():
-            named |= value if name in PANELS and isinstance(value, dict) else {name: value}
+            of_panel = value if name in PANELS and isinstance(value, dict) else {name: value}
+            if twice := sorted(map(str, named.keys() & of_panel.keys())):
+                raise UserError(f"{recipe} names {twice[0]} twice, once in its panel; keep one of them.")
+            named |= of_panel
     named |= {name: value for name, value in values.items() if value is not None}
     named = SETTINGS.get(str(named.get("method")), {}) | named
     for name in named:

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from scalabl.core.errors import UserError
-from scalabl.data.example import Example
+from scalabl.data.example import Example, first_duplicate
 from scalabl.scoring.base import Batch, Encoded, Scoring
 
 
@@ -26,7 +26,7 @@ class Letters(Scoring):
         num_letters: how many letters, when `labels` is None.
 
     Raises:
-        UserError: a label is not one token, or two labels are the same token.
+        UserError: a label is not one token, or two labels are the same text or token.
     """
 
     name = "letters"
@@ -46,6 +46,9 @@ class Letters(Scoring):
         self.num_letters = num_letters
         self.raw_prompt = raw_prompt
         words = self.labels or tuple(string.ascii_uppercase[:num_letters])
+        twice = first_duplicate(words)
+        if twice is not None:
+            raise UserError(f"The label {twice!r} is there twice; use labels that differ.")
         self.label_ids = torch.tensor([self._single_token(word) for word in words])
         if len(set(self.label_ids.tolist())) != len(words):
             raise UserError(f"Two of the labels {', '.join(words)} begin with the same token; use labels that differ.")

@@ -1,4 +1,4 @@
-"""The states of a model: its mean, fresh draws, or N fixed particles, each as a context of the thread that enters it."""
+"""The states of a model: its mean, fresh draws, or N fixed particles: contexts of the thread that enters them."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Several threads on one model: whose pass a state or a hook is for, and one prediction at a time.
 
-A prediction gives the model's leaves a state, hangs hooks into it and stands in for its lower layers. All of that is for
-the passes of its own thread: a plain pass of another thread meets the model as it is. Two predictions with one model
-would stand in for each other's layers, so one waits for the other.
+A prediction gives the model's leaves a state, hangs hooks into it and stands in for its lower layers. All of that is
+for the passes of its own thread: a plain pass of another thread meets the model as it is. Two predictions with one
+model would stand in for each other's layers, so one waits for the other.
 """
 
 from __future__ import annotations

@@ -5,7 +5,6 @@ What decides a posterior that is fitted to a finished adapter. Imports nothing h
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from scalabl.core.errors import UserError
-from scalabl.core.files import ADAPTER, require_place
+from scalabl.core.files import ADAPTER, read_json, require_place
 from scalabl.data.example import Example, Task
 from scalabl.data.load import load_task, with_labels
 from scalabl.runs.directory import CONFIG
@@ -59,11 +58,9 @@ def read_source(directory: Path, model: str | None = None) -> SourceAdapter:
     for name in (CONFIG, ADAPTER):
         if not (directory / name).is_file():
             raise UserError(f"{directory} holds no {name}; give a directory made by PEFT's save_pretrained.")
-    try:
-        config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{directory / CONFIG} is not readable JSON; restore the file.") from error
-    kind = config.get("peft_type") if isinstance(config, dict) else None
+    form = "an adapter's configuration; restore the file"
+    config = read_json(directory / CONFIG, missing=form, mend="restore the file", expected=form)
+    kind = config.get("peft_type")
     if kind == "SCALABL":
         raise UserError(f"{directory} has a posterior already; give a plain LoRA (its mean/ is one).")
     if kind != "LORA":
