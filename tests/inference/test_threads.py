@@ -19,7 +19,7 @@ from scalabl.generation.decoding import decode
 from scalabl.generation.fan_out import averaged
 from scalabl.inference.classifier import Classifier
 from scalabl.predictive import MonteCarloPredictive
-from scalabl.predictive.drawn_layers import first_difference
+from scalabl.predictive.monte_carlo import first_difference
 from scalabl.scoring import Letters
 from scalabl.tuner import stochastic_layers
 

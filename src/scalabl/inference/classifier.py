@@ -14,22 +14,24 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from peft import PeftConfig, PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from scalabl.core.errors import UserError
-from scalabl.data.example import Example, check, images_of
+from scalabl.data.example import Example
 from scalabl.inference.predictor import Predictor
 from scalabl.inference.promise import Promise
+from scalabl.inference.questions import rows_of
 from scalabl.inference.settings import PredictionSettings
 from scalabl.metrics.uncertainty import average, decompose
 from scalabl.predictive.auto import make_predictive
 from scalabl.predictive.base import MeanPredictive, Predictive, chosen
 from scalabl.predictive.lora_particles import DropoutPredictive, blob_draws
 from scalabl.predictive.sampling import PLAIN, Sampling
+from scalabl.runs.base_directory import find_base
 from scalabl.runs.loading import load_adapter, require_base
 from scalabl.runs.method import Run
-from scalabl.runs.models import load_base
+from scalabl.runs.models import load_base, require_vocabulary, saved_tokenizer
 from scalabl.runs.record import RECORD, RunRecord
 from scalabl.scoring.base import Encoded, Scoring
 from scalabl.scoring.letters import Letters
@@ -89,46 +91,6 @@ def answer_of(rows: Sequence[Example], log_probs: Tensor, answered: Sequence[boo
     )
 
 
-def rows_of(
-    questions: str | Sequence[str | Mapping[str, Any] | Example], labels: tuple[str, ...] | None
-) -> list[Example]:
-    """Questions as rows.
-
-    Args:
-        questions: prompts (with label words), or rows {"question", "choices"}, with an "image" or not, or `Example`s.
-        labels: the label words of a classifier that has them.
-
-    Raises:
-        UserError: no questions, a prompt where the scoring needs choices, or choices other than the labels.
-    """
-    given = [questions] if isinstance(questions, str) else questions
-    rows = [_row(index, question, labels) for index, question in enumerate(given)]
-    if not rows:
-        raise UserError("There are no questions to answer; pass at least one.")
-    return rows
-
-
-def _row(index: int, question: str | Mapping[str, Any] | Example, labels: tuple[str, ...] | None) -> Example:
-    if isinstance(question, Example):
-        return _checked(question, labels)
-    if isinstance(question, str):
-        if labels is None:
-            raise UserError('This classifier scores choices; pass rows {"question": ..., "choices": [...]}.')
-        return Example(str(index), question, labels, None)
-    choices = question.get("choices", labels)
-    text = question.get("question", question.get("text"))
-    if text is None or choices is None:
-        raise UserError(f'Question {index} lacks "question" or "choices"; give both.')
-    images = images_of(question, Path(), f"question {index}")
-    return _checked(Example(str(index), text, tuple(choices), None, images), labels)
-
-
-def _checked(row: Example, labels: tuple[str, ...] | None) -> Example:
-    if labels is not None and row.choices != labels:
-        raise UserError(f"Question {row.id} has choices of its own, but this classifier answers {labels}.")
-    return check(row, f"question {row.id}")
-
-
 @dataclass
 class BareRun:
     """What a `Predictor` needs of a run, for an adapter without a record of its training.
@@ -152,7 +114,16 @@ class BareRun:
     def predictive(
         self, name: str | None = None, *, samples: int = 10, seed: int = 0, stochastic_layers: str | None = None
     ) -> Predictive:
-        """As `Run.predictive`, by what the model is made of."""
+        """As `Run.predictive`, by what the model is made of.
+
+        Raises:
+            UserError: a predictive or a dropout that the adapter does not have.
+        """
+        bayesian = self.is_bayesian or self._has(BLoBProjection)
+        if self.dropout and bayesian:
+            raise UserError("dropout is of a plain LoRA, but this adapter has a posterior; leave it out.")
+        if name == "mc" and not bayesian and not self.dropout:
+            raise UserError("This adapter is a plain LoRA with no posterior; leave out predictive, or take mean.")
         if name == "mean" or self.is_bayesian:
             return make_predictive(name or "mc", samples=samples, seed=seed)
         if self._has(BLoBProjection):
@@ -219,8 +190,8 @@ class Classifier:
         sampling: Sampling = PLAIN,
         predictive: str | None = None,
         prefix: str = "",
-        chat: bool = False,
-        max_length: int = 4096,
+        chat: bool | None = None,
+        max_length: int | None = None,
         batch_size: int = 8,
         model: PreTrainedModel | str | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
@@ -240,11 +211,11 @@ class Classifier:
             sampling: another kind of draws, or adaptive N.
             predictive: "mc", "linearized" or "auto"; None is what the directory's record says, else auto.
             prefix: in front of every prompt: an instruction, or examples with their answers.
-            chat: put each prompt through the tokenizer's chat template.
-            max_length: longest prompt in tokens; longer ones lose their beginning.
+            chat: with `labels`: put each prompt through the tokenizer's chat template; None is False.
+            max_length: with `labels`: longest prompt in tokens, 4096 if None; longer ones lose their beginning.
             batch_size: questions at a time.
             model: the base model or where it is; by default the one that the adapter names.
-            tokenizer: the base model's, when `model` is one already loaded.
+            tokenizer: in the place of the one that was saved beside the adapter, or else of the base model's own.
             method: a post-hoc method that was fitted on the run ("temperature", "laplace", ...), in place of its own.
             temperature: on the class logits of every particle.
             abstain: label None where the highest probability is below this.
@@ -266,26 +237,20 @@ class Classifier:
             predictive, samples, seed, sampling, method=method, temperature=temperature, abstain=abstain,
             promise=promise,
         )  # fmt: skip
+        if labels is None and record is not None:
+            refuse_unread(record.scoring, chat=chat, max_length=max_length)
         if record is None and (method is not None or promise is not None):
             raise UserError(f"{path} holds no {RECORD}, so that no method was fitted and no rows were held out.")
         if record is not None and promise is not None:
             if labels is not None or prefix:
                 raise UserError("An error rate is promised for the run's own prompts; leave out labels and prefix.")
             promise.require(record, predictive)
-        if isinstance(model, PreTrainedModel):
-            if tokenizer is None:
-                raise UserError("A loaded model needs its tokenizer beside it; pass tokenizer=...")
-            base, base_tokenizer = model, tokenizer
-        else:
-            named = record.model if record else PeftConfig.from_pretrained(str(path)).base_model_name_or_path
-            if model is None and not named:
-                raise UserError(f"{path} does not name its base model; pass model=...")
-            base, base_tokenizer = load_base(model or named, **(record.base_options if record else {}))
+        base, base_tokenizer = _base(path, record, model, tokenizer)
         if record:
             require_base(base, record)
         scoring: Scoring
         if labels is not None:
-            scoring = Letters(base_tokenizer, labels=tuple(labels), raw_prompt=True, chat=chat, max_length=max_length)
+            scoring = letters_of(labels, base_tokenizer, chat=chat, max_length=max_length)
         else:
             assert record is not None
             scoring = make_scoring(record.scoring, base_tokenizer)
@@ -331,6 +296,52 @@ class Classifier:
         labels = getattr(self.scorer.scoring, "labels", None) or ("yes", "no")
         two = [self.scorer.scoring.encode(Example(question, question, labels, None)) for question in ("A", "1")]
         return shared_prefix(self.scorer, two)
+
+
+def refuse_unread(scoring: Mapping[str, Any], **given: Any) -> None:
+    """Refuse settings of prompts where a run's own scoring decides; None, and what the run has too, is left.
+
+    Raises:
+        UserError: the first that differs.
+    """
+    for name, value in given.items():
+        if value is not None and value != scoring.get(name):
+            raise UserError(f"{name} is the run's own where rows are scored as it was trained; leave it out.")
+
+
+def letters_of(
+    labels: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, chat: bool | None, max_length: int | None
+) -> Letters:
+    """The scoring of label words behind prompts that are used as they are."""
+    longest = 4096 if max_length is None else max_length
+    return Letters(tokenizer, labels=tuple(labels), raw_prompt=True, chat=bool(chat), max_length=longest)
+
+
+def _base(
+    adapter: Path,
+    record: RunRecord | None,
+    model: PreTrainedModel | str | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The base model of an adapter and the tokenizer: the given one, the one saved beside the adapter, its own."""
+    if isinstance(model, nn.Module):
+        if not isinstance(model, PreTrainedModel):
+            raise UserError(
+                f"model is a {type(model).__name__}; give the base model without an adapter, or where it is."
+            )
+        tokenizer = tokenizer or saved_tokenizer(adapter)
+        if tokenizer is None:
+            raise UserError("A loaded model needs its tokenizer beside it; pass tokenizer=...")
+        base = model
+    else:
+        named = record.model if record else PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path
+        if model is None and not named:
+            raise UserError(f"{adapter} does not name its base model; pass model=...")
+        options = record.base_options if record else {}
+        place = str(model) if model is not None else find_base(str(named), adapter)
+        base, tokenizer = load_base(place, **options, tokenizer=tokenizer, adapter=adapter)
+    require_vocabulary(tokenizer, base, "The tokenizer")
+    return base, tokenizer
 
 
 def _scorer(model: PeftModel, scoring: Scoring, prefix: str) -> Scorer:

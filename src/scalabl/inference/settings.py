@@ -54,6 +54,8 @@ class PredictionSettings:
             raise UserError(f"There is no predictive {self.predictive!r}; choose one of {', '.join(PREDICTIVES)}.")
         if self.samples < 0:
             raise UserError(f"samples is {self.samples}; it must be 0 (the posterior mean) or more.")
+        if self.samples == 0 and self.predictive == "linearized":
+            raise UserError("samples is 0, the posterior mean, but predictive is linearized; leave out one of the two.")
         if self.method is not None and (self.predictive is not None or self.stochastic_layers is not None):
             raise UserError(f"{self.method} has a predictive of its own; leave out predictive and stochastic_layers.")
         if self.temperature is not None and not 0 < self.temperature < math.inf:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from scalabl.core.errors import UserError
 from scalabl.core.files import ADAPTER, read_json, require_place
 from scalabl.core.modules import split_leaf
+from scalabl.runs.base_directory import as_recorded
 from scalabl.runs.record import RECORD, RunRecord
 from scalabl.runs.settings import Settings
 
@@ -48,6 +49,8 @@ def claim(directory: Path, settings: Settings, processes: int = 1) -> bool:
     if (directory / RECORD).exists():
         record, now = RunRecord.read(directory), settings.as_dict()
         different = [name for name, value in now.items() if record.recipe.get(name) != value]
+        if as_recorded(record.model) == as_recorded(settings.model):
+            different = [name for name in different if name != "model"]
         if processes != record.processes:
             _require_same_rows(directory, record, now, processes)
             different = [name for name in different if name not in _CUT]

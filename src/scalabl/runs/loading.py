@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from scalabl.core import processes
 from scalabl.core.errors import UserError
+from scalabl.runs.base_directory import find_base
 from scalabl.runs.method import Run
 from scalabl.runs.models import load_base
 from scalabl.runs.record import RunRecord
@@ -65,7 +66,8 @@ def require_base(model: nn.Module, record: RunRecord) -> None:
 def load_adapted(
     directory: Path, record: RunRecord, model: str | None = None
 ) -> tuple[PeftModel, PreTrainedTokenizerBase]:
-    """The base model of a run with its adapter, held as it was trained, and the tokenizer.
+    """The base model of a run with its adapter, held as it was trained, and the tokenizer: the one saved beside the
+    adapter, if there is one, else the base model's.
 
     Args:
         directory: of a finished run.
@@ -75,7 +77,10 @@ def load_adapted(
     Raises:
         UserError: altered files, another base model.
     """
-    base, tokenizer = load_base(model or record.model, **record.base_options, device=processes.own_device())
+    base, tokenizer = load_base(
+        model or find_base(record.model, directory), **record.base_options, device=processes.own_device(),
+        adapter=directory,
+    )  # fmt: skip
     require_base(base, record)
     return load_adapter(base, directory), tokenizer
 

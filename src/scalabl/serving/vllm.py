@@ -26,7 +26,8 @@ from transformers import PreTrainedTokenizerBase
 from scalabl.core.console import progress_bar
 from scalabl.core.errors import UserError
 from scalabl.data.example import Example
-from scalabl.inference.classifier import Answer, answer_of, rows_of
+from scalabl.inference.classifier import Answer, answer_of, letters_of, refuse_unread
+from scalabl.inference.questions import rows_of
 from scalabl.metrics.uncertainty import apply_temperature
 from scalabl.runs.models import load_tokenizer
 from scalabl.scoring.base import Encoded, Scoring
@@ -107,8 +108,8 @@ class VLLMClassifier:
         directory: str | Path,
         *,
         labels: Sequence[str] | None = None,
-        chat: bool = False,
-        max_length: int = 4096,
+        chat: bool | None = None,
+        max_length: int | None = None,
         prefix: str = "",
         tokenizer: PreTrainedTokenizerBase | str | None = None,
         **options: Any,
@@ -119,8 +120,8 @@ class VLLMClassifier:
             directory: OUT, or OUT/particles.
             labels: label words, each one token; questions are then prompts, used as they are. None takes labels or
                 choices from the manifest, as the run was trained.
-            chat: with `labels`: put each prompt through the tokenizer's chat template.
-            max_length: with `labels`: longest prompt in tokens; longer ones lose their beginning.
+            chat: with `labels`: put each prompt through the tokenizer's chat template; None is False.
+            max_length: with `labels`: longest prompt in tokens, 4096 if None; longer ones lose their beginning.
             prefix: in front of every prompt; the server encodes it once a particle (its prefix caching).
             tokenizer: the base model's, or where it lies; by default what the manifest names.
             options: of `VLLMClassifier`.
@@ -131,6 +132,8 @@ class VLLMClassifier:
         manifest = read_manifest(Path(directory))
         if labels is None and manifest.scoring is None:
             raise UserError(f"{directory} does not say how rows are scored; pass labels=[...].")
+        if labels is None and manifest.scoring is not None:
+            refuse_unread(manifest.scoring, chat=chat, max_length=max_length)
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
             where = tokenizer or manifest.base_model
             if where is None:
@@ -138,7 +141,7 @@ class VLLMClassifier:
             tokenizer = load_tokenizer(where)
         scoring: Scoring
         if labels is not None:
-            scoring = Letters(tokenizer, labels=tuple(labels), raw_prompt=True, chat=chat, max_length=max_length)
+            scoring = letters_of(labels, tokenizer, chat=chat, max_length=max_length)
         else:
             assert manifest.scoring is not None
             scoring = make_scoring(manifest.scoring, tokenizer)

@@ -25,9 +25,10 @@ from scalabl.data.assemble import TrainingRows, select_rows
 from scalabl.data.example import Task
 from scalabl.data.load import load_training_task
 from scalabl.data.text_rows import TextTask
+from scalabl.runs.base_directory import EMBEDDED, as_recorded
 from scalabl.runs.directory import claim
 from scalabl.runs.method import TrainedMethod, load_method
-from scalabl.runs.models import EMBEDDED, embedded_directory, load_base
+from scalabl.runs.models import embedded_directory, load_base
 from scalabl.runs.record import CHOICES, LANGUAGE, RECORD, RowCounts, RunRecord, TaskFacts
 from scalabl.runs.settings import OptimisationSettings, Settings
 from scalabl.scoring.base import Encoded, Scoring
@@ -178,7 +179,7 @@ def record_of(
 ) -> RunRecord:
     """What is known of a run before its weights are fitted."""
     return RunRecord(
-        recipe=settings.as_dict(),
+        recipe=settings.as_dict() | {"model": as_recorded(settings.model)},
         kind=LANGUAGE if isinstance(task, TextTask) else CHOICES,
         task=TaskFacts(
             name=task.name, source=task.source, licence=task.licence, labels=None if labels is None else list(labels)

@@ -26,7 +26,7 @@ from scalabl.core.files import ADAPTER, sha256, write_json, writing
 from scalabl.data.example import Example, Task
 from scalabl.runs.directory import CONFIG
 from scalabl.runs.loading import load_adapter, require_base
-from scalabl.runs.models import load_base
+from scalabl.runs.models import load_base, saved_tokenizer
 from scalabl.runs.record import RowCounts, RunRecord
 from scalabl.runs.settings import Settings
 from scalabl.scoring.base import Encoded, Scoring
@@ -91,7 +91,7 @@ def _build(
 ) -> RunRecord:
     training = settings.training
     config, tensors = _converted(source, training)
-    base, tokenizer = load_base(training.model, **training.machine.of_base)
+    base, tokenizer = load_base(training.model, **training.machine.of_base, adapter=source.directory)
     if source.record:
         require_base(base, source.record)
     config.base_fingerprint = fingerprint(base)
@@ -121,6 +121,8 @@ def _build(
     begun = record_of(training, task, labels, counts, scoring, nll, model, config.base_fingerprint)
     fitted = fit(source, scorer, encoded, settings, directory)
     record = replace(begun, **fitted, status="finished", adapter_sha256=sha256(directory / ADAPTER))
+    if saved_tokenizer(source.directory) is not None:  # it is read beside the new adapter too
+        tokenizer.save_pretrained(str(directory))
     record.write(directory)
     return record
 

@@ -15,6 +15,7 @@ from scalabl.core.errors import UserError
 from scalabl.core.files import ADAPTER, read_json, require_place
 from scalabl.data.example import Example, Task
 from scalabl.data.load import load_task, with_labels
+from scalabl.runs.base_directory import as_recorded, find_base
 from scalabl.runs.directory import CONFIG
 from scalabl.runs.record import RECORD, RunRecord
 from scalabl.runs.settings import LARGEST, Settings, typed_setting
@@ -79,9 +80,10 @@ def read_source(directory: Path, model: str | None = None) -> SourceAdapter:
     named = model or (record.model if record else config.get("base_model_name_or_path"))
     if not named:
         raise UserError(f"{directory / CONFIG} does not name the base model; give it with --model.")
+    named = named if model else find_base(named, directory)
     if named.startswith((".", "/", "~")) and not Path(named).expanduser().is_dir():
         raise UserError(f"There is no model directory {named}; give the base model with --model.")
-    return SourceAdapter(directory, config, record, named)
+    return SourceAdapter(directory, config, record, as_recorded(named))
 
 
 def refuse_options(options: Mapping[str, Any]) -> None:
