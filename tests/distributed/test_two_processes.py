@@ -86,7 +86,11 @@ def test_the_loss_curve_and_the_kl_are_one_process_s(work: Work, run: str) -> No
     one, several = work.log("one"), work.log(run)
     assert [entry["step"] for entry in several] == [entry["step"] for entry in one]
     for ours, theirs in zip(several, one, strict=True):
-        for name in ("loss", "kl", "nll", "sigma_mean", "s_mean", "kl_weight", "learning_rate"):
+        for name in (
+            "loss",
+            *(f"elbo/{name}" for name in ("kl", "nll", "sigma_mean", "s_mean", "kl_weight")),
+            "learning_rate",
+        ):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-5, abs=1e-6), (ours["step"], name)
 
 

@@ -218,7 +218,8 @@ def test_training_logs_the_kl_and_moves_g(blob: Run, trained: Callable[..., Path
     import json
 
     log = json.loads((trained("blob") / "training_log.json").read_text())
-    assert all({"kl", "sigma_mean", "kl_weight", "nll"} <= entry.keys() for entry in log if "loss" in entry)
+    added = {"elbo/kl", "elbo/sigma_mean", "elbo/kl_weight", "elbo/nll"}
+    assert all(added <= entry.keys() for entry in log if "loss" in entry)
     g = torch.cat([made.posterior.g.flatten() for made in blob_layers(blob.scorer.model).values()])
     assert g.unique().numel() == g.numel() and ((g < 0.05 / math.sqrt(2)) | (g > 0.05)).any()
     recorded = blob.record.parameters

@@ -160,4 +160,4 @@ def test_a_trainer_in_bfloat16_keeps_them_in_float32(held: Format, tmp_path: Pat
         moved = (value - before[name]).abs()
         # Adam's first steps are of the size of the rate, below the spacing of bfloat16 near these numbers
         assert value.dtype == torch.float32 and (moved > 0).all() and (moved < 4e-4).all(), name
-    assert all(entry["kl"] > 0 for entry in trainer.state.log_history if "kl" in entry)
+    assert all(entry["elbo/kl"] > 0 for entry in trainer.state.log_history if "elbo/kl" in entry)

@@ -71,7 +71,7 @@ def test_training_lowers_the_loss(form: Format, run: Run) -> None:
     log = json.loads((run.directory / "training_log.json").read_text())
     losses = [entry["loss"] for entry in log if "loss" in entry]
     assert len(losses) >= 8 and np.mean(losses[-3:]) < 0.85 * np.mean(losses[:3])
-    sigma = [entry["sigma_mean"] for entry in log if "sigma_mean" in entry]
+    sigma = [entry["elbo/sigma_mean"] for entry in log if "elbo/sigma_mean" in entry]
     assert sigma[0] != sigma[-1]
 
 

@@ -89,7 +89,7 @@ def test_the_forward_kl_takes_the_elbos_place_and_the_log_keeps_the_elbos(tmp_pa
             forward_kl = kl_divergence_of(Normal(prior.mean, prior.std), Normal(posterior.mean, posterior.std)).sum()
             (expected,) = torch.autograd.grad(forward_kl, [posterior.log_std])
             torch.testing.assert_close(recorder.gradients[step][path], expected / 5, rtol=1e-4, atol=1e-7)
-    logged = [entry["kl"] for entry in run.state.log_history if "kl" in entry]
+    logged = [entry["elbo/kl"] for entry in run.state.log_history if "elbo/kl" in entry]
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             if parameter_name in recorder.after[-1]:

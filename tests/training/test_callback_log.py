@@ -12,7 +12,7 @@ from transformers.trainer_callback import CallbackHandler
 from scalabl.training.callback import ELBOCallback
 from scalabl.tuner import kl_divergence, stochastic_layers
 
-KEYS = {"kl", "nll", "kl_weight", "sigma_mean", "s_mean"}
+KEYS = {"elbo/kl", "elbo/nll", "elbo/kl_weight", "elbo/sigma_mean", "elbo/s_mean"}
 
 
 class Reporter(TrainerCallback):
@@ -36,8 +36,8 @@ def test_values_reach_the_history_and_the_reporters_alike(tmp_path: Path) -> Non
     for entry in training:
         assert entry.keys() >= KEYS
         assert all(type(entry[key]) is float for key in KEYS)
-        assert entry["nll"] == entry["loss"]
-        assert entry["kl_weight"] == 0.5 / 8
+        assert entry["elbo/nll"] == entry["loss"]
+        assert entry["elbo/kl_weight"] == 0.5 / 8
     assert [entry for entry in reporter.seen if "loss" in entry] == training
     others = [entry for entry in reporter.seen if "loss" not in entry]
     assert len(others) == 3  # two evaluations and the summary
@@ -45,9 +45,10 @@ def test_values_reach_the_history_and_the_reporters_alike(tmp_path: Path) -> Non
 
     posteriors = [leaf.posterior for leaf in stochastic_layers(model).values()]
     last = training[-1]
-    assert last["kl"] == pytest.approx(kl_divergence(model).item(), rel=1e-6)
-    assert last["sigma_mean"] == pytest.approx(sum(p.marginal_std().mean().item() for p in posteriors) / 4, rel=1e-6)
-    assert last["s_mean"] == pytest.approx(sum(p.mean.mean().item() for p in posteriors) / 4, rel=1e-6)
+    assert last["elbo/kl"] == pytest.approx(kl_divergence(model).item(), rel=1e-6)
+    sigma = sum(p.marginal_std().mean().item() for p in posteriors) / 4
+    assert last["elbo/sigma_mean"] == pytest.approx(sigma, rel=1e-6)
+    assert last["elbo/s_mean"] == pytest.approx(sum(p.mean.mean().item() for p in posteriors) / 4, rel=1e-6)
 
 
 def test_values_are_in_tensorboards_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

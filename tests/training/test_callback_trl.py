@@ -50,8 +50,8 @@ def test_sft_adds_the_kl_and_logs_it(tmp_path: Path) -> None:
     trainer.train()
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert len(history) == 2
-    assert history[1]["kl"] < history[0]["kl"]
-    assert {"nll", "kl_weight", "sigma_mean", "s_mean", "mean_token_accuracy"} <= history[0].keys()
+    assert history[1]["elbo/kl"] < history[0]["elbo/kl"]
+    assert {"elbo/nll", "elbo/kl_weight", "elbo/sigma_mean", "elbo/s_mean", "mean_token_accuracy"} <= history[0].keys()
     # the likelihood's gradient is clipped away: what is left is the closed form, once, over 32
     with torch.no_grad():
         for name, value in recorder.before[0].items():

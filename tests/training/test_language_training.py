@@ -65,9 +65,9 @@ def test_the_record_counts_tokens_and_weighs_the_kl_by_them(finished: Path, rows
     assert record.scoring == run.scoring.settings() == {"scoring": "text", "chat": False, "max_length": 300}
     tokens = record.tokens
     assert tokens["cut_rows"] == 0 and tokens["trained"] < tokens["all"]
-    assert all(entry["kl_weight"] == pytest.approx(1 / tokens["trained"]) for entry in log_of(finished))
+    assert all(entry["elbo/kl_weight"] == pytest.approx(1 / tokens["trained"]) for entry in log_of(finished))
     train(recipe(rows, kl_normalization="sequence"), tmp_path / "run")
-    assert all(entry["kl_weight"] == pytest.approx(1 / 18) for entry in log_of(tmp_path / "run"))
+    assert all(entry["elbo/kl_weight"] == pytest.approx(1 / 18) for entry in log_of(tmp_path / "run"))
 
 
 def test_rows_that_are_cut_are_counted(rows: Path, tmp_path: Path) -> None:

@@ -40,9 +40,10 @@ def test_the_directory_holds_record_adapter_mean_and_log(finished: Path) -> None
 def test_the_loss_falls_and_kl_nll_and_sigma_are_logged(finished: Path) -> None:
     log = [entry for entry in json.loads((finished / "training_log.json").read_text()) if "loss" in entry]
     assert [entry["step"] for entry in log] == list(range(3, 31, 3))
-    assert all({"kl", "nll", "sigma_mean", "s_mean", "kl_weight"} <= entry.keys() for entry in log)
-    assert log[-1]["loss"] < log[0]["loss"] and log[-1]["kl"] < log[0]["kl"]
-    assert all(entry["kl_weight"] == pytest.approx(1 / 24) for entry in log)
+    added = {"elbo/kl", "elbo/nll", "elbo/sigma_mean", "elbo/s_mean", "elbo/kl_weight"}
+    assert all(added <= entry.keys() for entry in log)
+    assert log[-1]["loss"] < log[0]["loss"] and log[-1]["elbo/kl"] < log[0]["elbo/kl"]
+    assert all(entry["elbo/kl_weight"] == pytest.approx(1 / 24) for entry in log)
 
 
 def test_a_prior_centred_where_s_begins_costs_nothing_there(task_directory: Path, tmp_path: Path) -> None:
@@ -54,7 +55,7 @@ def test_a_prior_centred_where_s_begins_costs_nothing_there(task_directory: Path
         found = json.loads((tmp_path / str(prior_mean) / "adapter_config.json").read_text())
         assert found["prior_mean"] == prior_mean
         log = json.loads((tmp_path / str(prior_mean) / "training_log.json").read_text())
-        first[prior_mean] = next(entry["kl"] for entry in log if "kl" in entry)
+        first[prior_mean] = next(entry["elbo/kl"] for entry in log if "elbo/kl" in entry)
     numbers = 2 * 2 * 4
     assert first[0.577] < 0.5 * numbers < numbers < first[0.0]
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from matrix import adapt, close, load_base, logits, perturb, tokens
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -79,6 +80,41 @@ def test_two_active_adapters_add_up_draw_apart_and_keep_their_priors() -> None:
     assert not close(drawn[0], drawn[1], 1e-3)
     answer = logits(model, IDS)
     assert close(logits(model.merge_and_unload(adapter_names=["default", "other"]), IDS), answer, 1e-5)
+
+
+@pytest.mark.parametrize("how", ["peft", "layers"])
+def test_switching_among_particles_is_refused_and_goes_with_the_mean_and_with_draws(how: str) -> None:
+    model = two_adapters()
+    model.set_adapter("other")
+    expected = logits(model, IDS)
+    model.set_adapter("default")
+
+    def switch() -> None:
+        if how == "peft":
+            model.set_adapter("other")
+        else:
+            for layer in model.modules():
+                if isinstance(layer, LoraLayer):
+                    layer.set_adapter("other")
+
+    with scalabl.particles(model, 2, seed=0):
+        drawn = logits(model, IDS)
+        switch()
+        with pytest.raises(UserError, match="changed among particles.* call set_adapter before scalabl.particles"):
+            logits(model, IDS)
+        model.set_adapter("default")
+        assert torch.equal(logits(model, IDS), drawn)
+    model.train()
+    with scalabl.mean(model):
+        switch()
+        assert torch.equal(logits(model, IDS), expected)
+        model.set_adapter("default")
+    model.eval()
+    with scalabl.sample(model):
+        switch()
+        assert not close(logits(model, IDS), logits(model, IDS), 1e-3)
+    model.set_adapter("other")
+    assert torch.equal(logits(model, IDS), expected)
 
 
 def test_mixed_batches_of_adapters_carry_each_rows_own() -> None:

@@ -108,3 +108,14 @@ def test_a_merged_adapter_is_refused(verb: str) -> None:
     assert scalabl.kl_divergence(model) > 0
     with model.disable_adapter(), pytest.raises(scalabl.UserError, match="disabled"):
         scalabl.particles(model, 2).__enter__()
+
+
+def test_an_injected_adapter_has_its_mean_its_particles_and_its_kl() -> None:
+    expected = adapted()
+    torch.manual_seed(0)
+    model = inject_adapter_in_model(config(), base())
+    torch.testing.assert_close(scalabl.kl_divergence(model), scalabl.kl_divergence(expected))
+    with scalabl.mean(model), scalabl.mean(expected):
+        assert torch.equal(logits(model.train()), logits(expected))
+    with scalabl.particles(model, 2, seed=3), scalabl.particles(expected, 2, seed=3):
+        assert torch.equal(logits(model), logits(expected))

@@ -1,11 +1,12 @@
 """Bad configurations and wrong base models: one sentence each."""
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from matrix import FORMATS, adapt, load_base, logits, tokens
+from matrix import FORMATS, VOCABULARY, adapt, load_base, logits, tokens
 from peft import (
     LoraConfig,
     LoraRuntimeConfig,
@@ -14,9 +15,12 @@ from peft import (
 )
 from peft.tuners.lora import MontecloraConfig
 from torch import nn
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 import scalabl
 from scalabl.core.errors import UserError
+from scalabl.tuner import stochastic_layers
+from scalabl.tuner.model import fingerprint, is_base
 
 UNSUPPORTED: dict[str, Any] = {
     "use_dora": True,
@@ -75,6 +79,10 @@ def test_a_value_out_of_range_is_refused(options: dict[str, Any], sentence: str)
         ({"r": 33}, "r is 33, but model.layers.0.self_attn.v_proj has only 32 dimensions"),
         ({"rank_pattern": {"v_proj": 40}}, "r is 40, but model.layers.0.self_attn.v_proj has only 32"),
         ({"target_modules": ["embed_tokens"]}, "embed_tokens is a Embedding; remove it"),
+        (
+            {"target_modules": ["q_proj", "query"]},
+            "target_modules names query, but no linear module ends in it; name some of down_proj, gate_proj",
+        ),
     ],
 )
 def test_targets_that_do_not_fit_the_model_are_refused(options: dict[str, Any], sentence: str) -> None:
@@ -105,6 +113,44 @@ def test_a_refusal_in_the_middle_of_the_layers_leaves_the_model_as_it_was() -> N
     with pytest.raises(UserError, match="r is 33"):
         model.add_adapter("other", scalabl.ScalaBLConfig(r=33, target_modules=["q_proj", "v_proj"]))
     assert list(model.state_dict()) == names and torch.equal(logits(model, ids), answer)
+
+
+def test_a_name_whose_layers_are_left_out_is_no_mistake() -> None:
+    model = adapt(load_base(), exclude_modules=["q_proj"])
+    assert {name.rpartition(".")[2] for name in stochastic_layers(model)} == {"v_proj"}
+    model.add_adapter("other", scalabl.ScalaBLConfig(r=2, target_modules=["q_proj", "o_proj"], layers_to_transform=[0]))
+    with pytest.raises(UserError, match="target_modules names query, .* name some of down_proj, gate_proj, k_proj"):
+        model.add_adapter("third", scalabl.ScalaBLConfig(r=2, target_modules=["v_proj", "query"]))
+    assert list(model.peft_config) == ["default", "other"]
+
+
+def test_a_saved_adapter_is_loaded_with_names_that_match_nothing(tmp_path: Path) -> None:
+    """As older ones may have."""
+    model = adapt(load_base())
+    model.peft_config["default"].target_modules = {"q_proj", "v_proj", "query"}
+    model.save_pretrained(str(tmp_path))
+    loaded = PeftModel.from_pretrained(load_base(), str(tmp_path))
+    assert torch.equal(logits(loaded.eval(), tokens(1)), logits(model.eval(), tokens(1)))
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "gate_up_proj"], ["gate_up_proj"]])
+def test_fused_experts_are_refused_beside_other_targets(targets: list[str]) -> None:
+    base = AutoModelForCausalLM.from_config(
+        Qwen3MoeConfig(
+            vocab_size=32, hidden_size=16, intermediate_size=24, moe_intermediate_size=8, num_hidden_layers=1,
+            num_attention_heads=2, num_key_value_heads=1, num_experts=4, num_experts_per_tok=2, head_dim=8,
+        )
+    )  # fmt: skip
+    assert any(name.endswith("experts.gate_up_proj") for name, _ in base.named_parameters())
+    with pytest.raises(UserError, match="gate_up_proj"):
+        get_peft_model(base, scalabl.ScalaBLConfig(r=2, target_modules=targets))
+
+
+def test_an_adapter_is_not_named_as_the_directory_of_the_mean() -> None:
+    model = adapt(load_base())
+    with pytest.raises(UserError, match="cannot be named mean: .* give it another name"):
+        model.add_adapter("mean", scalabl.ScalaBLConfig(r=2, target_modules=["q_proj"]))
+    assert list(model.peft_config) == ["default"]
 
 
 class Experts(nn.Module):
@@ -142,6 +188,40 @@ def test_an_adapter_of_another_base_is_refused(tmp_path: Path) -> None:
         PeftModel.from_pretrained(load_base(seed=1), str(tmp_path))
     with pytest.raises(UserError, match="trained on another base model"):
         PeftModel.from_pretrained(load_base("qwen2"), str(tmp_path))
+
+
+def test_resized_embeddings_do_not_change_the_bases_identity(tmp_path: Path) -> None:
+    model = adapt(load_base())
+    answer = logits(model.eval(), tokens(2))
+    model.save_pretrained(str(tmp_path / "before"))
+    base = load_base()
+    base.resize_token_embeddings(VOCABULARY + 4)
+    loaded = PeftModel.from_pretrained(base, str(tmp_path / "before")).eval()
+    torch.testing.assert_close(logits(loaded, tokens(2))[..., :VOCABULARY], answer)
+
+    model.resize_token_embeddings(VOCABULARY + 4)
+    model.save_pretrained(str(tmp_path / "after"), save_embedding_layers=False)
+    loaded = PeftModel.from_pretrained(load_base(), str(tmp_path / "after")).eval()
+    torch.testing.assert_close(logits(loaded, tokens(2)), answer)
+    other = load_base(seed=1)
+    other.resize_token_embeddings(VOCABULARY + 4)
+    with pytest.raises(UserError, match="trained on another base model"):
+        PeftModel.from_pretrained(other, str(tmp_path / "after"))
+
+
+def test_a_fingerprint_with_the_size_of_the_vocabulary_is_known(tmp_path: Path) -> None:
+    base = load_base()
+    norms = [p.detach() for name, p in base.named_parameters() if "norm" in name]
+    sizes = f"model_type=llama;hidden_size=64;num_hidden_layers=2;vocab_size={VOCABULARY};"
+    weights = b"".join(p.to(torch.bfloat16).view(torch.int16).numpy().tobytes() for p in (norms[0], norms[-1]))
+    older = hashlib.sha256(sizes.encode() + weights).hexdigest()[:16]
+    assert older != fingerprint(base) and is_base(base, older)
+    model = adapt(base)
+    model.peft_config["default"].base_fingerprint = older
+    model.save_pretrained(str(tmp_path))
+    PeftModel.from_pretrained(load_base(), str(tmp_path))
+    with pytest.raises(UserError, match="trained on another base model"):
+        PeftModel.from_pretrained(load_base(seed=1), str(tmp_path))
 
 
 @pytest.mark.parametrize("trained_in", ["float32", "bfloat16"])

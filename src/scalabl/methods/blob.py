@@ -72,7 +72,7 @@ def cycle_steps(num_examples: int, batch_size: int, gamma: float = GAMMA) -> int
 class KLStepCallback(LogContributor):
     """After each optimiser step, a gradient step on pi_i KL(q || p): the second optimiser of the paper.
 
-    Training logs gain "kl" (nats), "nll" (the trainer's loss), "kl_weight" and "sigma_mean".
+    Training logs gain "elbo/kl" (nats), "elbo/nll" (the trainer's loss), "elbo/kl_weight" and "elbo/sigma_mean".
 
     Args:
         cycle: steps of a cycle, m + 1; the weights of one cycle sum to 1.

@@ -20,7 +20,7 @@ from scalabl.runs.record import RunRecord
 from scalabl.scoring.scorer import Scorer, make_scoring
 from scalabl.scoring.trunk import Trunk
 from scalabl.tuner.joint import load_joint, set_joint
-from scalabl.tuner.model import fingerprint, same_base
+from scalabl.tuner.model import fingerprint, is_base
 
 
 def load_adapter(model: Any, directory: Path) -> PeftModel:
@@ -55,11 +55,11 @@ def require_base(model: nn.Module, record: RunRecord) -> None:
     Raises:
         UserError: its fingerprint differs from the record's.
     """
-    found, trained = fingerprint(model), record.base_fingerprint
-    if found is not None and trained is not None and not same_base(trained, found):
+    trained = record.base_fingerprint
+    if trained is not None and not is_base(model, trained):
         raise UserError(
             f"This adapter was trained on another base model ({record.model}, whose fingerprint is "
-            f"{trained}; this one's is {found}); give that one with --model."
+            f"{trained}; this one's is {fingerprint(model)}); give that one with --model."
         )
 
 

@@ -25,9 +25,15 @@ from scalabl.training.kl import SCHEDULES, Schedule, add_kl_gradients, kl_weight
 from scalabl.training.monitors import LogContributor
 from scalabl.training.parameter_group import VariationalGroup, innermost
 from scalabl.training.ranks import share_noise
-from scalabl.training.refusals import refuse_flattened_batches, refuse_hidden_gradients, refuse_untrained
+from scalabl.training.refusals import (
+    refuse_drawn_reference,
+    refuse_flattened_batches,
+    refuse_hidden_gradients,
+    refuse_ratios_of_draws,
+    refuse_untrained,
+)
 from scalabl.tuner.layers import active_adapters, prior_of, stochastic_layers, unwrap
-from scalabl.tuner.projection import StochasticProjection
+from scalabl.tuner.projection import State, StochasticProjection, untrained
 
 _IGNORED = -100  # labels that are not trained on
 
@@ -37,9 +43,13 @@ class ELBOCallback(LogContributor):
 
     Once an optimiser step, after gradient clipping and after the ranks' gradients are averaged, the closed-form
     gradient of weight * KL(q || p) is added to the variational parameters' gradients. It is thus neither clipped nor
-    multiplied by gradient accumulation, batch size, ranks or fp16's loss scale. Every training log gains "kl" (of q
-    from p in nats after the step, whichever is trained on), "nll" (the trainer's loss), "kl_weight" (of the last step),
-    "sigma_mean" and "s_mean" (means over all numbers of all layers of the posterior std and of |mean|).
+    multiplied by gradient accumulation, batch size, ranks or fp16's loss scale. Every training log gains "elbo/kl" (of
+    q from p in nats after the step, whichever is trained on), "elbo/nll" (the trainer's loss), "elbo/kl_weight" (of the
+    last step), "elbo/sigma_mean" and "elbo/s_mean" (means over all numbers of all layers of the posterior std and of
+    |mean|).
+
+    An adapter that is frozen or inactive when training begins gives its mean until it ends, however it is switched to:
+    the reference of TRL's DPO and KTO.
 
     With several data-parallel ranks the draws of s are those that one process would make for the same global batch,
     each rank taking its rows (`scalabl.training.ranks`); with dropout each rank has a stream of its own instead.
@@ -61,7 +71,8 @@ class ELBOCallback(LogContributor):
     Raises:
         UserError: a value out of range. At the start of training: no stochastic layer, frozen or unknown to the
             optimiser; an engine that hides gradients (DeepSpeed, FSDP 1, optimisers that update during backward);
-            packed or padding-free batches; "minibatch" over a data set without length and no `cycle`.
+            packed or padding-free batches; a loss that compares draws with each other (TRL's GRPO and its kin);
+            "minibatch" over a data set without length and no `cycle`.
     """
 
     def __init__(
@@ -100,6 +111,7 @@ class ELBOCallback(LogContributor):
         self.learning_rate = learning_rate
         self.adapter = adapter
         self._leaves: list[StochasticProjection] = []
+        self._still: list[tuple[StochasticProjection, State]] = []
         self._posteriors: dict[str, Gaussian] = {}
         self._prior = Prior()
         self._group: VariationalGroup | None = None
@@ -125,11 +137,15 @@ class ELBOCallback(LogContributor):
         """
         return cls(count_trained_tokens(dataset), **options)
 
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        refuse_drawn_reference(args, kwargs["model"])
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         model, optimizer, dataloader = kwargs["model"], kwargs["optimizer"], kwargs.get("train_dataloader")
-        self._remove_group()
+        refuse_ratios_of_draws(args)
+        self._restore()
         leaves = stochastic_layers(model, self.adapter)
         self._leaves = list(leaves.values())
         self._posteriors = {name: leaf.posterior for name, leaf in leaves.items()}
@@ -159,6 +175,10 @@ class ELBOCallback(LogContributor):
             base_learning_rate=args.learning_rate,
         )
         share_noise(args, model, self._leaves)
+        # TRL's use_adapter("ref") makes the reference's parameters trainable while it is read
+        self._still = [(leaf, leaf.state) for leaf in untrained(model)]
+        for leaf, _ in self._still:
+            leaf.state = "mean"
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -179,7 +199,7 @@ class ELBOCallback(LogContributor):
         add_kl_gradients(self._posteriors.values(), self._prior, weight, self.kl)
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
-        self._remove_group()
+        self._restore()
         for leaf in self._leaves:
             leaf.share = (0, 1)
 
@@ -222,10 +242,13 @@ class ELBOCallback(LogContributor):
                 "ELBOCallback a cycle in optimiser steps."
             ) from None
 
-    def _remove_group(self) -> None:
+    def _restore(self) -> None:
         if self._group is not None:
             self._group.remove()
             self._group = None
+        for leaf, state in self._still:
+            leaf.state = state
+        self._still = []
 
 
 def _unscale(optimizer: Optimizer) -> None:

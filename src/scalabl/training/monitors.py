@@ -28,14 +28,18 @@ from scalabl.core import processes
 from scalabl.core.console import progress_bar
 from scalabl.core.errors import UserError
 from scalabl.core.modules import base_name, gathered
+from scalabl.tuner.diagnostics import PREFIX
 
 
 class LogContributor(TrainerCallback, ABC):
-    """A callback whose `log_values` are in every training log: in `state.log_history` and in every reporter."""
+    """A callback whose `log_values` are in every training log: in `state.log_history` and in every reporter.
+
+    Their names begin with "elbo/", since a trainer may log a "kl" of its own (TRL's KTO does).
+    """
 
     @abstractmethod
     def log_values(self, logs: dict[str, Any]) -> dict[str, float]:
-        """The values to add to `logs`, a training log (it has "loss")."""
+        """The values to add to `logs`, a training log (it has "loss"), by their names without "elbo/"."""
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -58,7 +62,7 @@ class LogContributor(TrainerCallback, ABC):
         """Add the values to `logs` and to the newest entry of the log history."""
         if not logs or "loss" not in logs:  # an evaluation, or the run's summary
             return
-        values = self.log_values(logs)
+        values = {f"{PREFIX}{name}": value for name, value in self.log_values(logs).items()}
         logs.update(values)
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
             state.log_history[-1].update(values)
@@ -112,7 +116,7 @@ class ProgressBar(TrainerCallback):
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         logs = kwargs.get("logs") or {}
-        words = {"loss": "loss", "kl": "KL", "sigma_mean": "sigma"}
+        words = {"loss": "loss", f"{PREFIX}kl": "KL", f"{PREFIX}sigma_mean": "sigma"}
         shown = [f"{word} {logs[key]:.3g}" for key, word in words.items() if key in logs]
         if self.progress and shown:
             self.progress.update(self.task, detail=", ".join(shown))

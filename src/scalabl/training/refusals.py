@@ -106,6 +106,44 @@ def refuse_untrained(optimizer: Optimizer, parameters: Iterable[tuple[str, nn.Pa
             )
 
 
+# by the name of the settings that TRL's trainers take; the settings of others (GMPO) are made of these
+_COMPARE_DRAWS = {
+    "GRPOConfig", "RLOOConfig", "AsyncGRPOConfig", "A2POConfig", "SDPOConfig", "SDFTConfig", "IWOPDConfig",
+    "PPOConfig", "OnlineDPOConfig", "XPOConfig", "NashMDConfig",
+}  # fmt: skip
+
+
+def refuse_ratios_of_draws(args: TrainingArguments) -> None:
+    """Refuse trainers that generate a text and then hold its probability against that of another pass.
+
+    A draw of s belongs to one pass: the ratio of a text's probabilities in two passes moves with the noise alone, and
+    a text generated in training mode has another s for every token.
+
+    Raises:
+        UserError: TRL's GRPO, RLOO, PPO, online DPO and what is made of them.
+    """
+    names = [kind.__name__ for kind in type(args).__mro__ if kind.__name__ in _COMPARE_DRAWS]
+    if names:
+        raise UserError(
+            f"{names[0].removesuffix('Config')} holds the probability of a generated text against another pass, whose "
+            "draw of s is another one, so that its ratios would be noise; train with SFT, DPO or KTO, or without a "
+            "posterior."
+        )
+
+
+def refuse_drawn_reference(args: TrainingArguments, model: nn.Module) -> None:
+    """Refuse a reference that TRL would read before training begins, in a model whose adapters draw.
+
+    Raises:
+        UserError: `precompute_ref_log_probs` with a model in training mode.
+    """
+    if getattr(args, "precompute_ref_log_probs", False) is True and model.training:
+        raise UserError(
+            "precompute_ref_log_probs=True reads the reference before training, and a model in training mode draws "
+            "noise; call model.eval() before the trainer is made."
+        )
+
+
 # they ask for a list of modules of their own, or update during the backward pass, before the KL's gradient is added
 _UNFIT = ("galore", "apollo", "lomo", "adalomo")
 _SIDE = 64  # 64 x 64 numbers: the fewest of which a state is 8 bit

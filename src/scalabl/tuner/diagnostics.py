@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from scalabl.posterior.gaussian import Gaussian, Prior
 from scalabl.tuner.layers import stochastic_layers
 
 COLLAPSED, BEYOND_PRIOR, DROWNED, STILL_FALLING = 1e-3, 1.2, 1.0, 0.15
+PREFIX = "elbo/"  # of what the callbacks of the ELBO add to a training log
 
 
 @dataclass(frozen=True)
@@ -116,17 +118,22 @@ def warnings_of(rows: list[LayerSummary]) -> list[str]:
     return found
 
 
+def logged(entry: Mapping[str, float], name: str) -> float | None:
+    """What a callback of the ELBO added to a record of a training log; older logs have it without the prefix."""
+    return entry.get(f"{PREFIX}{name}", entry.get(name))
+
+
 def unconverged(log: list[dict[str, float]]) -> list[str]:
     """A sentence where the KL of a training log was still falling fast: sigma then stands where the learning rate
     left it, not where the data wants it. Adam moves a logarithm by the sum of its learning rates at most.
 
     Args:
-        log: logged records with step and kl.
+        log: logged records with step and "elbo/kl".
     """
-    records = [entry for entry in log if "kl" in entry]
+    records = [value for entry in log if (value := logged(entry, "kl")) is not None]
     if len(records) < 4:
         return []
-    middle, last = records[len(records) // 2]["kl"], records[-1]["kl"]
+    middle, last = records[len(records) // 2], records[-1]
     if not last < (1 - STILL_FALLING) * middle:
         return []
     return [

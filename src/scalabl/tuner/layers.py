@@ -30,12 +30,13 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def active_adapters(model: nn.Module) -> list[str]:
-    """The names of the adapters in use."""
+    """The names of the adapters in use: what PEFT's model says, or the layers of an adapter that was injected."""
     active: Any = getattr(model, "active_adapters", None)
-    if callable(active):  # transformers' own integration has a method of this name
-        active = active()
     if active is None:
-        active = getattr(model, "active_adapter", "default")
+        active = getattr(model, "active_adapter", None)
+    if active is None or callable(active):  # transformers' method knows only what its own integration has loaded
+        found = (name for layer in model.modules() if isinstance(layer, LoraLayer) for name in layer.active_adapters)
+        active = list(dict.fromkeys(found)) or "default"
     return [active] if isinstance(active, str) else list(active)
 
 

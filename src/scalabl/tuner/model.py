@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import re
 import warnings
 from typing import Any, cast
 
@@ -21,11 +22,12 @@ from scalabl.core.modules import gathered
 from scalabl.core.top_layers import top_layers
 from scalabl.tuner.config import ScalaBLConfig
 from scalabl.tuner.layers import beside_language, depths
+from scalabl.tuner.mean_adapter import MEAN_DIRECTORY
 from scalabl.tuner.projection import Particles, StochasticProjection
 
 # parts of the names of what adapters add; a trained copy of a normalisation layer (modules_to_save) is no base weight
 _ADDED = ("lora_", "modules_to_save")
-_SIZES = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
+_SIZES = ("model_type", "hidden_size", "num_hidden_layers")
 
 
 class ScalaBLModel(LoraModel):
@@ -40,6 +42,11 @@ class ScalaBLModel(LoraModel):
     """
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        if adapter_name == MEAN_DIRECTORY:
+            raise UserError(
+                f"An adapter cannot be named {MEAN_DIRECTORY}: it would be saved in {MEAN_DIRECTORY}/, where the plain "
+                "LoRA of another one lies; give it another name."
+            )
         # a copy, so that one configuration object can serve several base models
         config = cast(ScalaBLConfig, copy.copy(self.peft_config[adapter_name]))
         self.peft_config[adapter_name] = config
@@ -49,18 +56,24 @@ class ScalaBLModel(LoraModel):
             config.target_modules == "all-linear" or not isinstance(config.target_modules, str)
         ):
             config.exclude_modules = beside_language(model)
-        found = fingerprint(model)
+        # a saved adapter is loaded as it is; the names that PEFT chooses itself are of a family of models
+        named = config.target_modules if config.base_fingerprint is None else None
         if config.base_fingerprint is None:
-            config.base_fingerprint = found
-        elif found is not None and not same_base(config.base_fingerprint, found):
+            config.base_fingerprint = fingerprint(model)
+        elif not is_base(model, config.base_fingerprint):
             raise UserError(
                 "This adapter was trained on another base model (its fingerprint is "
-                f"{config.base_fingerprint}, this model's is {found}); load the base model named in "
+                f"{config.base_fingerprint}, this model's is {fingerprint(model)}); load the base model named in "
                 f"adapter_config.json ({config.base_model_name_or_path})."
             )
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
-            self._refuse_unmatched(config, model, adapter_name)
+            # what `exclude_modules` or `layers_to_transform` leave out of a name's modules is the user's choice
+            beside = re.compile(beside_language(model) or r"(?!)")
+            names = [n for n, _ in model.named_modules() if "lora_" not in n and not beside.fullmatch(n)]
+            _refuse_unmatched("target_modules", named, names, model)
+            names = [n for n, m in model.named_modules() if isinstance(m, LoraLayer) and adapter_name in m.lora_A]
+            _refuse_unmatched("stochastic_modules", getattr(config, "stochastic_modules", None), names, model)
         except NoMatchingPeftModuleError as error:
             raise UserError(
                 f"target_modules={_as_text(config.target_modules)} adapts no layer of this model; name layers by the "
@@ -125,16 +138,6 @@ class ScalaBLModel(LoraModel):
             self._stochastic = set(top_layers(depths(self.model, filter(is_named, keys)), layers))
         return name in self._stochastic
 
-    def _refuse_unmatched(self, config: ScalaBLConfig, model: nn.Module, adapter_name: str) -> None:
-        """Refuse a name in `stochastic_modules` that is no adapted module: it would silently be plain LoRA."""
-        adapted = [n for n, m in model.named_modules() if isinstance(m, LoraLayer) and adapter_name in m.lora_A]
-        for end in getattr(config, "stochastic_modules", None) or ():
-            if not any(_ends_in(name, end) for name in adapted):
-                raise UserError(
-                    f"stochastic_modules names {end}, but no adapted module ends in it; name some of "
-                    f"{', '.join(sorted({name.rpartition('.')[2] for name in adapted}))}."
-                )
-
     def _leaf(self, weight: Tensor, config: ScalaBLConfig) -> nn.Module:
         """What takes the place of LoRA's A, from LoRA's own draw of it (r, d_in)."""
         return StochasticProjection(
@@ -193,29 +196,40 @@ class ScalaBLModel(LoraModel):
 def fingerprint(model: nn.Module) -> str | None:
     """Identity of the model's architecture and of its first and last normalisation weights; None on a meta device.
 
+    The vocabulary is no part of it: embeddings are resized for added tokens.
+
     Normalisation weights are never quantised and differ between almost any two trained models; they are compared in
     bfloat16, so that the same model in float32, bfloat16 or 4 bit has one fingerprint of 16 hex digits. A float32
     model has a second one, after a colon: its own after rounding to float16, should it be loaded in that precision.
     Two bases that differ in frozen layers alone (a merged LoRA of attention layers) look the same.
     """
+    names = _names(model, _SIZES)
+    return ":".join(names) if names else None
+
+
+def is_base(model: nn.Module, trained: str) -> bool:
+    """Whether an adapter with the fingerprint `trained` can be this model's, each in a precision of its own.
+
+    Older fingerprints hold the size of the vocabulary too. A model on a meta device can be any base.
+    """
+    names = _names(model, _SIZES)
+    return not names or not {*names, *_names(model, (*_SIZES, "vocab_size"))}.isdisjoint(trained.split(":"))
+
+
+def _names(model: nn.Module, sizes: tuple[str, ...]) -> list[str]:
     norms = [
         parameter
         for name, parameter in model.named_parameters()
         if ("norm" in name.lower() or "ln_" in name.lower()) and not any(part in name for part in _ADDED)
     ]
     if not norms or norms[0].is_meta or norms[-1].is_meta:
-        return None
+        return []
     config = getattr(model, "config", None)
-    sizes = [f"{key}={getattr(config, key, None)};" for key in _SIZES]
+    of_config = [f"{key}={getattr(config, key, None)};" for key in sizes]
     # the first and the last: a base that was tuned further differs in at least one of them
     values = [gathered(parameter.detach()).to("cpu") for parameter in (norms[0], norms[-1])]
-    names = [_digest(sizes, values), _digest(sizes, [value.to(torch.float16) for value in values])]
-    return ":".join(dict.fromkeys(names))
-
-
-def same_base(one: str, other: str) -> bool:
-    """Whether two fingerprints can be of one model, each in a precision of its own."""
-    return not set(one.split(":")).isdisjoint(other.split(":"))
+    names = [_digest(of_config, values), _digest(of_config, [value.to(torch.float16) for value in values])]
+    return list(dict.fromkeys(names))
 
 
 def _digest(sizes: list[str], values: list[Tensor]) -> str:
@@ -223,6 +237,29 @@ def _digest(sizes: list[str], values: list[Tensor]) -> str:
     for value in values:
         digest.update(value.to(torch.bfloat16).view(torch.int16).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _refuse_unmatched(option: str, ends: Any, modules: list[str], model: nn.Module) -> None:
+    """Refuse a name in a list that no module ends in: what it means would silently be left as it is.
+
+    Raises:
+        UserError: there is one.
+    """
+    if ends is None or isinstance(ends, str):
+        return
+    for end in sorted(ends):
+        if any(_ends_in(name, end) for name in modules):
+            continue
+        if any(_ends_in(name, end) for name, _ in model.named_parameters()):
+            raise UserError(
+                f"ScalaBL adapts linear layers, but {end} is a parameter (of expert layers, for instance); remove it "
+                f"from {option}."
+            )
+        there = set(_linear(model)) & set(modules)
+        raise UserError(
+            f"{option} names {end}, but no {'adapted' if option == 'stochastic_modules' else 'linear'} module ends in "
+            f"it; name some of {', '.join(sorted({name.rpartition('.')[2] for name in there}))}."
+        )
 
 
 def _ends_in(name: str, end: str) -> bool:
@@ -235,6 +272,12 @@ def _as_text(targets: Any) -> str:
 
 def _linear_names(model: nn.Module) -> str:
     """The distinct last parts of the names of the model's linear layers."""
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
-    names = {name.rpartition(".")[2] for name in linear}
-    return ", ".join(sorted(names)) or "none"
+    return ", ".join(sorted({name.rpartition(".")[2] for name in _linear(model)})) or "none"
+
+
+def _linear(model: nn.Module) -> list[str]:
+    """The names of the linear layers in the model without its adapters."""
+    kinds = nn.Linear | Conv1D
+    layers = [(name, module) for name, module in model.named_modules() if "lora_" not in name]
+    layers = [(n, m.get_base_layer() if isinstance(m, LoraLayer) else m) for n, m in layers]
+    return [name for name, module in layers if isinstance(module, kinds) and not name.endswith(".base_layer")]

@@ -95,7 +95,7 @@ class Values:
     s: Tensor  # (rows, r)
 
 
-State = Literal["auto", "mean", "sample"] | Particles | Values
+State = Literal["auto", "mean", "sample", "inactive"] | Particles | Values
 
 
 class StochasticProjection(nn.Module):
@@ -110,7 +110,7 @@ class StochasticProjection(nn.Module):
         draws: in state "auto", one draw of s a "sequence", or one a "batch", shared by its rows.
 
     State "auto" draws while it is trained and is the mean otherwise, in a frozen adapter too (a reference model's);
-    "sample" always gives each row a draw of its own.
+    "sample" always gives each row a draw of its own; "inactive" refuses to draw, beside an adapter with particles.
     """
 
     def __init__(
@@ -175,6 +175,11 @@ class StochasticProjection(nn.Module):
         state = self.state
         if isinstance(state, Values):
             return state.s
+        if state == "inactive":
+            raise UserError(
+                "The active adapter was changed among particles, which are another adapter's; call set_adapter before "
+                "scalabl.particles."
+            )
         if isinstance(state, Particles):
             number = state.noise.shape[0]
             if rows % number:
@@ -213,9 +218,17 @@ def _is_mean(leaf: StochasticProjection) -> bool:
     """Whether every row carries the mean."""
     if leaf.state != "auto":
         return leaf.state == "mean"
+    return not (leaf.training and _learns(leaf))
+
+
+def _learns(leaf: StochasticProjection) -> bool:
     q = leaf.posterior
-    learns = leaf.direction.requires_grad or q.log_mean.requires_grad or q.log_std.requires_grad
-    return not (leaf.training and learns)
+    return leaf.direction.requires_grad or q.log_mean.requires_grad or q.log_std.requires_grad
+
+
+def untrained(model: nn.Module) -> list[StochasticProjection]:
+    """The leaves of a model that are frozen now: of inactive adapters, and of those loaded to be read."""
+    return [leaf for leaf in model.modules() if isinstance(leaf, StochasticProjection) and not _learns(leaf)]
 
 
 def _initial(weight: Tensor, init_sigma: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -17,35 +17,43 @@ from scalabl.tuner.threads import Scope
 
 
 @contextmanager
-def _state(model: nn.Module, state_of: Callable[[str, StochasticProjection], State]) -> Iterator[None]:
+def _state(
+    model: nn.Module, state_of: Callable[[str, StochasticProjection], State], others: State | None
+) -> Iterator[None]:
+    """The active adapters' leaves in the states that `state_of` gives, other adapters' in `others` (None: kept)."""
     layers = stochastic_layers(model)
     states = {name: state_of(name, leaf) for name, leaf in layers.items()}
     if any(state != "mean" for state in states.values()):
         require_live(model)
+    made = [(leaf, states[name]) for name, leaf in layers.items()]
+    if others is not None:
+        active = {id(leaf) for leaf in layers.values()}
+        leaves = (module for module in model.modules() if isinstance(module, StochasticProjection))
+        made += [(leaf, others) for leaf in leaves if id(leaf) not in active]
     scope = Scope()
     try:
-        for name, leaf in layers.items():
-            leaf.enter(scope, states[name])
+        for leaf, state in made:
+            leaf.enter(scope, state)
         yield
     finally:
         scope.is_open = False  # at once for all of them, wherever a generator is closed and whatever stops this
-        for leaf in layers.values():
+        for leaf, _ in made:
             leaf.leave(scope)
 
 
 def mean(model: nn.Module) -> AbstractContextManager[None]:
     """Context in which every row carries the posterior mean, while training too."""
-    return _state(model, lambda _name, _leaf: "mean")
+    return _state(model, lambda _name, _leaf: "mean", "mean")
 
 
 def sample(model: nn.Module) -> AbstractContextManager[None]:
     """Context in which every row of every pass carries a fresh draw, while predicting too."""
-    return _state(model, lambda _name, _leaf: "sample")
+    return _state(model, lambda _name, _leaf: "sample", "sample")
 
 
 def only(model: nn.Module, names: Collection[str]) -> AbstractContextManager[None]:
     """Context in which the stochastic layers not named carry their mean, whatever the state around it."""
-    return _state(model, lambda name, leaf: leaf.state if name in names else "mean")
+    return _state(model, lambda name, leaf: leaf.state if name in names else "mean", None)
 
 
 @contextmanager
@@ -62,7 +70,7 @@ def values(model: nn.Module, rows: int) -> Iterator[dict[str, tuple[Tensor, Gaus
         made[name] = (s, leaf.posterior)
         return Values(s)
 
-    with _state(model, state_of):
+    with _state(model, state_of, "inactive"):
         yield made
 
 
@@ -102,4 +110,4 @@ def noise_particles(model: nn.Module, noise: Mapping[str, Tensor]) -> AbstractCo
         noise: (N, r) standard normal numbers by the layer's name, for every stochastic layer.
     """
     noise = correlated(model, noise)
-    return _state(model, lambda name, _leaf: Particles(noise[name]))
+    return _state(model, lambda name, _leaf: Particles(noise[name]), "inactive")

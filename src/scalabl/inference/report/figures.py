@@ -24,6 +24,7 @@ from torch import Tensor
 
 from scalabl.metrics.scores import reliability, risk_coverage
 from scalabl.metrics.selective import Threshold
+from scalabl.tuner.diagnostics import logged
 
 SERIES = ["#0000a1", "#0000a2", "#0000a3", "#0000a4", "#0000a5", "#0000a6"]
 INK, MUTED, GRID = "#0000b1", "#0000b2", "#0000b3"
@@ -238,12 +239,12 @@ def training_curves(name: str, training: dict[str, list[dict[str, float]]]) -> l
     """One picture for each quantity that was logged (TRAINING names them), a line for each run."""
     pictures = []
     for quantity in TRAINING:
-        logged = [_logged(records, quantity) for records in training.values()]
-        if not any(steps for steps, _ in logged):
+        curves = [_logged(records, quantity) for records in training.values()]
+        if not any(steps for steps, _ in curves):
             continue
         drawing = Drawing(3.4, 2.4)
         axes = drawing.axes[0]
-        for i, (steps, values) in enumerate(logged):
+        for i, (steps, values) in enumerate(curves):
             if not steps:
                 continue
             smooth = _running_mean(np.array(values))
@@ -269,11 +270,12 @@ def _logged(records: list[dict[str, float]], quantity: str) -> tuple[list[float]
 
     Where a run logged no NLL, its loss is the NLL: a KL never enters the loss.
     """
-    if quantity == "nll" and not any("nll" in entry for entry in records):
+    if quantity == "nll" and all(logged(entry, "nll") is None for entry in records):
         quantity = "loss"
-    kept = [entry for entry in records if "step" in entry and math.isfinite(entry.get(quantity, math.nan))]
+    found = [(entry["step"], logged(entry, quantity)) for entry in records if "step" in entry]
+    kept = [(step, value) for step, value in found if value is not None and math.isfinite(value)]
     kept = kept[:: max(1, math.ceil(len(kept) / _MAX_POINTS))]
-    return [entry["step"] for entry in kept], [entry[quantity] for entry in kept]
+    return [step for step, _ in kept], [value for _, value in kept]
 
 
 def _running_mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
