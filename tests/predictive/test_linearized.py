@@ -4,9 +4,10 @@ import pytest
 import torch
 from tiny_base import adapted, loaded, questions
 
+from scalabl.core.errors import UserError
 from scalabl.metrics.uncertainty import average
-from scalabl.predictive import LinearizedPredictive, MonteCarloPredictive, predict
-from scalabl.predictive.linearized import logit_gaussian, matrix_root
+from scalabl.predictive import AutoPredictive, LinearizedPredictive, MonteCarloPredictive, Predictive, predict
+from scalabl.predictive.linearized import layer_variances, logit_gaussian, matrix_root
 from scalabl.scoring import Continuation, Letters, Scorer
 from scalabl.scoring.trunk import Trunk
 from scalabl.tuner import stochastic_layers
@@ -88,3 +89,31 @@ def test_matrix_root_of_a_singular_matrix() -> None:
     vector = torch.tensor([[1.0], [2.0], [0.0]])
     root = matrix_root(vector @ vector.T)
     torch.testing.assert_close(root @ root.T, vector @ vector.T)
+
+
+@pytest.mark.parametrize("predictive", [LinearizedPredictive(64), AutoPredictive(4)])
+def test_inference_mode_around_it_changes_nothing(predictive: Predictive) -> None:
+    scorer = scorer_with(0.1)
+    rows = [scorer.scoring.encode(row) for row in questions(9)]
+    expected = predict(scorer, rows, predictive)
+    with torch.inference_mode():
+        assert torch.equal(predict(scorer, rows, predictive), expected)
+
+
+def test_inference_mode_around_the_gaussian_and_the_shares() -> None:
+    scorer = scorer_with(0.1)
+    rows = [scorer.scoring.encode(row) for row in questions(4)]
+    expected = logit_gaussian(scorer, scorer.scoring.collate(rows)), layer_variances(scorer, rows)
+    with torch.inference_mode():
+        found = logit_gaussian(scorer, scorer.scoring.collate(rows)), layer_variances(scorer, rows)
+    torch.testing.assert_close(found[0], expected[0])
+    assert found[1] == expected[1]
+
+
+def test_a_model_loaded_under_inference_mode_is_refused() -> None:
+    with torch.inference_mode():
+        scorer = scorer_with(0.1)
+        rows = [scorer.scoring.encode(row) for row in questions(2)]
+        with pytest.raises(UserError, match="loaded under torch.inference_mode.*load it outside, or use Monte Carlo"):
+            predict(scorer, rows, LinearizedPredictive(8))
+        assert predict(scorer, rows, MonteCarloPredictive(2)).isfinite().any()

@@ -46,6 +46,7 @@ class MeanPredictive:
         return scorer.class_log_probs(batch)[None]
 
 
+@torch.inference_mode(False)  # a predictive may differentiate, whatever is around the call
 def predict(
     scorer: Scorer,
     rows: Sequence[Encoded],

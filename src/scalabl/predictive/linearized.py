@@ -107,7 +107,18 @@ def logit_jacobian(scorer: Scorer, batch: Batch, drawn: str | None = None) -> tu
 
     Returns:
         logits (B, C), -inf where a row has no such choice; the layer's name -> (B, C - 1, r), zero there.
+
+    Raises:
+        UserError: the model was loaded under `torch.inference_mode()`, so that nothing can be differentiated.
     """
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(False):  # tensors that were made under it are copied: none of them is differentiable
+            return logit_jacobian(scorer, batch.select(torch.arange(len(batch), device=scorer.device)), drawn)
+    if any(parameter.is_inference() for parameter in scorer.model.parameters()):
+        raise UserError(
+            "The linearised predictive differentiates, but this model was loaded under torch.inference_mode(); load "
+            "it outside, or use Monte Carlo."
+        )
     uncertain = drawn_layers(scorer.model, drawn)
     batch = scorer.with_trunk(batch, min(uncertain.values(), default=None))
     with torch.enable_grad(), values(scorer.model, len(batch)) as of_all, only(scorer.model, uncertain):
@@ -155,6 +166,7 @@ class LayerVariance:
     share: float
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def layer_variances(
     scorer: Scorer,
