@@ -19,9 +19,12 @@ from covariance_posterior import RESTRICTIONS, Made, Position, Study, loaded
 from torch import Tensor
 
 from scalabl.core.console import progress_bar
+from scalabl.core.errors import UserError
 from scalabl.data import Example
 from scalabl.inference.predictor import labels_of
-from scalabl.metrics import Metric, evaluate, ood_auroc, paired_difference, paired_ood_difference
+from scalabl.metrics import Metric, evaluate, ood_auroc, paired_difference
+from scalabl.metrics.bootstrap import check_settings, interval
+from scalabl.metrics.figures import ood_separations
 from scalabl.metrics.uncertainty import average, decompose
 from scalabl.posterior import FullGaussian, Gaussian, standard_normal
 from scalabl.posterior.joint import JointGaussian
@@ -114,6 +117,31 @@ def _predict(
                 advance=lambda n, bar=bar: progress.advance(bar, n),  # type: ignore[misc]
             )
     return found, {}
+
+
+def paired_ood_difference(
+    scores_a: tuple[Tensor, Tensor],
+    scores_b: tuple[Tensor, Tensor],
+    *,
+    bootstrap: int = 1000,
+    seed: int = 0,
+    confidence: float = 0.95,
+) -> Metric:
+    """ood_auroc(a) - ood_auroc(b) on the same rows, with the interval of the paired bootstrap.
+
+    Args:
+        scores_a: uncertainties (n,) in and (m,) out of distribution.
+        scores_b: another method's, of the same rows.
+        bootstrap, seed, confidence: as in `ood_auroc`.
+
+    Raises:
+        UserError: the rows are not as many, and as `ood_auroc`.
+    """
+    check_settings(bootstrap, confidence)
+    if [score.shape for score in scores_a] != [score.shape for score in scores_b]:
+        raise UserError("The two methods have other numbers of rows, so they cannot be compared row by row.")
+    (a, draws_a), (b, draws_b) = (ood_separations(*pair, bootstrap, seed) for pair in (scores_a, scores_b))
+    return interval(a - b, draws_a - draws_b, confidence)
 
 
 def prediction_rows(

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from covariance_effects import POSITIONS, STRUCTURES
-from covariance_posterior import KINDS, RUNS, Position, layer_correlations, off_diagonals, pairs, shown
+from covariance_posterior import KINDS, RUNS, Position, correlation_of, layer_correlations, off_diagonals, pairs, shown
 from harness import excludes_zero, markdown_facts, svg, table
 from matplotlib.ticker import NullFormatter
 from scipy.stats import halfnorm
@@ -235,7 +235,7 @@ def picture_of_correlations(positions: Mapping[str, Position]) -> str:
     figure, ((*axes,),) = blank(3.6 * len(panels), 3.7, 1, len(panels))
     with styled():
         for axis, (name, joint, depth) in zip(axes, panels, strict=True):
-            image = axis.imshow(joint.correlation().numpy(), cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
+            image = axis.imshow(correlation_of(joint).numpy(), cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
             _decoder_layers(axis, joint, depth)
             axis.set_title(RUNS[name], fontsize=9)
         figure.colorbar(image, ax=axes, shrink=0.8, label="correlation")
@@ -265,7 +265,7 @@ def picture_of_sizes(positions: Mapping[str, Position]) -> str:
     figure, ((*axes,),) = blank(3.1 * len(panels), 2.9, 1, len(panels), sharey=True)
     with styled():
         for axis, (name, joint, depth) in zip(axes, panels, strict=True):
-            absolute = joint.correlation().abs()
+            absolute = correlation_of(joint).abs()
             for kind, mask in pairs(joint.ranks, depth).items():
                 values = absolute[mask].sort().values.numpy()
                 if len(values):

@@ -248,8 +248,7 @@ def _curvature(study: Study, name: str) -> Made:
             variances = [prior.variance(p.mean, p.marginal_std().square()).expand(p.r) for p in posteriors]
             tensors["precision"] = torch.cat(variances).double().cpu().reciprocal()
             own = [p.cholesky() if isinstance(p, FullGaussian) else torch.diag(p.marginal_std()) for p in posteriors]
-            of_layers = dict(zip(curvature.ranks, (factor.cpu() for factor in own), strict=True))
-            tensors["learnt"] = JointGaussian.of_layers(of_layers).factor
+            tensors["learnt"] = torch.block_diag(*own).float().cpu()
         components = len(tensors["mean"])
     facts = {
         "ranks": curvature.ranks,
@@ -270,9 +269,15 @@ def pairs(ranks: Mapping[str, int], depth: Mapping[str, int]) -> dict[str, Tenso
     return dict(zip(KINDS, (once & same, once & ~same & beside, once & ~beside), strict=True))
 
 
+def correlation_of(joint: JointGaussian) -> Tensor:
+    """(D, D), float64, with 1 on the diagonal."""
+    root = torch.nn.functional.normalize(joint.factor.double(), dim=1)
+    return (root @ root.T).clamp(-1, 1).fill_diagonal_(1)
+
+
 def correlation_rows(joint: JointGaussian, depth: Mapping[str, int]) -> list[dict[str, Any]]:
     """The sizes of the correlations by kind of pair; kinds without a pair are left out."""
-    size, found = joint.correlation().abs(), []
+    size, found = correlation_of(joint).abs(), []
     for kind, mask in pairs(joint.ranks, depth).items():
         values = size[mask]
         if len(values):
@@ -314,7 +319,7 @@ def posterior_tables(positions: Mapping[str, Position]) -> dict[str, list[dict[s
 
 def layer_correlations(joint: JointGaussian) -> dict[str, Tensor]:
     """The layer's name -> (r, r) correlations within it."""
-    correlation = joint.correlation()
+    correlation = correlation_of(joint)
     return {name: correlation[rows, rows] for name, rows in joint.blocks()}
 
 

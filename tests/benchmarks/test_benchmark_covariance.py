@@ -12,11 +12,23 @@ import covariance_posterior
 import pytest
 import torch
 from covariance import NULLS, cosine, fit_rows, learnt_rows, null_cosines, p_value
-from covariance_effects import STRUCTURES, EveryStructure
-from covariance_posterior import KINDS, Position, correlation_rows, loaded, off_diagonals, pairs, position, study_of
+from covariance_effects import STRUCTURES, EveryStructure, paired_ood_difference
+from covariance_posterior import (
+    KINDS,
+    Position,
+    correlation_of,
+    correlation_rows,
+    loaded,
+    off_diagonals,
+    pairs,
+    position,
+    study_of,
+)
 from tiny_base import adapted, questions, tiny_base, write_task
 from tiny_base import loaded as tiny
 
+from scalabl.core.errors import UserError
+from scalabl.metrics import Metric, ood_auroc
 from scalabl.posterior.joint import JointGaussian
 from scalabl.predictive import LinearizedPredictive
 from scalabl.runs.method import load_post_hoc
@@ -205,9 +217,34 @@ def some_joint(ranks: dict[str, int], *, seed: int = 0) -> JointGaussian:
     return JointGaussian(torch.linalg.cholesky(0.02 * root @ root.T / size).float(), ranks)
 
 
+def test_correlations_are_covariances_of_unit_variance() -> None:
+    p = some_joint({"a": 3, "b": 6})
+    std = p.covariance().diagonal().sqrt()
+    torch.testing.assert_close(correlation_of(p) * torch.outer(std, std), p.covariance())
+    scale = torch.tensor([30.0, 0.01])
+    pair = torch.outer(scale, scale) * torch.tensor([[1, 0.8], [0.8, 1]])
+    known = JointGaussian(torch.linalg.cholesky(pair.double()).float(), {"a": 2})
+    assert correlation_of(known)[0, 1].item() == pytest.approx(0.8, rel=1e-5)
+    assert torch.equal(correlation_of(p).diagonal(), torch.ones(9, dtype=torch.float64))
+
+
+def test_paired_ood_difference_is_paired() -> None:
+    generator = torch.Generator().manual_seed(0)
+    known, shifted = torch.randn(150, generator=generator), 0.7 + torch.randn(120, generator=generator)
+    # a monotone map changes no rank: the difference and every resample's are zero, though each area is uncertain
+    assert paired_ood_difference((known, shifted), (known.exp(), shifted.exp())) == Metric(0.0, 0.0, 0.0)
+    alone = ood_auroc(known, shifted)
+    noisy = [score + 0.3 * torch.randn(len(score), generator=generator) for score in (known, shifted)]
+    gap = paired_ood_difference((known, shifted), (noisy[0], noisy[1]))
+    assert gap.value == pytest.approx(alone.value - ood_auroc(*noisy).value)  # type: ignore[operator]
+    assert gap.high - gap.low < 0.5 * (alone.high - alone.low)  # type: ignore[operator]
+    with pytest.raises(UserError, match="other numbers of rows"):
+        paired_ood_difference((known, shifted), (known[1:], shifted))
+
+
 def test_the_null_tells_learnt_correlations_from_chance() -> None:
-    exact = [some_joint({"a": 6}, seed=seed).correlation() for seed in range(5)]
-    other = [some_joint({"a": 6}, seed=10 + seed).correlation() for seed in range(5)]
+    exact = [correlation_of(some_joint({"a": 6}, seed=seed)) for seed in range(5)]
+    other = [correlation_of(some_joint({"a": 6}, seed=10 + seed)) for seed in range(5)]
     assert cosine(exact, exact) == pytest.approx(1) and cosine([torch.eye(6)], [torch.eye(6)]) == 0
     flat = torch.cat([off_diagonals(x) for x in exact]), torch.cat([off_diagonals(x) for x in other])
     assert cosine(exact, other) == pytest.approx(torch.cosine_similarity(*flat, dim=0).item())

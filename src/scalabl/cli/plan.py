@@ -10,20 +10,22 @@ import typer
 from scalabl.cli.app import app
 from scalabl.cli.options import SettingsCommand, with_settings
 from scalabl.core.errors import UserError
-from scalabl.runs.settings import make_settings
+from scalabl.runs.registry import METHODS, TRAINED
+from scalabl.runs.settings import Settings, make_settings
 
 if TYPE_CHECKING:
     from scalabl.planning.plan import Plan
 
 
 _BATCH = 4  # the paper's
-
-
+_METHODS = [name for name in TRAINED if METHODS[name].plannable]
 # what a plan depends on, where its option has another name or help than that of scalabl train
 _SETTINGS: dict[str, dict[str, str]] = {
     "model": {"help": "A Hub id, smollm2-135m-instruct, or a directory with a config.json."},
     "target_modules": {"names": "--targets,--target-modules", "help": "For example q_proj,v_proj,lm_head."},
-    "layers": {}, "r": {}, "covariance": {}, "dtype": {}, "quantization": {}, "method": {}, "optimizer": {},
+    "layers": {}, "r": {}, "covariance": {}, "dtype": {}, "quantization": {},
+    "method": {"help": f"{', '.join(_METHODS[:-1])} or {_METHODS[-1]}. Default: {Settings.method}."},
+    "optimizer": {},
     "bits": {"help": "Of the base's weights: 16 (as in --dtype), 8 or 4."},
     "batch_size": {"names": "--batch,--batch-size", "help": "Rows a step; 4 where there is no recipe."},
     "max_length": {"names": "--seq,--max-length"},

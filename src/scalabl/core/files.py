@@ -56,6 +56,14 @@ def each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def read_if_whole(path: Path) -> Any:
+    """What a JSON file holds; None where it is missing or half written, as a killed process leaves it."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
 def read_yaml(path: Path, *, missing: str, mend: str, expected: str, key: str | None = None) -> dict[str, Any]:
     """The mapping in a YAML file; as `read_json`."""
     import yaml

@@ -1,1 +1,5 @@
 """A finished run at work: predictions, evaluation, promises, what to label next, and the report."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -74,8 +74,6 @@ class MCDropout(PlainLoRA):
 class MonteCLoRA(PlainLoRA):
     """PEFT's Monte Carlo variant at its defaults, predicting with its mean."""
 
-    plannable = False  # PEFT's sampler computes with the numbers that it draws
-
     def adapter_config(self, settings: Settings, model: PreTrainedModel) -> PeftConfig:
         return LoraConfig(**lora_options(settings, model), monteclora_config=MontecloraConfig())
 

@@ -4,7 +4,6 @@ from .figures import evaluate as evaluate
 from .figures import is_collapsed as is_collapsed
 from .figures import ood_auroc as ood_auroc
 from .figures import paired_difference as paired_difference
-from .figures import paired_ood_difference as paired_ood_difference
 from .scores import Bin as Bin
 from .scores import reliability as reliability
 from .scores import risk_coverage as risk_coverage

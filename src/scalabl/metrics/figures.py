@@ -129,35 +129,10 @@ def ood_auroc(
         UserError: for an empty set, NaN, or settings out of range.
     """
     check_settings(bootstrap, confidence)
-    return interval(*_separations(score_in, score_out, bootstrap, seed), confidence, (0, 1))
+    return interval(*ood_separations(score_in, score_out, bootstrap, seed), confidence, (0, 1))
 
 
-def paired_ood_difference(
-    scores_a: tuple[Tensor, Tensor],
-    scores_b: tuple[Tensor, Tensor],
-    *,
-    bootstrap: int = 1000,
-    seed: int = 0,
-    confidence: float = 0.95,
-) -> Metric:
-    """ood_auroc(a) - ood_auroc(b) on the same rows, with the interval of the paired bootstrap.
-
-    Args:
-        scores_a: uncertainties (n,) in and (m,) out of distribution.
-        scores_b: another method's, of the same rows.
-        bootstrap, seed, confidence: as in `ood_auroc`.
-
-    Raises:
-        UserError: the rows are not as many, and as `ood_auroc`.
-    """
-    check_settings(bootstrap, confidence)
-    if [score.shape for score in scores_a] != [score.shape for score in scores_b]:
-        raise UserError("The two methods have other numbers of rows, so they cannot be compared row by row.")
-    (a, draws_a), (b, draws_b) = (_separations(*pair, bootstrap, seed) for pair in (scores_a, scores_b))
-    return interval(a - b, draws_a - draws_b, confidence)
-
-
-def _separations(score_in: Tensor, score_out: Tensor, bootstrap: int, seed: int) -> tuple[float, Tensor]:
+def ood_separations(score_in: Tensor, score_out: Tensor, bootstrap: int, seed: int) -> tuple[float, Tensor]:
     """The area of `ood_auroc`, and that of each resample (bootstrap,); the same rows are drawn whatever the scores."""
     for name, score in (("score_in", score_in), ("score_out", score_out)):
         if score.ndim != 1 or score.numel() == 0:

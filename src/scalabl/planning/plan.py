@@ -21,6 +21,7 @@ from scalabl.planning.meta_model import (
 )
 from scalabl.planning.step import MOST, MetaRun, PlannedRows, particles_of
 from scalabl.runs.method import load_method
+from scalabl.runs.registry import METHODS
 from scalabl.runs.settings import Settings
 from scalabl.training.refusals import require_known
 from scalabl.tuner.layers import decoder_layers
@@ -72,7 +73,7 @@ class Planner:
 
     def __init__(self, settings: Settings, device: str, config: PretrainedConfig | None = None) -> None:
         method = load_method(settings.method)
-        if not method.plannable:
+        if not METHODS[settings.method].plannable:
             raise CannotPlanError(
                 f"What {settings.method} takes depends on the numbers that it draws and cannot be planned."
             )

@@ -54,11 +54,6 @@ class JointGaussian:
         upper = torch.linalg.qr(vectors.T / eigenvalues.sqrt()[:, None]).R
         return cls((upper * upper.diagonal().sign()[:, None]).T.float().contiguous(), dict(ranks))
 
-    @classmethod
-    def of_layers(cls, factors: Mapping[str, Tensor]) -> JointGaussian:
-        """Layers that are independent of each other, each with its own Cholesky factor (r, r)."""
-        return cls(torch.block_diag(*factors.values()).float(), {name: len(factor) for name, factor in factors.items()})
-
     @property
     def size(self) -> int:
         """D."""
@@ -68,11 +63,6 @@ class JointGaussian:
         """(D, D), float64."""
         factor = self.factor.double()
         return factor @ factor.T
-
-    def correlation(self) -> Tensor:
-        """(D, D), float64, with 1 on the diagonal."""
-        root = torch.nn.functional.normalize(self.factor.double(), dim=1)
-        return (root @ root.T).clamp(-1, 1).fill_diagonal_(1)
 
     def kl(self, other: JointGaussian) -> float:
         """KL(self || other) in nats, both around the same mean and with the layers in the same order.

@@ -48,13 +48,13 @@ from scalabl.core.modules import eval_mode
 from scalabl.core.top_layers import holding_variance, top_layers
 from scalabl.metrics.uncertainty import average
 from scalabl.predictive.base import MeanPredictive, Predictive, predict
-from scalabl.predictive.linearized import LinearizedPredictive, logit_covariance, logit_jacobian
+from scalabl.predictive.linearized import LinearizedPredictive, logit_covariance, logit_jacobian, summed_variances
 from scalabl.predictive.monte_carlo import MonteCarloPredictive, drawn_layers
 from scalabl.predictive.sampling import PREDICTIVES
 from scalabl.scoring.base import Batch, Encoded
 from scalabl.scoring.prefix import shared_prefix
 from scalabl.scoring.scorer import Scorer, batches
-from scalabl.tuner.layers import active_adapters, decoder_layers, stochastic_layers, unwrap
+from scalabl.tuner.layers import active_adapters, decoder_layers, unwrap
 
 # S. CPU: from N = 10 at batch 1 and 4 of SmolLM2-135M in one batch, 6.4 and 8.5 forwards. CUDA: an H100's arithmetic
 # beside its memory's bandwidth in bfloat16
@@ -293,16 +293,9 @@ class _Trial:
             found[torch.tensor(indices), : probs.shape[1]] = probs
         return float((found - self._reference)[self._present].square().mean().sqrt())
 
-    @torch.no_grad()
     def variances(self) -> dict[str, float]:
         """Each layer's part of the variance of the logits' differences, summed over the rows."""
-        posteriors = {
-            n: leaf.posterior.covariance().float() for n, leaf in stochastic_layers(self._scorer.model).items()
-        }
-        return {
-            name: sum(float(((j[name] @ posteriors[name]) * j[name]).sum()) for _, _, j in self._parts)
-            for name in self._parts[0][2]
-        }
+        return summed_variances(self._scorer.model, (jacobians for _, _, jacobians in self._parts))
 
 
 def reference_and_variance(particles: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,11 +15,12 @@ covariance has them, belong to no layer and are left out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from scalabl.core.errors import UserError
 from scalabl.core.modules import eval_mode
@@ -166,6 +167,22 @@ class LayerVariance:
     share: float
 
 
+@torch.no_grad()
+def summed_variances(model: nn.Module, jacobians: Iterable[Mapping[str, Tensor]]) -> dict[str, float]:
+    """Each layer's part of the variance of the logits' differences, summed over the rows of batches: tr J Sigma J^T.
+
+    Args:
+        model: with stochastic layers.
+        jacobians: of each batch, (B, C - 1, r) by layer.
+    """
+    covariances = {name: leaf.posterior.covariance().float() for name, leaf in stochastic_layers(model).items()}
+    totals: dict[str, float] = defaultdict(float)
+    for of_layers in jacobians:
+        for name, jacobian in of_layers.items():
+            totals[name] += ((jacobian @ covariances[name]) * jacobian).sum().item()
+    return totals
+
+
 @torch.inference_mode(False)
 @torch.no_grad()
 def layer_variances(
@@ -188,17 +205,18 @@ def layer_variances(
     """
     if not rows:
         raise UserError("The variance of predictions is measured on rows, but there are none; give some.")
-    posteriors = {name: leaf.posterior.covariance().float() for name, leaf in stochastic_layers(scorer.model).items()}
     depths = drawn_layers(scorer.model, None)
-    totals = dict.fromkeys(sorted(depths, key=lambda name: depths[name]), 0.0)
-    with eval_mode(scorer.model):
+
+    def jacobians() -> Iterator[dict[str, Tensor]]:
         for indices, chunk in batches(rows, batch_size):
             batch = scorer.with_trunk(scorer.scoring.collate(chunk).to(scorer.device))
-            _, jacobians = logit_jacobian(scorer, batch)
-            for name, jacobian in jacobians.items():
-                totals[name] += ((jacobian @ posteriors[name]) * jacobian).sum().item()
+            yield logit_jacobian(scorer, batch)[1]
             if advance is not None:
                 advance(len(indices))
+
+    with eval_mode(scorer.model):
+        found = summed_variances(scorer.model, jacobians())
+    totals = {name: found.get(name, 0.0) for name in sorted(depths, key=lambda name: depths[name])}
     whole = sum(totals.values())
     if not whole > 0:
         raise UserError("No layer's s moves a prediction: B is zero or sigma has collapsed, so there are no shares.")

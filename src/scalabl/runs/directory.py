@@ -120,22 +120,36 @@ CONFIG = "adapter_config.json"
 
 
 def require_adapter(directory: Path) -> dict[str, Any]:
-    """The adapter's configuration as JSON; imports no torch.
+    """The configuration of a ScalaBL adapter or a plain LoRA as JSON; imports no torch.
 
     Raises:
         UserError: there is no adapter in the directory, or its configuration cannot be read.
     """
-    path, missing = directory / CONFIG, "{} holds no {}; give a directory made by scalabl train or save_pretrained."
+    config = adapter_config(directory, "scalabl train or save_pretrained")
+    if config.get("peft_type") not in ("SCALABL", "LORA"):
+        raise UserError(f"{directory / CONFIG} is not the configuration of a ScalaBL or LoRA adapter.")
+    return config
+
+
+def adapter_config(directory: Path, made_by: str) -> dict[str, Any]:
+    """The configuration of an adapter of any kind, whose weights are there too.
+
+    Args:
+        directory: the adapter's.
+        made_by: what makes such a directory, for the message.
+
+    Raises:
+        UserError: either file is missing, or the configuration cannot be read.
+    """
+    missing = f"{directory} holds no {{}}; give a directory made by {made_by}."
     config = read_json(
-        path,
-        missing=missing.format(directory, CONFIG),
+        directory / CONFIG,
+        missing=missing.format(CONFIG),
         mend="restore the file",
         expected="an adapter's configuration; restore the file",
     )
     if not (directory / ADAPTER).is_file():
-        raise UserError(missing.format(directory, ADAPTER))
-    if config.get("peft_type") not in ("SCALABL", "LORA"):
-        raise UserError(f"{path} is not the configuration of a ScalaBL or LoRA adapter.")
+        raise UserError(missing.format(ADAPTER))
     return config
 
 

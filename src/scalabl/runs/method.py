@@ -65,11 +65,9 @@ class TrainedMethod(Method):
     """A method with a training run of its own.
 
     Attributes:
-        plannable: whether memory and time of a run can be worked out without its numbers.
         optimizer_numbers: float32 numbers that its own optimiser keeps for each trained one.
     """
 
-    plannable = True
     optimizer_numbers: int | None = None
 
     def adapter_config(self, settings: Settings, model: PreTrainedModel) -> PeftConfig:

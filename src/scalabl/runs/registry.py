@@ -27,6 +27,7 @@ class Traits:
             and it needs gradients that DeepSpeed hides.
         shardable: trained under FSDP 2.
         members: made of the runs of several seeds.
+        plannable: whether memory and time of a run can be worked out without its numbers.
         settings: its own, where they are not the defaults; what is given explicitly wins.
     """
 
@@ -40,6 +41,7 @@ class Traits:
     variational: bool = False
     shardable: bool = False
     members: bool = False
+    plannable: bool = True
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -54,7 +56,8 @@ METHODS: dict[str, Traits] = {
         "BLoB", "blob:BLoB", sampled=True, variational=True,
         settings={"prior_std": 0.2, "init_sigma": 0.05, "variational_learning_rate": 0.01, "schedule": "minibatch"},
     ),
-    "monteclora": Traits("MonteCLoRA (mean)", "plain:MonteCLoRA"),
+    # PEFT's sampler computes with the numbers that it draws
+    "monteclora": Traits("MonteCLoRA (mean)", "plain:MonteCLoRA", plannable=False),
     "ivon": Traits(
         "IVON", "ivon:IVONLoRA", sampled=True, plain_lora=True, variational=True,
         settings={"warmup": 0.0, "beta": 0.002, "init_sigma": 0.03},

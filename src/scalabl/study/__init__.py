@@ -6,6 +6,12 @@ plan         a study as cells, and the entries of its table                     
 work         one cell done: a training run, a fit, or predictions
 run          all cells done, by one process, by several, or by a Ray cluster
 results      the tidy table, a row an entry and data set; CSV and Parquet
-compare      paired bootstrap over rows and seeds, intervals over seeds
-summary, render    the table of means as Markdown, LaTeX and HTML
+summary      means over seeds, with paired comparisons
+page         tables and pictures as Markdown, LaTeX and HTML
+pictures     of methods and of settings; look: their names and colours
+benchmark    all of it, from the recipe to the tables
 """
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from scalabl.core.files import read_if_whole
 from scalabl.data.example import Example
 
 TRAINING, POST_HOC, PREDICTION = "training", "posthoc", "prediction"
@@ -74,17 +75,14 @@ def rows_digest(rows: Sequence[Example]) -> str:
 
 def finished(output: Path, address: str) -> dict[str, Any] | None:
     """What a finished cell measured; None for a cell that is not finished."""
-    return _read(output / "cells" / address / "finished.json")
+    return _facts(output / "cells" / address / "finished.json")
 
 
 def failure(output: Path, address: str) -> dict[str, Any] | None:
     """Why a cell failed when it was last tried, or None: {"error", "invocation"}."""
-    return _read(output / "cells" / address / "failed.json")
+    return _facts(output / "cells" / address / "failed.json")
 
 
-def _read(path: Path) -> dict[str, Any] | None:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
+def _facts(path: Path) -> dict[str, Any] | None:
+    content = read_if_whole(path)
     return content if isinstance(content, dict) else None

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import platform
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from scalabl.core.errors import UserError
 from scalabl.runs.record import RunRecord
+from scalabl.runs.registry import BASELINE
 from scalabl.runs.settings import Settings
 
 if TYPE_CHECKING:
@@ -79,13 +79,13 @@ def run_demo(
     from scalabl.inference.settings import PredictionSettings
     from scalabl.metrics.uncertainty import fit_temperature
     from scalabl.runs.loading import load_run
-    from scalabl.training.run import LOG, train
+    from scalabl.training.run import read_log, train
 
     test = rows_of(TASK, split="test", limit=test_rows)
     shifted = {SHIFTED: rows_of(SHIFTED, split="test", limit=SHIFTED_ROWS)}
     methods: list[MethodResult] = []
     training = {}
-    for method in ("mle", "scalabl"):
+    for method in (BASELINE, Settings.method):
         settings = demo_recipe(method, seed=seed, steps=steps)
         directory = output / f"{method}-seed{seed}-steps{steps}"
         train(settings, directory)
@@ -97,7 +97,7 @@ def run_demo(
             result = method_result(predictor, test, shifted)
             validation = predictor.log_probs(held_out, dataset="temperature")
             methods += [result, tempered(result, fit_temperature(validation, labels_of(held_out)))]
-        training[result.name.split(",")[0]] = json.loads((directory / LOG).read_text(encoding="utf-8"))
+        training[result.name.split(",")[0]] = read_log(directory)
     return Report(
         title="Plain LoRA and ScalaBL at the same budget",
         facts=_facts(run.record, len(test), len(shifted[SHIFTED]), seed, steps) | {"training loss": _losses(training)},

@@ -23,6 +23,7 @@ from scalabl.metrics import scores
 from scalabl.metrics.bootstrap import Metric, interval, resamples
 from scalabl.metrics.figures import METRICS
 from scalabl.metrics.scores import checked
+from scalabl.runs.registry import BASELINE
 from scalabl.study.cells import finished
 from scalabl.study.plan import StudyPlan, baseline_variant
 from scalabl.study.results import Outcome, outcomes
@@ -37,7 +38,7 @@ OTHERS = (
     "extra_parameters", "train_cost", "predict_cost", "peak_memory",
 )  # fmt: skip
 _SHARES = ("accuracy", "ece", "auroc", "aurc", "ood_auroc", "ood_auroc_total")
-BASELINES = ("mle", "mle+temperature")
+BASELINES = (BASELINE, f"{BASELINE}+temperature")
 BySeed = Mapping[int, Outcome]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import os
 import platform
 import resource
@@ -36,7 +35,7 @@ from scalabl.runs.settings import Settings
 from scalabl.scoring.trunk_store import with_stored_trunk
 from scalabl.study.cells import POST_HOC, PREDICTION, TRAINING, Cell, finished, rows_digest
 from scalabl.study.plan import overlap, shifted_rows, tested_rows, tuning_rows
-from scalabl.training.run import LOG, last_checkpoint, train
+from scalabl.training.run import last_checkpoint, read_log, train
 
 RUN = "run"
 PREDICTIONS = "predictions.safetensors"
@@ -74,7 +73,7 @@ def _train(cell: Cell, output: Path) -> dict[str, Any]:
     done = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
     with measured() as cost:
         record = train(training, directory)
-    log = json.loads((directory / LOG).read_text(encoding="utf-8"))
+    log = read_log(directory)
     # the trainer's own time: steps alone, without loading and without the frozen layers, which other runs share
     steps = next(entry["train_runtime"] for entry in reversed(log) if "train_runtime" in entry)
     return {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from scalabl.core import processes
 from scalabl.core.errors import UserError
-from scalabl.core.files import ADAPTER, sha256, write_json, writing
+from scalabl.core.files import ADAPTER, read_if_whole, sha256, write_json, writing
 from scalabl.data.assemble import TrainingRows, select_rows
 from scalabl.data.example import Task
 from scalabl.data.load import load_training_task
@@ -101,14 +100,24 @@ def last_checkpoint(output: Path) -> Path | None:
     checkpoints = output / "checkpoints"
     found = []
     for directory in checkpoints.glob("checkpoint-*"):
-        try:
-            # the trainer writes its state last
-            json.loads((directory / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        # the trainer writes its state last
+        if read_if_whole(directory / TRAINER_STATE_NAME) is None:
             shutil.rmtree(directory, ignore_errors=True)
         else:
             found.append((int(directory.name.rpartition("-")[2]), directory))
     return max(found)[1] if found else None
+
+
+def read_log(directory: Path) -> list[dict[str, Any]]:
+    """What the trainer of a run logged, in order.
+
+    Raises:
+        UserError: the run has no readable log.
+    """
+    log = read_if_whole(directory / LOG)
+    if not isinstance(log, list):
+        raise UserError(f"{directory} holds no readable {LOG}; delete the run and train it again.")
+    return log
 
 
 def _train(

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from scalabl.core.errors import UserError
-from scalabl.core.files import ADAPTER, read_json, require_place
+from scalabl.core.files import require_place
 from scalabl.data.example import Example, Task
 from scalabl.data.load import load_task, with_labels
 from scalabl.runs.base_directory import as_recorded, find_base
-from scalabl.runs.directory import CONFIG
+from scalabl.runs.directory import CONFIG, adapter_config
 from scalabl.runs.record import RECORD, RunRecord
 from scalabl.runs.settings import LARGEST, Settings, typed_setting
 
@@ -56,11 +56,7 @@ def read_source(directory: Path, model: str | None = None) -> SourceAdapter:
     Raises:
         UserError: files are missing, altered or not finished; it is no plain LoRA; its base model is not named.
     """
-    for name in (CONFIG, ADAPTER):
-        if not (directory / name).is_file():
-            raise UserError(f"{directory} holds no {name}; give a directory made by PEFT's save_pretrained.")
-    form = "an adapter's configuration; restore the file"
-    config = read_json(directory / CONFIG, missing=form, mend="restore the file", expected=form)
+    config = adapter_config(directory, "PEFT's save_pretrained")
     kind = config.get("peft_type")
     if kind == "SCALABL":
         raise UserError(f"{directory} has a posterior already; give a plain LoRA (its mean/ is one).")
