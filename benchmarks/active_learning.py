@@ -54,7 +54,7 @@ class Study:
     """What is the same in every cell.
 
     Attributes:
-        recipe: of every training run, but for its data and seed.
+        settings: of every training run, but for its data and seed.
         pool: the rows that may be labelled.
         validation, test: the other rows.
         start, k, rounds: rows labelled at first, a round, and how many rounds.
@@ -63,7 +63,7 @@ class Study:
         seeds: each starts with other rows.
     """
 
-    recipe: Settings
+    settings: Settings
     pool: list[Example]
     validation: list[Example]
     test: list[Example]
@@ -77,7 +77,7 @@ class Study:
     def digest(self) -> str:
         """Names everything that decides a cell but its seed, its strategy and its round."""
         rows = [[[r.question, r.choices, r.answer] for r in part] for part in (self.pool, self.validation, self.test)]
-        return harness.digest([self.recipe.as_dict(), rows, self.start, self.k, self.samples])
+        return harness.digest([self.settings.as_dict(), rows, self.start, self.k, self.samples])
 
 
 def study_of(a: argparse.Namespace) -> Study:
@@ -90,7 +90,7 @@ def study_of(a: argparse.Namespace) -> Study:
     validation, pool = rows[:VALIDATION_ROWS], rows[VALIDATION_ROWS : VALIDATION_ROWS + a.pool]
     if a.start + a.rounds * a.k > len(pool):
         raise SystemExit(f"the pool has {len(pool)} rows and {a.start} + {a.rounds} x {a.k} are to be labelled")
-    recipe = Settings.flat(
+    settings = Settings.flat(
         model=a.model,
         data=a.data,
         steps=a.steps,
@@ -105,7 +105,7 @@ def study_of(a: argparse.Namespace) -> Study:
     )
     test = rows_of(a.data, split="test", limit=a.test_rows)
     return Study(
-        recipe, pool, validation, test, a.start, a.k, a.rounds, a.samples, tuple(a.strategies), tuple(a.seeds)
+        settings, pool, validation, test, a.start, a.k, a.rounds, a.samples, tuple(a.strategies), tuple(a.seeds)
     )  # fmt: skip
 
 
@@ -139,8 +139,8 @@ def cell(
             return known
     _write_rows(directory / "rows" / "train.jsonl", [study.pool[i] for i in labelled])
     _write_rows(directory / "rows" / "validation.jsonl", study.validation)
-    recipe = study.recipe.changed(data=str(directory / "rows"), seed=seed)
-    train(recipe, directory / "run")
+    settings = study.settings.changed(data=str(directory / "rows"), seed=seed)
+    train(settings, directory / "run")
     run = load_run(directory / "run")
     predictive = run.predictive(samples=study.samples, seed=seed)
     log_probs = log_probabilities(run, study.test, predictive, description=directory.name)
@@ -207,12 +207,12 @@ def main() -> None:
     a = parser.parse_args()
     quiet()
     study = study_of(a)
-    fit = study.recipe.optimisation
+    fit = study.settings.optimisation
     known = harness.facts(
         model=a.model,
         data=f"{a.data}: a pool of {len(study.pool)} training rows, {len(study.test)} test rows",
         method=f"ScalaBL, {fit.steps} steps of {fit.batch_size} rows, AdamW {fit.learning_rate:g}, adapters of "
-        f"r = {study.recipe.adapter.r} on {a.layers}, N = {a.samples}",
+        f"r = {study.settings.adapter.r} on {a.layers}, N = {a.samples}",
         seeds=", ".join(map(str, a.seeds)),
     )
     done: list[dict[str, Any]] = []

@@ -232,12 +232,12 @@ class Report:
 
     def _facts(self) -> dict[str, str]:
         study = self.study
-        recipes = {name: study.recipe(name) for name in RUNS}
-        first = recipes["mle"]
+        settings = {name: study.settings(name) for name in RUNS}
+        first = settings["mle"]
         of_runs = "; ".join(
             f"{RUNS[name]}: {r.optimisation.steps} steps of {r.optimisation.batch_size}, seed {r.seed}, "
             f"{study.records[name].rows['train']:,} rows"
-            for name, r in recipes.items()
+            for name, r in settings.items()
         )
         return facts(
             model=f"{first.model}, adapters of r = {first.adapter.r} on "

@@ -40,7 +40,7 @@ from scalabl.tuner import prior_of, stochastic_layers, values
 JOINT = ("joint", "marginal")
 STRUCTURES = (JOINT, *RESTRICTIONS)
 METRICS = ("nll", "ece", "brier", "accuracy")
-OOD = ("epistemic", "total")  # uncertainties by which rows of the other task are told apart
+OOD = ("epistemic", "total")  # uncertainties by which rows of the other task are separated
 LogProbs = dict[str, Tensor]  # "test" and "shifted" -> (N, n, C)
 PARAMETERS = {"mean": "log_mean", "std": "log_std", "off-diagonal": "lower"}  # kind -> of a full Gaussian
 POSITIONS = ("start", "end")
@@ -306,30 +306,30 @@ def noise_rows(study: Study) -> tuple[list[dict[str, Any]], dict[str, dict[str, 
 
 
 def _gradients(study: Study, where: str) -> Made:
-    o, recipe = study.options, study.recipe("full")
-    run = study.run("full") if where == "end" else _start(study, recipe)
+    o, settings = study.options, study.settings("full")
+    run = study.run("full") if where == "end" else _start(study, settings)
     rows = study.encoded(run, study.train)[: o.batches * o.noise_batch]
     with progress_bar() as progress:
         bar = progress.add_task(f"gradients, {where}", total=len(rows), detail="")
         gradient, noise = s_gradients(
-            run.scorer, rows, o.draws, seed=o.seed, shared=recipe.posterior.draws == "batch",
+            run.scorer, rows, o.draws, seed=o.seed, shared=settings.posterior.draws == "batch",
             advance=lambda n: progress.advance(bar, n),
         )  # fmt: skip
     posteriors: list[Any] = [leaf.posterior for leaf in stochastic_layers(run.scorer.model).values()]
-    weight = recipe.posterior.beta / study.records["full"].rows["train"]
+    weight = settings.posterior.beta / study.records["full"].rows["train"]
     found = {kind: each.float() for kind, each in parameter_gradients(posteriors, gradient, noise).items()}
     return found | {f"kl|{kind}": each for kind, each in kl_gradients(posteriors, run, weight).items()}, {}
 
 
-def _start(study: Study, recipe: Settings) -> Run:
+def _start(study: Study, settings: Settings) -> Run:
     """A run of a few steps of the same recipe, on the rows that this study knows.
 
     At the very first step B is 0, and with it every gradient in s.
     """
     o, scoring = study.options, study.records["full"].scoring
     limit = min(o.train_rows, study.records["full"].rows["train"])
-    short = recipe.changed(
-        steps=o.start_steps, train_rows=limit, validation_rows=0, model=o.model or recipe.model,
+    short = settings.changed(
+        steps=o.start_steps, train_rows=limit, validation_rows=0, model=o.model or settings.model,
         scoring=scoring["scoring"], normalization=scoring.get("normalization", "auto"),
     )  # fmt: skip
     directory = o.work / f"start-{o.start_steps}-{study.records['full'].adapter_sha256[:12]}-{limit}"

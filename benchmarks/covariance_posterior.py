@@ -57,7 +57,7 @@ class Study:
     shifted: list[Example]
     options: argparse.Namespace
 
-    def recipe(self, name: str) -> Settings:
+    def settings(self, name: str) -> Settings:
         return self.records[name].settings
 
     def run(self, name: str) -> Run:
@@ -115,9 +115,9 @@ def study_of(options: argparse.Namespace) -> Study:
                     f"{recipes['mle'][setting]!r}; the three runs must share it."
                 )
     data, labels = recipes["mle"]["data"], records["mle"].labels
-    recipe = records["mle"].settings
+    settings = records["mle"].settings
     limit = min(options.train_rows, records["mle"].rows["train"])
-    train = with_labels(select_rows(load_task(data), recipe.changed(train_rows=limit).rows).train, labels, data)
+    train = with_labels(select_rows(load_task(data), settings.changed(train_rows=limit).rows).train, labels, data)
     return Study(
         directories,
         records,
@@ -215,7 +215,7 @@ def position(study: Study, name: str) -> Position:
         tensors.get("precision"),
         learnt,
         factors,
-        study.recipe(name).posterior.beta,
+        study.settings(name).posterior.beta,
     )
 
 

@@ -34,7 +34,9 @@ def of_seed(directory: Path, seed: int, settings: dict[str, int]) -> dict[str, A
     """The facts and figures of one seed, kept in `directory` together with what they were made from."""
 
     def made_from() -> list[Any]:
-        recipes = [demo.demo_recipe(name, seed=seed, steps=settings["steps"]).as_dict() for name in ("mle", "scalabl")]
+        recipes = [
+            demo.demo_settings(name, seed=seed, steps=settings["steps"]).as_dict() for name in ("mle", "scalabl")
+        ]
         # figures are those of these very adapters
         adapters = {path.parent.name: sha256(path) for path in sorted(directory.glob(f"*/{ADAPTER}"))}
         return [recipes, settings, demo.TASK, demo.SHIFTED_ROWS, adapters]

@@ -3,7 +3,7 @@
     python benchmarks/open_answers.py
 
 For each task, method and seed: a LoRA is trained on the same questions, answers validation and test questions greedily
-(with N particles where the method has some), and every score is held against exact match. Plain LoRA also samples
+(with N particles where the method has some), and every score is compared with exact match. Plain LoRA also samples
 answers, for self-consistency and semantic entropy; its answers and samples are kept for lm-polygraph's own code, whose
 scores stand in the same table if it is installed (see polygraph_scores.py). The confidence is chosen on validation
 questions among the scores that one decode gives. Resumable: a finished run is not trained again, finished figures are
@@ -103,7 +103,7 @@ def run_of(a: argparse.Namespace, task: str, method: str, seed: int) -> Path:
     """A finished run; trained if there is none. "scalabl mean" is a way to answer, not to train."""
     method = method.partition(" ")[0]
     directory: Path = a.runs / Path(task).stem / f"{method}-{seed}"
-    recipe = make_settings(
+    settings = make_settings(
         {
             "model": a.model, "data": task, "method": method, "seed": seed, "steps": a.steps, "batch_size": 8,
             "layers": a.layers, "target_modules": TARGETS, "r": 8, "lora_alpha": 16, "train_rows": a.train_rows,
@@ -111,7 +111,7 @@ def run_of(a: argparse.Namespace, task: str, method: str, seed: int) -> Path:
         }
     )  # fmt: skip
     directory.parent.mkdir(parents=True, exist_ok=True)
-    train(recipe, directory)
+    train(settings, directory)
     return directory
 
 

@@ -68,7 +68,7 @@ class Case:
     loss: str = "continuation"
     samples: int = 10
 
-    def recipe(self, model: str) -> Settings:
+    def settings(self, model: str) -> Settings:
         return Settings.flat(
             model=model, method=self.method, layers=self.layers, dtype=self.dtype, batch_size=self.batch, steps=STEPS,
             gradient_checkpointing=self.gradient_checkpointing,
@@ -100,7 +100,7 @@ def cases() -> list[Case]:
 
 def planned(case: Case, model: str, device: str) -> dict[str, int]:
     """Bytes of the model with its adapter, and of the work."""
-    planner = Planner(case.recipe(model), device)
+    planner = Planner(case.settings(model), device)
     staying = planner.counts.weights + planner.counts.adapter
     if case.what == "training":
         stored = 2 * case.batch * case.length * planner.bytes_per_token if planner.stores_rows else 0
@@ -169,22 +169,22 @@ class Scales:
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 
-def adapted(recipe: Settings, device: str) -> tuple[PeftModel, Any]:
+def adapted(settings: Settings, device: str) -> tuple[PeftModel, Any]:
     """The model with its adapter, every weight of it in memory, and its tokenizer."""
-    base, tokenizer = load_base(recipe.model, dtype=recipe.machine.dtype, bits=recipe.machine.bits, device=device)
-    model: Any = get_peft_model(base, load_method(recipe.method).adapter_config(recipe, base))
+    base, tokenizer = load_base(settings.model, dtype=settings.machine.dtype, bits=settings.machine.bits, device=device)
+    model: Any = get_peft_model(base, load_method(settings.method).adapter_config(settings, base))
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = tensor.data.clone()  # mapped files come into memory at their first use
     base.tie_weights()
     return model, tokenizer
 
 
-def train(model: PeftModel, recipe: Settings, rows: PlannedRows, scoring: Scoring) -> None:
+def train(model: PeftModel, settings: Settings, rows: PlannedRows, scoring: Scoring) -> None:
     """Two steps."""
     encoded = encoded_rows(rows, STEPS * rows.batch, model.config.vocab_size)
     if rows.loss == "tokens":
-        return train_on_tokens(model, recipe, torch.tensor([row.input_ids for row in encoded]), rows.batch)
-    trunk = None if recipe.optimisation.gradient_checkpointing else Trunk(model)
+        return train_on_tokens(model, settings, torch.tensor([row.input_ids for row in encoded]), rows.batch)
+    trunk = None if settings.optimisation.gradient_checkpointing else Trunk(model)
     if trunk is not None and trunk.depth:
         shape = (rows.length, model.config.get_text_config().hidden_size)
         dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
@@ -192,12 +192,12 @@ def train(model: PeftModel, recipe: Settings, rows: PlannedRows, scoring: Scorin
         for i, row in enumerate(encoded):
             encoded[i] = Encoded(**{**vars(row), "trunk": torch.randn(shape, dtype=dtype)})
     with tempfile.TemporaryDirectory() as directory:
-        optimise(recipe, Path(directory), model, scoring, trunk, encoded)
+        optimise(settings, Path(directory), model, scoring, trunk, encoded)
 
 
-def train_on_tokens(model: Any, recipe: Settings, ids: torch.Tensor, batch: int) -> None:
+def train_on_tokens(model: Any, settings: Settings, ids: torch.Tensor, batch: int) -> None:
     """Plain supervised fine-tuning: the loss of every token."""
-    if recipe.optimisation.gradient_checkpointing:
+    if settings.optimisation.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     model.train()
@@ -216,26 +216,26 @@ def answer(model: PeftModel, rows: PlannedRows, scoring: Scoring, samples: int) 
 
 def measure(case: Case, base: str, device: str) -> dict[str, Any]:
     """Bytes of the model with its adapter, and of the work on top of them."""
-    recipe, rows = case.recipe(base), case.rows()
+    settings, rows = case.settings(base), case.rows()
     scales = Scales(torch.device(device))
     scales.reset()
     empty = scales.now()
-    model, tokenizer = adapted(recipe, device)
+    model, tokenizer = adapted(settings, device)
     letters = Letters(tokenizer, num_letters=rows.choices)
     scoring = letters if rows.loss == "letters" else Continuation(tokenizer, normalization="token")
 
-    def work(recipe: Settings, rows: PlannedRows) -> None:
+    def work(settings: Settings, rows: PlannedRows) -> None:
         if case.what == "training":
-            train(model, recipe, rows, scoring)
+            train(model, settings, rows, scoring)
         else:
             answer(model, rows, scoring, case.samples)
         model.zero_grad(set_to_none=True)
 
     # one short row first: what libraries load and set up at their first use is not the work's
-    work(recipe.changed(batch_size=1), replace(rows, batch=1, length=_SHORT))
+    work(settings.changed(batch_size=1), replace(rows, batch=1, length=_SHORT))
     scales.reset()
     loaded = scales.now()
-    work(recipe, rows)
+    work(settings, rows)
     name = torch.cuda.get_device_name() if device == "cuda" else harness.cpu_name()
     return {"model": loaded - empty, "work": scales.peak() - loaded, "device": name}
 

@@ -33,7 +33,7 @@ from scalabl.runs.loading import load_run
 from scalabl.runs.method import Run
 from scalabl.runs.settings import KL_NORMALIZATIONS, Settings
 from scalabl.scoring.text import EncodedText
-from scalabl.study.demo import STEPS, TASK, demo_recipe
+from scalabl.study.demo import STEPS, TASK, demo_settings
 from scalabl.training.run import train
 from scalabl.tuner import mean, prior_of, stochastic_layers
 from scalabl.tuner.diagnostics import summarize, weights_of
@@ -52,14 +52,14 @@ The loss is the mean over trained tokens in both. Divided by trained tokens the 
 
 def with_unit_rows(a: argparse.Namespace, unit_rows: bool, seed: int) -> dict[str, Any]:
     """Train one run (or take it from `runs`) and measure it on validation rows."""
-    recipe = demo_recipe("scalabl", seed=seed, steps=a.steps).changed(unit_rows=unit_rows)
+    settings = demo_settings("scalabl", seed=seed, steps=a.steps).changed(unit_rows=unit_rows)
     # the demo's own run where it is the same recipe
     directory = (
         a.runs / ("demo-seeds" if unit_rows else "free-rows") / f"seed{seed}" / f"scalabl-seed{seed}-steps{a.steps}"
     )
-    train(recipe, directory)
+    train(settings, directory)
     run = load_run(directory)
-    rows = select_rows(load_task(TASK), recipe.rows).validation
+    rows = select_rows(load_task(TASK), settings.rows).validation
     model = run.scorer.model
     layers = summarize(weights_of(model), prior_of(model))
     row: dict[str, Any] = {"rows of A": "unit length" if unit_rows else "free (paper)", "seed": seed}
@@ -80,18 +80,18 @@ def with_unit_rows(a: argparse.Namespace, unit_rows: bool, seed: int) -> dict[st
 def with_normalization(a: argparse.Namespace, normalization: str, seed: int) -> dict[str, Any]:
     """Train one run (or take it from `runs`) and measure it on validation rows."""
     # few steps: Adam moves log sigma by the sum of its rates at most, and sigma has to arrive
-    recipe = Settings.flat(
+    settings = Settings.flat(
         model=a.model, data=a.data, steps=a.steps, seed=seed, kl_normalization=normalization, layers="last:6",
         variational_learning_rate=0.1, max_length=128, validation_rows=a.rows,
     )  # fmt: skip
     directory = a.runs / "kl-normalization" / f"{normalization}-seed{seed}-steps{a.steps}"
-    record = train(recipe, directory)
+    record = train(settings, directory)
     run = load_run(directory, generating=True)
-    task = load_training_task(recipe.data)
+    task = load_training_task(settings.data)
     if not isinstance(task, TextTask):
-        raise UserError(f"{recipe.data} has no rows of text; give prompts with completions or open questions.")
+        raise UserError(f"{settings.data} has no rows of text; give prompts with completions or open questions.")
     text: Any = run.scoring
-    rows = [text.encode(row) for row in select_rows(task, recipe.rows).validation]
+    rows = [text.encode(row) for row in select_rows(task, settings.rows).validation]
     layers = summarize(weights_of(run.model), prior_of(run.model))
     of_mean, of_particles = log_likelihoods(run, rows, seed)
     tokens = sum(row.trained for row in rows)
@@ -151,10 +151,10 @@ def main() -> None:
     if a.name == "unit_rows":
         a.steps = a.steps or STEPS
         rows = [with_unit_rows(a, unit, seed) for seed in a.seeds for unit in (True, False)]
-        recipe = demo_recipe("scalabl", seed=0, steps=a.steps)
-        own = recipe.rows
+        settings = demo_settings("scalabl", seed=0, steps=a.steps)
+        own = settings.rows
         data = f"{TASK}: {own.train_rows} training rows, {own.validation_rows} validation rows (measured on)"
-        known = facts(model=recipe.model, data=data, seeds=seeds)
+        known = facts(model=settings.model, data=data, seeds=seeds)
     else:
         a.steps = a.steps or 60
         rows = [with_normalization(a, way, seed) for seed in a.seeds for way in KL_NORMALIZATIONS]

@@ -26,6 +26,23 @@ def size(*places: Path) -> tuple[int, int]:
     return len(files), sum(len(file.read_text(encoding="utf-8").splitlines()) for file in files)
 
 
+def kinds_of_lines() -> dict[str, int]:
+    """The package's lines: blank ones, those of docstrings and comments, and code."""
+    found = {"code": 0, "docstrings and comments": 0, "blank": 0}
+    for file in PACKAGE.rglob("*.py"):
+        text = file.read_text(encoding="utf-8")
+        strings = [
+            node
+            for node in ast.walk(ast.parse(text))
+            if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+        ]
+        words = {number for node in strings for number in range(node.lineno, (node.end_lineno or node.lineno) + 1)}
+        for number, line in enumerate(text.splitlines(), start=1):
+            of_words = number in words or line.lstrip().startswith("#")
+            found["blank" if not line.strip() else "docstrings and comments" if of_words else "code"] += 1
+    return found
+
+
 def imports_in_functions(file: Path) -> list[ast.Import | ast.ImportFrom]:
     """The import statements inside the functions of a file."""
     functions = [
@@ -67,6 +84,8 @@ def main() -> None:
     print("| measured | number |\n|---|---:|")
     print(f"| rooms | {sum(map(len, floors))} |\n| floors | {len(floors)} |")
     print(f"| files in `src/scalabl` | {files} |\n| lines | {lines:,} |")
+    for kind, number in kinds_of_lines().items():
+        print(f"| of them {kind} | {number:,} |")
     print(f"| files in a circle of imports | {len(circles)} |")
     print(f"| longest chain of files that import each other | {'-' if circles else len(deepest_chain(graph))} |")
     print(f"| imports inside functions | {sum(inside.values())}, of them {of_cli} in `cli/` |")

@@ -15,7 +15,7 @@ from scalabl.training.run import train
 STEPS = 30
 
 
-def recipe(base: Path, task: Path, **changes: Any) -> Settings:
+def settings_of(base: Path, task: Path, **changes: Any) -> Settings:
     """A dozen steps an epoch or less, checkpoints every 5 steps."""
     settings: dict[str, Any] = {
         "model": str(base),

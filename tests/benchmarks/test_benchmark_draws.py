@@ -21,11 +21,11 @@ TOY = ["--rows", "4", "--samples", "2", "4", "8", "--seeds", "2", "--reference",
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("draws")
-    recipe = Settings.flat(
+    settings = Settings.flat(
         model=str(tiny_base()), data=str(write_task(directory / "task")), steps=2, batch_size=4, r=4, layers="last:2",
         scoring="continuation", learning_rate=0.05, init_sigma=0.5, validation_rows=4,
     )  # fmt: skip
-    train(recipe, directory / "run")
+    train(settings, directory / "run")
     return directory / "run"
 
 

@@ -31,11 +31,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         for seed, (split, number) in enumerate((("train", 16), ("validation", 6), ("test", 9))):
             rows = map(as_json, questions(number, choices=(choices,), seed=seed))
             write_jsonl(directory / f"task{choices}" / f"{split}.jsonl", rows)
-        recipe = Settings.flat(
+        settings = Settings.flat(
             model=str(tiny_base()), data=str(directory / f"task{choices}"), steps=2, batch_size=4, r=4, layers="last:2",
             scoring="continuation", learning_rate=0.05, init_sigma=0.3, validation_rows=4,
         )  # fmt: skip
-        train(recipe, directory / f"run{choices}")
+        train(settings, directory / f"run{choices}")
     shifted = write_jsonl(directory / "shifted.jsonl", map(as_json, questions(4, choices=(4,), seed=9)))
     return {"run": directory / "run4", "run2": directory / "run2", "ood": shifted}
 

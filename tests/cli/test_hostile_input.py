@@ -20,7 +20,7 @@ from scalabl.core.errors import UserError
 from scalabl.core.files import require_writable
 from scalabl.planning.plan import make_plan
 from scalabl.planning.step import PlannedRows
-from scalabl.runs.directory import hold
+from scalabl.runs.directory import lock_directory
 from scalabl.runs.settings import Settings
 from scalabl.training.monitors import finite
 
@@ -164,8 +164,8 @@ def test_plans_of_what_no_machine_holds(program: Program, options: tuple[object,
 def test_the_largest_batch_is_looked_for_among_those_that_can_be_planned(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("plan", "step"):
         monkeypatch.setattr(f"scalabl.planning.{module}.MOST", 256)
-    recipe, rows = Settings.flat(model=str(tiny_base()), layers="last:1"), PlannedRows(1, 256 // 4)
-    made = make_plan(recipe, rows, device="cuda", card=2**60, samples=2)
+    settings, rows = Settings.flat(model=str(tiny_base()), layers="last:1"), PlannedRows(1, 256 // 4)
+    made = make_plan(settings, rows, device="cuda", card=2**60, samples=2)
     assert made.largest["training"] == 4 and made.largest["prediction"] == 2
 
 
@@ -188,8 +188,8 @@ def test_norms_that_overflow_do_not_stop_a_run_at_its_end(program: Program, rows
 _HOLDER = """
 import sys
 from pathlib import Path
-from scalabl.runs.directory import hold
-assert hold(Path(sys.argv[1])) is not None
+from scalabl.runs.directory import lock_directory
+assert lock_directory(Path(sys.argv[1])) is not None
 print("held", flush=True)
 sys.stdin.read()
 """
@@ -210,11 +210,11 @@ def test_two_trainings_do_not_share_a_directory(program: Program, rows: Path, tm
         other.kill()
         other.communicate()
     assert program(*train_arguments(rows, output)).code == 0  # nothing is left of a lock
-    held = hold(output)
-    assert held is not None  # and the training has let go
+    lock = lock_directory(output)
+    assert lock is not None  # and the training has let go
     with pytest.raises(UserError, match="wait for its end"):
-        hold(output)
-    os.close(held)
+        lock_directory(output)
+    os.close(lock)
 
 
 def test_what_another_call_has_written_meanwhile(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from two_processes import killed_after, recipe
+from two_processes import killed_after, settings_of
 
 from scalabl.core import processes
 from scalabl.core.errors import UserError
@@ -107,7 +107,7 @@ def interrupted_at(step: int) -> Any:
 def main(work: Path) -> None:
     said: dict[str, Any] = {}
     trunk_store._compute = computed_trunks
-    half = recipe(work, batch_size=4)
+    half = settings_of(work, batch_size=4)
     said["record"] = train(half, work / "two").as_dict()
     said["again"] = train(half, work / "two").adapter_sha256
     with killed_after(7):
@@ -118,12 +118,12 @@ def main(work: Path) -> None:
     train(half, work / "grown")
 
     StochasticProjection.draw = first_draws  # type: ignore[method-assign]
-    train(recipe(work, batch_size=4, lora_dropout=0.1, steps=2), work / "dropout")
+    train(settings_of(work, batch_size=4, lora_dropout=0.1, steps=2), work / "dropout")
     StochasticProjection.draw = DRAW  # type: ignore[method-assign]
     said["first draw"] = SEEN[0].tolist()
 
     try:
-        train(recipe(work, batch_size=4, seed=1), work / "two")
+        train(settings_of(work, batch_size=4, seed=1), work / "two")
     except UserError as error:
         said["another run"] = str(error)
 

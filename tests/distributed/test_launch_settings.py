@@ -14,7 +14,7 @@ from tiny_base import adapted, loaded
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import TrainingArguments
-from two_processes import CONFIGS, recipe
+from two_processes import CONFIGS, settings_of
 
 import scalabl
 from scalabl.core import processes
@@ -61,12 +61,12 @@ def test_what_fsdp_cannot_train_is_refused_before_any_work(case: str, two: pytes
     for name, value in environment.items():
         two.setenv(name, value)
     with pytest.raises(UserError, match=words):
-        check_launch(recipe(tmp_path, **changes))
+        check_launch(settings_of(tmp_path, **changes))
     for name, value in {**FSDP, "ACCELERATE_MIXED_PRECISION": "no"}.items():
         two.setenv(name, value)
     for name in ("FSDP_ACTIVATION_CHECKPOINTING", "FSDP_CPU_RAM_EFFICIENT_LOADING"):
         two.setenv(name, "false")
-    check_launch(recipe(tmp_path))
+    check_launch(settings_of(tmp_path))
 
 
 def test_deepspeed_is_refused_where_it_is_missing_and_where_it_would_hide_the_kl(
@@ -75,17 +75,17 @@ def test_deepspeed_is_refused_where_it_is_missing_and_where_it_would_hide_the_kl
     two.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     two.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match="DeepSpeed is not installed; pip install deepspeed"):
-        check_launch(recipe(tmp_path, method="mle"))
+        check_launch(settings_of(tmp_path, method="mle"))
     two.setattr("importlib.util.find_spec", lambda name: object())
-    check_launch(recipe(tmp_path, method="mle"))
+    check_launch(settings_of(tmp_path, method="mle"))
     with pytest.raises(UserError, match="keeps gradients to itself, so the KL of scalabl cannot"):
-        check_launch(recipe(tmp_path))
+        check_launch(settings_of(tmp_path))
 
 
 def test_a_batch_over_all_processes_needs_as_many_rows(two: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    require_rows(recipe(tmp_path, batch_size=4), 8)
+    require_rows(settings_of(tmp_path, batch_size=4), 8)
     with pytest.raises(UserError, match="take 8 rows at a time, but there are 7"):
-        require_rows(recipe(tmp_path, batch_size=4), 7)
+        require_rows(settings_of(tmp_path, batch_size=4), 7)
 
 
 def test_commands_of_one_process_are_refused_in_several(two: pytest.MonkeyPatch) -> None:
@@ -156,7 +156,7 @@ def test_a_layer_that_redraws_its_noise_in_the_backward_pass_is_refused(tmp_path
 
 def test_a_run_continues_in_other_processes_where_its_steps_keep_their_rows(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    settings = recipe(tmp_path, batch_size=4, gradient_accumulation=3)
+    settings = settings_of(tmp_path, batch_size=4, gradient_accumulation=3)
     run.mkdir()
     write_json(run / "scalabl.json", {"recipe": settings.as_dict(), "status": "running", "processes": 2})
     for batch_size, accumulation, number in ((4, 3, 2), (8, 3, 1), (4, 6, 1), (2, 3, 4), (1, 4, 6)):

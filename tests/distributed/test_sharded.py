@@ -17,7 +17,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from sharded_launch import own_trainer
 from tiny_base import tiny_base, write_task
-from two_processes import HERE, command, environment, launch, recipe
+from two_processes import HERE, command, environment, launch, settings_of
 
 from scalabl.data.load import rows_of
 from scalabl.inference.predictor import log_probabilities
@@ -50,9 +50,9 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_task(path / "task")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SCALABL_CACHE", str(path / "cache"))
-        train(recipe(path, batch_size=4, **CHANGES), path / "one")
+        train(settings_of(path, batch_size=4, **CHANGES), path / "one")
         config = path / "recipe.yaml"
-        config.write_text(json.dumps(recipe(path, batch_size=2, **CHANGES).as_dict()))  # JSON is YAML
+        config.write_text(json.dumps(settings_of(path, batch_size=2, **CHANGES).as_dict()))  # JSON is YAML
         program = ["-m", "scalabl", "train", "--config", str(config), "--output", str(path / "two")]
         kill_a_rank(subprocess.Popen(command("fsdp2", *program), env=environment(), stderr=subprocess.PIPE), path)
         ended = launch("fsdp2", str(HERE / "sharded_launch.py"), str(path / "own"), *program[2:])

@@ -14,7 +14,7 @@ from one_launch import SAMPLING, answer, evaluate, predictions
 from safetensors.torch import load_file
 from tiny_base import tiny_base, write_task
 from torch import Tensor
-from two_processes import HERE, killed_after, launch, recipe
+from two_processes import HERE, killed_after, launch, settings_of
 
 from scalabl.core.errors import UserError
 from scalabl.runs.loading import load_run
@@ -47,7 +47,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Work:
         patch.setenv("SCALABL_CACHE", str(path / "cache"))
         shutil.copytree(tiny_base(), path / "base")
         write_task(path / "task")
-        whole = recipe(path, batch_size=8)
+        whole = settings_of(path, batch_size=8)
         train(whole, path / "one")
         with killed_after(7):
             train(whole, path / "grown")
@@ -115,11 +115,11 @@ def test_what_the_main_process_refuses_all_refuse_in_the_same_words(work: Work) 
 
 
 def test_a_run_of_two_processes_is_that_of_one_where_its_steps_have_as_many_rows(work: Work) -> None:
-    assert train(recipe(work.path, batch_size=8), work.path / "two") == RunRecord.read(work.path / "two")
+    assert train(settings_of(work.path, batch_size=8), work.path / "two") == RunRecord.read(work.path / "two")
     with pytest.raises(UserError, match=r"run of 8 rows a step \(in 2 processes\), but batch_size 4 .* are 4; choose"):
-        train(recipe(work.path, batch_size=4), work.path / "two")
+        train(settings_of(work.path, batch_size=4), work.path / "two")
     with pytest.raises(UserError, match=r"holds another run \(batch_size was 8, now 4\)"):
-        train(recipe(work.path, batch_size=4, gradient_accumulation=2), work.path / "one")
+        train(settings_of(work.path, batch_size=4, gradient_accumulation=2), work.path / "one")
 
 
 def test_predictions_are_one_process_s_on_every_rank(work: Work) -> None:

@@ -19,7 +19,7 @@ CONFIGS = HERE.parents[1] / "recipes" / "accelerate"
 STEPS = 12
 
 
-def recipe(work: Path, **changes: Any) -> Settings:
+def settings_of(work: Path, **changes: Any) -> Settings:
     """Twelve steps on `work`/base and `work`/task, a checkpoint after every fifth; the trunk below is frozen."""
     settings: dict[str, Any] = {
         "model": str(work / "base"),

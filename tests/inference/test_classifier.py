@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from short_run import recipe
+from short_run import settings_of
 from tiny_base import loaded, questions, tiny_base
 from transformers import DataCollatorForTokenClassification, Trainer, TrainingArguments
 
@@ -50,7 +50,7 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(tmp_path_factory: pytest.TempPathFactory, task_directory: Path) -> Path:
     """Of `scalabl train`, scored by continuation."""
     directory = tmp_path_factory.mktemp("runs") / "run"
-    train(recipe(tiny_base(), task_directory, steps=6), directory)
+    train(settings_of(tiny_base(), task_directory, steps=6), directory)
     return directory
 
 
@@ -123,7 +123,7 @@ def test_a_run_directory_knows_its_scoring(run: Path) -> None:
 
 def test_a_run_of_mc_dropout_keeps_its_masks(task_directory: Path, tmp_path: Path) -> None:
     """As `evaluate` predicts with it: the method's own predictive, on the same rows."""
-    train(recipe(tiny_base(), task_directory, steps=6, method="mc_dropout", lora_dropout=0.3), tmp_path / "run")
+    train(settings_of(tiny_base(), task_directory, steps=6, method="mc_dropout", lora_dropout=0.3), tmp_path / "run")
     rows = questions(5)
     answer = Classifier.from_pretrained(tmp_path / "run", samples=4, seed=2)(rows)
     found = load_run(tmp_path / "run")

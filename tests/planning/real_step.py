@@ -22,23 +22,23 @@ from scalabl.scoring.trunk import Trunk
 ROWS = PlannedRows(3, 24, scored=8, choices=3)
 
 
-def recipe_of(architecture: str = "llama", *, depth: int = 3, **settings: Any) -> Settings:
+def settings_of(architecture: str = "llama", *, depth: int = 3, **changes: Any) -> Settings:
     """A recipe on a tiny base."""
     base = str(tiny_base(architecture, layers=depth))
-    return make_settings({"model": base, "r": 4, "batch_size": ROWS.batch, "dtype": "float32", **settings})
+    return make_settings({"model": base, "r": 4, "batch_size": ROWS.batch, "dtype": "float32", **changes})
 
 
-def meta_run(recipe: Settings, device: str = "cpu") -> MetaRun:
+def meta_run(settings: Settings, device: str = "cpu") -> MetaRun:
     """Its model on the meta device."""
-    model, _ = build(recipe, read_config(recipe.model), device)
-    return MetaRun.of(model, recipe, device)
+    model, _ = build(settings, read_config(settings.model), device)
+    return MetaRun.of(model, settings, device)
 
 
-def real_model(recipe: Settings) -> PeftModel:
+def real_model(settings: Settings) -> PeftModel:
     """Its model with numbers."""
-    base, _ = load_base(recipe.model, **recipe.machine.of_base)
-    model: Any = get_peft_model(base, load_method(recipe.method).adapter_config(recipe, base))
-    if recipe.optimisation.gradient_checkpointing:
+    base, _ = load_base(settings.model, **settings.machine.of_base)
+    model: Any = get_peft_model(base, load_method(settings.method).adapter_config(settings, base))
+    if settings.optimisation.gradient_checkpointing:
         model.get_base_model().activation_checkpointing_enable()
     return model.train()
 
@@ -81,13 +81,13 @@ def state(model: PeftModel) -> list[Tensor]:
 
 
 def saved_by_the_real_step(
-    recipe: Settings, rows: PlannedRows, *, attention: str = "sdpa", autocast: bool = False
+    settings: Settings, rows: PlannedRows, *, attention: str = "sdpa", autocast: bool = False
 ) -> Saved:
     """One forward pass with numbers, as a run has it."""
-    model = real_model(recipe)
+    model = real_model(settings)
     model.get_base_model().set_attn_implementation(attention)
     inputs = rows.of(rows.batch)
-    trunk = None if recipe.optimisation.gradient_checkpointing else Trunk(model)
+    trunk = None if settings.optimisation.gradient_checkpointing else Trunk(model)
     if trunk is not None and trunk.depth and rows.loss != "tokens":
         with torch.no_grad():
             inputs.trunk = trunk.encode(model.eval(), inputs)

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from real_step import real_model, recipe_of
+from real_step import real_model, settings_of
 from torch import Tensor, nn
 
 from scalabl.planning.meta_device import QuantizedLinear
@@ -33,7 +33,7 @@ def bytes_of(tensors: list[Tensor]) -> int:
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "gemma3"])
 @pytest.mark.parametrize(
-    "settings",
+    "changes",
     [
         {"covariance": "full", "target_modules": "q_proj,down_proj"},
         {"method": "mle", "layers": "last:2"},
@@ -43,12 +43,12 @@ def bytes_of(tensors: list[Tensor]) -> int:
         {"stochastic_layers": "last:1"},
     ],
 )
-def test_counts_are_the_real_models(architecture: str, settings: dict[str, Any]) -> None:
-    recipe = recipe_of(architecture, **settings)
-    _, counts = build(recipe, read_config(recipe.model), "cpu")
-    real = real_model(recipe)
+def test_counts_are_the_real_models(architecture: str, changes: dict[str, Any]) -> None:
+    settings = settings_of(architecture, **changes)
+    _, counts = build(settings, read_config(settings.model), "cpu")
+    real = real_model(settings)
     assert {"base": counts.base, "lora": counts.lora, "variational": counts.variational} == count_parameters(
-        real, load_method(recipe.method)
+        real, load_method(settings.method)
     )
     held = dict(real.named_parameters()) | dict(real.named_buffers())
     assert counts.weights == bytes_of([t for name, t in held.items() if "lora_" not in name])
@@ -59,14 +59,14 @@ def test_counts_are_the_real_models(architecture: str, settings: dict[str, Any])
 @pytest.mark.parametrize(("bits", "library"), [(4, "bitsandbytes"), (8, "bitsandbytes"), (8, "torchao")])
 @pytest.mark.parametrize("architecture", ["llama", "gemma3"])
 def test_quantised_bytes_are_the_real_models(architecture: str, bits: int, library: str) -> None:
-    recipe = recipe_of(architecture, bits=bits, quantization=library, dtype="bfloat16")
-    model, counts = build(recipe, read_config(recipe.model), "cpu")
-    real = real_model(recipe)
+    settings = settings_of(architecture, bits=bits, quantization=library, dtype="bfloat16")
+    model, counts = build(settings, read_config(settings.model), "cpu")
+    real = real_model(settings)
     held = dict(real.named_parameters()) | dict(real.named_buffers())
     assert counts.weights == bytes_of([t for name, t in held.items() if "lora_" not in name])
     assert counts.adapter == bytes_of([t for name, t in held.items() if "lora_" in name])
     assert {"base": counts.base, "lora": counts.lora, "variational": counts.variational} == count_parameters(
-        real, load_method(recipe.method)
+        real, load_method(settings.method)
     )
     planned = {name for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
     quantised = {

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from real_step import ROWS, meta_run, recipe_of
+from real_step import ROWS, meta_run, settings_of
 from torch import nn
 
 from scalabl.planning.depth import over_depth
@@ -13,10 +13,10 @@ from scalabl.planning.plan import Planner
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3"])
-@pytest.mark.parametrize("settings", [{}, {"gradient_checkpointing": True}, {"layers": "last:3"}])
-def test_a_deep_model_is_told_from_a_shallow_one(architecture: str, settings: dict[str, Any]) -> None:
-    recipe = recipe_of(architecture, depth=6, **settings)
-    planner, run = Planner(recipe, "cpu"), meta_run(recipe)
+@pytest.mark.parametrize("changes", [{}, {"gradient_checkpointing": True}, {"layers": "last:3"}])
+def test_a_deep_model_is_told_from_a_shallow_one(architecture: str, changes: dict[str, Any]) -> None:
+    settings = settings_of(architecture, depth=6, **changes)
+    planner, run = Planner(settings, "cpu"), meta_run(settings)
     rows = replace(ROWS, batch=6)
     training = planner.training(rows)
     forward, whole = run.training_step(rows, 6)

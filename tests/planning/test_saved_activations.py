@@ -4,15 +4,15 @@ from typing import Any
 
 import pytest
 import torch
-from real_step import ROWS, meta_run, recipe_of, saved_by_the_real_step, saving, state
+from real_step import ROWS, meta_run, saved_by_the_real_step, saving, settings_of, state
 
 from scalabl.planning.step import PlannedRows
 from scalabl.runs.settings import Settings
 
 
-def compare(recipe: Settings, rows: PlannedRows = ROWS, *, attention: str = "sdpa", autocast: bool = False) -> None:
-    real = saved_by_the_real_step(recipe, rows, attention=attention, autocast=autocast)
-    run = meta_run(recipe)
+def compare(settings: Settings, rows: PlannedRows = ROWS, *, attention: str = "sdpa", autocast: bool = False) -> None:
+    real = saved_by_the_real_step(settings, rows, attention=attention, autocast=autocast)
+    run = meta_run(settings)
     run.model.get_base_model().set_attn_implementation(attention)
     with saving(state(run.model)) as planned:
         forward, whole = run.training_step(rows, rows.batch)
@@ -22,7 +22,7 @@ def compare(recipe: Settings, rows: PlannedRows = ROWS, *, attention: str = "sdp
     others = 3 * rows.batch * rows.length * 8 + 2 * rows.batch * 8 + 4
     if run.trunk.depth and rows.loss != "tokens":
         others += rows.batch * rows.length * 32 * 4
-    if recipe.optimisation.gradient_checkpointing:
+    if settings.optimisation.gradient_checkpointing:
         # the mask, cosines and sines of two kinds, for the layers that are run again
         others += rows.batch * rows.length * (rows.length + 2 * 2 * 8) * 4
     assert planned.bytes() <= forward.kept <= planned.bytes() + others
@@ -31,7 +31,7 @@ def compare(recipe: Settings, rows: PlannedRows = ROWS, *, attention: str = "sdp
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma3"])
 @pytest.mark.parametrize(
-    "settings",
+    "changes",
     [
         {},
         {"method": "mle"},
@@ -41,22 +41,22 @@ def compare(recipe: Settings, rows: PlannedRows = ROWS, *, attention: str = "sdp
     ],
     ids=["scalabl", "plain", "last", "checkpointing", "lm_head"],
 )
-def test_activations_are_what_autograd_saves(architecture: str, settings: dict[str, Any]) -> None:
-    compare(recipe_of(architecture, **settings))
+def test_activations_are_what_autograd_saves(architecture: str, changes: dict[str, Any]) -> None:
+    compare(settings_of(architecture, **changes))
 
 
 @pytest.mark.parametrize(
-    "settings", [{"covariance": "full"}, {"method": "blob"}, {"method": "mc_dropout"}, {"dtype": "bfloat16"}]
+    "changes", [{"covariance": "full"}, {"method": "blob"}, {"method": "mc_dropout"}, {"dtype": "bfloat16"}]
 )
-def test_other_methods_and_precisions(settings: dict[str, Any]) -> None:
-    compare(recipe_of(**settings))
+def test_other_methods_and_precisions(changes: dict[str, Any]) -> None:
+    compare(settings_of(**changes))
 
 
-@pytest.mark.parametrize("settings", [{"bits": 4}, {"bits": 8}, {"bits": 8, "quantization": "torchao"}])
-def test_quantised_layers_save_what_the_real_ones_do(settings: dict[str, Any]) -> None:
-    recipe = recipe_of(dtype="bfloat16", **settings)
-    real = saved_by_the_real_step(recipe, ROWS)
-    run = meta_run(recipe)
+@pytest.mark.parametrize("changes", [{"bits": 4}, {"bits": 8}, {"bits": 8, "quantization": "torchao"}])
+def test_quantised_layers_save_what_the_real_ones_do(changes: dict[str, Any]) -> None:
+    settings = settings_of(dtype="bfloat16", **changes)
+    real = saved_by_the_real_step(settings, ROWS)
+    run = meta_run(settings)
     with saving(state(run.model)) as planned:
         run.training_step(ROWS, 3)
     assert planned.bytes(floating=True) == real.bytes(floating=True) > 0
@@ -64,29 +64,29 @@ def test_quantised_layers_save_what_the_real_ones_do(settings: dict[str, Any]) -
 
 @pytest.mark.parametrize("loss", ["letters", "tokens"])
 def test_other_losses(loss: str) -> None:
-    compare(recipe_of(), PlannedRows(3, 24, loss))
+    compare(settings_of(), PlannedRows(3, 24, loss))
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3"])
 def test_eager_attention_saves_its_probabilities(architecture: str) -> None:
-    compare(recipe_of(architecture), attention="eager")
+    compare(settings_of(architecture), attention="eager")
 
 
 @pytest.mark.parametrize("method", ["scalabl", "mle"])
 def test_automatic_mixed_precision_casts_as_torch_does(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("scalabl.planning.step.autocast_dtype", lambda recipe, device: torch.bfloat16)
-    compare(recipe_of(method=method, dtype="bfloat16"), autocast=True)
+    monkeypatch.setattr("scalabl.planning.step.autocast_dtype", lambda settings, device: torch.bfloat16)
+    compare(settings_of(method=method, dtype="bfloat16"), autocast=True)
     assert not torch.is_autocast_enabled("cpu")
 
 
 @pytest.mark.parametrize("rows", [ROWS, PlannedRows(3, 24, "tokens")])
 def test_cudas_kernels_save_what_they_are_given(rows: PlannedRows) -> None:
     """Its masks are copied to rows of a multiple of eight in each layer, where the length is none; else nothing is."""
-    recipe = recipe_of(dtype="float16")
-    run = meta_run(recipe, "cuda")
+    settings = settings_of(dtype="float16")
+    run = meta_run(settings, "cuda")
     with saving(state(run.model)) as planned:
         run.training_step(rows, 3)
-    on_cpu = saved_by_the_real_step(recipe, rows).bytes(floating=True)
+    on_cpu = saved_by_the_real_step(settings, rows).bytes(floating=True)
     masks = 3 * 24 * 24 * 2
     assert abs(planned.bytes(floating=True) - on_cpu) <= masks
     odd = PlannedRows(3, 25, rows.loss)

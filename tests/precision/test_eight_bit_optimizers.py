@@ -115,7 +115,7 @@ def test_torchao_keeps_its_rate_as_a_tensor_and_the_group_goes_with_it() -> None
     assert moved == pytest.approx([OWN, OWN / 2], rel=1e-3)
 
 
-def recipe(task: Path, **changes: Any) -> Settings:
+def settings_of(task: Path, **changes: Any) -> Settings:
     settings: dict[str, Any] = {
         "model": str(saved_base()), "data": str(task), "steps": 12, "batch_size": 4, "save_steps": 4, "r": 4,
         "scoring": "continuation", "normalization": "token", "validation_rows": 4, "learning_rate": 1e-2,
@@ -131,7 +131,7 @@ def test_a_run_with_a_paged_8_bit_optimiser_is_the_one_of_adamw(tmp_path: Path) 
     task = write_task(tmp_path / "task")
     runs = {}
     for optimizer in ("paged_adamw_8bit", "adamw_torch"):
-        train(recipe(task, optimizer=optimizer), tmp_path / optimizer)
+        train(settings_of(task, optimizer=optimizer), tmp_path / optimizer)
         runs[optimizer] = load_file(tmp_path / optimizer / "adapter_model.safetensors")
     ours, theirs = runs.values()
     assert ours.keys() == theirs.keys()
@@ -157,7 +157,7 @@ def test_an_optimiser_that_cannot_train_here_is_refused_before_any_work(
     task = write_task(tmp_path / "task")
     # the model is not looked for: the refusal comes first
     with pytest.raises(UserError, match=sentence):
-        train(recipe(task, optimizer=name, model=str(tmp_path / "nowhere")), tmp_path / "run")
+        train(settings_of(task, optimizer=name, model=str(tmp_path / "nowhere")), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

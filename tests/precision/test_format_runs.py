@@ -26,7 +26,7 @@ from scalabl.study.plan import LATER
 from scalabl.training.run import train
 
 
-def recipe(task: Path, form: Format, **changes: Any) -> Settings:
+def settings_of(task: Path, form: Format, **changes: Any) -> Settings:
     settings: dict[str, Any] = {
         "model": str(saved_base()), "data": str(task), "steps": 40, "batch_size": 4, "r": 4, "scoring": "letters",
         "validation_rows": 4, "learning_rate": 2e-2, "layers": "last:2", "save_steps": 100,
@@ -45,7 +45,7 @@ def run(form: Format, task: Path, tmp_path_factory: pytest.TempPathFactory) -> R
     cache = pytest.MonkeyPatch()
     cache.setenv("SCALABL_CACHE", str(tmp_path_factory.mktemp("cache")))
     output = tmp_path_factory.mktemp("runs") / "run"
-    train(recipe(task, form), output)
+    train(settings_of(task, form), output)
     yield load_run(output)  # type: ignore[misc]
     cache.undo()
 
@@ -103,10 +103,10 @@ def test_a_run_can_be_made_bayesian_on_its_format(form: Format, task: Path, tmp_
     from scalabl.training.posthoc.run import bayesianize
     from scalabl.training.posthoc.settings import read_source, rows_for, settings_for
 
-    train(recipe(task, form, method="mle", steps=4), tmp_path / "mle")
+    train(settings_of(task, form, method="mle", steps=4), tmp_path / "mle")
     source = read_source(tmp_path / "mle", None)
     settings = settings_for(source, str(task))
-    made, wanted = settings.training.machine, recipe(task, form).machine
+    made, wanted = settings.training.machine, settings_of(task, form).machine
     assert (made.dtype, made.bits, made.quantization) == (wanted.dtype, wanted.bits, wanted.quantization)
     bayesianize(source, *rows_for(source, str(task), 8), tmp_path / "bayes", settings)
     run = load_run(tmp_path / "bayes")

@@ -32,7 +32,7 @@ from scalabl.scoring.images import image_reader
 from scalabl.training.run import train
 
 
-def recipe(architecture: str, images: Path, **changes: Any) -> Settings:
+def settings_of(architecture: str, images: Path, **changes: Any) -> Settings:
     settings: dict[str, Any] = {
         "model": str(image_text_base(architecture)), "data": str(images), "steps": 30, "batch_size": 6, "r": 4,
         "scoring": "letters", "learning_rate": 1e-2, "save_steps": 100, "max_length": 200,
@@ -43,7 +43,7 @@ def recipe(architecture: str, images: Path, **changes: Any) -> Settings:
 @pytest.fixture(scope="module")
 def run(architecture: str, images: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     output = tmp_path_factory.mktemp("runs") / "run"
-    train(recipe(architecture, images), output)
+    train(settings_of(architecture, images), output)
     return load_run(output)
 
 
@@ -79,7 +79,7 @@ def test_an_answer_depends_on_the_image(run: Run, images: Path, tmp_path: Path) 
 
 
 def test_continuation_is_trained_with_checkpointing(architecture: str, images: Path, tmp_path: Path) -> None:
-    made = recipe(architecture, images, scoring="continuation", steps=3, gradient_checkpointing=True, chat=True)
+    made = settings_of(architecture, images, scoring="continuation", steps=3, gradient_checkpointing=True, chat=True)
     record = train(made, tmp_path / "run")
     assert record.scoring["scoring"] == "continuation"
     found = log_probabilities(load_run(tmp_path / "run"), rows(images), MonteCarloPredictive(3))
@@ -87,7 +87,7 @@ def test_continuation_is_trained_with_checkpointing(architecture: str, images: P
 
 
 def test_images_are_read_on_a_4_bit_base(architecture: str, images: Path, tmp_path: Path) -> None:
-    train(recipe(architecture, images, steps=2, bits=4), tmp_path / "run")
+    train(settings_of(architecture, images, steps=2, bits=4), tmp_path / "run")
     made = load_run(tmp_path / "run")
     weight = made.scorer.model.get_submodule("base_model.model.model.language_model.layers.0.mlp.down_proj").weight
     assert type(weight).__name__ == "Params4bit"
@@ -131,7 +131,7 @@ def test_the_commands_read_image_rows(run: Run, images: Path, tmp_path: Path, qu
 
 
 def test_a_model_without_an_image_side_refuses_image_rows(images: Path, tmp_path: Path) -> None:
-    made = recipe("gemma3", images, model=str(tiny_base()))
+    made = settings_of("gemma3", images, model=str(tiny_base()))
     with pytest.raises(UserError, match=r"The rows have images, but .* \(llama\) reads text alone"):
         train(made, tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -139,7 +139,7 @@ def test_a_model_without_an_image_side_refuses_image_rows(images: Path, tmp_path
 
 def test_images_longer_than_a_row_may_be_are_refused(images: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"Row train0 takes \d+ tokens with its images.*raise --max-length"):
-        train(recipe("qwen3_vl", images, max_length=30), tmp_path / "run")
+        train(settings_of("qwen3_vl", images, max_length=30), tmp_path / "run")
 
 
 def test_a_text_that_holds_image_marks_is_refused(images: Path) -> None:
@@ -161,7 +161,7 @@ def test_a_lost_image_processor_is_named(tmp_path: Path) -> None:
 
 def test_rows_of_text_go_on_working_in_an_image_text_model(architecture: str, tmp_path: Path) -> None:
     task = write_task(tmp_path / "task")
-    train(recipe(architecture, task, steps=2, scoring="auto"), tmp_path / "run")
+    train(settings_of(architecture, task, steps=2, scoring="auto"), tmp_path / "run")
     made = load_run(tmp_path / "run")
     text = list(load_task(str(task)).split("test"))
     assert log_probabilities(made, text, MonteCarloPredictive(2)).exp().sum(dim=-1).allclose(torch.tensor(1.0))

@@ -14,12 +14,12 @@ from scalabl.runs.settings import Settings, layer_fraction, make_settings
 def test_options_win_over_the_file_and_the_file_over_the_defaults(tmp_path: Path) -> None:
     config = tmp_path / "recipe.yaml"
     config.write_text("steps: 7\nlearning_rate: 1e-4\nlora_alpha: 32\ntarget_modules: [q_proj, lm_head]\nbits: null\n")
-    recipe = make_settings({"steps": 9, "model": None, "seed": None}, config)
-    assert recipe.optimisation.steps == 9 and recipe.machine.bits is None
-    assert recipe.seed == 0 and recipe.model == Settings().model
+    settings = make_settings({"steps": 9, "model": None, "seed": None}, config)
+    assert settings.optimisation.steps == 9 and settings.machine.bits is None
+    assert settings.seed == 0 and settings.model == Settings().model
     # YAML 1.1 reads 1e-4 as text and 32 as a whole number
-    assert recipe.optimisation.learning_rate == 1e-4 and isinstance(recipe.adapter.lora_alpha, float)
-    assert recipe.adapter.targets == ["q_proj", "lm_head"]
+    assert settings.optimisation.learning_rate == 1e-4 and isinstance(settings.adapter.lora_alpha, float)
+    assert settings.adapter.targets == ["q_proj", "lm_head"]
 
 
 def test_lists_of_modules_may_be_lists_or_texts(tmp_path: Path) -> None:
@@ -48,9 +48,9 @@ def test_a_recipe_is_its_own_file(tmp_path: Path) -> None:
     import yaml
 
     config = tmp_path / "recipe.yaml"
-    recipe = Settings.flat(steps=3, chat=True, train_rows=5, layers="last:2", empirical_prior=True, draws="batch")
-    config.write_text(yaml.safe_dump(recipe.as_dict()))
-    assert make_settings({}, config) == recipe
+    settings = Settings.flat(steps=3, chat=True, train_rows=5, layers="last:2", empirical_prior=True, draws="batch")
+    config.write_text(yaml.safe_dump(settings.as_dict()))
+    assert make_settings({}, config) == settings
 
 
 @pytest.mark.parametrize(

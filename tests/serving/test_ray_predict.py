@@ -51,11 +51,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for seed, (split, number) in enumerate((("train", 24), ("validation", 30))):
         write_jsonl(task / f"{split}.jsonl", map(as_json, questions(number, seed=seed)))
     output = tmp_path_factory.mktemp("runs") / "run"
-    recipe = Settings.flat(
+    settings = Settings.flat(
         model=str(tiny_base()), data=str(task), steps=6, batch_size=4, r=4, layers="last:2", learning_rate=0.05,
         scoring="continuation", normalization="token", validation_rows=30, max_length=64, init_sigma=0.5,
     )  # fmt: skip
-    train(recipe, output)
+    train(settings, output)
     return output
 
 

@@ -5,10 +5,12 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
+from own_process import OwnProcess, program
 from tiny_study import content, finished_addresses, snapshot, write
 
 from scalabl.core.errors import UserError
@@ -16,8 +18,6 @@ from scalabl.study.cells import Cell, finished
 from scalabl.study.plan import StudyPlan, make_plan
 from scalabl.study.run import attempt, failures, open_cells, run_here
 from scalabl.study.study import read_study
-
-_PROGRAM = [sys.executable, "-c", "from scalabl.cli import main; main()", "benchmark"]
 
 
 @pytest.fixture
@@ -28,17 +28,20 @@ def recipe(tmp_path: Path, base_directory: Path, task_directory: Path, own_cache
     return write(tmp_path / "study.yaml", study)
 
 
-def start(recipe: Path, output: Path, *options: str) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        [*_PROGRAM, str(recipe), "--output", str(output), *options], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    )
+def start(recipe: Path, output: Path, *options: str) -> OwnProcess:
+    """`scalabl benchmark` in a process of its own, which writes its standard error to `errors(recipe)`."""
+    return OwnProcess(program, "benchmark", recipe, "--output", output, *options, stderr=errors(recipe))
 
 
-def wait_for(what: str, condition: object, process: subprocess.Popen[bytes] | None = None) -> None:
+def errors(recipe: Path) -> Path:
+    return recipe.with_name("stderr.txt")
+
+
+def wait_for(what: str, condition: Callable[[], bool], process: OwnProcess | None = None) -> None:
     deadline = time.monotonic() + 600
-    while not condition():  # type: ignore[operator]
+    while not condition():
         if (process is not None and process.poll() is not None) or time.monotonic() > deadline:
-            raise AssertionError(f"{what} never came: {process and process.stderr and process.stderr.read().decode()}")
+            raise AssertionError(f"{what} never came; exit code {process and process.returncode}")
         time.sleep(0.005)
 
 
@@ -64,7 +67,7 @@ def test_a_killed_benchmark_goes_on(recipe: Path, tmp_path: Path, workers: int) 
     before = snapshot(output)
     assert 1 <= len(before) < len(plan.cells)
     again = start(recipe, output)
-    assert again.wait(timeout=600) == 0, again.stderr and again.stderr.read().decode()
+    assert again.wait(timeout=600) == 0, errors(recipe).read_text()
     after = snapshot(output)
     assert set(after) == set(plan.cells)
     assert {address: after[address] for address in before} == before
@@ -88,10 +91,10 @@ def test_an_interrupted_benchmark_saves_and_says_how_to_go_on(recipe: Path, tmp_
     wait_for("a checkpoint", lambda: training_under_way(plan, output), process)
     children = descendants(process.pid)
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=600)
-    assert process.returncode == 130
-    assert said.decode().strip().endswith("Interrupted; run the same command again to go on.")
-    assert b"Traceback" not in said
+    assert process.wait(timeout=600) == 130
+    written = errors(recipe).read_text()
+    assert written.strip().endswith("Interrupted; run the same command again to go on.")
+    assert "Traceback" not in written
     wait_for("the end of the workers", lambda: not any(map(alive, children)))
     assert open_cells(plan, output, "") and not failures(plan, output)
     started = {path.parents[2].name for path in output.glob("cells/*/run/checkpoints/checkpoint-*")}

@@ -75,14 +75,14 @@ def test_the_ablations_plan_and_share_one_budget(path: Path) -> None:
 
 def test_where_only_some_modules_are_stochastic_all_are_adapted() -> None:
     read = read_study(ROOT / "recipes" / "ablations" / "modules.yaml")
-    recipes = {variant.name: read.training_settings(variant, "arc-easy", 0) for variant in read.variants}
-    assert recipes["scalabl stochastic_modules=q_proj,v_proj"].posterior.stochastic == ["q_proj", "v_proj"]
-    assert recipes["scalabl stochastic_modules=all"].posterior.stochastic is None
-    targets = {name: recipe.adapter.targets for name, recipe in recipes.items() if "lm_head" not in name}
+    settings = {variant.name: read.training_settings(variant, "arc-easy", 0) for variant in read.variants}
+    assert settings["scalabl stochastic_modules=q_proj,v_proj"].posterior.stochastic == ["q_proj", "v_proj"]
+    assert settings["scalabl stochastic_modules=all"].posterior.stochastic is None
+    targets = {name: each.adapter.targets for name, each in settings.items() if "lm_head" not in name}
     assert len(targets) == 6 and all(len(names) == 7 for names in targets.values())
     assert (
-        recipes["scalabl lm_head alone"].adapter.targets
-        == recipes["mle with lm_head"].adapter.targets
+        settings["scalabl lm_head alone"].adapter.targets
+        == settings["mle with lm_head"].adapter.targets
         == [*targets["mle"], "lm_head"]
     )
 
@@ -114,23 +114,23 @@ def test_what_is_more_particular_wins() -> None:
     common = content(BASE, TASK)["settings"] | {"weight_decay": 0.2, "prior_std": 2.0, "lora_dropout": 0.0}
     methods = ["mle", "map", {"name": "stiff", "method": "map", "weight_decay": 0.9}, "blob", "scalabl", "mc_dropout"]
     made = study(methods=methods, settings=common, method_settings=of_method)
-    recipes = {variant.name: made.training_settings(variant, "t", 3) for variant in made.variants}
-    assert [recipes[name].optimisation.weight_decay for name in ("mle", "map", "stiff")] == [0.2, 0.5, 0.9]
+    settings = {variant.name: made.training_settings(variant, "t", 3) for variant in made.variants}
+    assert [settings[name].optimisation.weight_decay for name in ("mle", "map", "stiff")] == [0.2, 0.5, 0.9]
     # the paper's own settings of a method stand over those that all share
-    assert (recipes["blob"].posterior.prior_std, recipes["blob"].posterior.init_sigma) == (0.2, 0.3)
-    assert recipes["scalabl"].posterior.prior_std == 2.0
-    assert recipes["mc_dropout"].adapter.lora_dropout == 0.1
+    assert (settings["blob"].posterior.prior_std, settings["blob"].posterior.init_sigma) == (0.2, 0.3)
+    assert settings["scalabl"].posterior.prior_std == 2.0
+    assert settings["mc_dropout"].adapter.lora_dropout == 0.1
     assert all(
-        r.seed == 3 and r.data == "t" and r.model == "/base" and r.rows.validation_rows == 9 for r in recipes.values()
+        r.seed == 3 and r.data == "t" and r.model == "/base" and r.rows.validation_rows == 9 for r in settings.values()
     )
 
 
 def test_settings_that_a_plain_lora_does_not_read_do_not_make_it_another_run() -> None:
     methods = [{"method": "mle", "grid": {"prior_std": [0.1, 1.0], "r": [4, 8]}}]
     made = study(methods=methods)
-    recipes = {made.training_settings(variant, "t", 0) for variant in made.variants}
+    settings = {made.training_settings(variant, "t", 0) for variant in made.variants}
     assert [v.name for v in made.variants] == [f"mle prior_std={p}, r={r}" for p in (0.1, 1.0) for r in (4, 8)]
-    assert sorted(recipe.adapter.r for recipe in recipes) == [4, 8]
+    assert sorted(each.adapter.r for each in settings) == [4, 8]
 
 
 def test_a_post_hoc_method_is_fitted_on_mle_and_temperature_is_a_row_of_mle() -> None:

@@ -22,7 +22,7 @@ from scalabl.training.run import train
 from scalabl.training.trainer import LanguageTrainer
 
 
-def recipe(data: Path, **changes: Any) -> Settings:
+def settings_of(data: Path, **changes: Any) -> Settings:
     settings: dict[str, Any] = {
         "model": str(tiny_base()), "data": str(data), "steps": 12, "batch_size": 4, "save_steps": 5, "r": 4,
         "learning_rate": 1e-2, "layers": "last:2",
@@ -38,7 +38,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, rows: Path) -> Path:
     output = tmp_path_factory.mktemp("runs") / "run"
-    train(recipe(rows), output)
+    train(settings_of(rows), output)
     return output
 
 
@@ -48,7 +48,7 @@ def log_of(run: Path) -> list[dict[str, float]]:
 
 @pytest.mark.parametrize("method", TRAINED)
 def test_every_method_trains_on_rows_of_text(method: str, rows: Path, tmp_path: Path) -> None:
-    record = train(recipe(rows, method=method, steps=30), tmp_path / "run")
+    record = train(settings_of(rows, method=method, steps=30), tmp_path / "run")
     log = log_of(tmp_path / "run")
     assert record.kind == "language" and log[-1]["loss"] < log[0]["loss"] - 0.3
     run = load_run(tmp_path / "run", generating=True)
@@ -66,16 +66,16 @@ def test_the_record_counts_tokens_and_weighs_the_kl_by_them(finished: Path, rows
     tokens = record.tokens
     assert tokens["cut_rows"] == 0 and tokens["trained"] < tokens["all"]
     assert all(entry["elbo/kl_weight"] == pytest.approx(1 / tokens["trained"]) for entry in log_of(finished))
-    train(recipe(rows, kl_normalization="sequence"), tmp_path / "run")
+    train(settings_of(rows, kl_normalization="sequence"), tmp_path / "run")
     assert all(entry["elbo/kl_weight"] == pytest.approx(1 / 18) for entry in log_of(tmp_path / "run"))
 
 
 def test_rows_that_are_cut_are_counted(rows: Path, tmp_path: Path) -> None:
-    whole = train(recipe(rows, steps=1), tmp_path / "whole").tokens
-    cut = train(recipe(rows, steps=1, max_length=24), tmp_path / "cut").tokens
+    whole = train(settings_of(rows, steps=1), tmp_path / "whole").tokens
+    cut = train(settings_of(rows, steps=1, max_length=24), tmp_path / "cut").tokens
     assert 0 < cut["cut_rows"] < 18 and cut["trained"] == whole["trained"] and cut["all"] < whole["all"]
     with pytest.raises(UserError, match="raise --max-length or shorten the row"):
-        train(recipe(rows, max_length=3), tmp_path / "never")
+        train(settings_of(rows, max_length=3), tmp_path / "never")
     assert not (tmp_path / "never").exists()
 
 
@@ -92,16 +92,16 @@ def test_an_interrupted_run_goes_on_where_it_was(
 
     monkeypatch.setattr(LanguageTrainer, "compute_loss", failing)
     with pytest.raises(KeyboardInterrupt):
-        train(recipe(rows), tmp_path / "run")
+        train(settings_of(rows), tmp_path / "run")
     assert RunRecord.read(tmp_path / "run").status == "running"
-    train(recipe(rows), tmp_path / "run")
+    train(settings_of(rows), tmp_path / "run")
     assert calls[0] == 9 + 12 - 5
     assert sha256(tmp_path / "run" / ADAPTER) == sha256(finished / ADAPTER)
 
 
 def test_the_stored_trunk_changes_no_gradient(rows: Path, tmp_path: Path, own_cache: Path) -> None:
     for name, checkpointing in (("with", False), ("without", True)):
-        train(recipe(rows, steps=3, gradient_checkpointing=checkpointing), tmp_path / name)
+        train(settings_of(rows, steps=3, gradient_checkpointing=checkpointing), tmp_path / name)
         assert bool(list((own_cache / "trunks").glob("*"))) == (own_cache / "trunks").exists()
     assert len(list((own_cache / "trunks").iterdir())) == 1
     one, other = (load_file(tmp_path / name / ADAPTER) for name in ("with", "without"))
@@ -117,15 +117,15 @@ def test_conversations_train_through_the_template_and_open_questions_by_their_fi
     for split in ("train", "validation"):
         write_jsonl(data / f"{split}.jsonl", chats)
         write_jsonl(other / f"{split}.jsonl", pairs(8))
-    record = train(recipe(data, steps=2, model=str(base)), tmp_path / "chat")
+    record = train(settings_of(data, steps=2, model=str(base)), tmp_path / "chat")
     # the same rows as prompts and completions, through the template
-    again = train(recipe(other, steps=2, model=str(base), chat=True), tmp_path / "pairs")
+    again = train(settings_of(other, steps=2, model=str(base), chat=True), tmp_path / "pairs")
     assert again.tokens == record.tokens
     assert record.scoring["chat"] is True and record.recipe["chat"] is False  # a lone prompt is a turn as well
     with pytest.raises(UserError, match="messages need a chat template"):
-        train(recipe(data, steps=2), tmp_path / "none")
+        train(settings_of(data, steps=2), tmp_path / "none")
     questions = [{"question": f"which word {i}?", "answers": ["red", "blue"]} for i in range(8)]
-    record = train(recipe(write_jsonl(tmp_path / "open.jsonl", questions), steps=2), tmp_path / "open")
+    record = train(settings_of(write_jsonl(tmp_path / "open.jsonl", questions), steps=2), tmp_path / "open")
     assert record.tokens["trained"] == 2 * record.rows["train"]  # " red", and the end
 
 
@@ -137,7 +137,7 @@ def test_what_scores_choices_refuses_a_run_on_text(finished: Path) -> None:
 
 def test_a_run_on_choices_generates_too(tmp_path: Path) -> None:
     data = write_jsonl(tmp_path / "rows.jsonl", map(as_json, questions(12)))
-    train(recipe(data, steps=2, scoring="continuation"), tmp_path / "run")
+    train(settings_of(data, steps=2, scoring="continuation"), tmp_path / "run")
     run = load_run(tmp_path / "run", generating=True)
     assert run.record.kind == "choices" and prompt_tokens(run, "a", None) == run.tokenizer("a")["input_ids"]
     assert RunRecord.read_classifier(tmp_path / "run") == run.record
@@ -146,10 +146,10 @@ def test_a_run_on_choices_generates_too(tmp_path: Path) -> None:
 def test_settings_of_the_other_kind_of_rows_are_refused(rows: Path, tmp_path: Path) -> None:
     data = write_jsonl(tmp_path / "choices.jsonl", map(as_json, questions(12)))
     with pytest.raises(UserError, match="kl_normalization is sequence, which is of rows of text"):
-        train(recipe(data, kl_normalization="sequence"), tmp_path / "run")
+        train(settings_of(data, kl_normalization="sequence"), tmp_path / "run")
     for name, value in (("scoring", "letters"), ("normalization", "sum")):
         with pytest.raises(UserError, match=f"{name} is {value}, which is of questions with choices"):
-            train(recipe(rows, **{name: value}), tmp_path / "run")
+            train(settings_of(rows, **{name: value}), tmp_path / "run")
     with pytest.raises(UserError, match="must be one of token, sequence"):
-        recipe(rows, kl_normalization="row")
+        settings_of(rows, kl_normalization="row")
     assert not (tmp_path / "run").exists()

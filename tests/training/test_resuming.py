@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from own_process import OwnProcess, program
-from short_run import STEPS, recipe, send_at_checkpoint, start, weights
+from short_run import STEPS, send_at_checkpoint, settings_of, start, weights
 
 from scalabl.core.errors import UserError
 from scalabl.runs.record import RunRecord
@@ -33,7 +33,7 @@ def logged(run: Path) -> list[dict[str, float]]:
 def test_a_killed_run_resumes_to_the_same_weights(
     changes: dict[str, Any], base_directory: Path, task_directory: Path, tmp_path: Path, own_cache: Path
 ) -> None:
-    settings = recipe(base_directory, task_directory, **changes)
+    settings = settings_of(base_directory, task_directory, **changes)
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     process = start(settings, killed)
     send_at_checkpoint(process, killed, signal.SIGKILL)
@@ -51,7 +51,7 @@ def test_a_killed_run_resumes_to_the_same_weights(
 def test_ctrl_c_saves_a_checkpoint_exits_130_and_resumes_to_the_same_weights(
     base_directory: Path, task_directory: Path, tmp_path: Path, own_cache: Path
 ) -> None:
-    settings = recipe(base_directory, task_directory)
+    settings = settings_of(base_directory, task_directory)
     stopped, whole = tmp_path / "stopped", tmp_path / "whole"
     config = tmp_path / "recipe.yaml"
     config.write_text(json.dumps(settings.as_dict()))  # JSON is YAML
@@ -84,7 +84,7 @@ def stop_in(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
 def test_a_kill_between_the_last_step_and_the_end_resumes_too(
     base_directory: Path, task_directory: Path, tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = recipe(base_directory, task_directory, steps=6)
+    settings = settings_of(base_directory, task_directory, steps=6)
     train(settings, tmp_path / "whole")
     for point in ("_publish", "sha256"):
         with monkeypatch.context() as patch, pytest.raises(_Stop):
@@ -99,7 +99,7 @@ def test_a_kill_between_the_last_step_and_the_end_resumes_too(
 def test_a_half_written_checkpoint_is_passed_over(
     base_directory: Path, task_directory: Path, tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = recipe(base_directory, task_directory, steps=12)
+    settings = settings_of(base_directory, task_directory, steps=12)
     train(settings, tmp_path / "whole")
     with monkeypatch.context() as patch, pytest.raises(_Stop):
         stop_in(patch, "_publish")
@@ -128,10 +128,10 @@ def test_a_second_ctrl_c_and_a_failure_before_the_first_checkpoint_leave_no_dire
 
         with monkeypatch.context() as patch, pytest.raises((KeyboardInterrupt, RuntimeError, OSError)):
             patch.setattr(run_module, "optimise", fail)
-            train(recipe(base_directory, task_directory), tmp_path / "run")
+            train(settings_of(base_directory, task_directory), tmp_path / "run")
         assert not (tmp_path / "run").exists()
     # so that the same place takes other settings
-    train(recipe(base_directory, task_directory, steps=1, batch_size=2), tmp_path / "run")
+    train(settings_of(base_directory, task_directory, steps=1, batch_size=2), tmp_path / "run")
 
 
 def test_an_interrupt_in_the_last_step_is_too_late(
@@ -149,7 +149,7 @@ def test_an_interrupt_in_the_last_step_is_too_late(
 
         return on_step_end
 
-    settings = recipe(base_directory, task_directory, steps=4)
+    settings = settings_of(base_directory, task_directory, steps=4)
     before = signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch:
         patch.setattr(StopOnInterrupt, "on_step_end", interrupt_at(4))
@@ -167,12 +167,12 @@ def test_an_unfinished_run_does_not_take_other_settings_and_cannot_be_read(
 ) -> None:
     from scalabl.runs.loading import load_run
 
-    settings = recipe(base_directory, task_directory, steps=6)
+    settings = settings_of(base_directory, task_directory, steps=6)
     with monkeypatch.context() as patch, pytest.raises(_Stop):
         stop_in(patch, "_publish")
         train(settings, tmp_path / "run")
     with pytest.raises(UserError, match="steps was 6, now 7"):
-        train(recipe(base_directory, task_directory, steps=7), tmp_path / "run")
+        train(settings_of(base_directory, task_directory, steps=7), tmp_path / "run")
     with pytest.raises(UserError, match="not finished"):
         load_run(tmp_path / "run")
     shutil.rmtree(tmp_path / "run")

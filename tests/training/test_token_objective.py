@@ -93,7 +93,7 @@ def test_an_epoch_of_ours_is_the_elbo_however_it_is_cut(
     tmp_path: Path, batch: int, accumulation: int, normalization: str
 ) -> None:
     rows, model, seen = encoded(), model_without_noise(), MeanGradient()
-    recipe = Settings.flat(
+    settings = Settings.flat(
         batch_size=batch, gradient_accumulation=accumulation, kl_normalization=normalization,
         variational_learning_rate=1e-30,
     )  # fmt: skip
@@ -104,7 +104,7 @@ def test_an_epoch_of_ours_is_the_elbo_however_it_is_cut(
         model,
         TrainingArguments(**arguments),
         train_dataset=rows,
-        callbacks=[*load_method("scalabl").callbacks(weighing_the_kl(recipe, rows), ROWS), seen],
+        callbacks=[*load_method("scalabl").callbacks(weighing_the_kl(settings, rows), ROWS), seen],
         scoring=Text(tiny_tokenizer()),
     )
     trainer.train()
@@ -153,12 +153,14 @@ def test_trained_tokens_are_counted_as_the_trainer_counts_them() -> None:
 
 def test_the_kl_of_a_token_is_what_a_row_has_of_it() -> None:
     rows = encoded()
-    recipe = Settings.flat(beta=0.5)
-    assert weighing_the_kl(recipe, rows).posterior.beta == pytest.approx(0.5 * ROWS / sum(row.trained for row in rows))
+    settings = Settings.flat(beta=0.5)
+    assert weighing_the_kl(settings, rows).posterior.beta == pytest.approx(
+        0.5 * ROWS / sum(row.trained for row in rows)
+    )
     assert tokens_a_row(rows) == sum(row.trained for row in rows) / ROWS
     sequence = Settings.flat(beta=0.5, kl_normalization="sequence")
     assert weighing_the_kl(sequence, rows) is sequence
     # BLoB's own weights, which sum to one over a cycle, go by the same factor
-    (token,) = load_method("blob").callbacks(weighing_the_kl(recipe, rows), ROWS)
+    (token,) = load_method("blob").callbacks(weighing_the_kl(settings, rows), ROWS)
     (row,) = load_method("blob").callbacks(sequence, ROWS)
     assert token.cycle == row.cycle and row.beta / token.beta == pytest.approx(tokens_a_row(rows))

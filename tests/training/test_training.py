@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from short_run import recipe, weights
+from short_run import settings_of, weights
 from tiny_base import as_json, questions, tiny_base, write_jsonl
 
 from scalabl.core.errors import UserError
@@ -20,7 +20,7 @@ from scalabl.training.trainer import LengthGroupedOrder
 def finished(tmp_path_factory: pytest.TempPathFactory, task_directory: Path) -> Path:
     """A finished run of 30 steps, scoring chosen by itself."""
     output = tmp_path_factory.mktemp("runs") / "run"
-    train(recipe(tiny_base(), task_directory, scoring="auto", normalization="auto"), output)
+    train(settings_of(tiny_base(), task_directory, scoring="auto", normalization="auto"), output)
     return output
 
 
@@ -50,7 +50,9 @@ def test_a_prior_centred_where_s_begins_costs_nothing_there(task_directory: Path
     """The first KL is that of the noise alone: sum_j log(std / sigma_j) + sigma_j^2 / (2 std^2) - 1/2."""
     first = {}
     for prior_mean in (0.0, 0.577):
-        settings = recipe(tiny_base(), task_directory, steps=3, prior_mean=prior_mean, prior_std=0.3, init_sigma=0.3)
+        settings = settings_of(
+            tiny_base(), task_directory, steps=3, prior_mean=prior_mean, prior_std=0.3, init_sigma=0.3
+        )
         train(settings, tmp_path / str(prior_mean))
         found = json.loads((tmp_path / str(prior_mean) / "adapter_config.json").read_text())
         assert found["prior_mean"] == prior_mean
@@ -61,7 +63,7 @@ def test_a_prior_centred_where_s_begins_costs_nothing_there(task_directory: Path
 
 
 def test_a_finished_run_is_not_trained_again(finished: Path, task_directory: Path) -> None:
-    settings = recipe(tiny_base(), task_directory, scoring="auto", normalization="auto")
+    settings = settings_of(tiny_base(), task_directory, scoring="auto", normalization="auto")
     before = {path: path.stat().st_mtime_ns for path in finished.iterdir()}
     assert train(settings, finished) == RunRecord.read(finished)
     assert {path: path.stat().st_mtime_ns for path in finished.iterdir()} == before
@@ -71,10 +73,10 @@ def test_another_recipe_or_foreign_files_in_the_directory_are_refused(
     finished: Path, task_directory: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match=r"holds another run \(seed was 0, now 1\); choose another --output"):
-        train(recipe(tiny_base(), task_directory, seed=1, scoring="auto", normalization="auto"), finished)
+        train(settings_of(tiny_base(), task_directory, seed=1, scoring="auto", normalization="auto"), finished)
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(UserError, match="not empty and holds no run"):
-        train(recipe(tiny_base(), task_directory), tmp_path)
+        train(settings_of(tiny_base(), task_directory), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
@@ -86,7 +88,7 @@ def test_the_loaded_run_predicts_with_its_own_scoring(finished: Path) -> None:
 
 def test_seeds_decide_the_weights_and_the_cache_does_not(task_directory: Path, tmp_path: Path, own_cache: Path) -> None:
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        train(recipe(tiny_base(), task_directory, steps=4, seed=seed), tmp_path / name)
+        train(settings_of(tiny_base(), task_directory, steps=4, seed=seed), tmp_path / name)
         torch.manual_seed(99)  # whatever was drawn before
         if name == "a":
             assert list((own_cache / "trunks").iterdir())
@@ -109,7 +111,7 @@ def test_every_method_meets_the_same_rows_in_the_same_order(
     batches = {}
     for method, seed in (("scalabl", 0), ("mle", 0), ("mle", 1)):
         seen.clear()
-        train(recipe(tiny_base(), task_directory, steps=8, method=method, seed=seed), tmp_path / f"{method}{seed}")
+        train(settings_of(tiny_base(), task_directory, steps=8, method=method, seed=seed), tmp_path / f"{method}{seed}")
         batches[method, seed] = list(seen)
     assert batches["scalabl", 0] == batches["mle", 0] != batches["mle", 1]
     # 24 rows in batches of 4: six steps an epoch, and the second epoch has an order of its own
@@ -117,7 +119,7 @@ def test_every_method_meets_the_same_rows_in_the_same_order(
 
 
 def test_plain_lora_has_no_posterior_and_no_mean_directory(task_directory: Path, tmp_path: Path) -> None:
-    record = train(recipe(tiny_base(), task_directory, steps=2, method="mle"), tmp_path / "mle")
+    record = train(settings_of(tiny_base(), task_directory, steps=2, method="mle"), tmp_path / "mle")
     assert record.parameters["variational"] == 0
     assert not load_run(tmp_path / "mle").is_bayesian and not (tmp_path / "mle" / "mean").exists()
 
@@ -127,7 +129,7 @@ def test_gradient_checkpointing_and_the_trunk_change_no_gradient(task_directory:
 
     found = []
     for name, checkpointing in (("with", True), ("without", False)):
-        settings = recipe(tiny_base(), task_directory, steps=3, gradient_checkpointing=checkpointing)
+        settings = settings_of(tiny_base(), task_directory, steps=3, gradient_checkpointing=checkpointing)
         train(settings, tmp_path / name)
         found.append(load_file(tmp_path / name / "adapter_model.safetensors"))
     # Adam divides by the gradient's size, which blows up rounding where it is almost zero: the first steps alone
@@ -139,7 +141,7 @@ def test_a_nan_in_the_loss_stops_with_step_and_layer_and_keeps_the_last_checkpoi
     task_directory: Path, tmp_path: Path, own_cache: Path
 ) -> None:
     # a rate that is harmless while the schedule warms up and then overflows
-    settings = recipe(tiny_base(), task_directory, learning_rate=1e30, warmup=0.5, save_steps=1, max_grad_norm=0)
+    settings = settings_of(tiny_base(), task_directory, learning_rate=1e30, warmup=0.5, save_steps=1, max_grad_norm=0)
     with pytest.raises(UserError, match=r"Training stopped at step \d+: the \w+ of [\w.]+layers\.\d[\w.]+ .*NaN") as e:
         train(settings, tmp_path / "run")
     last = tmp_path / "run" / "checkpoints"
@@ -157,7 +159,7 @@ def test_a_nan_in_the_loss_stops_with_step_and_layer_and_keeps_the_last_checkpoi
 def test_a_nan_before_the_first_checkpoint_leaves_nothing(
     task_directory: Path, tmp_path: Path, own_cache: Path
 ) -> None:
-    settings = recipe(tiny_base(), task_directory, learning_rate=1e30, warmup=0, save_steps=30, max_grad_norm=0)
+    settings = settings_of(tiny_base(), task_directory, learning_rate=1e30, warmup=0, save_steps=30, max_grad_norm=0)
     with pytest.raises(UserError, match=r"Training stopped at step \d+: .*; lower --learning-rate\.$"):
         train(settings, tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -166,7 +168,7 @@ def test_a_nan_before_the_first_checkpoint_leaves_nothing(
 def test_rows_of_text_and_label_train_by_letters(tmp_path: Path, own_cache: Path) -> None:
     rows = [{"text": f"word {i}", "label": "yes" if i % 3 else "no"} for i in range(20)]
     data = write_jsonl(tmp_path / "data" / "train.jsonl", rows)
-    settings = recipe(tiny_base(), data, scoring="letters", steps=2)
+    settings = settings_of(tiny_base(), data, scoring="letters", steps=2)
     record = train(settings, tmp_path / "run")
     assert record.scoring["labels"] == ["no", "yes"] == list(record.task["labels"])
     assert record.rows == {"train": 18, "validation": 2}  # a tenth is held out
@@ -175,7 +177,7 @@ def test_rows_of_text_and_label_train_by_letters(tmp_path: Path, own_cache: Path
 def test_row_limits_take_the_same_rows_for_every_seed(task_directory: Path) -> None:
     task = load_task(str(task_directory))
     chosen = [
-        select_rows(task, recipe(tiny_base(), task_directory, train_rows=7, validation_rows=3, seed=seed).rows)
+        select_rows(task, settings_of(tiny_base(), task_directory, train_rows=7, validation_rows=3, seed=seed).rows)
         for seed in (0, 1)
     ]
     assert chosen[0] == chosen[1]
@@ -185,7 +187,7 @@ def test_row_limits_take_the_same_rows_for_every_seed(task_directory: Path) -> N
 
 def test_validation_rows_are_held_out_where_the_data_has_none(tmp_path: Path) -> None:
     data = write_jsonl(tmp_path / "rows.jsonl", map(as_json, questions(40)))
-    rows = select_rows(load_task(str(data)), recipe(tiny_base(), data, validation_rows=300).rows)
+    rows = select_rows(load_task(str(data)), settings_of(tiny_base(), data, validation_rows=300).rows)
     assert len(rows.validation) == 4 and not set(rows.train) & set(rows.validation)
     assert len(rows.train) == 36
 

@@ -37,7 +37,7 @@ def train(
     """Train a LoRA adapter with a posterior (or without, --method mle)."""
     from scalabl.core.files import require_writable, write_json
     from scalabl.data.load import load_training_task
-    from scalabl.runs.directory import claim, hold
+    from scalabl.runs.directory import claim, lock_directory
 
     settings = make_settings(given, config)
     require_writable(json, unlike=(output,))
@@ -45,7 +45,7 @@ def train(
     if processes.on_main(lambda: claim(output, settings, processes.world_size())):
         record = RunRecord.of_main(lambda: RunRecord.read_finished(output))
     else:
-        lock = processes.on_main(lambda: hold(output))
+        lock = processes.on_main(lambda: lock_directory(output))
         try:
             record = _train(settings, output, task, ignore_memory)
         finally:
@@ -128,11 +128,11 @@ def _tokens(record: RunRecord) -> str:
     counts = record.tokens
     if counts is None:
         return ""
-    said = f"{counts['trained']:,} trained on of {counts['all']:,}"
+    text = f"{counts['trained']:,} trained on of {counts['all']:,}"
     if counts["cut_rows"]:
         longest = record.recipe["max_length"]
-        said += f"; {counts['cut_rows']:,} rows longer than {longest:,} lost the beginning of their prompt"
-    return said
+        text += f"; {counts['cut_rows']:,} rows longer than {longest:,} lost the beginning of their prompt"
+    return text
 
 
 def _why(nll: dict[str, float]) -> str:

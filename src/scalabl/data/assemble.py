@@ -124,7 +124,7 @@ def _prompt(row: Example) -> tuple[str, tuple[str, ...]]:
 def cut(rows: Sequence[R], seed: int = SUBSET_SEED) -> dict[str, tuple[R, ...]]:
     """Splits of a set whose official validation rows alone are at hand: 60, 10 and 30 %, within each in their order.
 
-    No figure on such a test part can be held against one on the official split.
+    No figure on such a test part can be compared with one on the official split.
     """
     ends = [round(0.6 * len(rows)), round((0.6 + 0.1) * len(rows))]
     order = [row.id for row in shuffled(rows, seed)]

@@ -17,7 +17,7 @@ with large noise the test fails on both accounts. An error of that size in well 
 NLL in second order, as the error of N particles does.
 
 Fewer antithetic or quasi-random particles would average the probabilities as well at less cost. They are no candidates:
-they look in fewer directions, so that the epistemic part of the uncertainty is told worse.
+they look in fewer directions, so that the epistemic part of the uncertainty is estimated worse.
 
 The cost is in units of one plain forward of the whole model: a model of it, nothing is run. A pass over
 R rows of t tokens and m read positions, from decoder layer l of L on, takes

@@ -41,7 +41,7 @@ def drawn_layers(model: nn.Module, spec: str | None) -> dict[str, int]:
 
 
 def first_difference(model: nn.Module, spec: str | None) -> int | None:
-    """The lowest decoder layer that is drawn; None for a rival, whose noise begins at the lowest adapted layer."""
+    """The lowest decoder layer that is drawn; None for a baseline, whose noise begins at the lowest adapted layer."""
     return min(drawn_layers(model, spec).values(), default=None)
 
 

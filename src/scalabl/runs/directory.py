@@ -71,8 +71,8 @@ def claim(directory: Path, settings: Settings, processes: int = 1) -> bool:
     return False
 
 
-def hold(directory: Path) -> int | None:
-    """Keep a second call from training into a run's directory for as long as this process holds it.
+def lock_directory(directory: Path) -> int | None:
+    """Keep a second call from training into a run's directory as long as this process runs.
 
     The lock is on the directory itself, so that nothing is left of it when the process is killed.
 
@@ -80,24 +80,24 @@ def hold(directory: Path) -> int | None:
         the open directory, closing which lets go of it; None where the system has no such locks.
 
     Raises:
-        UserError: another process holds it.
+        UserError: another process has locked it.
     """
     try:
         import fcntl
     except ImportError:  # Windows
         return None
-    held = os.open(directory, os.O_RDONLY)
+    lock = os.open(directory, os.O_RDONLY)
     try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        os.close(held)
+        os.close(lock)
         raise UserError(
             f"Another call trains into {directory}; wait for its end, or choose another --output."
         ) from None
     except OSError:  # a file system without locks
-        os.close(held)
+        os.close(lock)
         return None
-    return held
+    return lock
 
 
 _CUT = ("batch_size", "gradient_accumulation")  # how the rows of a step are cut, beside the processes

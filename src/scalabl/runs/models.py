@@ -134,7 +134,7 @@ def require_vocabulary(tokenizer: PreTrainedTokenizerBase, model: PreTrainedMode
 
 def why_unreadable(error: Exception) -> str:
     """What is wrong with a configuration, in one line."""
-    # a value of another type is told only further down in its text
+    # a value of another type shows only further down in its text
     return one_line(error) if isinstance(error, StrictDataclassError) else first_line(error)
 
 

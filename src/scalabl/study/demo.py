@@ -26,7 +26,7 @@ LAYERS = "last:6"
 TARGETS = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
 
 
-def demo_recipe(method: str, *, seed: int, steps: int) -> Settings:
+def demo_settings(method: str, *, seed: int, steps: int) -> Settings:
     """The same budget for both methods: rows, steps, batch, learning rate, targets, rank."""
     return Settings.flat(
         data=TASK,
@@ -86,7 +86,7 @@ def run_demo(
     methods: list[MethodResult] = []
     training = {}
     for method in (BASELINE, Settings.method):
-        settings = demo_recipe(method, seed=seed, steps=steps)
+        settings = demo_settings(method, seed=seed, steps=steps)
         directory = output / f"{method}-seed{seed}-steps{steps}"
         train(settings, directory)
         run = load_run(directory)

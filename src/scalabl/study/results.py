@@ -3,11 +3,11 @@
 method, task, trained_on, seed          what; "x+temperature" has a temperature on its class logits; `seed` is the first
                                         one of an ensemble, all are in `seeds`
 accuracy, nll, ece, brier               nll in nats, ece a share (15 bins)
-ood_auroc                               shifted sets: told from the trained task's test set by the epistemic part of the
-                                        uncertainty (empty for one particle); `ood_auroc_total` by all of it
+ood_auroc                               shifted sets: separated from the trained task's test set by the epistemic part
+                                        of the uncertainty (empty for one particle); `ood_auroc_total` by all of it
 extra_parameters                        numbers kept beyond a plain LoRA's
 train_cost, predict_cost                wall time as a ratio to MLE's of the same task and seed
-collapsed                               whether its accuracy is no better than guessing; `why` says how that was told
+collapsed                               whether its accuracy is no better than guessing; `why` says by what guess
 n, particles                            rows tested on, N
 auroc, aurc                             auroc: of being right by confidence
 validation_nll                          on the validation rows of its training task: what settings are chosen by; empty

@@ -40,7 +40,7 @@ TEMPERED = "+temperature"
 # decided by the study, not by settings
 _RESERVED = ("model", "data", "method", "seed", "validation_rows")
 _PREDICTIVES = ("mc", "linearized", "auto")
-# settings that no plain LoRA reads: held at their defaults there, so that equal runs have equal addresses
+# settings that no plain LoRA reads: kept at their defaults there, so that equal runs have equal addresses
 _OF_POSTERIORS = (
     "variational_learning_rate", "beta", "schedule", "kl_warmup", "covariance", "prior_std", "init_sigma", "unit_rows",
     "prior_mean", "empirical_prior", "draws", "kl", "stochastic_modules", "stochastic_layers",

@@ -200,12 +200,12 @@ def _mark(axes: Axes, index: int, method: str, probs: Tensor, risk: Tensor, thre
     """Mark a threshold on its method's curve; what it says in words. risk (n,) of the k surest rows."""
     axes.axhline(threshold.max_error, color=series(index), linewidth=0.9, linestyle=(0, (1, 2)))
     answered = int((probs.max(dim=1).values > threshold.above).sum())
-    said = f"{method} at its threshold: {answered / len(probs):.0%} answered, "
+    start = f"{method} at its threshold: {answered / len(probs):.0%} answered, "
     if answered == 0:
-        return f"{said}at most {threshold.max_error:.1%} promised."
+        return f"{start}at most {threshold.max_error:.1%} promised."
     wrong = risk[answered - 1].item()
     axes.plot([answered / len(probs)], [wrong], color=series(index), marker="o", markersize=6, gid=f"threshold_{index}")
-    return f"{said}{wrong:.1%} of them wrong, at most {threshold.max_error:.1%} promised."
+    return f"{start}{wrong:.1%} of them wrong, at most {threshold.max_error:.1%} promised."
 
 
 def entropy_histograms(name: str, method: str, label: str, sets: list[tuple[str, Tensor]]) -> str:
