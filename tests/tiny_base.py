@@ -14,6 +14,7 @@ from peft import PeftModel, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import nn
 from transformers import (
+    BertConfig,
     Gemma3TextConfig,
     LlamaConfig,
     PretrainedConfig,
@@ -98,6 +99,38 @@ def tiny_base(architecture: str = "llama", *, layers: int = 3, seed: int = 0, ch
     model.save_pretrained(directory.name)
     tiny_tokenizer(chat=chat).save_pretrained(directory.name)
     return Path(directory.name)
+
+
+@functools.cache
+def tiny_encoder(*, layers: int = 3, seed: int = 0) -> Path:
+    """A directory with a tiny random BERT without a head, and its tokenizer."""
+    from transformers import BertModel
+
+    torch.manual_seed(seed)
+    sizes = {name: value for name, value in _sizes(layers).items() if name not in ("num_key_value_heads", "bos_token_id")}
+    model = BertModel(BertConfig(**sizes))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(6)  # what a token says reaches the head
+    directory = tempfile.TemporaryDirectory(prefix="scalabl-tiny-")
+    _KEPT.append(directory)
+    model.save_pretrained(directory.name)
+    tiny_tokenizer().save_pretrained(directory.name)
+    return Path(directory.name)
+
+
+def write_texts(directory: Path, *, train: int = 30, validation: int = 9, test: int = 12) -> Path:
+    """A directory of {"text", "label"} rows of three classes, each with a word of its own in a text."""
+    for seed, (split, number) in enumerate((("train", train), ("validation", validation), ("test", test))):
+        generator = torch.Generator().manual_seed(seed)
+        rows = []
+        for i in range(number):
+            words = [_WORDS[int(j)] for j in torch.randint(3, len(_WORDS), (1 + i % 4,), generator=generator)]
+            words.insert(i % len(words), _WORDS[i % 3])
+            rows.append({"text": f"{' '.join(words)} {i}", "label": f"about {_WORDS[i % 3]}"})
+        write_jsonl(directory / f"{split}.jsonl", rows)
+    return directory
 
 
 _KEPT: list[tempfile.TemporaryDirectory[str]] = []

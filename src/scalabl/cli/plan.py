@@ -45,8 +45,10 @@ def plan(
         int, typer.Option(help="Tokens of a row whose logits are read, of all its choices together.")
     ] = 32,
     loss: Annotated[
-        str | None, typer.Option(help="letters, continuation, or tokens: of every token, plain fine-tuning.")
+        str | None,
+        typer.Option(help="letters, continuation, head, or tokens: of every token, plain fine-tuning."),
     ] = None,
+    labels: Annotated[int, typer.Option(help="Of a classification head, an encoder's loss.")] = 2,
     json: Annotated[Path | None, typer.Option(help="Write the figures here.")] = None,
 ) -> None:
     """Memory, operations and the largest batch of a training, before any weight is read."""
@@ -59,11 +61,11 @@ def plan(
     settings = make_settings(given | {"bits": None if unquantised else given["bits"]}, config)
     if unquantised:
         settings = settings.changed(bits=None, quantization="bitsandbytes")
-    for name, value, least in (("scored", scored, 1), ("samples", samples, 1)):
+    for name, value, least in (("scored", scored, 1), ("samples", samples, 1), ("labels", labels, 2)):
         if value < least:
             raise UserError(f"--{name} is {value}; it must be at least {least}.")
-    if loss not in (None, "letters", "continuation", "tokens"):
-        raise UserError(f"--loss is {loss!r}; it must be letters, continuation or tokens.")
+    if loss not in (None, "letters", "continuation", "head", "tokens"):
+        raise UserError(f"--loss is {loss!r}; it must be letters, continuation, head or tokens.")
     if device not in (None, "cpu", "cuda"):
         raise UserError(f"--device is {device!r}; it must be cpu or cuda.")
     size = None if card is None else parse_bytes(card)
@@ -79,10 +81,16 @@ def plan(
     from scalabl.core.console import quiet
     from scalabl.planning.plan import make_plan
     from scalabl.planning.step import PlannedRows
+    from scalabl.runs.models import is_encoder
 
     quiet()
-    read = loss or ("letters" if settings.rows.scoring == "letters" else "continuation")
-    rows = PlannedRows(settings.optimisation.batch_size, settings.rows.max_length, loss=read, scored=scored)
+    if is_encoder(settings.model):
+        if loss not in (None, "head"):
+            raise UserError(f"{settings.model} is an encoder, which has no {loss}; leave out --loss.")
+        loss = "head"
+    read = loss or (settings.rows.scoring if settings.rows.scoring in ("letters", "head") else "continuation")
+    size_of = {"choices": labels} if read == "head" else {"scored": scored}
+    rows = PlannedRows(settings.optimisation.batch_size, settings.rows.max_length, loss=read, **size_of)
     with Console(stderr=True).status("planning"):
         made = make_plan(settings, rows, device=device, card=size, samples=samples)
     if json is not None:
@@ -136,10 +144,11 @@ def _print(made: Plan, console: Any) -> None:
     table.add_row("largest batch", *map(_at_most, batches), "")
     console.print(table)
     particles = made.particles
-    console.print(
-        f"Generation keeps {in_words(made.cache)} of keys and values for {rows.batch} rows of {rows.length} tokens"
-        + (f" and {particles} particles each." if particles > 1 else ".")
-    )
+    if made.cache:
+        console.print(
+            f"Generation keeps {in_words(made.cache)} of keys and values for {rows.batch} rows of {rows.length} tokens"
+            + (f" and {particles} particles each." if particles > 1 else ".")
+        )
     if made.peak > made.card:
         console.print(Text(f"This recipe does not fit: {in_words(made.peak)} of {in_words(made.card)}.", "bold yellow"))
 
@@ -149,6 +158,7 @@ def _positions(made: Plan) -> str:
         "letters": "the last token",
         "continuation": f"{made.rows.in_a_row} tokens a row",
         "tokens": "every token",
+        "head": f"{made.rows.choices} labels",
     }[made.rows.loss]
 
 

@@ -114,7 +114,7 @@ def _print(record: RunRecord, output: Path) -> None:
         ("rows", f"{record.rows['train']:,} trained on, {record.rows['validation']:,} held out"),
         ("scoring", record.scoring_name + _why(record.scoring_nll)),
         ("tokens", _tokens(record)),
-        ("parameters", f"{parameters['lora']:,} LoRA, {parameters['variational']:,} variational"),
+        ("parameters", f"{parameters['lora']:,} LoRA, {parameters['variational']:,} variational{_of_head(parameters)}"),
     ):
         if value:
             table.add_row(name, value)
@@ -122,6 +122,10 @@ def _print(record: RunRecord, output: Path) -> None:
     console.print(table)
     for warning in record.warnings:
         console.print(Text(f"warning: {warning}", "bold yellow"))
+
+
+def _of_head(parameters: dict[str, int]) -> str:
+    return f", {parameters['head']:,} of the head" if "head" in parameters else ""
 
 
 def _tokens(record: RunRecord) -> str:

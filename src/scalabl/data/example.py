@@ -95,7 +95,8 @@ class Example:
     Attributes:
         id: name of the row, unique within a split.
         question: its text, without the choices.
-        choices: 2 to 26 distinct texts, none of them blank.
+        choices: 2 to 26 distinct texts, none of them blank; or the labels that all rows share, of which there may be
+            more.
         answer: index into ``choices``; ``None`` for an unlabelled row (prediction only).
         images: paths of the images that the question is about.
     """
@@ -114,12 +115,13 @@ class Example:
         return self.question, self.choices, tuple(image_digest(path) for path in self.images)
 
 
-def check(example: Example, where: str) -> Example:
+def check(example: Example, where: str, most: int | None = len(LETTERS)) -> Example:
     """Return ``example`` unchanged if it is sound.
 
     Args:
         example: the row to look at.
         where: how the message names the row, for instance ``"train.jsonl:17"``.
+        most: how many choices it may have; None for any number, where they are the labels that all rows share.
 
     Raises:
         UserError: blank question, too few, too many, blank or duplicate choices, answer out of range.
@@ -130,8 +132,8 @@ def check(example: Example, where: str) -> Example:
     if count < 2:
         few = "only one choice" if count == 1 else "no choices"
         raise UserError(f"{where}: {few}; a question needs at least two choices.")
-    if count > len(LETTERS):
-        raise UserError(f"{where}: {count} choices; a question can have at most {len(LETTERS)}.")
+    if most is not None and count > most:
+        raise UserError(f"{where}: {count} choices; a question can have at most {most}.")
     if any(not choice.strip() for choice in example.choices):
         raise UserError(f"{where}: a choice is blank; give every choice a text.")
     twice = first_duplicate(example.choices)

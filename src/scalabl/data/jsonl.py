@@ -153,7 +153,7 @@ def _label_set(rows: Iterable[_Row], given: Sequence[str] | None, path: Path) ->
     twice = first_duplicate(label.casefold() for label in labels)
     if twice is not None:
         raise UserError(f"{path}: the label {twice!r} is there twice (or in two spellings); keep one of them.")
-    check(Example("labels", "labels", labels, None), str(path))
+    check(Example("labels", "labels", labels, None), str(path), most=None)
     return labels
 
 

@@ -280,7 +280,7 @@ class Classifier:
         Raises:
             UserError: no questions, or a prompt where the scoring needs choices.
         """
-        labels = self.scorer.scoring.labels if isinstance(self.scorer.scoring, Letters) else None
+        labels = getattr(self.scorer.scoring, "labels", None)
         rows = rows_of(questions, labels)
         with alone(self.scorer.model):  # threads take turns
             encoded = self.predictor.run.encode(rows)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from scalabl.core.errors import UserError
-from scalabl.data.example import Example, check, images_of
+from scalabl.data.example import LETTERS, Example, check, images_of
 from scalabl.data.fields import unstripped_text
 
 Question = str | Mapping[str, Any] | Example
@@ -59,4 +59,4 @@ def _row(index: int, question: Question, labels: tuple[str, ...] | None) -> Exam
 def _checked(row: Example, labels: tuple[str, ...] | None) -> Example:
     if labels is not None and row.choices != labels:
         raise UserError(f"Question {row.id} has choices of its own, but this classifier answers {labels}.")
-    return check(row, f"question {row.id}")
+    return check(row, f"question {row.id}", most=len(LETTERS) if labels is None else None)

@@ -34,8 +34,8 @@ from scalabl.core.errors import UserError
 from scalabl.predictive.base import MeanPredictive, Predictive
 from scalabl.predictive.lora_particles import DropoutPredictive, input_masks, lora_parts
 from scalabl.runs.method import Run, TrainedMethod
-from scalabl.runs.settings import Settings, layer_fraction
-from scalabl.tuner.layers import beside_language
+from scalabl.runs.settings import ALL_LINEAR, AdapterSettings, Settings, layer_fraction
+from scalabl.tuner.layers import beside_language, beside_layers, decoder_layers, head_modules, sequence_classifier
 
 
 class PlainLoRA(TrainedMethod):
@@ -89,20 +89,17 @@ def lora_options(settings: Settings, model: PreTrainedModel) -> dict[str, Any]:
     Raises:
         UserError: a target matches no module, or more layers are asked for than there are.
     """
-    names = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
-    missing = [target for target in settings.adapter.targets if target.rsplit(".", 1)[-1] not in names]
-    if missing:
-        linear = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if "Linear" in type(m).__name__})
-        raise UserError(f"target_modules names {', '.join(missing)}, but this model has {', '.join(linear)}.")
-    options = {
+    head = head_modules(model)
+    options: dict[str, Any] = {
         "r": settings.adapter.r,
         "lora_alpha": settings.adapter.lora_alpha,
         "lora_dropout": settings.adapter.lora_dropout,
-        "target_modules": settings.adapter.targets,
-        "task_type": "CAUSAL_LM",
+        "target_modules": _targets(settings, model),
+        "task_type": "SEQ_CLS" if head else "CAUSAL_LM",
     }
-    beside = beside_language(model)
-    if beside is not None:
+    if head:
+        options |= {"modules_to_save": head, "exclude_modules": beside_layers(model)}
+    elif (beside := beside_language(model)) is not None:
         options["exclude_modules"] = beside
     last = layer_fraction(settings.adapter.layers)
     if last is not None:
@@ -111,3 +108,19 @@ def lora_options(settings: Settings, model: PreTrainedModel) -> dict[str, Any]:
             raise UserError(f"layers is last:{last}, but the model has {total}; lower it.")
         options["layers_to_transform"] = list(range(total - last, total))
     return options
+
+
+def _targets(settings: Settings, model: PreTrainedModel) -> list[str]:
+    """The modules to adapt, by the ends of their names. "all-linear" are the linear ones of the model's layers; so are
+    the defaults in an encoder, which names its projections otherwise."""
+    names = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
+    targets = settings.adapter.targets
+    missing = [target for target in targets if target.rsplit(".", 1)[-1] not in names]
+    unnamed = settings.adapter.target_modules == AdapterSettings.target_modules and len(missing) == len(targets)
+    if targets == [ALL_LINEAR] or (unnamed and sequence_classifier(model) is not None):
+        inside = decoder_layers(model).named_modules()
+        return sorted({n.rsplit(".", 1)[-1] for n, m in inside if "Linear" in type(m).__name__})
+    if missing:
+        linear = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if "Linear" in type(m).__name__})
+        raise UserError(f"target_modules names {', '.join(missing)}, but this model has {', '.join(linear)}.")
+    return targets

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Iterable
@@ -12,7 +13,13 @@ from typing import Any
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from scalabl.core.errors import UserError, one_line
 from scalabl.planning.meta_device import DeviceKernels, quantize
@@ -70,23 +77,31 @@ def autocast_dtype(settings: Settings, device: str) -> torch.dtype | None:
     return torch.bfloat16 if settings.machine.dtype == "bfloat16" and device != "cpu" else None
 
 
-def build(settings: Settings, config: PretrainedConfig, device: str) -> tuple[PeftModel, Counts]:
+def build(
+    settings: Settings, config: PretrainedConfig, device: str, labels: int | None = None
+) -> tuple[PeftModel, Counts]:
     """The adapted model on the meta device, and what is in it.
 
     Args:
         settings: what is to be trained.
         config: of the base model.
         device: "cpu" or "cuda", where it is to be trained.
+        labels: how many its classification head has; None for a language model.
 
     Raises:
-        UserError: it is no causal language model, or the adapter does not fit it.
+        UserError: it is no causal language model (with labels: has no form with a head), or the adapter does not fit.
     """
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            base: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=compute_dtype(settings, device))
+            kind: Any = AutoModelForCausalLM if labels is None else AutoModelForSequenceClassification
+            if labels is not None:
+                config = copy.deepcopy(config)
+                config.num_labels = labels
+            base: PreTrainedModel = kind.from_config(config, dtype=compute_dtype(settings, device))
         except ValueError as error:
-            why = f"{getattr(config, 'model_type', type(config).__name__)} is no causal language model"
+            named = getattr(config, "model_type", type(config).__name__)
+            why = f"{named} is no causal language model" if labels is None else f"{named} has no classification head"
             raise UserError(f"The model {settings.model} cannot be loaded: {why}.") from error
         except (RuntimeError, ArithmeticError) as error:  # sizes that no layer can have
             raise UserError(f"The configuration of {settings.model} makes no model: {one_line(error)}") from error

@@ -60,6 +60,7 @@ class Planner:
         settings: what is to be trained.
         device: "cpu" or "cuda".
         config: of the base model; read by its name if None.
+        labels: of its classification head; None for a language model.
 
     Attributes:
         counts: of parameters, and the bytes of what stays.
@@ -71,7 +72,9 @@ class Planner:
         CannotPlanError: here or later: a step of it cannot be run without numbers.
     """
 
-    def __init__(self, settings: Settings, device: str, config: PretrainedConfig | None = None) -> None:
+    def __init__(
+        self, settings: Settings, device: str, config: PretrainedConfig | None = None, labels: int | None = None
+    ) -> None:
         method = load_method(settings.method)
         if not METHODS[settings.method].plannable:
             raise CannotPlanError(
@@ -80,7 +83,8 @@ class Planner:
         self.settings = settings
         self.device = device
         config = read_config(settings.model) if config is None else config
-        model, self.counts = build(settings, config, device)
+        model, self.counts = build(settings, config, device, labels)
+        self.labels = labels
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if method.optimizer_numbers is None:
             self.optimizer = optimizer_bytes(settings.optimisation.optimizer, trained)
@@ -183,7 +187,8 @@ class Plan:
         counts, optimizer: as `Planner` has them.
         training: a step, with `gradient_checkpointing` False and True.
         prediction: with N particles, and with the mean alone.
-        cache: bytes of the keys and values of all particles of a batch.
+        cache: bytes of the keys and values of all particles of a batch; 0 of a classification head, which generates
+            nothing.
         largest: rows of the largest batch that fits the card: training (without, with checkpointing), prediction.
     """
 
@@ -272,7 +277,10 @@ def make_plan(settings: Settings, rows: PlannedRows, *, device: str, card: int, 
         raise UserError(f"samples is {samples}; it must be at least 1.")
     require_known(settings.optimisation.optimizer)
     config = read_config(settings.model)
-    planners = {on: Planner(settings.changed(gradient_checkpointing=on), device, config) for on in (False, True)}
+    labels = rows.choices if rows.loss == "head" else None
+    planners = {
+        on: Planner(settings.changed(gradient_checkpointing=on), device, config, labels) for on in (False, True)
+    }
     plain = planners[False]
     most = max(1, min(LARGEST, MOST // rows.length))
     drawn = max(1, min(LARGEST, MOST // (rows.length * particles_of(settings.method, samples))))
@@ -287,7 +295,9 @@ def make_plan(settings: Settings, rows: PlannedRows, *, device: str, card: int, 
         optimizer=plain.optimizer,
         training={on: planner.training(rows) for on, planner in planners.items()},
         prediction={number: plain.prediction(rows, number) for number in (samples, 0)},
-        cache=rows.batch * particles_of(settings.method, samples) * plain.key_value_cache(rows.length),
+        cache=0
+        if labels is not None
+        else rows.batch * particles_of(settings.method, samples) * plain.key_value_cache(rows.length),
         largest={
             "training": largest_batch(card, lambda batch: plain.training(rows, batch).peak, most),
             "training_checkpointed": largest_batch(card, lambda batch: planners[True].training(rows, batch).peak, most),

@@ -26,7 +26,7 @@ from scalabl.runs.models import load_tokenizer
 from scalabl.runs.settings import Settings, layer_fraction
 from scalabl.scoring.base import Encoded
 from scalabl.scoring.trunk_store import LARGEST
-from scalabl.training.choose_scoring import candidates
+from scalabl.training.choose_scoring import candidates, takes_head
 
 _LEAST = 0.02  # of the peak: what saves less is not worth naming
 
@@ -60,7 +60,8 @@ def savings(settings: Settings, rows: PlannedRows, peak: int, device: str) -> li
     found = []
     for changed, fewer, option in _changes(settings, rows, device):
         try:
-            left = Planner(changed, device).training(fewer).peak
+            labels = fewer.choices if fewer.loss == "head" else None
+            left = Planner(changed, device, labels=labels).training(fewer).peak
         except UserError:  # a setting that this model does not take
             continue
         if left < peak * (1 - _LEAST):
@@ -153,13 +154,14 @@ def plan_run(
     task = task or load_training_task(settings.data)
     rows: Any = select_rows(task, settings.rows)
     tokenizer = tokenizer or load_tokenizer(settings.model)
-    options = candidates(settings, tokenizer, (*rows.train, *rows.validation), task.labels)
+    head = takes_head(settings, task, tokenizer)
+    options = candidates(settings, tokenizer, (*rows.train, *rows.validation), task.labels, head=head)
     longest = sorted((*rows.train, *rows.validation), key=_characters, reverse=True)[:_LONGEST]
     encoded = [option.encode(row) for option in {x.name: x for x in options}.values() for row in longest]
 
     device = machine_device()
-    planner = Planner(settings, device)
-    largest = rows_like(encoded, min(settings.optimisation.batch_size, len(rows.train)))
+    planner = Planner(settings, device, labels=len(task.labels or ()) if head else None)
+    largest = rows_like(encoded, min(settings.optimisation.batch_size, len(rows.train)), head=head)
     if device == "cpu" and planner.stores_rows:
         some = rows.train[:: max(1, len(rows.train) // _SPREAD)]
         stored = _stored(planner, [options[-1].encode(row) for row in some], len(rows.train))

@@ -28,7 +28,7 @@ from scalabl.scoring.trunk import Trunk, token_logits
 from scalabl.tuner.projection import StochasticProjection
 
 MOST = 2**26  # tokens at a time, which are kept as numbers: no device takes so many
-LOSSES = ("letters", "continuation", "tokens")
+LOSSES = ("letters", "continuation", "tokens", "head")
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,9 @@ class PlannedRows:
     Args:
         batch: rows of a batch.
         length: tokens of a row.
-        loss: "letters" reads the last position alone, "continuation" those that predict the choices' tokens, and
-            "tokens" (plain supervised fine-tuning, no task of this program) all of them.
+        loss: "letters" reads the last position alone, "continuation" those that predict the choices' tokens,
+            "tokens" (plain supervised fine-tuning, no task of this program) all of them, and "head" the logits of a
+            classification head, one for each of `choices`.
         scored: tokens of all choices of a row together.
         choices: of a row.
         stored: bytes of the frozen layers' output for all rows of a run, which is kept; 0 where it is not known.
@@ -105,18 +106,19 @@ class PlannedRows:
         )
 
 
-def rows_like(encoded: Sequence[Encoded], batch: int) -> PlannedRows:
+def rows_like(encoded: Sequence[Encoded], batch: int, *, head: bool = False) -> PlannedRows:
     """The batch that a run's longest rows make.
 
     Args:
         encoded: the longest of them, in every way in which they may be scored.
         batch: rows of a batch.
+        head: whether they are scored by a classification head.
     """
     scored = max(_scored(row) for row in encoded)
     return PlannedRows(
         batch=batch,
         length=max(len(row.input_ids) for row in encoded),
-        loss="continuation" if scored else "letters",
+        loss="head" if head else "continuation" if scored else "letters",
         scored=max(1, scored),
         choices=max(row.num_choices for row in encoded),
     )
@@ -226,6 +228,8 @@ def _log_probs(model: Any, inputs: Batch, on_meta: Batch, trunk: Trunk | None, r
 
 def _class_logits(model: Any, inputs: Batch, on_meta: Batch, trunk: Trunk | None, rows: PlannedRows) -> Tensor:
     """(B, C), as the scorings make them; which positions they read is decided on the CPU, where numbers are known."""
+    if rows.loss == "head":
+        return token_logits(model, on_meta, trunk).float()
     if rows.loss == "letters":
         number, last = len(inputs), inputs.input_ids.shape[1] - 1
         at = torch.arange(number), torch.full((number,), last)

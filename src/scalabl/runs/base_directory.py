@@ -8,12 +8,14 @@ from pathlib import Path
 from scalabl.core.errors import UserError
 
 EMBEDDED = "smollm2-135m-instruct"
+EMBEDDED_ENCODER = "minilm-l6"
+_NAMES = (EMBEDDED, EMBEDDED_ENCODER)
 
 
 def as_recorded(name: str) -> str:
     """A base model as a record names it: a directory by its whole path, other names as they are."""
     path = os.path.expanduser(name)
-    return os.path.abspath(path) if name != EMBEDDED and os.path.isdir(path) else name
+    return os.path.abspath(path) if name not in _NAMES and os.path.isdir(path) else name
 
 
 def find_base(name: str, run: Path) -> str:
@@ -34,7 +36,7 @@ def find_base(name: str, run: Path) -> str:
         UserError: it is a path to no directory.
     """
     path = Path(os.path.expanduser(name))
-    if name == EMBEDDED or path.is_dir():
+    if name in _NAMES or path.is_dir():
         return name
     parts = path.parts[1:] if path.is_absolute() else path.parts
     ends = [Path(*parts[i:]) for i in range(len(parts))] if path.is_absolute() else [path]

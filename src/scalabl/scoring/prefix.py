@@ -119,7 +119,12 @@ def shared_prefix(scorer: Scorer, rows: Sequence[Encoded]) -> SharedPrefix | Non
         scorer: the model with its scoring.
         rows: the encoded rows.
     """
-    if len(rows) < 2 or scorer.shares_prefix is False or any(row.images is not None for row in rows):
+    if (
+        len(rows) < 2
+        or scorer.shares_prefix is False
+        or not scorer.scoring.shares_prefix
+        or any(row.images is not None for row in rows)
+    ):
         return None
     # each row keeps a token of its prompt: its logits are the first that are read
     length = min(common_length(rows), *(row.segments.count(0) - 1 for row in rows))

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from scalabl.core.errors import UserError
 from scalabl.scoring.base import Batch, Encoded, Scoring
 from scalabl.scoring.continuation import Continuation, choice_log_likelihoods
+from scalabl.scoring.head import Head
 from scalabl.scoring.letters import Letters
 from scalabl.scoring.text import Text
 from scalabl.scoring.trunk import Trunk, token_logits
@@ -175,6 +176,6 @@ def gap_to_own_reading(model: nn.Module, batch: Batch) -> float:
 
 def make_scoring(settings: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> Scoring:
     """The scoring that `Scoring.settings()` described."""
-    kinds: dict[str, type[Scoring]] = {"letters": Letters, "continuation": Continuation, "text": Text}
+    kinds: dict[str, type[Scoring]] = {"letters": Letters, "continuation": Continuation, "text": Text, "head": Head}
     arguments = dict(settings)
     return kinds[arguments.pop("scoring")](tokenizer, **arguments)

@@ -23,7 +23,7 @@ from transformers import Cache
 from scalabl.core.errors import UserError
 from scalabl.scoring.base import Batch, attention_masks
 from scalabl.scoring.images import image_inputs
-from scalabl.tuner.layers import decoder_layers, depths, unwrap
+from scalabl.tuner.layers import decoder_layers, depths, sequence_classifier, unwrap
 from scalabl.tuner.threads import alone, own
 
 
@@ -32,25 +32,34 @@ class _Reached(Exception):
 
 
 class _StandIn(nn.Module):
-    """Stands in for a decoder layer of the trunk in the passes of one thread; in those of others the layer is itself.
+    """Stands in for a layer of the trunk in the passes of one thread; in those of others the layer is itself.
 
     Args:
-        layer: the decoder layer.
+        layer: the layer, whose attributes the model may read (the kind of its attention).
         hidden: the stored hidden states, which the first layer hands on; None for the others, which hand on what they
             are given.
+        outputs: how many things the layer returns, where it is a tuple of them.
     """
 
-    def __init__(self, layer: nn.Module, hidden: Tensor | None) -> None:
+    def __init__(self, layer: nn.Module, hidden: Tensor | None, outputs: int | None) -> None:
         super().__init__()
         self.layer = (layer,)  # no part of this module, so that no name changes
         self.hidden = hidden
+        self.outputs = outputs
         self.thread = threading.get_ident()
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["layer"][0], name)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         # a compiled pass is of the thread that compiles it
         if not torch.compiler.is_compiling() and self.thread != threading.get_ident():
             return self.layer[0](hidden_states, *args, **kwargs)
-        return hidden_states if self.hidden is None else self.hidden.to(hidden_states.dtype)
+        given = hidden_states if self.hidden is None else self.hidden.to(hidden_states.dtype)
+        return given if self.outputs is None else (given, *[None] * (self.outputs - 1))
 
 
 class Trunk:
@@ -67,6 +76,7 @@ class Trunk:
         self.layers = decoder_layers(model)
         self.depth = lowest_adapted_layer(model, self.layers)
         self._checked: set[int] = set()
+        self._outputs: int | None = None  # of a layer that returns a tuple
 
     def start_of(self, batch: Batch) -> int:
         """The decoder layer that a batch begins at: the one its hidden states enter, 0 where it has none."""
@@ -90,15 +100,21 @@ class Trunk:
             reached.append(args[0] if args else kwargs["hidden_states"])
             raise _Reached
 
+        def see(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+            self._outputs = len(output) if isinstance(output, tuple) else None
+
         start = self.depth if start is None else start
         after = self.layers[start] if start < len(self.layers) else final_norm(model)
-        handle = after.register_forward_pre_hook(own(stop), with_kwargs=True)
+        handles = [after.register_forward_pre_hook(own(stop), with_kwargs=True)]
+        if batch.trunk is None and start > 0:
+            handles.append(self.layers[0].register_forward_hook(own(see)))
         try:
             token_logits(model, batch, self, cache=cache)
         except _Reached:
             pass
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
         return reached[0]
 
     @contextmanager
@@ -108,7 +124,7 @@ class Trunk:
             original = list(self.layers[: self.depth if start is None else start])
             try:
                 for i, layer in enumerate(original):
-                    self.layers[i] = _StandIn(layer, hidden if i == 0 else None)
+                    self.layers[i] = _StandIn(layer, hidden if i == 0 else None, self._outputs)
                 yield
             finally:
                 for i, layer in enumerate(original):
@@ -166,19 +182,25 @@ def token_logits(
     positions: tuple[Tensor, Tensor] | None = None,
     cache: Cache | None = None,
 ) -> Tensor:
-    """Logits at some positions, from the trunk's hidden states where the batch carries them.
+    """Logits at some positions, from the trunk's hidden states where the batch carries them; those of its head, which
+    have no positions, of a sequence classifier.
 
     Args:
-        model: a causal language model.
+        model: a causal language model, or a sequence classifier.
         batch: the rows.
         trunk: the lower layers, or None.
         positions: rows (M,) and columns (M,), among the last `batch.keep`; all of these if None.
         cache: keys and values of the prefix that the rows stand behind; or one to be filled with the rows' own.
 
     Returns:
-        (M, V), or (B, keep, V) without positions.
+        (M, V), or (B, keep, V) without positions; (B, C) of a head.
     """
     inner = unwrap(model)
+    resume = nullcontext() if trunk is None or batch.trunk is None else trunk.resume(model, batch.trunk, batch.start)
+    if sequence_classifier(inner) is not None:
+        with resume:
+            of_head: Tensor = model(input_ids=batch.input_ids, attention_mask=(batch.segments >= 0).long()).logits
+        return of_head
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     output_layer = inner.get_output_embeddings()  # type: ignore[operator]
     at = None
@@ -187,7 +209,6 @@ def token_logits(
     # an adapted output layer has to see which row a token belongs to
     early = type(output_layer) is torch.nn.Linear
     gather = nullcontext() if at is None or not early else output_layer.register_forward_pre_hook(own(_Gather(at)))
-    resume = nullcontext() if trunk is None or batch.trunk is None else trunk.resume(model, batch.trunk, batch.start)
     with resume, gather:
         logits: Tensor = model(
             input_ids=batch.input_ids,

@@ -68,9 +68,10 @@ def _compute(scorer: Scorer, rows: Sequence[Encoded], batch_size: int, descripti
     with eval_mode(scorer.model), progress_bar() as progress:
         bar = progress.add_task(description, total=len(rows), detail="")
         for indices, chunk in batches(rows, batch_size):
-            output = scorer.trunk.encode(scorer.model, scorer.scoring.collate(chunk).to(scorer.device)).cpu()
-            for index, row, values in zip(indices, chunk, output, strict=True):
-                parts[index] = values[-len(row.input_ids) :]  # padding stands on the left
+            batch = scorer.scoring.collate(chunk)
+            output = scorer.trunk.encode(scorer.model, batch.to(scorer.device)).cpu()
+            for index, segments, values in zip(indices, batch.segments, output, strict=True):
+                parts[index] = values[segments >= 0]
             progress.advance(bar, len(indices))
     return torch.cat(parts)
 

@@ -17,15 +17,19 @@ from scalabl.data.example import Example, Task
 from scalabl.data.text_rows import TextRow, TextTask
 from scalabl.metrics.uncertainty import negative_log_likelihood
 from scalabl.predictive.base import predict
+from scalabl.runs.models import is_encoder
 from scalabl.runs.settings import Settings
 from scalabl.scoring.base import Batch, Scoring
 from scalabl.scoring.continuation import Continuation
 from scalabl.scoring.conversation import require_template
+from scalabl.scoring.head import Head
 from scalabl.scoring.letters import Letters
 from scalabl.scoring.scorer import Scorer
 from scalabl.scoring.text import Text
 from scalabl.scoring.trunk import Trunk
 from scalabl.scoring.trunk_store import with_stored_trunk
+
+MOST_LETTERS = 26  # labels, over which a head tells them apart better than one token each
 
 
 def check_rows(settings: Settings, task: Task | TextTask) -> None:
@@ -48,11 +52,46 @@ def check_rows(settings: Settings, task: Task | TextTask) -> None:
         )
 
 
+def takes_head(settings: Settings, task: Task | TextTask, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a run trains a classification head: it was chosen, the model is an encoder, or label words are no single
+    tokens or too many to be told apart by one.
+
+    Raises:
+        UserError: rows that a head cannot have, or a scoring that an encoder cannot have.
+    """
+    scoring, labels = settings.rows.scoring, task.labels
+    encoder = is_encoder(settings.model)
+    if not encoder and scoring != "head":
+        plain = scoring == "auto" and settings.rows.normalization == "auto" and not settings.rows.chat
+        return plain and labels is not None and not _single_tokens(labels, tokenizer)
+    if labels is None:
+        what = f"{settings.model} is an encoder" if encoder else "scoring is head"
+        raise UserError(
+            f'{what}, whose classification head needs rows {{"text", "label"}}, but those of {settings.data} are of '
+            "another kind; give such rows" + (", or a language model." if encoder else " or another scoring.")
+        )
+    if scoring not in ("auto", "head"):
+        raise UserError(f"{settings.model} is an encoder, which has no {scoring}; leave out --scoring.")
+    return True
+
+
+def _single_tokens(labels: tuple[str, ...], tokenizer: PreTrainedTokenizerBase) -> bool:
+    if len(labels) > MOST_LETTERS:
+        return False
+    try:
+        Letters(tokenizer, labels=labels)
+    except UserError:
+        return False
+    return True
+
+
 def candidates(
     settings: Settings,
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Any],
     labels: tuple[str, ...] | None,
+    *,
+    head: bool = False,
 ) -> list[Scoring]:
     """The scorings that the settings allow for these rows, `Example`s or `TextRow`s.
 
@@ -64,6 +103,9 @@ def candidates(
         if of_messages:
             require_template(tokenizer, f"Row {rows[0].id}")
         return [Text(tokenizer, chat=settings.rows.chat or of_messages, max_length=settings.rows.max_length)]
+    if head:
+        assert labels is not None
+        return [Head(tokenizer, labels=labels, chat=settings.rows.chat, max_length=settings.rows.max_length)]
     common: dict[str, Any] = {"chat": settings.rows.chat, "max_length": settings.rows.max_length}
     found: list[Scoring] = []
     if settings.rows.scoring in ("auto", "letters"):

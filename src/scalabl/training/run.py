@@ -27,14 +27,14 @@ from scalabl.data.text_rows import TextTask
 from scalabl.runs.base_directory import EMBEDDED, as_recorded
 from scalabl.runs.directory import claim
 from scalabl.runs.method import TrainedMethod, load_method
-from scalabl.runs.models import embedded_directory, load_base
+from scalabl.runs.models import embedded_directory, load_base, load_tokenizer
 from scalabl.runs.record import CHOICES, LANGUAGE, RECORD, RowCounts, RunRecord, TaskFacts
 from scalabl.runs.settings import OptimisationSettings, Settings
 from scalabl.scoring.base import Encoded, Scoring
 from scalabl.scoring.scorer import Scorer
 from scalabl.scoring.trunk import Trunk
 from scalabl.scoring.trunk_store import with_stored_trunk
-from scalabl.training.choose_scoring import candidates, check_rows, choose_scoring, describe
+from scalabl.training.choose_scoring import candidates, check_rows, choose_scoring, describe, takes_head
 from scalabl.training.monitors import NonFiniteError, NonFiniteGuard, ProgressBar, StopOnInterrupt, finite
 from scalabl.training.ranks import SeparateNoise, check_launch, fit_checkpoint, has_dropout, require_rows
 from scalabl.training.refusals import require_optimizer
@@ -132,8 +132,12 @@ def _train(
     processes.connect()
     if settings.model == EMBEDDED:
         processes.first_on_each_machine(embedded_directory)
-    model, tokenizer = load_base(settings.model, **_placed(settings.machine.of_base), tokenizer=tokenizer)
-    options = candidates(settings, tokenizer, (*rows.train, *rows.validation), task.labels)
+    tokenizer = tokenizer or load_tokenizer(settings.model)
+    head = takes_head(settings, task, tokenizer)
+    set_seed(settings.seed)  # a new head is drawn
+    of_base = _placed(settings.machine.of_base) | ({"labels": task.labels} if head else {})
+    model, tokenizer = load_base(settings.model, **of_base, tokenizer=tokenizer)
+    options = candidates(settings, tokenizer, (*rows.train, *rows.validation), task.labels, head=head)
     longest = max((options[-1].encode(row) for row in rows.train[:50]), key=lambda row: sum(map(bool, row.segments)))
     processes.on_main(lambda: Scorer(model, options[-1]).check_packing(longest))
 
@@ -317,8 +321,11 @@ def _publish(model: PeftModel, output: Path, tensors: dict[str, Tensor] | None =
 
 
 def count_parameters(model: PeftModel, method: TrainedMethod) -> dict[str, int]:
-    """Parameters: base, LoRA (A and B), variational (means and standard deviations of s, another method's scales)."""
+    """Parameters: base, LoRA (A and B), variational (means and standard deviations of s, another method's scales), and
+    the head's where there is one."""
     lora, variational = method.count(model)
     adapter = sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
+    head = sum(p.numel() for n, p in model.named_parameters() if ".modules_to_save." in n)
     total = model.get_nb_trainable_parameters()[1]  # two 4-bit weights are one number of their tensor
-    return {"base": total - adapter, "lora": lora, "variational": variational}
+    counts = {"base": total - adapter - head, "lora": lora, "variational": variational}
+    return counts | ({"head": head} if head else {})

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from scalabl.core.errors import UserError
 from scalabl.core.modules import base_name, split_leaf
@@ -148,8 +149,45 @@ def beside_language(model: nn.Module) -> str | None:
     return rf"(?!(?:{names})(?:\.|$)).*"
 
 
+def sequence_classifier(model: nn.Module) -> PreTrainedModel | None:
+    """The model that ends in a classification head (Transformers' ...ForSequenceClassification); None for others."""
+    base: Any = unwrap(model)
+    base = base.get_base_model() if hasattr(base, "get_base_model") else base
+    return base if type(base).__name__.endswith("ForSequenceClassification") else None
+
+
+def position_projections(model: nn.Module) -> tuple[str, ...]:
+    """The modules, by the ends of their names, that a model applies to embeddings of positions, which have no rows: an
+    adapter there is plain LoRA. DeBERTa's relative positions go through its projections [He et al. 2021, eq. 4]."""
+    config: Any = getattr(unwrap(model), "config", None)
+    if getattr(config, "model_type", None) not in ("deberta", "deberta-v2") or not config.relative_attention:
+        return ()
+    if getattr(config, "share_att_key", False):
+        return "query_proj", "key_proj"
+    return "pos_query_proj", "pos_key_proj", "pos_proj", "pos_q_proj"
+
+
+def head_modules(model: nn.Module) -> list[str]:
+    """The modules of a sequence classifier that are trained whole beside an adapter: all that stands behind its body,
+    and the body's pooler, whose weights many checkpoints lack."""
+    base = sequence_classifier(model)
+    if base is None:
+        return []
+    names = [name for name, module in base.named_children() if any(True for _ in module.parameters())]
+    pooler = ["pooler"] if getattr(base.base_model, "pooler", None) is not None else []
+    return pooler + [name for name in names if name != base.base_model_prefix]
+
+
+def beside_layers(model: nn.Module) -> str:
+    """A regular expression of the modules that stand in no layer: embeddings, poolers, heads."""
+    base = unwrap(model)
+    layers = decoder_layers(base)
+    inside = next(base_name(name) for name, module in base.named_modules() if module is layers)
+    return rf"(?!{re.escape(inside)}\.).*"
+
+
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The model's list of decoder layers: its (language side's) longest ModuleList of like modules.
+    """The model's list of decoder (or encoder) layers: its (language side's) longest ModuleList of like modules.
 
     Raises:
         UserError: there is none.

@@ -21,7 +21,7 @@ from scalabl.core.errors import UserError
 from scalabl.core.modules import gathered
 from scalabl.core.top_layers import top_layers
 from scalabl.tuner.config import ScalaBLConfig
-from scalabl.tuner.layers import beside_language, depths
+from scalabl.tuner.layers import beside_language, depths, position_projections
 from scalabl.tuner.mean_adapter import MEAN_DIRECTORY
 from scalabl.tuner.projection import Particles, StochasticProjection
 
@@ -131,6 +131,14 @@ class ScalaBLModel(LoraModel):
         def is_named(module: str) -> bool:
             return ends is None or any(_ends_in(module, end) for end in ends)
 
+        shared = position_projections(self.model)
+        if any(_ends_in(name, end) for end in shared):
+            if ends is not None and any(_ends_in(name, end) for end in ends):
+                raise UserError(
+                    f"stochastic_modules names {name.rpartition('.')[2]}, which this model also applies to positions "
+                    "that all rows share, so that no row can have a draw of its own; leave it out."
+                )
+            return False
         if layers is None:
             return is_named(name)
         if self._stochastic is None:  # at the first of the modules: which will there be?

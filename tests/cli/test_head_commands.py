@@ -1,0 +1,81 @@
+"""Every command on a classification head: an encoder is trained, resumed, judged and read, and what it cannot do is said."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from program import Program
+from safetensors.torch import load_file
+from tiny_base import tiny_base, tiny_encoder, write_jsonl, write_task, write_texts
+
+from scalabl.core.files import ADAPTER
+from scalabl import Classifier
+
+OPTIONS = ("--steps", 20, "--rank", 4, "--learning-rate", 0.02, "--layers", "last:2", "--batch-size", 8)
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_texts(tmp_path_factory.mktemp("texts"))
+
+
+@pytest.fixture
+def run(program: Program, texts: Path, tmp_path: Path) -> Path:
+    output = program("train", "--model", tiny_encoder(), "--data", texts, "--output", tmp_path / "run", *OPTIONS)
+    assert output.code == 0, output.err
+    assert "head" in output.out and "of the head" in output.out
+    return tmp_path / "run"
+
+
+def test_every_command_reads_a_head(program: Program, texts: Path, run: Path, tmp_path: Path) -> None:
+    judged = program("evaluate", run, "--data", texts, "--json", tmp_path / "judged.json")
+    assert judged.code == 0, judged.err
+    found = json.loads((tmp_path / "judged.json").read_text())
+    assert "nll" in json.dumps(found)
+    rows = tmp_path / "rows.jsonl"
+    write_jsonl(rows, [{"text": "red yes"}, {"text": "a blue stone that is wide open"}])
+    predicted = program("predict", run, "--input", rows, "--output", tmp_path / "answers.jsonl")
+    assert predicted.code == 0, predicted.err
+    answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert [set(answer["probs"]) for answer in answers] == [{"about red", "about blue", "about green"}] * 2
+    python = Classifier.from_pretrained(run)(["red yes", {"text": "a blue stone that is wide open"}])
+    for answer, probs in zip(answers, python.probs.tolist(), strict=True):
+        assert list(answer["probs"].values()) == pytest.approx(probs, abs=1e-5)
+    ranked = program("acquire", rows, "--run", run, "--output", tmp_path / "ranked.jsonl", "-k", 2)
+    assert ranked.code == 0, ranked.err
+    assert program("inspect", run).code == 0
+    planned = program("plan", "--model", tiny_encoder(), "--labels", 3, "--json", tmp_path / "plan.json")
+    assert planned.code == 0 and "3 labels" in planned.out, planned.err
+    assert json.loads((tmp_path / "plan.json").read_text())["loss"] == "head"
+
+
+def test_a_resumed_run_ends_with_the_same_bytes(program: Program, texts: Path, run: Path, tmp_path: Path) -> None:
+    again = program("train", "--model", tiny_encoder(), "--data", texts, "--output", tmp_path / "again", *OPTIONS)
+    assert again.code == 0, again.err
+    assert (run / ADAPTER).read_bytes() == (tmp_path / "again" / ADAPTER).read_bytes()
+    assert any("classifier" in name for name in load_file(run / ADAPTER))
+
+
+def test_what_a_head_cannot_have_is_refused(program: Program, texts: Path, run: Path, tmp_path: Path) -> None:
+    questions = write_task(tmp_path / "questions")
+    said = program("train", "--model", tiny_encoder(), "--data", questions, "--output", tmp_path / "x").sentence()
+    assert "is an encoder, whose classification head needs rows" in said
+    said = program(
+        "train", "--model", tiny_encoder(), "--data", texts, "--output", tmp_path / "x", "--scoring", "letters"
+    ).sentence()
+    assert "is an encoder, which has no letters" in said
+    said = program(
+        "train", "--model", tiny_base(), "--data", questions, "--output", tmp_path / "x", "--scoring", "head"
+    ).sentence()
+    assert "scoring is head" in said
+    assert not (tmp_path / "x").exists()
+    assert program("evaluate", run, "--data", questions / "test.jsonl").code == 2
+
+
+def test_labels_of_several_tokens_are_a_decoder_s_head(program: Program, texts: Path, tmp_path: Path) -> None:
+    output = program("train", "--model", tiny_base(), "--data", texts, "--output", tmp_path / "run", *OPTIONS)
+    assert output.code == 0, output.err
+    record = json.loads((tmp_path / "run" / "scalabl.json").read_text())
+    assert record["scoring"]["scoring"] == "head" and record["parameters"]["head"] == 32 * 3
