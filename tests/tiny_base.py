@@ -107,7 +107,9 @@ def tiny_encoder(*, layers: int = 3, seed: int = 0) -> Path:
     from transformers import BertModel
 
     torch.manual_seed(seed)
-    sizes = {name: value for name, value in _sizes(layers).items() if name not in ("num_key_value_heads", "bos_token_id")}
+    sizes = {
+        name: value for name, value in _sizes(layers).items() if name not in ("num_key_value_heads", "bos_token_id")
+    }
     model = BertModel(BertConfig(**sizes))
     with torch.no_grad():
         for parameter in model.parameters():

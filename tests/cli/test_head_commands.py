@@ -1,4 +1,4 @@
-"""Every command on a classification head: an encoder is trained, resumed, judged and read, and what it cannot do is said."""
+"""Every command on a classification head: an encoder is trained, resumed, judged and read; what it cannot is said."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from program import Program
 from safetensors.torch import load_file
 from tiny_base import tiny_base, tiny_encoder, write_jsonl, write_task, write_texts
 
-from scalabl.core.files import ADAPTER
 from scalabl import Classifier
+from scalabl.core.files import ADAPTER
 
 OPTIONS = ("--steps", 20, "--rank", 4, "--learning-rate", 0.02, "--layers", "last:2", "--batch-size", 8)
 
@@ -43,7 +43,7 @@ def test_every_command_reads_a_head(program: Program, texts: Path, run: Path, tm
     python = Classifier.from_pretrained(run)(["red yes", {"text": "a blue stone that is wide open"}])
     for answer, probs in zip(answers, python.probs.tolist(), strict=True):
         assert list(answer["probs"].values()) == pytest.approx(probs, abs=1e-5)
-    ranked = program("acquire", rows, "--run", run, "--output", tmp_path / "ranked.jsonl", "-k", 2)
+    ranked = program("acquire", rows, run, "--output", tmp_path / "ranked.jsonl", "-k", 2)
     assert ranked.code == 0, ranked.err
     assert program("inspect", run).code == 0
     planned = program("plan", "--model", tiny_encoder(), "--labels", 3, "--json", tmp_path / "plan.json")
