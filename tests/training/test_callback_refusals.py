@@ -47,6 +47,19 @@ def test_a_model_without_a_posterior(tmp_path: Path) -> None:
         trainer(model, arguments(tmp_path), [ELBOCallback(8)]).train()
 
 
+def test_an_adapter_that_is_merged_or_disabled(tmp_path: Path) -> None:
+    """The likelihood would not reach it, and the KL alone would bring it to the prior."""
+    model = tiny_model()
+    run = trainer(model, arguments(tmp_path), [ELBOCallback(8)])
+    model.merge_adapter()
+    with pytest.raises(UserError, match=r"merged into its base.* or trained; call unmerge_adapter\(\) first"):
+        run.train()
+    model.unmerge_adapter()
+    model.base_model.disable_adapter_layers()
+    with pytest.raises(UserError, match="disabled, so that nothing can be drawn or trained"):
+        run.train()
+
+
 def test_a_frozen_posterior_and_one_the_optimiser_does_not_know(tmp_path: Path) -> None:
     frozen = tiny_model()
     for name, parameter in frozen.named_parameters():

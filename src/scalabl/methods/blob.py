@@ -30,7 +30,7 @@ from scalabl.training.parameter_group import innermost
 from scalabl.training.ranks import separate_noise
 from scalabl.training.refusals import refuse_flattened_batches, refuse_hidden_gradients
 from scalabl.tuner.blob import BLoBConfig, BLoBProjection, blob_layers
-from scalabl.tuner.layers import prior_of
+from scalabl.tuner.layers import prior_of, require_live
 
 GAMMA = 8.0
 
@@ -99,6 +99,7 @@ class KLStepCallback(LogContributor):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        require_live(kwargs["model"])
         self._layers = blob_layers(kwargs["model"])
         self._prior = prior_of(kwargs["model"])
         refuse_hidden_gradients(args, kwargs["model"], kwargs["optimizer"])

@@ -23,7 +23,7 @@ from scalabl.core.modules import base_name
 from scalabl.posterior.draws import standard_normal, uniform
 from scalabl.predictive.monte_carlo import MonteCarloPredictive
 from scalabl.tuner.blob import blob_layers
-from scalabl.tuner.layers import active_adapters, unwrap
+from scalabl.tuner.layers import active_adapters, require_live, unwrap
 from scalabl.tuner.threads import own
 
 
@@ -94,6 +94,7 @@ def weight_noise(model: nn.Module, noise: Mapping[str, Tensor]) -> Iterator[None
 
         return hook
 
+    require_live(model)
     matrices = lora_matrices(model)
     with removed_after([matrices[name].register_forward_hook(own(hook_of(values))) for name, values in noise.items()]):
         yield
@@ -123,6 +124,7 @@ def input_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> Iterator[None]
 
         return hook
 
+    require_live(model)
     parts = lora_parts(model)
     with removed_after([parts[name].down.register_forward_pre_hook(own(hook_of(v))) for name, v in masks.items()]):
         yield

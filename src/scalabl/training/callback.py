@@ -32,7 +32,7 @@ from scalabl.training.refusals import (
     refuse_ratios_of_draws,
     refuse_untrained,
 )
-from scalabl.tuner.layers import active_adapters, prior_of, stochastic_layers, unwrap
+from scalabl.tuner.layers import active_adapters, prior_of, require_live, stochastic_layers, unwrap
 from scalabl.tuner.projection import State, StochasticProjection, untrained
 
 _IGNORED = -100  # labels that are not trained on
@@ -70,7 +70,8 @@ class ELBOCallback(LogContributor):
 
     Raises:
         UserError: a value out of range. At the start of training: no stochastic layer, frozen or unknown to the
-            optimiser; an engine that hides gradients (DeepSpeed, FSDP 1, optimisers that update during backward);
+            optimiser; an adapter that is merged or disabled; an engine that hides gradients (DeepSpeed, FSDP 1,
+            optimisers that update during backward);
             packed or padding-free batches; a loss that compares draws with each other (TRL's GRPO and its kin);
             "minibatch" over a data set without length and no `cycle`.
     """
@@ -146,6 +147,7 @@ class ELBOCallback(LogContributor):
         model, optimizer, dataloader = kwargs["model"], kwargs["optimizer"], kwargs.get("train_dataloader")
         refuse_ratios_of_draws(args)
         self._restore()
+        require_live(model)
         leaves = stochastic_layers(model, self.adapter)
         self._leaves = list(leaves.values())
         self._posteriors = {name: leaf.posterior for name, leaf in leaves.items()}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -129,18 +129,34 @@ class ScalaBLConfig(LoraConfig):
         """Write `adapter_config.json`, and `mean/`, a plain LoRA of the weights just saved beside it.
 
         PEFT's `model.save_pretrained` writes the weights first. Transformers' own saving of an injected adapter (and
-        a configuration saved alone) does not, so that a `mean/` of older weights is removed instead; write one
-        afterwards with `write_mean_adapter`.
+        a configuration saved alone) does not, so that a `mean/` of older weights is removed instead; nor does a
+        Trainer write one, into a checkpoint or by `save_model`: where it resumes, it would take `mean/` for a second
+        adapter. Write one afterwards with `write_mean_adapter`.
 
         Raises:
             UserError: the weights beside it were pickled (`safe_serialization=False`).
         """
         refuse_pickled_weights(save_directory)
         super().save_pretrained(save_directory, **kwargs)
-        if "auto_mapping_dict" in kwargs:  # PEFT's alone
+        if "auto_mapping_dict" in kwargs and not _saved_by_trainer():  # PEFT's alone
             write_mean_adapter(save_directory, self)
         else:
             remove_mean_adapter(save_directory)
+
+
+def _saved_by_trainer() -> bool:
+    """Whether Transformers' Trainer, or one made of it, is what saves; it says so to nobody, but is among the callers.
+
+    By name, since the module that has it imports PEFT, whose import loads this one.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code.co_name == "save_model":
+            kinds = type(frame.f_locals.get("self")).__mro__
+            if any(kind.__name__ == "Trainer" and kind.__module__.startswith("transformers.") for kind in kinds):
+                return True
+        frame = frame.f_back
+    return False
 
 
 def lora_defaults() -> dict[str, Any]:
@@ -169,13 +185,7 @@ def refuse_unsupported(config: LoraConfig) -> None:
 
 
 def write_mean_adapter(save_directory: str | Path, config: ScalaBLConfig) -> None:
-    """Write `mean/` beside the adapter's weights; does nothing where there are none (a configuration alone).
-
-    Nor in a trainer's checkpoint: on resuming, Trainer takes every sub-folder with weights for a further adapter.
-    """
-    # the names that Trainer gives; the module that has them imports PEFT, whose import loads this one
-    if re.fullmatch(r"checkpoint-\d+", Path(save_directory).name):
-        return
+    """Write `mean/` beside the adapter's weights; does nothing where there are none (a configuration alone)."""
     weights = Path(save_directory) / SAFETENSORS_WEIGHTS_NAME
     if not weights.exists():
         return

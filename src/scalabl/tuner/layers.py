@@ -68,22 +68,19 @@ def prior_of(model: nn.Module, adapter: str | None = None) -> Prior:
 
 
 def require_live(model: nn.Module) -> None:
-    """Refuse a model whose active stochastic layers take no part in a forward pass: a draw would change nothing.
+    """Refuse a model whose adapted layers take no part in a forward pass: a draw or a gradient would change nothing.
 
     Raises:
         UserError: an active adapter is merged into its base, or adapters are disabled.
     """
     for layer in unwrap(model).modules():
-        if isinstance(layer, LoraLayer) and any(
-            isinstance(leaf, StochasticProjection) for leaf in layer.lora_A.values()
-        ):
-            if layer.merged:
-                raise UserError(
-                    "The adapter is merged into its base, which leaves the mean alone: nothing can be drawn; call "
-                    "unmerge_adapter() first."
-                )
-            if layer.disable_adapters:
-                raise UserError("The adapter is disabled, so that nothing can be drawn; enable it first.")
+        if isinstance(layer, LoraLayer) and layer.merged:
+            raise UserError(
+                "The adapter is merged into its base, so that nothing can be drawn or trained; call unmerge_adapter() "
+                "first."
+            )
+        if isinstance(layer, LoraLayer) and layer.disable_adapters:
+            raise UserError("The adapter is disabled, so that nothing can be drawn or trained; enable it first.")
 
 
 def kl_divergence(model: nn.Module, adapter: str | None = None) -> Tensor:
