@@ -2,13 +2,14 @@
 # make test   bare machine -> environment -> the whole test suite
 # make check  lint and the tests that need no model: before every commit
 # make lint   ruff, the contract of the floors (import-linter), mypy
+# make campaign  every part of the campaign against faults (scripts/campaign/), an hour; writes docs/results/campaign/
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
 PIP := $(BIN)/pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test check quick lint env dev clean
+.PHONY: demo test check quick lint campaign env dev clean
 
 # what runs the program, and on top of it what runs the tests
 env: $(VENV)/.ready
@@ -44,6 +45,13 @@ lint: dev
 	$(BIN)/ruff format --check src tests benchmarks scripts
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/mypy
+
+# parts share their helpers; each says what it does with --help, and fails where it finds a fault
+PARTS = $(filter-out parts grammars,$(notdir $(basename $(wildcard scripts/campaign/*.py))))
+campaign: dev
+	for part in $(PARTS); do \
+		OMP_NUM_THREADS=1 $(BIN)/python scripts/campaign/$$part.py || failed="$$failed $$part"; \
+	done; test -z "$$failed" || { echo "faults in:$$failed"; exit 1; }
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info

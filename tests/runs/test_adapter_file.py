@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_base import adapted
+from tiny_base import adapted, loaded
 
 from scalabl.core.errors import UserError
 from scalabl.runs.directory import describe_adapter, require_adapter
+from scalabl.runs.loading import load_adapter
 from scalabl.tuner import kl_divergence, prior_of
 from scalabl.tuner.diagnostics import summarize, weights_of
 
@@ -75,3 +76,27 @@ def test_what_is_no_adapter_is_refused(tmp_path: Path) -> None:
             require_adapter(tmp_path)
     (tmp_path / "adapter_model.safetensors").write_bytes(b"")
     assert require_adapter(tmp_path) == {"peft_type": "LORA"}
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"r": "four"}, "has a value that no adapter has .*restore the file"),
+        ({"rank_pattern": "x"}, "has a value that no adapter has"),
+        ({"lora_alpha": []}, "has a value that no adapter has"),
+        ({"prior_std": None}, "has a value that no adapter has"),
+        ({"target_modules": [3]}, "has a value that no adapter has"),
+        ("[" * 100_000, "has a value that no adapter has .*recursion"),
+        ("{", "has a value that no adapter has .*Expecting property name"),
+    ],
+)
+def test_a_configuration_with_a_value_that_no_adapter_has_is_refused(
+    changed: dict[str, Any] | str, said: str, tmp_path: Path
+) -> None:
+    """Where the model is loaded, which PEFT reads the configuration for by itself."""
+    adapted().save_pretrained(str(tmp_path))
+    path = tmp_path / "adapter_config.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(changed if isinstance(changed, str) else json.dumps(content | changed), encoding="utf-8")
+    with pytest.raises(UserError, match=f"adapter_config.json {said}"):
+        load_adapter(loaded()[0], tmp_path)

@@ -29,6 +29,7 @@ from scalabl.predictive.base import MeanPredictive, Predictive, chosen
 from scalabl.predictive.lora_particles import DropoutPredictive, blob_draws
 from scalabl.predictive.sampling import PLAIN, Sampling
 from scalabl.runs.base_directory import find_base
+from scalabl.runs.directory import reading_config
 from scalabl.runs.loading import load_adapter, require_base
 from scalabl.runs.method import Run
 from scalabl.runs.models import load_base, require_vocabulary, saved_tokenizer
@@ -334,7 +335,8 @@ def _base(
             raise UserError("A loaded model needs its tokenizer beside it; pass tokenizer=...")
         base = model
     else:
-        named = record.model if record else PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path
+        with reading_config(adapter):
+            named = record.model if record else PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path
         if model is None and not named:
             raise UserError(f"{adapter} does not name its base model; pass model=...")
         options = record.base_options if record else {}

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from scalabl.core.errors import UserError
+from scalabl.core.errors import UserError, one_line
 from scalabl.core.files import ADAPTER, read_json, require_place
 from scalabl.core.modules import split_leaf
 from scalabl.runs.base_directory import as_recorded
@@ -119,6 +120,35 @@ def _require_same_rows(directory: Path, before: RunRecord, now: Mapping[str, Any
 CONFIG = "adapter_config.json"
 
 
+# what Python and PEFT raise where a value is of another kind than they take it to be
+_OF_VALUES = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, AssertionError, RecursionError)
+
+
+@contextmanager
+def reading_config(directory: Path) -> Iterator[None]:
+    """Context in which an adapter's configuration is read and used: what fails on one of its values is a sentence.
+
+    Raises:
+        UserError: the file is no JSON, or a value in it is none that an adapter has.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (
+        TypeError,
+        ValueError,
+        LookupError,
+        AttributeError,
+        ArithmeticError,
+        AssertionError,
+        RecursionError,
+    ) as error:
+        raise UserError(
+            f"{directory / CONFIG} has a value that no adapter has ({one_line(error)[:200]}); restore the file."
+        ) from error
+
+
 def require_adapter(directory: Path) -> dict[str, Any]:
     """The configuration of a ScalaBL adapter or a plain LoRA as JSON; imports no torch.
 
@@ -164,13 +194,17 @@ def describe_adapter(directory: Path) -> dict[str, Any]:
     Raises:
         UserError: missing, truncated or altered files.
     """
+    with reading_config(directory):
+        return _described(directory, require_adapter(directory))
+
+
+def _described(directory: Path, config: dict[str, Any]) -> dict[str, Any]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     from scalabl.posterior.gaussian import Prior
     from scalabl.tuner.diagnostics import summarize, warnings_of
 
-    config = require_adapter(directory)
     bayesian = config["peft_type"] == "SCALABL"
     try:
         tensors = load_file(directory / ADAPTER)

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from scalabl.core import processes
 from scalabl.core.errors import UserError
 from scalabl.runs.base_directory import find_base
+from scalabl.runs.directory import reading_config
 from scalabl.runs.method import Run
 from scalabl.runs.models import load_base
 from scalabl.runs.record import RunRecord
@@ -32,7 +33,8 @@ def load_adapter(model: Any, directory: Path) -> PeftModel:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message="Found missing adapter keys")
-            adapted = PeftModel.from_pretrained(model, str(directory)).eval()
+            with reading_config(directory):
+                adapted = PeftModel.from_pretrained(model, str(directory)).eval()
         set_joint(adapted, load_joint(directory))
         return adapted
     except UserWarning as error:

@@ -21,6 +21,7 @@ from scalabl.core.console import progress_bar
 from scalabl.core.errors import UserError
 from scalabl.core.files import ADAPTER, read_json, sha256, write_json, writing
 from scalabl.posterior.draws import noise
+from scalabl.runs.directory import reading_config
 from scalabl.runs.record import RunRecord
 from scalabl.serving.manifest import (
     FORMAT_VERSION,
@@ -80,7 +81,8 @@ def export(
     target = output / PARTICLES
     if target.exists():
         return read_manifest(output)
-    config = ScalaBLConfig.from_pretrained(str(directory))
+    with reading_config(directory):
+        config = ScalaBLConfig.from_pretrained(str(directory))
     assert isinstance(config, ScalaBLConfig)
     try:
         tensors = load_file(directory / ADAPTER)

@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from scalabl.core.errors import UserError
 from scalabl.core.files import ADAPTER, sha256, write_json, writing
 from scalabl.data.example import Example, Task
-from scalabl.runs.directory import CONFIG
+from scalabl.runs.directory import CONFIG, reading_config
 from scalabl.runs.loading import load_adapter, require_base
 from scalabl.runs.models import load_base, saved_tokenizer
 from scalabl.runs.record import RowCounts, RunRecord
@@ -129,17 +129,18 @@ def _build(
 
 def _converted(source: SourceAdapter, training: Settings) -> tuple[ScalaBLConfig, dict[str, Tensor]]:
     refuse_options({k: v for k, v in source.config.items() if k not in SUPPORTED_LORA_OPTIONS})
-    plain = PeftConfig.from_pretrained(str(source.directory))
-    assert isinstance(plain, LoraConfig)
-    config = scalabl_config(
-        plain,
-        covariance=training.posterior.covariance,
-        prior_mean=training.posterior.prior_mean,
-        prior_std=training.posterior.prior_std,
-        init_sigma=training.posterior.init_sigma,
-        empirical_prior=training.posterior.empirical_prior,
-        draws=training.posterior.draws,
-    )
+    with reading_config(source.directory):
+        plain = PeftConfig.from_pretrained(str(source.directory))
+        assert isinstance(plain, LoraConfig)
+        config = scalabl_config(
+            plain,
+            covariance=training.posterior.covariance,
+            prior_mean=training.posterior.prior_mean,
+            prior_std=training.posterior.prior_std,
+            init_sigma=training.posterior.init_sigma,
+            empirical_prior=training.posterior.empirical_prior,
+            draws=training.posterior.draws,
+        )
     config.base_model_name_or_path = source.model
     try:
         return config, scalabl_tensors(load_file(source.directory / ADAPTER), config)

@@ -1,0 +1,31 @@
+"""What a part of the campaign takes for a fault."""
+
+import subprocess
+import sys
+
+import pytest
+from campaign.parts import ROOT, Said
+
+
+@pytest.mark.parametrize(
+    ("said", "fault"),
+    [
+        (Said(0, "a table\n", ""), None),
+        (Said(2, "", "scalabl: There is no run; make one.\n"), None),
+        (Said(2, "memory: 3 MB\n", "scalabl: The rows cannot be scored; mend them.\n"), None),
+        (Said(2, "a table\n", "scalabl: Too late; begin again.\n"), "a refusal behind results"),
+        (Said(2, "", "scalabl: One.\nscalabl: Two.\n"), "exit code 2 with 2 lines"),
+        (Said(2, "", "Error: not ours\n"), "exit code 2 with 1 lines"),
+        (Said(1, "", "scalabl: One.\n"), "exit code 1"),
+        (Said(None, "", "Traceback ...\nKeyError: 'x'\n"), "KeyError: 'x'"),
+        (Said(None, "", "no end within 30 s"), "no end within 30 s"),
+    ],
+)
+def test_a_call_ends_in_a_result_or_in_one_sentence(said: Said, fault: str | None) -> None:
+    assert said.fault is None if fault is None else str(said.fault).startswith(fault)
+
+
+@pytest.mark.parametrize("part", ["hostile", "threads"])
+def test_a_part_says_what_it_does(part: str) -> None:
+    command = [sys.executable, str(ROOT / "scripts" / "campaign" / f"{part}.py"), "--help"]
+    assert "--results" in subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
