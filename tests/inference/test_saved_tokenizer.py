@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from scalabl.core.errors import UserError
 from scalabl.inference.classifier import Classifier
 from scalabl.inference.settings import PredictionSettings
-from scalabl.runs.base_directory import as_recorded, find_base
+from scalabl.runs.directory import as_recorded, find_base
 from scalabl.scoring import Letters
 
 LABELS = ["yes", "no"]

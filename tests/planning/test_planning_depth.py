@@ -8,7 +8,7 @@ import torch
 from real_step import ROWS, meta_run, settings_of
 from torch import nn
 
-from scalabl.planning.depth import over_depth
+from scalabl.planning.meta_model import over_depth
 from scalabl.planning.plan import Planner
 
 

@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 import scalabl
 from scalabl.core.errors import UserError
-from scalabl.core.top_layers import check_spec, holding_variance, top_layers
+from scalabl.core.modules import check_spec, holding_variance, top_layers
 from scalabl.tuner import stochastic_layers
 from scalabl.tuner.layers import depths
 

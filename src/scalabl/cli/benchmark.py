@@ -1,7 +1,7 @@
-"""What trains and compares several methods: `scalabl benchmark` and `scalabl demo`.
+"""What is about benchmarks: `scalabl benchmark`, `scalabl demo` and `scalabl data`.
 
 `benchmark`: methods x tasks x seeds from a recipe, resumable cell by cell. `demo`: plain LoRA and ScalaBL at the same
-budget, on a real model and a real benchmark.
+budget, on a real model and a real benchmark. `data`: which benchmarks there are, and fetching them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from scalabl.cli import options
-from scalabl.cli.app import app, fail
+from scalabl.cli.app import app, data, fail
 from scalabl.core.errors import UserError
 from scalabl.core.files import require_writable, write_json
 from scalabl.study.demo import SAMPLES, STEPS, TEST_ROWS, check_demo
@@ -158,3 +158,37 @@ def demo(
         console.print(f"[dim]{name}:[/dim] {text}", highlight=False)
     print_table(figures, console)
     console.print(f"report: {report.resolve()}", highlight=False)
+
+
+@data.command("list")
+def list_benchmarks() -> None:
+    """The benchmarks that are known by name."""
+    from scalabl.data.registry import BENCHMARKS, OPEN_BENCHMARKS
+
+    for name in (*BENCHMARKS, *OPEN_BENCHMARKS):
+        print(name)
+
+
+@data.command("get")
+def get_benchmarks(
+    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="Benchmarks; see scalabl data list.")],
+) -> None:
+    """Fetch benchmarks once, so that they load at once and without a network."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+
+    from scalabl.data.load import get
+
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(), DownloadColumn(), console=Console(stderr=True), transient=True
+    ) as progress:
+        bar = progress.add_task("", total=None)
+        tasks = get(
+            names,
+            progress=lambda what, done, total: progress.update(
+                bar, description=what, completed=done, total=total or None
+            ),
+        )
+    for task in tasks:
+        splits = ", ".join(f"{len(rows):,} {name}" for name, rows in task.splits.items())
+        print(f"{task.name}: {splits} ({task.source}; {task.licence})")

@@ -10,7 +10,6 @@ import typer
 from scalabl.cli import acquire as _acquire  # noqa: F401
 from scalabl.cli import bayesianize as _bayesianize  # noqa: F401
 from scalabl.cli import benchmark as _benchmark  # noqa: F401
-from scalabl.cli import data as _data  # noqa: F401  (each module adds its command to the app)
 from scalabl.cli import evaluate as _evaluate  # noqa: F401
 from scalabl.cli import export as _export  # noqa: F401
 from scalabl.cli import generate as _generate  # noqa: F401

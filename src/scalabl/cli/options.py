@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperCommand
 
 from scalabl.core.errors import UserError
-from scalabl.core.top_layers import check_spec
+from scalabl.core.modules import check_spec
 from scalabl.predictive.sampling import PREDICTIVES, Sampling
 from scalabl.runs.registry import OVER_S, SAMPLED
 from scalabl.runs.settings import FIELDS, LARGEST_SEED, PLACES, kind_of

@@ -19,17 +19,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from scalabl.core.errors import UserError
 from scalabl.data.example import Example
+from scalabl.data.fields import rows_of
 from scalabl.inference.predictor import Predictor
 from scalabl.inference.promise import Promise
-from scalabl.inference.questions import rows_of
 from scalabl.inference.settings import PredictionSettings
 from scalabl.metrics.uncertainty import average, decompose
 from scalabl.predictive.auto import make_predictive
 from scalabl.predictive.base import MeanPredictive, Predictive, chosen
 from scalabl.predictive.lora_particles import DropoutPredictive, blob_draws
 from scalabl.predictive.sampling import PLAIN, Sampling
-from scalabl.runs.base_directory import find_base
-from scalabl.runs.directory import reading_config
+from scalabl.runs.directory import find_base, reading_config
 from scalabl.runs.loading import load_adapter, require_base
 from scalabl.runs.method import Run
 from scalabl.runs.models import load_base, require_vocabulary, saved_tokenizer

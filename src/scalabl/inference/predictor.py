@@ -19,7 +19,7 @@ from torch import Tensor
 from scalabl.core import processes
 from scalabl.core.console import progress_bar
 from scalabl.core.errors import UserError
-from scalabl.core.top_layers import check_spec, holding_variance
+from scalabl.core.modules import check_spec, holding_variance
 from scalabl.data.example import Example
 from scalabl.inference.promise import held_out_rows
 from scalabl.inference.settings import PredictionSettings

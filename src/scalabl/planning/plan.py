@@ -9,14 +9,15 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from scalabl.core.errors import UserError, first_line
-from scalabl.planning.depth import layer_kinds, over_depth
 from scalabl.planning.meta_model import (
     Counts,
     build,
     compute_dtype,
     hidden_size,
+    layer_kinds,
     model_dtype,
     optimizer_bytes,
+    over_depth,
     read_config,
 )
 from scalabl.planning.step import MOST, MetaRun, PlannedRows, particles_of

@@ -44,8 +44,7 @@ import torch
 from torch import Tensor
 
 from scalabl.core.errors import UserError
-from scalabl.core.modules import eval_mode
-from scalabl.core.top_layers import holding_variance, top_layers
+from scalabl.core.modules import eval_mode, holding_variance, top_layers
 from scalabl.metrics.uncertainty import average
 from scalabl.predictive.base import MeanPredictive, Predictive, predict
 from scalabl.predictive.linearized import LinearizedPredictive, logit_covariance, logit_jacobian, summed_variances

@@ -23,8 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from scalabl.core.errors import UserError
-from scalabl.core.modules import eval_mode
-from scalabl.core.top_layers import check_spec
+from scalabl.core.modules import check_spec, eval_mode
 from scalabl.predictive.monte_carlo import drawn_layers
 from scalabl.scoring.base import Batch, Encoded
 from scalabl.scoring.scorer import Scorer, batches

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from scalabl.core.errors import UserError
-from scalabl.core.top_layers import check_spec, top_layers
+from scalabl.core.modules import check_spec, top_layers
 from scalabl.posterior.draws import noise
 from scalabl.scoring.base import Batch
 from scalabl.scoring.scorer import Scorer

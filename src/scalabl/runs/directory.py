@@ -6,6 +6,8 @@ DIR/mean/                        a plain LoRA of the posterior mean (method scal
 DIR/joint_covariance.safetensors    covariance between layers (scalabl bayesianize)
 DIR/training_log.json            what the trainer logged
 DIR/checkpoints/                 while it runs
+
+Where its base model's directory is: how a record names it, and how it is found again. Imports no torch.
 """
 
 from __future__ import annotations
@@ -21,7 +23,6 @@ from typing import TYPE_CHECKING, Any
 from scalabl.core.errors import UserError, one_line
 from scalabl.core.files import ADAPTER, read_json, require_place
 from scalabl.core.modules import split_leaf
-from scalabl.runs.base_directory import as_recorded
 from scalabl.runs.record import RECORD, RunRecord
 from scalabl.runs.settings import Settings
 
@@ -30,6 +31,51 @@ if TYPE_CHECKING:
 
     from scalabl.posterior.gaussian import Prior
     from scalabl.tuner.diagnostics import LayerWeights
+
+
+EMBEDDED = "smollm2-135m-instruct"
+EMBEDDED_ENCODER = "minilm-l6"
+_NAMES = (EMBEDDED, EMBEDDED_ENCODER)
+
+
+def as_recorded(name: str) -> str:
+    """A base model as a record names it: a directory by its whole path, other names as they are."""
+    path = os.path.expanduser(name)
+    return os.path.abspath(path) if name not in _NAMES and os.path.isdir(path) else name
+
+
+def find_base(name: str, run: Path) -> str:
+    """A run's base model where it is now.
+
+    A relative path, as older records have it, is looked for from here, from the run's directory and from each of its
+    parents; a whole path that is not there any more likewise by its ends, for a project that was moved. What is found
+    is still held against the fingerprint of the run's base.
+
+    Args:
+        name: as a record or an adapter's configuration names it.
+        run: the directory that it lies in.
+
+    Returns:
+        the directory; a name that is no path as it is.
+
+    Raises:
+        UserError: it is a path to no directory.
+    """
+    path = Path(os.path.expanduser(name))
+    if name in _NAMES or path.is_dir():
+        return name
+    parts = path.parts[1:] if path.is_absolute() else path.parts
+    ends = [Path(*parts[i:]) for i in range(len(parts))] if path.is_absolute() else [path]
+    for place in (Path.cwd(), run.resolve(), *run.resolve().parents):
+        for end in ends:
+            if (place / end / "config.json").is_file():
+                return str(place / end)
+    if name.startswith((".", "/", "~")):
+        raise UserError(
+            f"The base model of {run} was in {name}, which is not there; say where it is with --model (model=... in "
+            "Python)."
+        )
+    return name
 
 
 def claim(directory: Path, settings: Settings, processes: int = 1) -> bool:

@@ -13,8 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from scalabl.core import processes
 from scalabl.core.errors import UserError
-from scalabl.runs.base_directory import find_base
-from scalabl.runs.directory import reading_config
+from scalabl.runs.directory import find_base, reading_config
 from scalabl.runs.method import Run
 from scalabl.runs.models import load_base
 from scalabl.runs.record import RunRecord

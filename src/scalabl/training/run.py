@@ -24,8 +24,7 @@ from scalabl.data.assemble import TrainingRows, select_rows
 from scalabl.data.example import Task
 from scalabl.data.load import load_training_task
 from scalabl.data.text_rows import TextTask
-from scalabl.runs.base_directory import EMBEDDED, as_recorded
-from scalabl.runs.directory import claim
+from scalabl.runs.directory import EMBEDDED, as_recorded, claim
 from scalabl.runs.method import TrainedMethod, load_method
 from scalabl.runs.models import embedded_directory, load_base, load_tokenizer
 from scalabl.runs.record import CHOICES, LANGUAGE, RECORD, RowCounts, RunRecord, TaskFacts

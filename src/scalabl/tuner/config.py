@@ -13,7 +13,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file
 
 from scalabl.core.errors import UserError
-from scalabl.core.top_layers import check_spec
+from scalabl.core.modules import check_spec
 from scalabl.posterior.gaussian import POSTERIORS, Prior
 from scalabl.tuner.mean_adapter import (
     MEAN_DIRECTORY,

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from scalabl.core.errors import UserError
-from scalabl.core.modules import gathered
-from scalabl.core.top_layers import top_layers
+from scalabl.core.modules import gathered, top_layers
 from scalabl.tuner.config import ScalaBLConfig
 from scalabl.tuner.layers import beside_language, depths, position_projections
 from scalabl.tuner.mean_adapter import MEAN_DIRECTORY

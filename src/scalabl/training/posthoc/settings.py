@@ -15,8 +15,7 @@ from scalabl.core.errors import UserError
 from scalabl.core.files import require_place
 from scalabl.data.example import Example, Task
 from scalabl.data.load import load_task, with_labels
-from scalabl.runs.base_directory import as_recorded, find_base
-from scalabl.runs.directory import CONFIG, adapter_config
+from scalabl.runs.directory import CONFIG, adapter_config, as_recorded, find_base
 from scalabl.runs.record import RECORD, RunRecord
 from scalabl.runs.settings import LARGEST, Settings, typed_setting
 
