@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from scalabl.core.errors import UserError
 from scalabl.training.parameter_group import VariationalGroup
 
 
@@ -93,3 +94,35 @@ def test_a_step_that_raises_does_not_leave_the_groups_changed_for_good() -> None
         optimizer.step(interrupted)
     own.remove()
     assert [len(group["params"]) for group in optimizer.param_groups] == [2, 2]
+
+
+class AveragedSGD(torch.optim.SGD):
+    """SGD whose average is weighed by the squared rates of all steps, as a schedule-free optimiser's is."""
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            group["weight_sum"] = group.get("weight_sum", 0.0) + group["lr"] ** 2
+            share = group["lr"] ** 2 / group["weight_sum"]
+            for parameter in group["params"]:
+                z = self.state[parameter].setdefault("z", parameter.detach().clone())
+                z -= group["lr"] * parameter.grad
+                parameter.lerp_(z, share)
+
+
+@pytest.mark.parametrize("rate", [0.02, None])
+def test_an_optimiser_that_averages_by_the_rates_of_its_group(rate: float | None) -> None:
+    parameters = nn.ParameterList([nn.Parameter(torch.ones(2)) for _ in range(2)])
+    optimizer = AveragedSGD(parameters, lr=0.1)
+    optimizer.param_groups[0]["weight_sum"] = 0.0
+    VariationalGroup(optimizer, [parameters[1]], learning_rate=rate, base_learning_rate=0.1)
+    for parameter in parameters:
+        parameter.grad = torch.ones(2)
+    if rate is None:
+        for _ in range(3):
+            optimizer.step()
+        assert torch.equal(parameters[0], parameters[1])  # one rate, one average
+    else:
+        with pytest.raises(UserError, match="AveragedSGD keeps weight_sum of a learning rate.* learning_rate=None"):
+            optimizer.step()
+        assert len(optimizer.param_groups) == 1

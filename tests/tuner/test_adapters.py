@@ -117,6 +117,22 @@ def test_switching_among_particles_is_refused_and_goes_with_the_mean_and_with_dr
     assert torch.equal(logits(model, IDS), expected)
 
 
+@pytest.mark.parametrize("name", ["a b", "direction", "lora_A", "q_proj", "ünï"])
+def test_an_adapter_of_any_other_name_is_saved_and_found(name: str, tmp_path: Path) -> None:
+    model = adapt(load_base()).eval()
+    model.add_adapter(name, other_config())
+    perturb(model, name, seed=6)
+    model.set_adapter(name)
+    with scalabl.particles(model, 2, seed=0):
+        drawn = logits(model, IDS)
+    model.save_pretrained(str(tmp_path))
+    loaded = PeftModel.from_pretrained(load_base(), str(tmp_path / name), adapter_name=name).eval()
+    with scalabl.particles(loaded, 2, seed=0):
+        assert torch.equal(logits(loaded, IDS), drawn)
+    plain = PeftModel.from_pretrained(load_base(), str(tmp_path / name / "mean")).eval()
+    assert close(logits(plain, IDS), logits(model, IDS), 1e-5)
+
+
 def test_mixed_batches_of_adapters_carry_each_rows_own() -> None:
     model = two_adapters()
     first = logits(model, IDS)

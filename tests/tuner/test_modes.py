@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from tiny_base import tiny_base
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, pipeline
 
 import scalabl
 
@@ -64,7 +64,29 @@ def from_adapter_directory(directory: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(directory)
 
 
-@pytest.mark.parametrize("make", [added, loaded_to_train, injected, by_transformers, from_adapter_directory])
+def of_pipeline(directory: Path) -> Any:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base())
+    return pipeline("text-generation", model=str(directory), tokenizer=tokenizer, device="cpu").model
+
+
+def loaded_by_transformers(directory: Path) -> Any:
+    model = base()
+    model.load_adapter(str(directory), "b", is_trainable=True)
+    return model
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        added,
+        loaded_to_train,
+        injected,
+        by_transformers,
+        loaded_by_transformers,
+        from_adapter_directory,
+        of_pipeline,
+    ],
+)
 def test_an_adapter_takes_the_mode_of_the_model_that_it_is_put_into(
     make: Callable[[Path], Any], tmp_path: Path
 ) -> None:
@@ -73,7 +95,9 @@ def test_an_adapter_takes_the_mode_of_the_model_that_it_is_put_into(
     saved.save_pretrained(str(tmp_path))
     model = make(tmp_path)
     assert not model.training
-    assert torch.equal(logits(model), logits(model))
+    with scalabl.mean(model):
+        mean = logits(model)
+    assert torch.equal(logits(model), mean) and torch.equal(logits(model), mean)
     model.train()
     for p in model.parameters():
         p.requires_grad_(True)

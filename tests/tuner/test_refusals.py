@@ -15,7 +15,7 @@ from peft import (
 )
 from peft.tuners.lora import MontecloraConfig
 from torch import nn
-from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig, XLNetConfig, XLNetLMHeadModel
 
 import scalabl
 from scalabl.core.errors import UserError
@@ -146,11 +146,19 @@ def test_fused_experts_are_refused_beside_other_targets(targets: list[str]) -> N
         get_peft_model(base, scalabl.ScalaBLConfig(r=2, target_modules=targets))
 
 
-def test_an_adapter_is_not_named_as_the_directory_of_the_mean() -> None:
+@pytest.mark.parametrize("name", ["mean", "posterior", "a.b", ""])
+def test_names_that_stand_for_something_else_are_refused(name: str) -> None:
     model = adapt(load_base())
-    with pytest.raises(UserError, match="cannot be named mean: .* give it another name"):
-        model.add_adapter("mean", scalabl.ScalaBLConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(UserError, match="cannot be named .* give it another name"):
+        model.add_adapter(name, scalabl.ScalaBLConfig(r=2, target_modules=["q_proj"]))
     assert list(model.peft_config) == ["default"]
+    assert logits(model, tokens(1)).isfinite().all()
+
+
+def test_layers_that_see_positions_before_rows_are_refused() -> None:
+    base = XLNetLMHeadModel(XLNetConfig(vocab_size=32, d_model=16, n_layer=1, n_head=2, d_inner=16))
+    with pytest.raises(UserError, match="A xlnet model lays positions before rows"):
+        get_peft_model(base, scalabl.ScalaBLConfig(r=2, target_modules=["layer_1"]))
 
 
 class Experts(nn.Module):

@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from matrix import adapt, load_base, logits, tokens
+from matrix import adapt, load_base, logits, perturb, tokens
 from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import BartConfig, BartForConditionalGeneration, T5Config, T5ForConditionalGeneration
 
 import scalabl
 from scalabl.core.errors import UserError
@@ -110,3 +111,44 @@ def test_the_fewest_top_layers_that_hold_a_share() -> None:
     specs = {share: holding_variance(found, variances, share) for share in (0.1, 0.4, 0.41, 0.9, 0.91, 1.0)}
     assert specs == {0.1: "last:1", 0.4: "last:1", 0.41: "last:2", 0.9: "last:2", 0.91: "last:3", 1.0: "last:3"}
     assert top_layers(found, "last:2") == ["b", "c", "d"]
+
+
+def encoder_decoder(kind: str) -> Any:
+    torch.manual_seed(0)
+    if kind == "t5":
+        sizes = {"vocab_size": 96, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_heads": 2}
+        return T5ForConditionalGeneration(T5Config(**sizes, num_layers=3, num_decoder_layers=2)).eval()
+    sizes = {"vocab_size": 96, "d_model": 16, "max_position_embeddings": 32}
+    sizes |= {f"{side}_{what}": 2 for side in ("encoder", "decoder") for what in ("layers", "attention_heads")}
+    return BartForConditionalGeneration(
+        BartConfig(**{**sizes, "encoder_layers": 3, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16})
+    ).eval()
+
+
+@pytest.mark.parametrize(
+    ("kind", "targets", "last", "encoder"),
+    [
+        ("t5", ["q", "v"], "decoder.block.1.", "encoder.block.2."),
+        ("bart", ["q_proj", "v_proj"], "model.decoder.layers.1.", "model.encoder.layers.2."),
+    ],
+)
+def test_the_decoder_follows_the_encoder(kind: str, targets: list[str], last: str, encoder: str) -> None:
+    options: dict[str, Any] = {"r": 4, "target_modules": targets, "task_type": "SEQ_2_SEQ_LM"}
+    top = get_peft_model(encoder_decoder(kind), scalabl.ScalaBLConfig(**options, stochastic_layers="last:1"))
+    assert len(stochastic_layers(top)) == 4  # of attention to itself and to the encoder
+    assert all(name.startswith(last) for name in stochastic_layers(top))
+    three = get_peft_model(encoder_decoder(kind), scalabl.ScalaBLConfig(**options, stochastic_layers="last:3"))
+    assert {name for name in stochastic_layers(three) if "encoder." in name and name.startswith(encoder)}
+    assert not [name for name in stochastic_layers(three) if name.startswith(encoder.replace("2", "1"))]
+
+    model = get_peft_model(encoder_decoder(kind), scalabl.ScalaBLConfig(**options)).eval()
+    perturb(model)
+    source, target = IDS, IDS[:, :3]
+    with torch.no_grad():
+        with scalabl.particles(model, 2, seed=0):
+            both = model(input_ids=source.repeat(2, 1), decoder_input_ids=target.repeat(2, 1)).logits
+        for number in (0, 1):
+            with scalabl.particles(model, 1, seed=0, first=number):
+                one = model(input_ids=source, decoder_input_ids=target).logits
+            torch.testing.assert_close(both[3 * number : 3 * number + 3], one, atol=1e-5, rtol=1e-4)
+        assert (both[:3] - both[3:]).abs().max() > 1e-3

@@ -17,6 +17,8 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 from torch.optim import Optimizer
 
+from scalabl.core.errors import UserError
+
 Group = dict[str, Any]
 
 
@@ -58,7 +60,7 @@ class VariationalGroup:
         self._own: list[Group] = []
         self._hooks = [
             self.optimizer.register_step_pre_hook(lambda *_: self._take_out()),
-            self.optimizer.register_step_post_hook(lambda *_: self._put_back()),
+            self.optimizer.register_step_post_hook(lambda *_: self._end()),
         ]
 
     def remove(self) -> None:
@@ -77,6 +79,26 @@ class VariationalGroup:
         for group, parameters in self._native:
             group["params"] = [parameter for parameter in parameters if id(parameter) not in self._ids]
         self.optimizer.param_groups.extend(self._own)
+
+    def _end(self) -> None:
+        """Put the groups back, unless the optimiser kept in them what depends on the rate: it would be lost.
+
+        Raises:
+            UserError: schedule-free optimisers do, their averages are weighed by the rates of all steps.
+        """
+        kept = {
+            name
+            for (native, _), own in zip(self._native, self._own, strict=True)
+            for name, value in own.items()
+            if name not in ("lr", "weight_decay") and isinstance(value, int | float) and value != native[name]
+        }
+        self._put_back()
+        if kept:
+            raise UserError(
+                f"{type(self.optimizer).__name__} keeps {', '.join(sorted(kept))} of a learning rate in its parameter "
+                "groups, so that the posterior cannot have a rate of its own; give ELBOCallback learning_rate=None, or "
+                "choose another optimiser, for instance adamw_torch."
+            )
 
     def _put_back(self) -> None:
         for group, parameters in self._native:

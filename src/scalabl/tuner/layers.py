@@ -184,14 +184,26 @@ def beside_layers(model: nn.Module) -> str:
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The model's list of decoder (or encoder) layers: its (language side's) longest ModuleList of like modules.
+    """The model's list of decoder (or encoder) layers: its (language side's) longest ModuleList of like modules; the
+    decoder's where it has both.
 
     Raises:
         UserError: there is none.
     """
-    lists = [
-        m for m in language_side(model).modules() if isinstance(m, nn.ModuleList) and len({type(x) for x in m}) == 1
-    ]
+    return _layers_of(_stacks(model)[-1])
+
+
+def _stacks(model: nn.Module) -> list[nn.Module]:
+    """What holds the layers, in the order of a pass: encoder and decoder, or a language model alone."""
+    base: Any = unwrap(model)
+    base = base.get_base_model() if hasattr(base, "get_base_model") else base
+    if getattr(getattr(base, "config", None), "is_encoder_decoder", False):
+        return [base.get_encoder(), base.get_decoder()]
+    return [language_side(model)]
+
+
+def _layers_of(stack: nn.Module) -> nn.ModuleList:
+    lists = [m for m in stack.modules() if isinstance(m, nn.ModuleList) and len({type(x) for x in m}) == 1]
     if not lists:
         raise UserError("This model has no list of decoder layers, so nothing can be told about their depth.")
     most = max(map(len, lists))
@@ -201,17 +213,23 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
 
 def depths(model: nn.Module, names: Iterable[str]) -> dict[str, int]:
     """Name of a module -> the number of its decoder layer; their count for what follows them (lm_head), 0 for an
-    embedding, which comes before.
+    embedding, which comes before. An encoder's layers are counted first.
 
     Args:
         model: a model, with an adapter or without.
         names: of modules, in the base model or in the one with the adapter.
     """
     model = unwrap(model)
-    layers = decoder_layers(model)
-    prefix = base_name(next(name for name, module in model.named_modules() if module is layers))
-    found = {}
-    for name in names:
-        inside = re.match(re.escape(prefix) + r"\.(\d+)(\.|$)", base_name(name))
-        found[name] = int(inside[1]) if inside else 0 if "embed" in name else len(layers)
-    return found
+    stacks = [_layers_of(stack) for stack in _stacks(model)]
+    begins, count = {}, 0
+    for layers in stacks:
+        begins[base_name(next(name for name, module in model.named_modules() if module is layers))] = count
+        count += len(layers)
+    inside = re.compile(rf"({'|'.join(map(re.escape, begins))})\.(\d+)(\.|$)")
+
+    def depth(name: str) -> int:
+        if match := inside.match(base_name(name)):
+            return begins[match[1]] + int(match[2])
+        return 0 if "embed" in name else count
+
+    return {name: depth(name) for name in names}

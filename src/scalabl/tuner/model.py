@@ -26,6 +26,8 @@ from scalabl.tuner.projection import Particles, StochasticProjection
 
 # parts of the names of what adapters add; a trained copy of a normalisation layer (modules_to_save) is no base weight
 _ADDED = ("lora_", "modules_to_save")
+# their attention transposes what it is given: (tokens, rows, features)
+_POSITIONS_FIRST = ("xlnet", "longformer", "led", "fsmt")
 _SIZES = ("model_type", "hidden_size", "num_hidden_layers")
 
 
@@ -41,10 +43,11 @@ class ScalaBLModel(LoraModel):
     """
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        if adapter_name == MEAN_DIRECTORY:
+        _refuse_name(adapter_name)
+        if getattr(getattr(model, "config", None), "model_type", None) in _POSITIONS_FIRST:
             raise UserError(
-                f"An adapter cannot be named {MEAN_DIRECTORY}: it would be saved in {MEAN_DIRECTORY}/, where the plain "
-                "LoRA of another one lies; give it another name."
+                f"A {model.config.model_type} model lays positions before rows, so that a draw of s would belong to a "  # type: ignore[union-attr]
+                "position; choose a model whose layers see (rows, tokens, features)."
             )
         # a copy, so that one configuration object can serve several base models
         config = cast(ScalaBLConfig, copy.copy(self.peft_config[adapter_name]))
@@ -266,6 +269,24 @@ def _refuse_unmatched(option: str, ends: Any, modules: list[str], model: nn.Modu
         raise UserError(
             f"{option} names {end}, but no {'adapted' if option == 'stochastic_modules' else 'linear'} module ends in "
             f"it; name some of {', '.join(sorted({name.rpartition('.')[2] for name in there}))}."
+        )
+
+
+def _refuse_name(adapter_name: str) -> None:
+    """Refuse an adapter whose name stands for something else where it is saved or looked up.
+
+    Raises:
+        UserError: there is no such name for an adapter.
+    """
+    if adapter_name == MEAN_DIRECTORY:
+        raise UserError(
+            f"An adapter cannot be named {MEAN_DIRECTORY}: it would be saved in {MEAN_DIRECTORY}/, where another one's "
+            "plain LoRA lies; give it another name."
+        )
+    if not adapter_name or "." in adapter_name or adapter_name == "posterior":
+        raise UserError(
+            f"An adapter cannot be named {adapter_name!r}: its name is a part of its parameters' names, which are "
+            'separated by dots and have a "posterior"; give it another name.'
         )
 
 
