@@ -141,6 +141,7 @@ def test_the_output_layer_sees_the_needed_positions_alone_and_gives_the_same_log
     longest = max(sum(len(scoring.continuation_ids(c)) for c in row.choices) for row in rows)
     number = sum(len(scoring.continuation_ids(c)) for row in rows for c in row.choices)
     assert batch.keep == longest + 1 < batch.input_ids.shape[1]
+    Scorer(model, scoring).reads_packed([scoring.encode(row) for row in rows])  # which has passes of its own
     seen: list[int] = []
     hook = model.get_output_embeddings().register_forward_hook(lambda _m, _a, out: seen.append(out.shape[:-1].numel()))
     with torch.no_grad():
@@ -193,7 +194,26 @@ def test_the_settings_make_the_same_scoring_again() -> None:
         Continuation(tokenizer, normalization="mean")  # type: ignore[arg-type]
 
 
-def test_a_model_that_ignores_the_mask_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_ignores_the_mask_is_read_choice_by_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = loaded()
+    scoring = Continuation(tokenizer, normalization="sum")
+    row = questions(1, choices=(5,))[0]
+    encoded = scoring.encode(row)
+    forward = model.forward
+
+    def causal_only(*args: object, **kwargs: object) -> object:
+        return forward(*args, **{**kwargs, "attention_mask": None})  # type: ignore[dict-item, call-overload]
+
+    monkeypatch.setattr(model, "forward", causal_only)
+    scorer = Scorer(model, scoring)
+    assert not scorer.reads_packed([encoded])
+    scorer.check_packing(encoded)
+    with torch.no_grad():
+        scores = scorer.class_logits(scoring.collate([encoded]))[0]
+    torch.testing.assert_close(scores, one_by_one(model, scoring, row)[:, 0], atol=1e-4, rtol=1e-5)
+
+
+def test_a_model_that_stops_honouring_the_mask_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer = loaded()
     scoring = Continuation(tokenizer)
     encoded = scoring.encode(questions(1, choices=(5,))[0])

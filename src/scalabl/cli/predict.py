@@ -87,6 +87,8 @@ def predict(
     done = predict_file(run, rows, output, settings, batch_size=batch_size, tell=_tell, model=model)
     if not processes.is_main():
         return
+    if done.cut is not None:
+        typer.echo(f"warning: {done.cut}", err=True)
     if done.particles is not None:
         print(f"{len(rows):,} answers from {done.particles:.1f} of at most {samples} particles each, on average")
     if max_error is not None:

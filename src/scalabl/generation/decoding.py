@@ -18,7 +18,8 @@ from transformers.generation import StoppingCriteria, StoppingCriteriaList, Stop
 
 from scalabl.core.errors import UserError
 from scalabl.core.modules import eval_mode
-from scalabl.generation.fan_out import Draws, averaged, can_share, shared_prompts
+from scalabl.generation.fan_out import Draws, averaged, can_share, honours_padding, left_padded, shared_prompts
+from scalabl.scoring.base import begun_tokens
 from scalabl.tuner.threads import alone
 
 
@@ -195,7 +196,10 @@ def decode(
             )
     generation["num_beams"] = 1  # whatever the model's own default is
     ids = [_tokens(tokenizer, prompt) for prompt in prompts]
-    inputs = _left_padded(ids, tokenizer.pad_token_id or 0, next(model.parameters()).device)
+    if not honours_padding(model, ids):
+        each = {"num_return_sequences": num_return_sequences} | generation
+        return [decode(model, tokenizer, [prompt], draws, **each)[0] for prompt in prompts]
+    inputs = left_padded(ids, tokenizer.pad_token_id or 0, next(model.parameters()).device)
     recorder, length = _Recorder(), inputs["input_ids"].shape[1]
     generation.setdefault("pad_token_id", tokenizer.pad_token_id)
     generation = with_stop_criterion(tokenizer, generation)
@@ -241,17 +245,10 @@ def with_stop_criterion(tokenizer: PreTrainedTokenizerBase, generation: dict[str
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, prompt: str | list[int]) -> list[int]:
-    found = list(tokenizer(prompt)["input_ids"]) if isinstance(prompt, str) else list(prompt)
+    found = begun_tokens(tokenizer, prompt) if isinstance(prompt, str) else list(prompt)
     if not found:
         raise UserError("A prompt is empty; give at least one token.")
     return found
-
-
-def _left_padded(rows: list[list[int]], pad: int, device: torch.device) -> dict[str, Tensor]:
-    length = max(map(len, rows))
-    ids = torch.tensor([[pad] * (length - len(row)) + row for row in rows], device=device)
-    mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=device)
-    return {"input_ids": ids, "attention_mask": mask}
 
 
 def _end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase, generation: dict[str, Any]) -> set[int]:

@@ -11,20 +11,24 @@ Particles that are no posterior's: the mean alone, and the members of an ensembl
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import DynamicCache, LogitsProcessorList
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from scalabl.core.errors import UserError
+from scalabl.core.modules import eval_mode
 from scalabl.predictive.lora_particles import removed_after
 from scalabl.predictive.monte_carlo import first_difference, restricted
+from scalabl.scoring.reading import tolerance
 from scalabl.scoring.trunk import final_norm, lowest_adapted_layer
 from scalabl.tuner.layers import decoder_layers, stochastic_layers, unwrap
 from scalabl.tuner.state import mean
@@ -99,7 +103,9 @@ def _members(adapters: list[str]) -> Any:
 
 
 @contextmanager
-def averaged(model: nn.Module, draws: Draws, seen: Averaged | None = None) -> Iterator[None]:
+def averaged(
+    model: nn.Module, draws: Draws, seen: Averaged | None = None, *, whole: bool | None = None
+) -> Iterator[None]:
     """Context in which the next-token distribution of a model is the average over N particles.
 
     p(y_t | y_<t, x) = 1/N sum_n p(y_t | y_<t, x, s_n): the particles share one text [ScalaBL's model average, a token].
@@ -110,6 +116,8 @@ def averaged(model: nn.Module, draws: Draws, seen: Averaged | None = None) -> It
         model: a PEFT model with an adapter.
         draws: the particles; one particle is left as it is, to the last bit.
         seen: called at each forward pass with (input_ids (B, T), log-probabilities (N, B, V) of the last position).
+        whole: repeat the rows for the particles in front of the whole model, not only where these differ; None does so
+            for a model that gives other answers else.
 
     Raises:
         UserError: in the forward pass, where the rows in the cache are not those that go in (beam search).
@@ -122,12 +130,15 @@ def averaged(model: nn.Module, draws: Draws, seen: Averaged | None = None) -> It
         start = lowest_adapted_layer(inner, layers)
     number, rows = draws.samples, [0]
     output = _output_module(inner)
+    if whole is None:
+        whole = number > 1 and not _fans_out_inside(inner, draws, start)
 
-    def begin(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def begin(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         ids = _input_ids(args, kwargs)
         if kwargs.get("labels") is not None:
             raise UserError("Labels cannot be given while particles are averaged: there is no loss of an average here.")
         rows[0] = ids.shape[0]
+        return fan_out(_module, args, kwargs) if whole else None
 
     def fan_out(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return _repeated(args, rows[0], number), {k: _repeated(v, rows[0], number) for k, v in kwargs.items()}
@@ -137,7 +148,7 @@ def averaged(model: nn.Module, draws: Draws, seen: Averaged | None = None) -> It
         normaliser = logits.float().logsumexp(dim=-1, keepdim=True)
         log_probs = logits.float() - normaliser
         if seen is not None:
-            seen(_input_ids(args, kwargs), log_probs[:, :, -1])
+            seen(_input_ids(args, kwargs)[: rows[0]], log_probs[:, :, -1])
         if number == 1:
             out.logits = logits[0]
         else:
@@ -146,7 +157,8 @@ def averaged(model: nn.Module, draws: Draws, seen: Averaged | None = None) -> It
         return out
 
     # the first of these repeats the hidden states; masks and positions are given to each layer anew
-    entered = layers[start:] if start < len(layers) else [final_norm(inner)]
+    inside = layers[start:] if start < len(layers) else [final_norm(inner)]
+    entered = [] if whole else inside
     handles = [
         output.register_forward_pre_hook(own(begin), with_kwargs=True),
         output.register_forward_hook(own(average), with_kwargs=True),
@@ -154,6 +166,83 @@ def averaged(model: nn.Module, draws: Draws, seen: Averaged | None = None) -> It
     ]
     with removed_after(handles), draws.context(model, 0, number), restricted(model, drawn):
         yield
+
+
+# of base models, by the layer at which particles begin: whether rows can be repeated there; whether padding is honoured
+_inside: WeakKeyDictionary[nn.Module, dict[int, bool]] = WeakKeyDictionary()
+_padded: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+_PROMPT = 8  # tokens of the prompts that are tried
+
+
+def _fans_out_inside(model: Any, draws: Draws, start: int) -> bool:
+    """Whether a model gives the same when its rows are repeated at a layer as in front of it, tried once: some build
+    biases of rows and heads (ALiBi), hand hidden states of other shapes on, or keys and values from layer to layer."""
+    known = _inside.setdefault(_output_module(model), {})
+    if start not in known:
+        device = next(model.parameters()).device
+        ids = torch.arange(2 * _PROMPT, device=device).view(2, -1) % model.config.get_text_config().vocab_size
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        try:
+            inside = _two_steps(model, draws, inputs, whole=False)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # whatever a model says to rows that it did not expect
+            known[start] = False
+        else:
+            known[start] = _alike(model, inside, _two_steps(model, draws, inputs, whole=True))
+    return known[start]
+
+
+def honours_padding(model: Any, prompts: Sequence[Sequence[int]]) -> bool:
+    """Whether a padded prompt goes on as it does alone, tried once on a prompt beside one that is half as long.
+
+    Args:
+        model: a PEFT model with an adapter.
+        prompts: as tokens.
+    """
+    base = _output_module(unwrap(model))
+    if len({len(prompt) for prompt in prompts}) < 2:
+        return True
+    if base not in _padded:
+        longest: Sequence[int] = sorted(prompts, key=len)[-1]
+        long = list(longest[-4 * _PROMPT :])
+        rows = [long, long[-max(1, len(long) // 2) :]]
+        device = next(model.parameters()).device
+        with torch.no_grad(), eval_mode(model):
+            together = _two_steps(model, MeanDraws(), left_padded(rows, 0, device))
+            alone = [_two_steps(model, MeanDraws(), left_padded([row], 0, device)) for row in rows]
+        _padded[base] = _alike(model, together, torch.cat(alone, dim=2))
+    return _padded[base]
+
+
+@torch.no_grad()
+def _two_steps(model: Any, draws: Draws, inputs: dict[str, Tensor], whole: bool | None = None) -> Tensor:
+    """(2, N, B, V) log-probabilities behind prompts, and behind one more token."""
+    found: list[Tensor] = []
+    ends = model.generation_config.eos_token_id
+    more = next(token for token in itertools.count(3) if token not in (ends if isinstance(ends, list) else [ends]))
+
+    def take(_ids: Tensor, scores: Tensor) -> Tensor:  # the same token in every way that is compared
+        return torch.full_like(scores, -torch.inf).index_fill(1, torch.tensor([more], device=scores.device), 0.0)
+
+    with averaged(model, draws, lambda _ids, log_probs: found.append(log_probs.float()), whole=whole):
+        model.generate(
+            **inputs, logits_processor=LogitsProcessorList([take]), max_new_tokens=2, do_sample=False, num_beams=1,
+            pad_token_id=0,
+        )  # fmt: skip
+    return torch.stack(found)
+
+
+def _alike(model: nn.Module, found: Tensor, expected: Tensor) -> bool:
+    return float((found - expected).abs().max()) <= tolerance(model) * float(expected.std())
+
+
+def left_padded(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> dict[str, Tensor]:
+    """input_ids and attention_mask (B, T) of rows of tokens."""
+    length = max(map(len, rows))
+    ids = torch.tensor([[pad] * (length - len(row)) + list(row) for row in rows], device=device)
+    mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=device)
+    return {"input_ids": ids, "attention_mask": mask}
 
 
 def _repeated(value: Any, rows: int, number: int) -> Any:

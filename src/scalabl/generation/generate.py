@@ -14,7 +14,7 @@ from scalabl.generation.answer import AnswerEnd, GeneratedAnswer, answer_span, t
 from scalabl.generation.confidence import Confidence
 from scalabl.generation.decoding import Decoded, decode, with_stop_criterion
 from scalabl.generation.equivalence import Equivalence, equivalence
-from scalabl.generation.fan_out import Draws, MeanDraws
+from scalabl.generation.fan_out import Draws, MeanDraws, honours_padding
 from scalabl.generation.scores import sampled_scores, sequence_scores
 from scalabl.runs.loading import load_run
 from scalabl.runs.method import Run, load_method
@@ -111,8 +111,11 @@ def answers_with_samples(
 
     The others are those of `generate`.
     """
-    for prompt in prompts:  # none is refused after others were answered
-        _require_room(run, len(prompt_tokens(run, prompt, chat)), max_new_tokens)
+    tokens = [prompt_tokens(run, prompt, chat) for prompt in prompts]
+    for each in tokens:  # none is refused after others were answered
+        _require_room(run, len(each), max_new_tokens)
+    if not honours_padding(run.model, tokens):
+        batch_size = 1
     same = equivalence(sampling.equivalence) if sampling.number else None
     generation = with_stop_criterion(run.tokenizer, generation)
     torch.manual_seed(seed)

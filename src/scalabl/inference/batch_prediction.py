@@ -23,6 +23,7 @@ from scalabl.inference.predictor import Predictor
 from scalabl.inference.promise import held_out_rows
 from scalabl.inference.settings import PredictionSettings
 from scalabl.runs.record import RunRecord
+from scalabl.scoring.base import cut_rows_sentence
 from scalabl.scoring.scorer import longest_first
 
 
@@ -33,10 +34,12 @@ class FileSummary:
     Attributes:
         answered: how many answers are not null.
         particles: under adaptive N the mean number of particles a row took, else None.
+        cut: a sentence on rows that lost their beginning; None where none did.
     """
 
     answered: int
     particles: float | None
+    cut: str | None = None
 
 
 def predict_file(
@@ -90,7 +93,8 @@ def predict_file(
             if processes.is_main():
                 _write(file, found)
             progress.advance(bar, len(chunk))
-    return FileSummary(**processes.on_main(lambda: asdict(_finish(unfinished, output, order, settings.is_adaptive))))
+    summary = processes.on_main(lambda: asdict(_finish(unfinished, output, order, settings.is_adaptive)))
+    return FileSummary(**summary | {"cut": cut_rows_sentence(encoded, predictor.run.scorer.scoring)})
 
 
 def _identity(directory: Path, rows: Sequence[Example], settings: PredictionSettings) -> str:

@@ -5,6 +5,7 @@ What it takes and gives is the same wherever the model runs: questions as rows, 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -33,7 +34,7 @@ from scalabl.runs.loading import load_adapter, require_base
 from scalabl.runs.method import Run
 from scalabl.runs.models import load_base, require_vocabulary, saved_tokenizer
 from scalabl.runs.record import RECORD, RunRecord
-from scalabl.scoring.base import Encoded, Scoring
+from scalabl.scoring.base import Encoded, Scoring, cut_rows_sentence
 from scalabl.scoring.letters import Letters
 from scalabl.scoring.prefix import SharedPrefix, shared_prefix
 from scalabl.scoring.scorer import Scorer, make_scoring
@@ -284,6 +285,9 @@ class Classifier:
         rows = rows_of(questions, labels)
         with alone(self.scorer.model):  # threads take turns
             encoded = self.predictor.run.encode(rows)
+            cut = cut_rows_sentence(encoded, self.scorer.scoring)
+            if cut is not None:
+                warnings.warn(cut, stacklevel=2)
             if self.scorer.scoring.prefix:
                 used = chosen(self.predictive, self.scorer, encoded, self.predictor.batch_size)
                 self.predictor.prefix = self._shared_prefix if getattr(used, "shares_prefix", False) else None

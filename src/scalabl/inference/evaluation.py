@@ -18,6 +18,7 @@ from scalabl.metrics.uncertainty import apply_temperature, average, fit_temperat
 from scalabl.predictive.adaptive import AdaptivePredictive
 from scalabl.predictive.base import Predictive
 from scalabl.runs.method import Run
+from scalabl.scoring.base import cut_rows_sentence
 from scalabl.tuner.diagnostics import summarize, warnings_of, weights_of
 from scalabl.tuner.layers import prior_of
 
@@ -87,14 +88,20 @@ def method_result(
 ) -> MethodResult:
     """One row of a report."""
     name = predictor.name
-    log_probs = predictor.log_probs(rows, dataset=name)
+    encoded = predictor.run.encode(list(rows))
+    log_probs = predictor.log_probs(rows, encoded, dataset=name)
+    cut = cut_rows_sentence(encoded, predictor.run.scorer.scoring)
     return MethodResult(
         name=name,
         log_probs=log_probs,
         labels=labels_of(rows),
         ood={other: predictor.log_probs(others, dataset=f"{name}: {other}") for other, others in shifted.items()},
         ood_labels={other: labels_of(others) for other, others in shifted.items()},
-        notes=posterior_warnings(predictor.whole_run()) + adaptive_notes(log_probs, predictor.strategy),
+        notes=[
+            *([] if cut is None else [cut]),
+            *posterior_warnings(predictor.whole_run()),
+            *adaptive_notes(log_probs, predictor.strategy),
+        ],
     )
 
 

@@ -194,7 +194,7 @@ class Predictor:
             if dataset is not None:
                 log_probs = log_probabilities(
                     self.run, rows, self.strategy, batch_size=batch_size, description=dataset,
-                    over_ranks=self.over_ranks,
+                    over_ranks=self.over_ranks, encoded=encoded,
                 )  # fmt: skip
             else:
                 encoded = self.run.encode(list(rows)) if encoded is None else encoded
@@ -208,12 +208,14 @@ class Predictor:
     def answers(self, rows: Sequence[Example], encoded: Sequence[Encoded] | None = None) -> Iterator[dict[str, Any]]:
         """One answer a row: id, label, probs (choice -> probability), confidence, entropy, aleatoric, epistemic (nats).
 
-        Under adaptive N also `particles`, how many the answer is averaged over; where auto chose, `predictive`.
+        Under adaptive N also `particles`, how many the answer is averaged over; where auto chose, `predictive`; of a
+        row that lost its beginning, `truncated`.
 
         Args:
             rows: n questions.
             encoded: the same as tokens, where they were encoded before.
         """
+        encoded = self.run.encode(list(rows)) if encoded is None else encoded
         log_probs = self.log_probs(rows, encoded)
         probs, uncertainty, used = average(log_probs), decompose(log_probs), particles_used(log_probs)
         given = self.answered(log_probs)
@@ -230,6 +232,7 @@ class Predictor:
                 "epistemic": uncertainty.epistemic[i].item(),
                 **({"particles": int(used[i])} if self.settings.is_adaptive else {}),
                 **({"predictive": self.settings.chosen} if self.settings.chosen is not None else {}),
+                **({"truncated": True} if encoded[i].dropped else {}),
             }
 
     def answered(self, log_probs: Tensor) -> list[bool]:
@@ -276,22 +279,23 @@ def log_probabilities(
     batch_size: int = 8,
     description: str = "predicting",
     over_ranks: bool = True,
+    encoded: Sequence[Encoded] | None = None,
 ) -> Tensor:
     """(N, n, C) log class probabilities, with a progress bar; several processes share the work and all get them.
 
     Raises:
         UserError: rows that the run's scoring cannot encode.
     """
-    tokens = run.encode(list(rows))
+    tokens = run.encode(list(rows)) if encoded is None else encoded
 
     def with_trunk() -> list[Encoded]:
         return with_stored_trunk(run.scorer, tokens, batch_size=batch_size)
 
-    encoded = processes.first_on_each_machine(with_trunk) if over_ranks else with_trunk()
+    made = processes.first_on_each_machine(with_trunk) if over_ranks else with_trunk()
     with progress_bar() as progress:
-        bar = progress.add_task(description, total=len(encoded), detail="")
+        bar = progress.add_task(description, total=len(made), detail="")
         return predict(
-            run.scorer, encoded, predictive, batch_size=batch_size, advance=lambda n: progress.advance(bar, n),
+            run.scorer, made, predictive, batch_size=batch_size, advance=lambda n: progress.advance(bar, n),
             over_ranks=over_ranks,
         )  # fmt: skip
 

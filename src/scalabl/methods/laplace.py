@@ -24,7 +24,7 @@ from scalabl.methods.saved import SavedMethod
 from scalabl.posterior.draws import standard_normal
 from scalabl.posterior.evidence import best_precision, log_evidence
 from scalabl.predictive.base import Predictive
-from scalabl.predictive.kronecker import KroneckerBlock, gauss_newton, jacobians, recorded
+from scalabl.predictive.kronecker import KroneckerBlock, gauss_newton, jacobians, recorded, require_one_pass
 from scalabl.predictive.lora_particles import lora_matrices
 from scalabl.runs.method import Run
 from scalabl.scoring.base import Batch
@@ -85,6 +85,7 @@ class LinearizedLaplacePredictive:
 
     def logit_distribution(self, scorer: Scorer, batch: Batch) -> tuple[Tensor, Tensor]:
         """Class logits (B, C), -inf for missing choices, and their covariance (B, C, C), 0 there."""
+        require_one_pass(scorer.model, batch)
         with torch.enable_grad(), recorded(scorer.model) as passed:
             class_logits = scorer.class_logits(batch)
             of_weights = jacobians(class_logits, passed)

@@ -52,7 +52,7 @@ from scalabl.predictive.monte_carlo import MonteCarloPredictive, drawn_layers
 from scalabl.predictive.sampling import PREDICTIVES
 from scalabl.scoring.base import Batch, Encoded
 from scalabl.scoring.prefix import shared_prefix
-from scalabl.scoring.scorer import Scorer, batches
+from scalabl.scoring.scorer import Scorer
 from scalabl.tuner.layers import active_adapters, decoder_layers, unwrap
 
 # S. CPU: from N = 10 at batch 1 and 4 of SmolLM2-135M in one batch, 6.4 and 8.5 forwards. CUDA: an H100's arithmetic
@@ -279,7 +279,7 @@ class _Trial:
         self._linear = LinearizedPredictive(seed=auto.seed)
         self._parts = []
         with eval_mode(scorer.model):
-            for indices, chunk in batches(rows, batch_size):
+            for indices, chunk in scorer.batches(rows, batch_size):
                 batch = scorer.with_trunk(scorer.scoring.collate(chunk).to(scorer.device))
                 self._parts.append((indices, *logit_jacobian(scorer, batch, auto.stochastic_layers)))
 

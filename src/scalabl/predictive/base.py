@@ -21,7 +21,7 @@ from scalabl.core.modules import eval_mode
 from scalabl.predictive.monte_carlo import MonteCarloPredictive
 from scalabl.scoring.base import Batch, Encoded
 from scalabl.scoring.prefix import SharedPrefix, shared_prefix
-from scalabl.scoring.scorer import Scorer, batches, longest_first
+from scalabl.scoring.scorer import Scorer, longest_first
 from scalabl.tuner.threads import alone
 
 
@@ -107,7 +107,7 @@ def _predict_here(
         prefix = _prefix(scorer, rows, predictive, prefix)
         if prefix is not None:
             rows = [prefix.cut(row) for row in rows]
-        for indices, chunk in batches(rows, batch_size):
+        for indices, chunk in scorer.batches(rows, batch_size):
             batch = scorer.with_trunk(replace(scorer.scoring.collate(chunk).to(scorer.device), prefix=prefix))
             log_probs = predictive(scorer, batch).float().cpu()
             classes = max(classes, log_probs.shape[-1])
@@ -134,7 +134,7 @@ def _prefix(
     scorer: Scorer, rows: Sequence[Encoded], predictive: Predictive, kept: SharedPrefix | None
 ) -> SharedPrefix | None:
     """What the rows are cut behind: the prefix that was kept if all begin with it, else what these rows share."""
-    if not getattr(predictive, "shares_prefix", False):
+    if not getattr(predictive, "shares_prefix", False) or not scorer.reads_packed(rows):
         return None
     usable = kept is not None and scorer.shares_prefix is not False and all(kept.begins(row) for row in rows)
     prefix = kept if usable else shared_prefix(scorer, rows)

@@ -18,9 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from scalabl.core.errors import UserError
 from scalabl.predictive.lora_particles import lora_matrices, removed_after
 from scalabl.scoring.base import Batch, Encoded
-from scalabl.scoring.scorer import Scorer, batches
+from scalabl.scoring.reading import reads_packed
+from scalabl.scoring.scorer import Scorer
 from scalabl.tuner.threads import own
 
 
@@ -30,6 +32,19 @@ class Recorded:
 
     inputs: Tensor
     outputs: Tensor
+
+
+def require_one_pass(model: nn.Module, batch: Batch) -> None:
+    """Refuse a model that takes a batch in several passes, of other shapes than the batch.
+
+    Raises:
+        UserError: it does.
+    """
+    if not reads_packed(model, batch):
+        raise UserError(
+            "This method takes the curvature of rows under a mask that keeps padding and choices apart, which this "
+            "model does not honour; fit another one, for instance temperature."
+        )
 
 
 @contextmanager
@@ -204,8 +219,9 @@ def gauss_newton(
     outputs = {name: Factor(module.weight.shape[0], rank, device) for name, module in modules.items()}
     log_likelihood = 0.0
     scorer.model.eval()
-    for indices, chunk in batches(rows, batch_size):
+    for indices, chunk in scorer.batches(rows, batch_size):
         batch = scorer.with_trunk(scorer.scoring.collate(chunk).to(device))
+        require_one_pass(scorer.model, batch)
         with torch.enable_grad(), recorded(scorer.model) as passed:
             class_logits = scorer.class_logits(batch)
             gradients = output_gradients(class_logits, likelihood_root(class_logits.detach()), passed)

@@ -26,7 +26,7 @@ from scalabl.core.errors import UserError
 from scalabl.core.modules import check_spec, eval_mode
 from scalabl.predictive.monte_carlo import drawn_layers
 from scalabl.scoring.base import Batch, Encoded
-from scalabl.scoring.scorer import Scorer, batches
+from scalabl.scoring.scorer import Scorer
 from scalabl.tuner.joint import joint_of
 from scalabl.tuner.layers import stochastic_layers
 from scalabl.tuner.state import only, values
@@ -207,7 +207,7 @@ def layer_variances(
     depths = drawn_layers(scorer.model, None)
 
     def jacobians() -> Iterator[dict[str, Tensor]]:
-        for indices, chunk in batches(rows, batch_size):
+        for indices, chunk in scorer.batches(rows, batch_size):
             batch = scorer.with_trunk(scorer.scoring.collate(chunk).to(scorer.device))
             yield logit_jacobian(scorer, batch)[1]
             if advance is not None:

@@ -22,6 +22,7 @@ class Prefix(Protocol):
     """What the rows of a batch stand behind, encoded once a particle (`scalabl.scoring.prefix.SharedPrefix`)."""
 
     length: int
+    batch: Batch
 
     def below(self, scorer: Any, start: int) -> Any: ...
 
@@ -39,6 +40,7 @@ class Encoded:
     answer: int | None
     trunk: Tensor | None = None  # (T, d) the frozen trunk's output, where it is cached
     images: RowImages | None = None
+    dropped: int = 0  # tokens of its beginning that did not fit
 
     def part(self, where: slice | list[int]) -> Self:
         """The row with some of its tokens alone."""
@@ -110,18 +112,23 @@ class Scoring(ABC):
         tokenizer: the base model's.
         chat: put the question through the tokenizer's chat template.
         max_length: longest row in tokens; longer prompts lose their beginning.
+        turn: how an answer stands behind a chat's prompt: as the "template" writes an assistant's turn, or "bare", the
+            way of runs that are older.
     """
 
     name: str
     padding_side = "left"
     shares_prefix = True  # whether rows may stand behind what they all begin with, encoded once
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, chat: bool = False, max_length: int = 512) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, *, chat: bool = False, max_length: int = 512, turn: str = "template"
+    ) -> None:
         if chat and not getattr(tokenizer, "chat_template", None):
             raise UserError("The task asks for a chat template, but the tokenizer has none; leave out --chat.")
         self.tokenizer = tokenizer
         self.chat = chat
         self.max_length = max_length
+        self.turn = turn if chat else "bare"
         self.prefix = ""  # in front of every prompt
 
     def with_prefix(self, text: str) -> Self:
@@ -133,6 +140,11 @@ class Scoring(ABC):
     @abstractmethod
     def settings(self) -> dict[str, Any]:
         """What `make_scoring` needs to build it again, JSON-able."""
+
+    def common_settings(self) -> dict[str, Any]:
+        """The settings of every kind; records of runs that are older lack `turn`."""
+        turn = {"turn": self.turn} if self.chat else {}
+        return {"chat": self.chat, "max_length": self.max_length, **turn}
 
     @abstractmethod
     def encode(self, example: Example) -> Encoded:
@@ -201,15 +213,22 @@ class Scoring(ABC):
             content = f"{self.prefix}{images.reader.marks(len(images.paths))}\n{question}"
         if self.chat:
             message = [{"role": "user", "content": content}]
-            content = through_template(self.tokenizer, message, "The prompt")
+            content = through_template(self.tokenizer, message, "The prompt") + self._opening.before
         if images is not None:
             content = images.reader.expand(content, images.paths, images.row)
-        return list(self.tokenizer(content, add_special_tokens=not self.chat)["input_ids"])
+        if self.chat:
+            return list(self.tokenizer(content, add_special_tokens=False)["input_ids"])
+        return begun_tokens(self.tokenizer, content)
 
     def continuation_ids(self, text: str) -> list[int]:
-        """The tokens of an answer that follows a prompt: after a space, or after the chat template's own turn."""
-        lead, anchor = ("", "\n") if self.chat else (" ", ":")
-        return tokens_behind(self.tokenizer, anchor, lead + text.strip())
+        """The tokens of an answer that follows a prompt: after a space, or as the chat template writes its turn."""
+        if not self.chat:
+            return tokens_behind(self.tokenizer, ":", " " + text.strip())
+        return tokens_behind(self.tokenizer, self._opening.anchor, self._opening.lead + text.strip())
+
+    @cached_property
+    def _opening(self) -> Opening:
+        return opening(self.tokenizer) if self.turn == "template" else Opening()
 
     def clip(self, prompt: list[int], tail: int, images: RowImages | None = None) -> list[int]:
         """Drop the prompt's beginning where the row would be longer than `max_length`, keeping a leading BOS.
@@ -257,17 +276,80 @@ def through_template(
         ) from error
 
 
+def begun_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """The tokens of a text that goes on: with what the tokenizer puts in front of one, without what it puts behind.
+
+    Raises:
+        UserError: there are none, so that nothing could be read behind them.
+    """
+    ids = list(tokenizer(text)["input_ids"])
+    if ids and ids[-1] in (tokenizer.eos_token_id, tokenizer.sep_token_id):
+        framed = list(tokenizer("a")["input_ids"])
+        bare = list(tokenizer("a", add_special_tokens=False)["input_ids"])
+        ends = (n for n in range(len(framed)) if framed[: len(framed) - n][-len(bare) :] == bare)
+        behind = next(ends, 0)
+        ids = ids[: len(ids) - behind]
+    if not ids:
+        raise UserError(f"The prompt {text!r} is empty for this tokenizer; write what is asked.")
+    return ids
+
+
+@dataclass(frozen=True)
+class Opening:
+    """What a chat template writes between the beginning of an assistant's turn and what the assistant says.
+
+    Attributes:
+        before: what the prompt has more, as an empty block of thoughts.
+        lead: white space in front of the answer's first word, which its first token may hold.
+        anchor: what stands before that, for tokens of the answer alone.
+    """
+
+    before: str = ""
+    lead: str = ""
+    anchor: str = "\n"
+
+
+def opening(tokenizer: PreTrainedTokenizerBase) -> Opening:
+    """How a tokenizer's template opens what the assistant says, as training on conversations has it: read off a turn
+    that the template writes. A template that writes no such turn, or in another way than it begins one, has none."""
+    said, question = "a0said0a", {"role": "user", "content": "a0asked0a"}
+    answered = [question, {"role": "assistant", "content": said}]
+    try:
+        begun = through_template(tokenizer, [question], "The prompt")
+        whole = through_template(tokenizer, answered, "The answer", generation=False)
+    except UserError:  # it knows no assistant's turn
+        return Opening()
+    head, found, _ = whole.partition(said)
+    if not found or not head.startswith(begun):
+        return Opening()
+    more = head[len(begun) :]
+    if more.strip():
+        return Opening(before=more, anchor=more[-1])
+    return Opening(lead=more, anchor=begun[-1:] or "\n")
+
+
+def cut_rows_sentence(rows: Sequence[Encoded], scoring: Scoring, kind: str = "rows") -> str | None:
+    """How many rows were cut, and the mend; None where none was."""
+    whole = [len(row.input_ids) + row.dropped for row in rows if row.dropped]
+    if not whole:
+        return None
+    return (
+        f"{len(whole):,} of {len(rows):,} {kind} are longer than {scoring.max_length} tokens and were read without "
+        f"their beginning; --max-length {max(whole)} (max_length in Python) keeps all of them whole."
+    )
+
+
 def tokens_behind(tokenizer: PreTrainedTokenizerBase, anchor: str, text: str) -> list[int]:
     """The tokens of a text that follows another one, of which `anchor` is the end; the two share no token."""
     # behind what ends the prompt: SentencePiece tokenizers put a space of their own in front of a lone text
     before = list(tokenizer(anchor, add_special_tokens=False)["input_ids"])
     together = list(tokenizer(anchor + text, add_special_tokens=False)["input_ids"])
-    if together[: len(before)] == before:
+    if together[: len(before)] == before and len(together) > len(before):
         return together[len(before) :]
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def attention_mask(batch: Batch, dtype: torch.dtype, window: int | None = None) -> Tensor:
+def attention_mask(batch: Batch, dtype: torch.dtype, window: int | None = None, chunk: int | None = None) -> Tensor:
     """(B, 1, T, P + T) additive mask: a token sees the prompt and its own choice, up to itself; behind a shared prefix
     of P tokens, that too.
 
@@ -277,6 +359,7 @@ def attention_mask(batch: Batch, dtype: torch.dtype, window: int | None = None) 
         batch: the rows.
         dtype: the model's.
         window: how many positions a sliding layer sees, the token's own included; None for all.
+        chunk: how many positions stand in one chunk of a chunked layer, which sees no other; None for all.
     """
     segments, positions = batch.segments, batch.position_ids
     rows, length = segments.shape
@@ -291,6 +374,9 @@ def attention_mask(batch: Batch, dtype: torch.dtype, window: int | None = None) 
     if window is not None:
         near = positions[:, :, None] - torch.cat([prefix, positions], dim=1)[:, None, :] < window
         allowed = allowed & near
+    if chunk is not None:
+        of_key = torch.cat([prefix, positions], dim=1)[:, None, :] // chunk
+        allowed = allowed & (of_key == positions[:, :, None] // chunk)
     # a padded position sees itself, so that no row of the softmax is empty
     itself = torch.eye(length, dtype=torch.bool, device=segments.device)
     allowed = allowed | torch.nn.functional.pad(itself, (before, 0))
@@ -300,11 +386,23 @@ def attention_mask(batch: Batch, dtype: torch.dtype, window: int | None = None) 
 
 
 def attention_masks(batch: Batch, dtype: torch.dtype, config: Any) -> Tensor | dict[str, Tensor]:
-    """The mask of a model's layers, or one for each kind of layer where some of them have a sliding window."""
+    """The mask of a model's layers, or one for each kind of layer where some see a window or a chunk alone."""
     whole = attention_mask(batch, dtype)
-    window = getattr(config, "sliding_window", None)
-    if window is None or window >= whole.shape[-1]:
+    kinds = set(getattr(config, "layer_types", None) or ())
+
+    def size(name: str) -> int | None:
+        value = getattr(config, name, None)
+        return None if value is None or value >= whole.shape[-1] else int(value)
+
+    window = size("sliding_window")
+    chunk = size("attention_chunk_size") if "chunked_attention" in kinds else None
+    if window is None and chunk is None:
         return whole
-    sliding = attention_mask(batch, dtype, window)
-    kinds = getattr(config, "layer_types", None)
-    return {kind: sliding if kind == "sliding_attention" else whole for kind in set(kinds)} if kinds else sliding
+    if not kinds:
+        return attention_mask(batch, dtype, window)
+    masks = dict.fromkeys(kinds, whole)
+    if window is not None and "sliding_attention" in kinds:
+        masks["sliding_attention"] = attention_mask(batch, dtype, window)
+    if chunk is not None:
+        masks["chunked_attention"] = attention_mask(batch, dtype, chunk=chunk)
+    return masks

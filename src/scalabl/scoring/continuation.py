@@ -36,8 +36,9 @@ class Continuation(Scoring):
         task_labels: bool = False,
         chat: bool = False,
         max_length: int = 512,
+        turn: str = "template",
     ) -> None:
-        super().__init__(tokenizer, chat=chat, max_length=max_length)
+        super().__init__(tokenizer, chat=chat, max_length=max_length, turn=turn)
         if normalization not in ("sum", "token"):
             raise UserError(f"normalization is {normalization!r}; it must be sum or token.")
         self.normalization = normalization
@@ -48,8 +49,7 @@ class Continuation(Scoring):
             "scoring": self.name,
             "normalization": self.normalization,
             "task_labels": self.task_labels,
-            "chat": self.chat,
-            "max_length": self.max_length,
+            **self.common_settings(),
         }
 
     def prompt(self, example: Example) -> str:
@@ -63,14 +63,16 @@ class Continuation(Scoring):
         if any(not ids for ids in choices):
             raise UserError(f"Row {example.id} has an empty choice; give every choice a text.")
         images = self.images_of(example)
-        prompt = self.clip(self.prompt_ids(self.prompt(example), images), sum(len(ids) for ids in choices), images)
+        whole = self.prompt_ids(self.prompt(example), images)
+        prompt = self.clip(whole, sum(len(ids) for ids in choices), images)
         start = len(prompt)
         input_ids, position_ids, segments = list(prompt), list(range(start)), [0] * start
         for number, ids in enumerate(choices, start=1):
             input_ids += ids
             position_ids += range(start, start + len(ids))
             segments += [number] * len(ids)
-        return Encoded(input_ids, position_ids, segments, len(choices), example.answer, images=images)
+        dropped = len(whole) - len(prompt)
+        return Encoded(input_ids, position_ids, segments, len(choices), example.answer, images=images, dropped=dropped)
 
     def positions(self, batch: Batch) -> tuple[Tensor, Tensor]:
         segments = batch.segments

@@ -40,8 +40,9 @@ class Letters(Scoring):
         raw_prompt: bool = False,
         chat: bool = False,
         max_length: int = 512,
+        turn: str = "template",
     ) -> None:
-        super().__init__(tokenizer, chat=chat, max_length=max_length)
+        super().__init__(tokenizer, chat=chat, max_length=max_length, turn=turn)
         self.labels = tuple(labels) if labels is not None else None
         self.num_letters = num_letters
         self.raw_prompt = raw_prompt
@@ -69,8 +70,7 @@ class Letters(Scoring):
             "labels": list(self.labels) if self.labels is not None else None,
             "num_letters": self.num_letters,
             "raw_prompt": self.raw_prompt,
-            "chat": self.chat,
-            "max_length": self.max_length,
+            **self.common_settings(),
         }
 
     def prompt(self, example: Example) -> str:
@@ -95,9 +95,11 @@ class Letters(Scoring):
                 "take the white space off the prompt's end."
             )
         images = self.images_of(example)
-        ids = self.clip(self.prompt_ids(prompt, images), 0, images)
+        whole = self.prompt_ids(prompt, images)
+        ids = self.clip(whole, 0, images)
         positions, segments = list(range(len(ids))), [0] * len(ids)
-        return Encoded(ids, positions, segments, len(example.choices), example.answer, images=images)
+        dropped = len(whole) - len(ids)
+        return Encoded(ids, positions, segments, len(example.choices), example.answer, images=images, dropped=dropped)
 
     def positions(self, batch: Batch) -> tuple[Tensor, Tensor]:
         rows = torch.arange(len(batch), device=batch.input_ids.device)

@@ -72,7 +72,6 @@ class SharedPrefix:
         """The prefix's keys and values below layer `start`, where all particles agree."""
         trunk = scorer.trunk
         if trunk is not None and trunk.start_of(self.batch) < start:
-            trunk.check_once(scorer.model, self.batch, start)
             cache = DynamicCache()
             hidden = trunk.encode(scorer.model, self.batch, start, cache)
             self._below |= _keys_values(cache)
@@ -130,6 +129,8 @@ def shared_prefix(scorer: Scorer, rows: Sequence[Encoded]) -> SharedPrefix | Non
     length = min(common_length(rows), *(row.segments.count(0) - 1 for row in rows))
     mean = sum(len(row.input_ids) for row in rows) / len(rows)
     if length < max(LEAST, LEAST_SHARE * mean):
+        return None
+    if not scorer.reads_packed(rows):
         return None
     prefix = SharedPrefix(scorer, rows[0].part(slice(length)))
     return prefix if agrees(scorer, prefix, rows[0]) else None

@@ -16,6 +16,7 @@ from scalabl.scoring.base import Batch, Encoded, Scoring
 from scalabl.scoring.continuation import Continuation, choice_log_likelihoods
 from scalabl.scoring.head import Head
 from scalabl.scoring.letters import Letters
+from scalabl.scoring.reading import reads_packed
 from scalabl.scoring.text import Text
 from scalabl.scoring.trunk import Trunk, token_logits
 from scalabl.tuner.layers import reads_images
@@ -66,23 +67,34 @@ class Scorer:
         Args:
             batch: the rows, of one particle.
             start: the layer; None for the lowest adapted one. A batch that begins there or above is left as it is, and
-                so is every batch without a trunk.
-
-        Raises:
-            UserError: the architecture cannot resume in the middle.
+                so is every batch without a trunk, or of a model that cannot resume in the middle.
         """
+        reads_packed(self.model, batch)  # tried here, where no particles and hooks are
         trunk = self.trunk
         if trunk is None:
             return batch
         start = trunk.depth if start is None else start
         if trunk.start_of(batch) >= start:
             return batch
-        if batch.prefix is None:
-            trunk.check_once(self.model, batch.select(torch.zeros(1, dtype=torch.long)), start)
-            cache = None
-        else:
-            cache = batch.prefix.below(self, start)
+        first = batch.select(torch.zeros(1, dtype=torch.long)) if batch.prefix is None else batch.prefix.batch
+        if not trunk.resumes(self.model, first, start):
+            return batch
+        cache = None if batch.prefix is None else batch.prefix.below(self, start)
         return replace(batch, trunk=trunk.encode(self.model, batch, start, cache), start=start)
+
+    def batches(self, rows: Sequence[Encoded], size: int) -> Iterator[tuple[list[int], list[Encoded]]]:
+        """Rows in batches of like length, longest first, with their indices; how the model reads them is tried."""
+        order = longest_first(rows)
+        if order:
+            self.reads_packed(rows)
+        for start in range(0, len(order), size):
+            indices = order[start : start + size]
+            yield indices, [rows[i] for i in indices]
+
+    def reads_packed(self, rows: Sequence[Encoded]) -> bool:
+        """Whether the model reads rows of this length as they are packed here."""
+        longest = max(rows, key=lambda row: len(row.input_ids))
+        return reads_packed(self.model, self.scoring.collate([replace(longest, trunk=None)]).to(self.device))
 
     def check_packing(self, encoded: Encoded) -> None:
         """Refuse a model that does not honour the mask which keeps the choices of one row apart, or whose images are
@@ -146,14 +158,6 @@ def longest_first(rows: Sequence[Encoded]) -> list[int]:
     return sorted(range(len(rows)), key=lambda i: -len(rows[i].input_ids))
 
 
-def batches(rows: Sequence[Encoded], size: int) -> Iterator[tuple[list[int], list[Encoded]]]:
-    """Rows in batches of like length, longest first, with their indices."""
-    order = longest_first(rows)
-    for start in range(0, len(order), size):
-        indices = order[start : start + size]
-        yield indices, [rows[i] for i in indices]
-
-
 @torch.no_grad()
 def gap_to_own_reading(model: nn.Module, batch: Batch) -> float:
     """How far the logits behind a row's prompt are from those that the model gives with masks and positions of its
@@ -175,7 +179,9 @@ def gap_to_own_reading(model: nn.Module, batch: Batch) -> float:
 
 
 def make_scoring(settings: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> Scoring:
-    """The scoring that `Scoring.settings()` described."""
+    """The scoring that `Scoring.settings()` described, by this version or an older one."""
     kinds: dict[str, type[Scoring]] = {"letters": Letters, "continuation": Continuation, "text": Text, "head": Head}
     arguments = dict(settings)
+    if arguments.get("chat"):
+        arguments.setdefault("turn", "bare")
     return kinds[arguments.pop("scoring")](tokenizer, **arguments)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from scalabl.core.errors import UserError
 from scalabl.data.text_rows import ASSISTANT, Message, TextRow, Words
-from scalabl.scoring.base import Batch, Encoded, Scoring, tokens_behind
+from scalabl.scoring.base import Batch, Encoded, Opening, Scoring, tokens_behind
 from scalabl.scoring.conversation import conversation_tokens, rendered, require_template
 
 IGNORED = -100  # the label of a token that is not trained on
@@ -20,11 +21,14 @@ IGNORED = -100  # the label of a token that is not trained on
 
 @dataclass(frozen=True)
 class EncodedText(Encoded):
-    """One row of text as tokens. `labels` are the trained tokens, `IGNORED` elsewhere; the first token never is one.
-    `cut` says whether the beginning was dropped."""
+    """One row of text as tokens. `labels` are the trained tokens, `IGNORED` elsewhere; the first token never is one."""
 
     labels: tuple[int, ...] = ()
-    cut: bool = False
+
+    @property
+    def cut(self) -> bool:
+        """Whether the beginning was dropped."""
+        return self.dropped > 0
 
     @property
     def trained(self) -> int:
@@ -79,8 +83,14 @@ class Text(Scoring):
         ids, trained = self._tokens(row)
         labels = [token if mark else IGNORED for token, mark in zip(ids, trained, strict=True)]
         labels[0] = IGNORED  # nothing predicts it
-        ids, labels, cut = self._cut(row, ids, labels)
-        return EncodedText(ids, list(range(len(ids))), [0] * len(ids), 1, None, labels=tuple(labels), cut=cut)
+        whole = len(ids)
+        ids, labels = self._cut(row, ids, labels)
+        positions, segments = list(range(len(ids))), [0] * len(ids)
+        return EncodedText(ids, positions, segments, 1, None, dropped=whole - len(ids), labels=tuple(labels))
+
+    @cached_property
+    def _opening(self) -> Opening:
+        return Opening()  # a completion is trained on and generated with all that the template opens it with
 
     def positions(self, batch: Batch) -> tuple[Tensor, Tensor]:
         rows, columns = torch.nonzero(_labels(batch)[:, 1:] != IGNORED, as_tuple=True)
@@ -120,11 +130,11 @@ class Text(Scoring):
             answer = [*answer, end]
         return given + answer, [False] * len(given) + [True] * len(answer)
 
-    def _cut(self, row: TextRow, ids: list[int], labels: list[int]) -> tuple[list[int], list[int], bool]:
+    def _cut(self, row: TextRow, ids: list[int], labels: list[int]) -> tuple[list[int], list[int]]:
         """Drop the beginning of a row that is longer than `max_length`, but for a leading BOS."""
         over = len(ids) - self.max_length
         if over <= 0:
-            return ids, labels, False
+            return ids, labels
         last = _last_span(labels)
         if over >= last:
             raise UserError(
@@ -134,7 +144,7 @@ class Text(Scoring):
         kept = 1 if ids[0] == self.tokenizer.bos_token_id else 0
         labels = labels[:kept] + labels[over + kept :]
         labels[0] = IGNORED
-        return ids[:kept] + ids[over + kept :], labels, True
+        return ids[:kept] + ids[over + kept :], labels
 
 
 def _last_span(labels: Sequence[int]) -> int:

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,10 +21,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import Cache
 
-from scalabl.core.errors import UserError
-from scalabl.scoring.base import Batch, attention_masks
-from scalabl.scoring.images import image_inputs
-from scalabl.tuner.layers import decoder_layers, depths, sequence_classifier, unwrap
+from scalabl.core.errors import UserError, first_line
+from scalabl.scoring.base import Batch
+from scalabl.scoring.reading import packed_logits, plain_logits, reads_packed, turns
+from scalabl.tuner.layers import decoder_layers, depths, sequence_classifier
 from scalabl.tuner.threads import alone, own
 
 
@@ -75,7 +76,7 @@ class Trunk:
     def __init__(self, model: nn.Module) -> None:
         self.layers = decoder_layers(model)
         self.depth = lowest_adapted_layer(model, self.layers)
-        self._checked: set[int] = set()
+        self._resumes: dict[int, bool] = {}
         self._outputs: int | None = None  # of a layer that returns a tuple
 
     def start_of(self, batch: Batch) -> int:
@@ -94,6 +95,26 @@ class Trunk:
             start: a decoder layer, or their number for what follows them; `depth` if None.
             cache: keys and values of what stands before the rows.
         """
+        start = self.depth if start is None else start
+        if reads_packed(model, batch):
+            return self._entering(
+                model, start, lambda: token_logits(model, batch, self, cache=cache), batch.trunk is None
+            )
+        found: Tensor | None = None
+        for number, turn in turns(batch, model):
+            before = nullcontext() if batch.trunk is None else self.resume(model, turn.of(batch.trunk), batch.start)
+            with before:
+                run = partial(model, **turn.inputs(model, batch))
+                hidden = self._entering(model, start, run, batch.trunk is None)
+            if found is None:
+                found = hidden.new_zeros(*batch.input_ids.shape, hidden.shape[-1])
+            rows, columns = ((batch.segments == 0) | (batch.segments == number)).nonzero(as_tuple=True)
+            found[rows, columns] = hidden[rows, turn.place[rows, columns]]
+        assert found is not None
+        return found
+
+    def _entering(self, model: nn.Module, start: int, run: Callable[[], object], whole: bool) -> Tensor:
+        """What enters layer `start` in a pass of the model, which goes no further; `whole`: from the lowest layer."""
         reached: list[Tensor] = []
 
         def stop(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -103,13 +124,12 @@ class Trunk:
         def see(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
             self._outputs = len(output) if isinstance(output, tuple) else None
 
-        start = self.depth if start is None else start
         after = self.layers[start] if start < len(self.layers) else final_norm(model)
         handles = [after.register_forward_pre_hook(own(stop), with_kwargs=True)]
-        if batch.trunk is None and start > 0:
+        if whole and start > 0:
             handles.append(self.layers[0].register_forward_hook(own(see)))
         try:
-            token_logits(model, batch, self, cache=cache)
+            run()
         except _Reached:
             pass
         finally:
@@ -139,17 +159,27 @@ class Trunk:
         start = self.depth if start is None else start
         with torch.no_grad():
             whole = token_logits(model, batch, self).float()
-            resumed_at = replace(batch, trunk=self.encode(model, batch, start), start=start)
-            resumed = token_logits(model, resumed_at, self).float()
+            try:
+                resumed_at = replace(batch, trunk=self.encode(model, batch, start), start=start)
+                resumed = token_logits(model, resumed_at, self).float()
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # layers that take or give other things than hidden states
+                why = first_line(error)
+                raise UserError(f"This architecture cannot resume from a cached trunk ({why}).") from error
         gap = ((whole - resumed).abs().max() / whole.std()).item()
         if not gap <= tolerance * (1 if whole.dtype == torch.float32 else 50):
             raise UserError(f"This architecture cannot resume from a cached trunk (logits differ by {gap:.2g} std).")
-        self._checked.add(start)
+        self._resumes[start] = True
 
-    def check_once(self, model: nn.Module, batch: Batch, start: int) -> None:
-        """`check` of a layer above the frozen ones, unless this trunk has passed it; the model at its mean."""
-        if start > self.depth and start not in self._checked:
-            self.check(model, batch, start)
+    def resumes(self, model: nn.Module, batch: Batch, start: int) -> bool:
+        """Whether the model gives the same logits from this layer on, tried once, with the model at its mean."""
+        if start not in self._resumes and start > 0:
+            try:
+                self.check(model, batch, start)
+            except UserError:
+                self._resumes[start] = False
+        return self._resumes.get(start, True)
 
 
 def lowest_adapted_layer(model: nn.Module, layers: nn.ModuleList) -> int:
@@ -169,7 +199,8 @@ def final_norm(model: nn.Module) -> nn.Module:
     Raises:
         UserError: there is none by a known name.
     """
-    named = [(name, m) for name, m in model.named_modules() if re.search(r"(^|\.)(norm|ln_f|final_layernorm)$", name)]
+    known = re.compile(r"(^|\.)(norm|ln_f|norm_f|final_layernorm|embedding_norm)$")
+    named = [(name, m) for name, m in model.named_modules() if known.search(name)]
     if not named:
         raise UserError("This model has no final normalisation by a known name; adapt at least one decoder layer.")
     return named[-1][1]
@@ -195,45 +226,16 @@ def token_logits(
     Returns:
         (M, V), or (B, keep, V) without positions; (B, C) of a head.
     """
-    inner = unwrap(model)
-    resume = nullcontext() if trunk is None or batch.trunk is None else trunk.resume(model, batch.trunk, batch.start)
-    if sequence_classifier(inner) is not None:
-        with resume:
+    if sequence_classifier(model) is not None:
+        with nullcontext() if trunk is None or batch.trunk is None else trunk.resume(model, batch.trunk, batch.start):
             of_head: Tensor = model(input_ids=batch.input_ids, attention_mask=(batch.segments >= 0).long()).logits
         return of_head
-    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-    output_layer = inner.get_output_embeddings()  # type: ignore[operator]
-    at = None
-    if positions is not None:
-        at = (positions[0], positions[1] - (batch.input_ids.shape[1] - batch.keep))
-    # an adapted output layer has to see which row a token belongs to
-    early = type(output_layer) is torch.nn.Linear
-    gather = nullcontext() if at is None or not early else output_layer.register_forward_pre_hook(own(_Gather(at)))
-    with resume, gather:
-        logits: Tensor = model(
-            input_ids=batch.input_ids,
-            attention_mask=attention_masks(batch, dtype, _text_config(inner)),
-            logits_to_keep=batch.keep,
-            past_key_values=cache,
-            use_cache=cache is not None,
-            **{"position_ids": batch.position_ids, **image_inputs(inner, batch)},
-        ).logits
-    if at is None:
-        return logits
-    return logits[0] if early else logits[at]
 
+    def resume(hidden: Tensor) -> AbstractContextManager[None]:
+        assert trunk is not None
+        return trunk.resume(model, hidden, batch.start)
 
-class _Gather:
-    """Hook in front of the output layer: hidden states (B, keep, d) -> (1, M, d)."""
-
-    def __init__(self, at: tuple[Tensor, Tensor]) -> None:
-        self.at = at
-
-    def __call__(self, _module: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
-        return (args[0][self.at][None],)
-
-
-def _text_config(model: torch.nn.Module) -> Any:
-    """The configuration of the language model, inside a multimodal one too."""
-    config: Any = model.config
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
+    if not reads_packed(model, batch):
+        return plain_logits(model, batch, positions, None if trunk is None else resume)
+    with nullcontext() if trunk is None or batch.trunk is None else resume(batch.trunk):
+        return packed_logits(model, batch, positions, cache)

@@ -24,7 +24,7 @@ from scalabl.core.console import progress_bar
 from scalabl.core.files import cache_directory, writing
 from scalabl.core.modules import eval_mode
 from scalabl.scoring.base import Encoded
-from scalabl.scoring.scorer import Scorer, batches
+from scalabl.scoring.scorer import Scorer
 
 LARGEST = 4 * 2**30  # bytes of one store, over which every layer is run every time
 ALL_STORES = 16 * 2**30  # bytes of all stores, over which the least recently used go
@@ -33,23 +33,22 @@ ALL_STORES = 16 * 2**30  # bytes of all stores, over which the least recently us
 def with_stored_trunk(
     scorer: Scorer, rows: Sequence[Encoded], *, batch_size: int = 8, description: str = "frozen layers, once"
 ) -> list[Encoded]:
-    """The rows with the trunk's output, from disk or computed now; unchanged where there is no trunk to share.
+    """The rows with the trunk's output, from disk or computed now; unchanged where there is no trunk to share, or where
+    the architecture cannot resume from it.
 
     Args:
         scorer: the model with its trunk.
         rows: encoded rows.
         batch_size: rows at a time, where it has to be computed.
         description: what the progress bar says.
-
-    Raises:
-        UserError: the architecture cannot resume from a trunk.
     """
     trunk = scorer.trunk
     dtype = next(p.dtype for p in scorer.model.parameters() if p.is_floating_point())
     size = sum(len(row.input_ids) for row in rows) * scorer.model.config.get_text_config().hidden_size * dtype.itemsize
     if trunk is None or trunk.depth == 0 or size > LARGEST or not rows:
         return list(rows)
-    trunk.check(scorer.model, scorer.scoring.collate(rows[:2]).to(scorer.device))
+    if not trunk.resumes(scorer.model, scorer.scoring.collate(rows[:2]).to(scorer.device), trunk.depth):
+        return list(rows)
     path = cache_directory() / "trunks" / f"{_key(scorer, rows, dtype)}.safetensors"
     hidden = _read(path)
     if hidden is None:
@@ -67,7 +66,7 @@ def _compute(scorer: Scorer, rows: Sequence[Encoded], batch_size: int, descripti
     parts: list[Tensor] = [torch.empty(0)] * len(rows)
     with eval_mode(scorer.model), progress_bar() as progress:
         bar = progress.add_task(description, total=len(rows), detail="")
-        for indices, chunk in batches(rows, batch_size):
+        for indices, chunk in scorer.batches(rows, batch_size):
             batch = scorer.scoring.collate(chunk)
             output = scorer.trunk.encode(scorer.model, batch.to(scorer.device)).cpu()
             for index, segments, values in zip(indices, batch.segments, output, strict=True):

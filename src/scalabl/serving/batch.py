@@ -296,9 +296,10 @@ def write_answers(answers: Sequence[str], path: Path, format: str) -> Receipt:
         if format == "parquet":
             types = {
                 "id": pa.string(), "label": pa.string(), "probs": pa.map_(pa.string(), pa.float64()),
-                "particles": pa.int64(), "predictive": pa.string(),
+                "particles": pa.int64(), "predictive": pa.string(), "truncated": pa.bool_(),
             }  # fmt: skip
-            schema = pa.schema([(name, types.get(name, pa.float64())) for name in made[0]])
+            names = dict.fromkeys(name for answer in made for name in answer)  # not every row is truncated
+            schema = pa.schema([(name, types.get(name, pa.float64())) for name in names])
             rows = [answer | {"probs": [*answer["probs"].items()]} for answer in made]
             pq.write_table(pa.Table.from_pylist(rows, schema), unfinished)
         else:

@@ -29,7 +29,8 @@ from scalabl.runs.method import TrainedMethod, load_method
 from scalabl.runs.models import embedded_directory, load_base, load_tokenizer
 from scalabl.runs.record import CHOICES, LANGUAGE, RECORD, RowCounts, RunRecord, TaskFacts
 from scalabl.runs.settings import OptimisationSettings, Settings
-from scalabl.scoring.base import Encoded, Scoring
+from scalabl.scoring.base import Encoded, Scoring, cut_rows_sentence
+from scalabl.scoring.reading import remember_reading
 from scalabl.scoring.scorer import Scorer
 from scalabl.scoring.trunk import Trunk
 from scalabl.scoring.trunk_store import with_stored_trunk
@@ -157,6 +158,7 @@ def _train(
     if not output.is_dir():
         raise UserError(f"{output} is not seen by every machine; give a directory on a file system that they share.")
     rows_of_run = [scoring.encode(row) for row in rows.train]
+    cut = [] if isinstance(task, TextTask) else cut_rows_warning(rows_of_run, scoring)
     if isinstance(task, TextTask):
         record = replace(record, tokens=token_counts(rows_of_run))
     encoded = processes.first_on_each_machine(lambda: with_stored_trunk(Scorer(adapted, scoring, trunk), rows_of_run))
@@ -171,12 +173,18 @@ def _train(
         if beside:
             with writing(output / f"{settings.method}.safetensors") as unfinished:
                 save_file(beside, unfinished, metadata={"adapter_sha256": digest})
-        finished = replace(record, status="finished", adapter_sha256=digest, warnings=unconverged(log))
+        finished = replace(record, status="finished", adapter_sha256=digest, warnings=cut + unconverged(log))
         finished.write(output)
         shutil.rmtree(output / "checkpoints", ignore_errors=True)
         return finished
 
     return RunRecord.of_main(finish)
+
+
+def cut_rows_warning(rows: Sequence[Encoded], scoring: Scoring) -> list[str]:
+    """What a run's record says of training rows that lost their beginning."""
+    sentence = cut_rows_sentence(rows, scoring, "training rows")
+    return [] if sentence is None else [sentence]
 
 
 def record_of(
@@ -224,6 +232,8 @@ def optimise(
     settings: Settings, output: Path, model: PeftModel, scoring: Scoring, trunk: Trunk | None, rows: list[Encoded]
 ) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
     """Train, from the last checkpoint if there is one: the log, and what the method leaves beside the adapter."""
+    # tried once, of the longest row, while the model is whole
+    remember_reading(model, *processes.on_main(lambda: _reading(Scorer(model, scoring), rows)))
     arguments = TrainingArguments(
         output_dir=str(output / "checkpoints"),
         max_steps=settings.optimisation.steps,
@@ -281,6 +291,10 @@ def optimise(
         raise Interrupted(f"stopped at step {trainer.state.global_step} of {settings.optimisation.steps}")
     log = [{k: v for k, v in entry.items() if isinstance(v, int | float)} for entry in trainer.state.log_history]
     return log, method.beside(trainer)
+
+
+def _reading(scorer: Scorer, rows: list[Encoded]) -> tuple[bool, int]:
+    return scorer.reads_packed(rows), max(len(row.input_ids) for row in rows)
 
 
 def _checkpoint_to_resume(output: Path, dropout: bool) -> str | None:

@@ -184,7 +184,8 @@ def beside_layers(model: nn.Module) -> str:
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The model's list of decoder (or encoder) layers: its (language side's) longest ModuleList of like modules; the
+    """The model's list of decoder (or encoder) layers: its (language side's) longest ModuleList of like modules, or of
+    as many as the configuration has layers, where these are of several kinds (attention and state spaces); the
     decoder's where it has both.
 
     Raises:
@@ -203,7 +204,9 @@ def _stacks(model: nn.Module) -> list[nn.Module]:
 
 
 def _layers_of(stack: nn.Module) -> nn.ModuleList:
-    lists = [m for m in stack.modules() if isinstance(m, nn.ModuleList) and len({type(x) for x in m}) == 1]
+    lists = [m for m in stack.modules() if isinstance(m, nn.ModuleList) and len(m)]
+    number = getattr(getattr(unwrap(stack), "config", None), "num_hidden_layers", None)
+    lists = [m for m in lists if len({type(x) for x in m}) == 1 or len(m) == number]
     if not lists:
         raise UserError("This model has no list of decoder layers, so nothing can be told about their depth.")
     most = max(map(len, lists))

@@ -46,6 +46,21 @@ def mean(model: nn.Module) -> AbstractContextManager[None]:
     return _state(model, lambda _name, _leaf: "mean", "mean")
 
 
+@contextmanager
+def mean_of_any(model: nn.Module) -> Iterator[None]:
+    """`mean` of whatever posteriors the model has, of any adapter and of none."""
+    leaves = [module for module in model.modules() if isinstance(module, StochasticProjection)]
+    scope = Scope()
+    try:
+        for leaf in leaves:
+            leaf.enter(scope, "mean")
+        yield
+    finally:
+        scope.is_open = False
+        for leaf in leaves:
+            leaf.leave(scope)
+
+
 def sample(model: nn.Module) -> AbstractContextManager[None]:
     """Context in which every row of every pass carries a fresh draw, while predicting too."""
     return _state(model, lambda _name, _leaf: "sample", "sample")

@@ -35,7 +35,7 @@ from scalabl.posterior.joint import JointGaussian
 from scalabl.predictive.kronecker import likelihood_root
 from scalabl.predictive.linearized import logit_jacobian
 from scalabl.scoring.base import Encoded
-from scalabl.scoring.scorer import Scorer, batches
+from scalabl.scoring.scorer import Scorer
 from scalabl.tuner.diagnostics import weights_of
 from scalabl.tuner.layers import stochastic_layers
 
@@ -82,7 +82,7 @@ def gauss_newton(
     _require_memory(size)
     matrix, log_likelihood = torch.zeros(size, size, dtype=torch.float64), 0.0
     with eval_mode(scorer.model):
-        for indices, chunk in batches(rows, batch_size):
+        for indices, chunk in scorer.batches(rows, batch_size):
             batch = scorer.with_trunk(scorer.scoring.collate(chunk).to(scorer.device))
             logits, jacobians = logit_jacobian(scorer, batch)
             jacobian = torch.cat(list(jacobians.values()), dim=-1).double()

@@ -38,7 +38,7 @@ from scalabl.training.monitors import finite
 from scalabl.training.posthoc.laplace import fit_laplace, used_components
 from scalabl.training.posthoc.settings import PosthocSettings, SourceAdapter, refuse_options
 from scalabl.training.posthoc.svd import scalabl_config, scalabl_tensors
-from scalabl.training.run import LOG, optimise, record_of
+from scalabl.training.run import LOG, cut_rows_warning, optimise, record_of
 from scalabl.tuner.config import SUPPORTED_LORA_OPTIONS, ScalaBLConfig
 from scalabl.tuner.diagnostics import unconverged
 from scalabl.tuner.joint import save_joint, set_joint
@@ -120,6 +120,7 @@ def _build(
     counts = RowCounts(train=len(rows), validation=len(held_out))
     begun = record_of(training, task, labels, counts, scoring, nll, model, config.base_fingerprint)
     fitted = fit(source, scorer, encoded, settings, directory)
+    fitted["warnings"] = cut_rows_warning(encoded, scoring) + fitted.get("warnings", [])
     record = replace(begun, **fitted, status="finished", adapter_sha256=sha256(directory / ADAPTER))
     if saved_tokenizer(source.directory) is not None:  # it is read beside the new adapter too
         tokenizer.save_pretrained(str(directory))

@@ -1,0 +1,320 @@
+"""How a model reads rows: packed, under a mask of ours, or plainly, as it reads them itself; and which, tried on it.
+
+Packed: rows padded on the left, the choices of a question behind their prompt, kept apart by the mask.
+
+Plain: no mask at all. What is causal sees nothing that stands behind it, so padding stands on the right, and a question
+takes a pass for each of its choices: convolutions, state spaces, linear attention and positions that are counted by
+columns read such a row as they read it alone. All passes of a question share one draw of its noise.
+
+A row whose choices stand behind each other, beside a shorter row that is padded, is compared with what the model says
+of each choice alone, at the length that the rows have: windows, chunks and biases that go by columns show themselves
+there. A model that differs, or takes no such mask, is read plainly, which is as right and slower; one that differs
+there too is refused.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache
+
+from scalabl.core.errors import UserError
+from scalabl.core.modules import eval_mode
+from scalabl.scoring.base import Batch, attention_masks
+from scalabl.scoring.images import image_inputs
+from scalabl.tuner.layers import sequence_classifier, unwrap
+from scalabl.tuner.state import mean_of_any
+from scalabl.tuner.threads import own
+
+# of the logits' spread: what rounding comes to behind some tens of layers
+TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
+TOLERANCE_OF_16_BITS = 5e-2
+LEAST = 32  # tokens of the rows that are tried
+
+At = tuple[Tensor, Tensor]  # rows (M,) and columns (M,)
+Resume = Callable[[Tensor], AbstractContextManager[None]]
+
+
+def packed_logits(model: nn.Module, batch: Batch, positions: At | None, cache: Cache | None = None) -> Tensor:
+    """Logits (M, V) at some of the last `batch.keep` positions, or (B, keep, V) at all of these, with our mask."""
+    inner = unwrap(model)
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    at = None if positions is None else (positions[0], positions[1] - batch.input_ids.shape[1])
+    return _logits(
+        model,
+        at,
+        input_ids=batch.input_ids,
+        attention_mask=attention_masks(batch, dtype, text_config(inner)),
+        logits_to_keep=batch.keep,
+        past_key_values=cache,
+        use_cache=cache is not None,
+        **{"position_ids": batch.position_ids, **image_inputs(inner, batch)},
+    )
+
+
+def plain_logits(model: nn.Module, batch: Batch, positions: At | None, resume: Resume | None = None) -> Tensor:
+    """The same logits as the model itself gives them for each choice behind its prompt.
+
+    Args:
+        model: a causal language model.
+        batch: the rows.
+        positions: rows (M,) and columns (M,); the last `batch.keep` columns of all rows if None.
+        resume: where the batch has a trunk: hidden states -> a context in which the model begins at them.
+
+    Raises:
+        UserError: a row has images, whose positions are known for packed rows alone.
+    """
+    if batch.images is not None:
+        raise UserError("This model keeps the choices of a row with images not apart; use rows without images.")
+    rows, columns = _last(batch) if positions is None else positions
+    # the prompt's last token says the same in every pass
+    turn_of = batch.segments[rows, columns].clamp_min(1)
+    found, places = [], []
+    for number, turn in turns(batch, model):
+        here = (turn_of == number).nonzero()[:, 0]
+        if not len(here):
+            continue
+        at = (rows[here], turn.place[rows[here], columns[here]] - turn.columns.shape[1])
+        begin = nullcontext() if batch.trunk is None or resume is None else resume(turn.of(batch.trunk))
+        with begin:
+            found.append(_logits(model, at, **turn.inputs(model, batch, -int(at[1].min()))))
+        places.append(here)
+    logits = torch.cat(found)[torch.cat(places).argsort()]
+    return logits if positions is not None else logits.unflatten(0, (len(batch), -1))
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One plain pass: every row's prompt and one of its choices, in front of the padding.
+
+    Attributes:
+        columns: (B, L) where the tokens stand in the batch.
+        real: (B, L) which of them are tokens of this turn, not padding.
+        place: (B, T) where a column of the batch stands here.
+    """
+
+    columns: Tensor
+    real: Tensor
+    place: Tensor
+
+    def of(self, values: Tensor) -> Tensor:
+        """What belongs to the columns of the batch, (B, T, ...), in this turn's order."""
+        rows = torch.arange(len(values), device=values.device)[:, None]
+        return values[rows, self.columns]
+
+    def inputs(self, model: nn.Module, batch: Batch, keep: int = 1) -> dict[str, Any]:
+        """Keywords of the model's forward pass, with logits of the last `keep` positions."""
+        takes = inspect.signature(_base(model).forward).parameters
+        kept = {"logits_to_keep": keep} if "logits_to_keep" in takes else {}
+        return {"input_ids": self.of(batch.input_ids), "use_cache": False, **kept}
+
+
+def turns(batch: Batch, model: nn.Module) -> Iterator[tuple[int, Turn]]:
+    """The plain passes of a batch by the numbers of their choices, each beginning with the same state of noise."""
+    segments = batch.segments
+    wanted = [(segments == 0) | (segments == k) for k in range(1, max(1, int(segments.max())) + 1)]
+    length = max(int(mask.sum(dim=1).max()) for mask in wanted)  # the same for all: then so are their draws
+    device = next(model.parameters()).device
+    noise = _noise(device)
+    for number, mask in enumerate(wanted, start=1):
+        if number > 1:
+            _set_noise(device, noise)
+        columns = (~mask).long().argsort(dim=1, stable=True)[:, :length]
+        yield number, Turn(columns, mask.gather(1, columns), (mask.cumsum(dim=1) - 1).clamp_min(0))
+
+
+def _noise(device: torch.device) -> tuple[Tensor, Tensor | None]:
+    own = None if device.type in ("cpu", "meta") else getattr(torch, device.type).get_rng_state()
+    return torch.get_rng_state(), own
+
+
+def _set_noise(device: torch.device, state: tuple[Tensor, Tensor | None]) -> None:
+    torch.set_rng_state(state[0])
+    if state[1] is not None:
+        getattr(torch, device.type).set_rng_state(state[1])
+
+
+def _last(batch: Batch) -> At:
+    """The last `keep` columns of every row, row by row."""
+    rows, length = batch.input_ids.shape
+    columns = torch.arange(length - batch.keep, length, device=batch.input_ids.device)
+    return torch.arange(rows, device=columns.device).repeat_interleave(batch.keep), columns.repeat(rows)
+
+
+def _logits(model: nn.Module, at: At | None, **inputs: Any) -> Tensor:
+    """Logits (M, V) at rows and columns counted from the end (-1 the last); all that the model gives if None."""
+    output_layer = unwrap(model).get_output_embeddings()  # type: ignore[operator]
+    # an adapted output layer has to see which row a token belongs to
+    early = type(output_layer) is nn.Linear
+    gather = nullcontext() if at is None or not early else output_layer.register_forward_pre_hook(own(_Gather(at)))
+    with gather:
+        logits: Tensor = model(**inputs).logits
+    if at is None:
+        return logits
+    return logits[0] if early else logits[at]
+
+
+class _Gather:
+    """Hook in front of the output layer: hidden states (B, keep, d) -> (1, M, d)."""
+
+    def __init__(self, at: At) -> None:
+        self.at = at
+
+    def __call__(self, _module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
+        return (args[0][self.at][None],)
+
+
+def text_config(model: nn.Module) -> Any:
+    """The configuration of the language model, inside a multimodal one too."""
+    config: Any = model.config
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a model reads rows.
+
+    Attributes:
+        packed: whether the choices of a row may stand behind each other; else they are read one by one.
+        length: up to how many tokens of a row that is known.
+    """
+
+    packed: bool
+    length: int
+
+
+_known: WeakKeyDictionary[nn.Module, Reading] = WeakKeyDictionary()
+
+
+def remember_reading(model: nn.Module, packed: bool, length: int) -> None:
+    """Take over what another process has found out of the same model, up to rows of this length."""
+    _known.setdefault(_base(model), Reading(packed, length))
+
+
+def reads_packed(model: nn.Module, batch: Batch) -> bool:
+    """Whether these rows can be read packed; tried where the model has not met rows of their length.
+
+    Raises:
+        UserError: the model reads a row otherwise when others stand beside it.
+    """
+    known = _known.get(_base(model))
+    # rows behind a prefix were whole rows when they were tried; what images need is checked by `Scorer`; a head's rows
+    # are under Transformers' own mask
+    if (
+        batch.prefix is not None
+        or batch.images is not None
+        or batch.input_ids.is_meta
+        or sequence_classifier(model) is not None
+    ):
+        return True
+    length = batch.input_ids.shape[1]
+    if known is None or (known.packed and length > known.length):
+        row = batch.segments[:, -length:].ge(0).sum(dim=1).argmax()
+        found = _tried(model, batch.input_ids[row][batch.segments[row] >= 0], length)
+        if found is None:  # no numbers: nothing can be told, and what follows says so
+            return True
+        known = _known[_base(model)] = found
+    return known.packed
+
+
+def _base(model: nn.Module) -> Any:
+    """The model without adapter and wrappers."""
+    inner: Any = unwrap(model)
+    return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+
+
+@torch.no_grad()
+def _tried(model: nn.Module, tokens: Tensor, length: int) -> Reading | None:
+    size = max(LEAST, 1 << (length - 1).bit_length())  # rounded up, so that it is tried seldom
+    room = getattr(text_config(_base(model)), "max_position_embeddings", None) or size
+    with eval_mode(model), mean_of_any(model):
+        batch = _rows(tokens, size)
+        try:
+            alone = torch.cat([_alone(model, batch, row) for row in range(len(batch))]).float()
+        except (IndexError, RuntimeError):
+            if not LEAST <= room < size:
+                raise
+            batch = _rows(tokens, room)  # positions that are learnt end there
+            alone = torch.cat([_alone(model, batch, row) for row in range(len(batch))]).float()
+        rows, columns = (batch.segments > 0).nonzero(as_tuple=True)
+        if not alone.isfinite().all():
+            return None
+        allowed = tolerance(model) * alone.std().item()
+
+        def gap(logits: Tensor) -> float:
+            return float((logits.float() - alone).abs().max())
+
+        if _packs(model, batch, (rows, columns), gap, allowed):
+            return Reading(True, size)
+        worst = gap(plain_logits(model, batch, (rows, columns)))
+    if not worst <= allowed:
+        raise UserError(
+            f"This model reads a row of {size} tokens otherwise when others stand beside it (its logits differ by "
+            f"{worst / alone.std().item():.2g} of their spread); give shorter rows (--max-length), or another base "
+            "model."
+        )
+    return Reading(False, size)
+
+
+def _packs(model: nn.Module, batch: Batch, at: tuple[Tensor, Tensor], gap: Any, allowed: float) -> bool:
+    """Whether packed logits are those of the choices alone, whatever the padding and the other choices are."""
+    try:
+        packed = packed_logits(model, batch, at)
+        if not gap(packed) <= allowed:
+            return False
+        # rounding hides nothing here: passes of the same shapes differ by what leaks alone
+        last = int(batch.segments.max())
+        other = batch.input_ids.flip(0).flip(1)
+        changed = torch.where((batch.segments == -1) | (batch.segments == 1), other, batch.input_ids)
+        leaked = packed_logits(model, replace(batch, input_ids=changed), at).float() - packed.float()
+        kept = batch.segments[at] == last
+        few = allowed if getattr(model, "is_loaded_in_8bit", False) else allowed / 10
+        return float(leaked[kept].abs().max()) <= few
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # a model that takes no mask of this form, or none at all
+        return False
+
+
+def _rows(tokens: Tensor, size: int) -> Batch:
+    """Two rows of given tokens, repeated: one of `size` of them with two choices, one an eighth as long, padded."""
+    parts = [[size // 2, size // 4, size - size // 2 - size // 4], [size // 16, size // 32, size // 32]]
+    device = tokens.device
+    stream = tokens.repeat(-(-2 * size // len(tokens)))
+    input_ids = stream[:1].repeat(2, size)
+    position_ids, segments = torch.zeros_like(input_ids), torch.full_like(input_ids, -1)
+    for row, lengths in enumerate(parts):
+        whole = sum(lengths)
+        input_ids[row, -whole:] = stream[row : row + whole]
+        segments[row, -whole:] = torch.arange(3, device=device).repeat_interleave(torch.tensor(lengths, device=device))
+        position_ids[row, -whole:] = torch.cat(
+            [torch.arange(lengths[0])] + [lengths[0] + torch.arange(n) for n in lengths[1:]]
+        ).to(device)
+    number = torch.full((2,), 2, device=device)
+    return Batch(input_ids, position_ids, segments, number, number - 2, keep=size)
+
+
+def _alone(model: nn.Module, batch: Batch, row: int) -> Tensor:
+    """(tokens of the choices, V) what the model says of a row's choices, each alone and not padded."""
+    found = []
+    for choice in (1, 2):
+        one = (batch.segments[row] == 0) | (batch.segments[row] == choice)
+        segments = batch.segments[row : row + 1, one].clamp_max(1)
+        single = replace(batch, input_ids=batch.input_ids[row : row + 1, one], segments=segments)
+        rows, columns = single.segments.nonzero(as_tuple=True)
+        found.append(plain_logits(model, single, (rows, columns)))
+    return torch.cat(found)
+
+
+def tolerance(model: nn.Module) -> float:
+    """How far logits may lie from each other by rounding alone, as a share of their spread."""
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    quantised = getattr(_base(model).config, "quantization_config", None) is not None
+    return TOLERANCE_OF_16_BITS if quantised else TOLERANCE.get(dtype, TOLERANCE_OF_16_BITS)

@@ -1,0 +1,33 @@
+"""Architectures of every kind generate as each particle of theirs reads the text, alone and beside other prompts."""
+
+import pytest
+import torch
+from architectures import CONFIGS, TOKENIZER, adapted
+
+import scalabl
+from scalabl.generation.decoding import decode
+from scalabl.predictive.monte_carlo import MonteCarloPredictive
+
+TARGETS = {
+    "bloom": ["query_key_value"], "falcon-alibi": ["query_key_value"], "mpt": ["Wqkv"], "mamba": ["in_proj"],
+    "mamba2": ["in_proj"],
+    "lfm2": ["q_proj", "in_proj"], "bamba": ["q_proj", "in_proj"], "jamba": ["q_proj", "in_proj"],
+}  # fmt: skip
+PROMPTS = ["which word is red or blue?", "red"]
+
+
+@pytest.mark.parametrize("layers", [None, [1]])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_text_has_the_log_probabilities_of_each_particle_alone(name: str, layers: list[int] | None) -> None:
+    if layers and name not in ("lfm2", "bloom", "mamba"):
+        pytest.skip("one of each kind")
+    model = adapted(name, TARGETS.get(name, ["q_proj", "v_proj"]), layers_to_transform=layers)
+    draws = MonteCarloPredictive(2, seed=1)
+    for prompt, (text,) in zip(PROMPTS, decode(model, TOKENIZER, PROMPTS, draws, max_new_tokens=3), strict=True):
+        ids, answer = TOKENIZER(prompt)["input_ids"], text.token_ids
+        for particle in range(2):
+            with torch.no_grad(), scalabl.particles(model, 1, seed=1, first=particle):
+                logits = model(input_ids=torch.tensor([ids + answer]), use_cache=False).logits[0, len(ids) - 1 : -1]
+            expected = logits.log_softmax(-1)[torch.arange(len(answer)), torch.tensor(answer)]
+            torch.testing.assert_close(text.log_probs[particle], expected, atol=1e-4, rtol=1e-4)
+        assert (text.log_probs[0] - text.log_probs[1]).abs().max() > 1e-4
