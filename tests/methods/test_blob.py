@@ -91,6 +91,13 @@ def test_flipout_is_for_training_alone() -> None:
     assert (made.train()(x) - x @ made.weight.T).abs().min() > 0
 
 
+def test_a_frozen_adapter_gives_its_mean() -> None:
+    made, x = leaf().train(), torch.ones(2, 3, D_IN)
+    assert not torch.equal(made(x), made(x))
+    made.requires_grad_(False)
+    torch.testing.assert_close(made(x), x @ made.weight.T)
+
+
 @pytest.mark.parametrize("prior_std", [0.2, 1.5])
 def test_the_kl_and_its_gradient_are_torchs(prior_std: float) -> None:
     made, prior = leaf(), Prior(0.0, prior_std)

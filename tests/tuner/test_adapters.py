@@ -103,6 +103,8 @@ def test_switching_among_particles_is_refused_and_goes_with_the_mean_and_with_dr
         with pytest.raises(UserError, match="changed among particles.* call set_adapter before scalabl.particles"):
             logits(model, IDS)
         model.set_adapter("default")
+        with pytest.raises(UserError, match="third cannot be added among another one's particles"):
+            model.add_adapter("third", other_config())
         assert torch.equal(logits(model, IDS), drawn)
     model.train()
     with scalabl.mean(model):

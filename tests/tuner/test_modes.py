@@ -134,6 +134,19 @@ def test_a_merged_adapter_is_refused(verb: str) -> None:
         scalabl.particles(model, 2).__enter__()
 
 
+def test_a_merged_adapter_is_saved_as_it_was(tmp_path: Path) -> None:
+    model = adapted()
+    with scalabl.particles(model, 2, seed=0):
+        drawn = logits(model)
+    model.merge_adapter()
+    model.save_pretrained(str(tmp_path))
+    loaded = PeftModel.from_pretrained(base(), str(tmp_path)).eval()
+    with scalabl.particles(loaded, 2, seed=0):
+        assert torch.equal(logits(loaded), drawn)
+    plain = PeftModel.from_pretrained(base(), str(tmp_path / "mean")).eval()
+    torch.testing.assert_close(logits(plain), logits(model), atol=1e-5, rtol=1e-5)
+
+
 def test_an_injected_adapter_has_its_mean_its_particles_and_its_kl() -> None:
     expected = adapted()
     torch.manual_seed(0)

@@ -45,7 +45,7 @@ def load_adapter(model: Any, directory: Path) -> PeftModel:
         if "size mismatch" in str(error):
             raise UserError(
                 f"The adapter in {directory} was made for a base model of other sizes; load the one that its "
-                "adapter_config.json names."
+                "adapter_config.json names, with its embeddings resized if they were."
             ) from error
         raise
 

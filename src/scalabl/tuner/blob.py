@@ -81,7 +81,7 @@ class ElementwiseScale(nn.Module):
 
 
 class BLoBProjection(nn.Module):
-    """x -> A x, with A drawn while training and at its mean otherwise.
+    """x -> A x, with A drawn while it is trained and at its mean otherwise.
 
     Args:
         weight: (r, d_in) LoRA's own draw of A, where the mean starts.
@@ -97,8 +97,8 @@ class BLoBProjection(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: (rows, ..., d_in) -> (rows, ..., r); the first dimension counts sequences."""
         mean = F.linear(x, self.weight)
-        if not self.training:
-            return mean
+        if not (self.training and (self.weight.requires_grad or self.posterior.g.requires_grad)):
+            return mean  # of a frozen adapter too
         between = [1] * (x.dim() - 2)
         s = _signs((x.shape[0], *between, self.in_features), x)
         t = _signs((x.shape[0], *between, self.out_features), x)

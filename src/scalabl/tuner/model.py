@@ -44,6 +44,8 @@ class ScalaBLModel(LoraModel):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         _refuse_name(adapter_name)
+        if any(isinstance(m, StochasticProjection) and isinstance(m.state, Particles) for m in model.modules()):
+            raise UserError(f"The adapter {adapter_name} cannot be added among another one's particles; add it before.")
         if getattr(getattr(model, "config", None), "model_type", None) in _POSITIONS_FIRST:
             raise UserError(
                 f"A {model.config.model_type} model lays positions before rows, so that a draw of s would belong to a "  # type: ignore[union-attr]
