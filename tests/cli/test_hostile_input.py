@@ -69,6 +69,44 @@ def test_open_questions_leave_no_option_unread(
     assert message in said
 
 
+@pytest.mark.parametrize(
+    ("command", "options", "message"),
+    [
+        (
+            "evaluate",
+            ("--max-new-tokens", 3),
+            "--max-new-tokens is for open questions; leave it out for",
+        ),
+        ("evaluate", ("--equivalence", "exact"), "--equivalence is for open questions"),
+        ("evaluate", ("--confidence", 0.9), "--confidence is of --adaptive or --max-error; leave it out"),
+        ("predict", ("--confidence", 0.9), "--confidence is of --adaptive or --max-error; leave it out"),
+        ("predict", ("--score", "entropy"), "--score is of --max-error; leave it out"),
+        ("predict", ("--guarantee", "conformal"), "--guarantee is of --max-error; leave it out"),
+        ("predict", ("--block-rows", 3), "--block-rows is of --ray; leave it out"),
+        ("inspect", ("--rows", 3), "--rows is of --variance; leave it out"),
+        ("inspect", ("--model", "elsewhere"), "--model is of --variance; leave it out"),
+        ("generate", ("--equivalence", "exact"), "--equivalence is of --answers, of which there are none"),
+    ],
+)
+def test_no_option_goes_unread(
+    program: Program, scalabl_run: Path, rows: Path, tmp_path: Path, command: str, options: Any, message: str
+) -> None:
+    given: dict[str, tuple[Any, ...]] = {
+        "evaluate": ("--data", rows), "predict": ("--input", rows, "--output", tmp_path / "answers.jsonl"),
+        "inspect": (), "generate": ("--prompt", "red"),
+    }  # fmt: skip
+    assert message in program(command, scalabl_run, *given[command], *options).sentence()
+
+
+def test_brackets_in_a_path_are_no_markup(program: Program, scalabl_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "a[" / "b] :smile: [bold]c"
+    shutil.copytree(scalabl_run, run)
+    config = json.loads((run / "adapter_config.json").read_text(encoding="utf-8"))
+    (run / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "x[/y] :smile:"}))
+    said = program("inspect", run)
+    assert said.code == 0 and "x[/y] :smile:" in said.out
+
+
 def test_answers_do_not_overwrite_their_rows(program: Program, scalabl_run: Path, rows: Path, tmp_path: Path) -> None:
     before = rows.read_bytes()
     same = tmp_path / "." / rows.name

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from scalabl.cli.app import app, fail
+from scalabl.core.console import quiet, words_console
 from scalabl.runs.record import RunRecord
 
 
@@ -51,7 +52,6 @@ def bayesianize(
     require_writable(json, unlike=(output,))
     task, rows, held_out = rows_for(source, data, train_rows)
 
-    from scalabl.core.console import quiet
     from scalabl.training.posthoc.run import bayesianize as make
     from scalabl.training.run import Interrupted
 
@@ -66,7 +66,6 @@ def bayesianize(
 
 
 def _print(record: RunRecord, output: Path) -> None:
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -85,7 +84,7 @@ def _print(record: RunRecord, output: Path) -> None:
         )
     else:
         table.add_row("posterior", f"variational, {record.recipe['steps']} steps on mean and sigma")
-    console = Console()
+    console = words_console()
     console.print(table)
     for warning in record.warnings:
         console.print(Text(f"warning: {warning}", "bold yellow"))

@@ -14,6 +14,7 @@ import typer
 
 from scalabl.cli import options
 from scalabl.cli.app import app, data, fail
+from scalabl.core.console import quiet, words_console
 from scalabl.core.errors import UserError
 from scalabl.core.files import require_writable, write_json
 from scalabl.study.demo import SAMPLES, STEPS, TEST_ROWS, check_demo
@@ -79,9 +80,7 @@ def _make(directory: Path, option: str) -> None:
 def _run(
     study: Study, plan: StudyPlan, output: Path, results: Path, workers: int, ray: str | None, command: str
 ) -> None:
-    from rich.console import Console
 
-    from scalabl.core.console import quiet
     from scalabl.study.benchmark import run_benchmark
     from scalabl.study.run import failures, open_cells
     from scalabl.training.run import Interrupted
@@ -91,7 +90,7 @@ def _run(
         rows = run_benchmark(study, plan, output, results, workers=workers, ray=ray, command=command)
     except Interrupted:
         fail("Interrupted; run the same command again to go on.", code=130)
-    Console().print(
+    words_console().print(
         f"{len(rows):,} rows in {results}/results.csv; tables and pictures in README.md and results.html",
         soft_wrap=True,
     )
@@ -140,9 +139,8 @@ def demo(
     check_demo(output, steps=steps, test_rows=test_rows, samples=samples)
     require_writable(report, json)
 
-    from rich.console import Console
+    from rich.text import Text
 
-    from scalabl.core.console import quiet
     from scalabl.inference.report.render import write
     from scalabl.inference.report.table import print_table, table
     from scalabl.study.demo import run_demo
@@ -153,9 +151,9 @@ def demo(
     write(made, report)
     if json is not None:
         write_json(json, {"facts": made.facts, "methods": figures})
-    console = Console()
+    console = words_console()
     for name, text in made.facts.items():
-        console.print(f"[dim]{name}:[/dim] {text}", highlight=False)
+        console.print(Text.assemble((f"{name}:", "dim"), f" {text}"))
     print_table(figures, console)
     console.print(f"report: {report.resolve()}", highlight=False)
 
@@ -174,13 +172,13 @@ def get_benchmarks(
     names: Annotated[list[str], typer.Argument(metavar="NAME...", help="Benchmarks; see scalabl data list.")],
 ) -> None:
     """Fetch benchmarks once, so that they load at once and without a network."""
-    from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
     from scalabl.data.load import get
 
     with Progress(
-        TextColumn("{task.description}"), BarColumn(), DownloadColumn(), console=Console(stderr=True), transient=True
+        TextColumn("{task.description}"), BarColumn(), DownloadColumn(), console=words_console(stderr=True),
+        transient=True,
     ) as progress:
         bar = progress.add_task("", total=None)
         tasks = get(

@@ -10,6 +10,7 @@ import typer
 from scalabl.cli import options
 from scalabl.cli.app import app
 from scalabl.core import processes
+from scalabl.core.console import quiet, words_console
 from scalabl.runs.record import RunRecord
 
 _OPEN = "Open questions"
@@ -55,16 +56,19 @@ def evaluate(
     from scalabl.data.load import is_open
 
     if is_open(data):
-        from scalabl.cli.open_questions import evaluate_open, refuse_options
+        from scalabl.cli.open_questions import evaluate_open
 
-        refuse_options(
-            evaluate, predictive=predictive, draws=draws, adaptive=adaptive, bound=bound, confidence=confidence,
+        options.refuse_unread(
+            evaluate, "for questions with choices; leave it out for open questions", predictive=predictive,
+            draws=draws, adaptive=adaptive, bound=bound, confidence=confidence,
             stochastic_layers=stochastic_layers, ood=ood, calibrate=calibrate, max_error=max_error, report=report,
         )  # fmt: skip
         return evaluate_open(
             run, data, samples=samples, seed=seed, split=split, limit=limit, batch_size=batch_size, measure=measure,
             max_new_tokens=max_new_tokens, answers=answers, equivalence=equivalence, json=json, model=model,
         )  # fmt: skip
+    if not adaptive and max_error is None:
+        options.refuse_unread(evaluate, "of --adaptive or --max-error; leave it out", confidence=confidence)
     from scalabl.core.files import require_writable, write_json
     from scalabl.data.load import rows_of
 
@@ -78,11 +82,12 @@ def evaluate(
     labels = record.labels
     rows = rows_of(data, split=split, limit=limit, labels=labels)
     shifted = {name: rows_of(name, limit=limit, labels=labels) for name in ood or []}
+    options.refuse_unread(
+        evaluate, "for open questions; leave it out for questions with choices", measure=measure,
+        max_new_tokens=max_new_tokens, answers=answers, equivalence=equivalence,
+    )  # fmt: skip
     held_out = rows_of(calibrate, split="validation", labels=labels) if calibrate else []
 
-    from rich.console import Console
-
-    from scalabl.core.console import quiet
     from scalabl.inference.evaluation import evaluate_run
     from scalabl.inference.report.render import write
     from scalabl.inference.report.table import print_table, table
@@ -96,7 +101,7 @@ def evaluate(
         write_json(json, _as_json(figures, record, data, seed))
     if report is not None:
         write(made, report)
-    print_table(figures, Console())
+    print_table(figures, words_console())
 
 
 def _as_json(figures: list[dict[str, Any]], record: RunRecord, data: str, seed: int) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import typer
 
 from scalabl.cli import options
 from scalabl.cli.app import app
+from scalabl.core.console import progress_bar, quiet, words_console
 from scalabl.core.errors import UserError
 
 _COLDEST = 1e-3  # of --temperature
@@ -44,17 +45,15 @@ def generate(
     from scalabl.core.files import require_writable, write_json
     from scalabl.runs.record import RunRecord
 
+    if answers == 0:
+        options.refuse_unread(generate, "of --answers, of which there are none; leave it out", equivalence=equivalence)
     prompts = _prompts(prompt, input)
     require_writable(json, html)
     RunRecord.read_finished(run)
     sampled = _sampled(temperature, top_p)
 
-    from scalabl.core.console import quiet
-
     quiet()
-    from rich.console import Console
 
-    from scalabl.core.console import progress_bar
     from scalabl.generation.answer import in_terminal, write_page
     from scalabl.generation.generate import AnswerSampling, check
     from scalabl.generation.generate import generate as answer_prompts
@@ -77,7 +76,7 @@ def generate(
         kind = f"{samples} particles" if samples and loaded.is_sampled else "one pass"
         made = f"{recipe['model']}, {recipe['method']} trained on {recipe['data']}, {kind}, seed {seed}"
         write_page(found, html, title="Answers with their uncertainty", made=made)
-    Console().print(in_terminal(found))
+    words_console().print(in_terminal(found))
 
 
 def _prompts(given: list[str] | None, file: Path | None) -> list[str]:

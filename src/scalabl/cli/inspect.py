@@ -9,6 +9,7 @@ import typer
 
 from scalabl.cli import options
 from scalabl.cli.app import app
+from scalabl.core.console import quiet, words_console
 from scalabl.core.errors import UserError
 from scalabl.runs.record import RECORD, RunRecord
 from scalabl.runs.registry import OVER_S
@@ -34,6 +35,8 @@ def inspect(
     from scalabl.core.files import require_writable, write_json
     from scalabl.runs.directory import describe_adapter, require_adapter
 
+    if not variance:
+        options.refuse_unread(inspect, "of --variance; leave it out", rows=rows, model=model)
     require_writable(json)
     require_adapter(run)
     record = RunRecord.read_finished(run) if variance or (run / RECORD).is_file() else None
@@ -41,7 +44,6 @@ def inspect(
         assert record is not None
         _check_variance(record, rows)
 
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -50,7 +52,7 @@ def inspect(
     found |= measured
     if json is not None:
         write_json(json, found)
-    console = Console()
+    console = words_console()
     facts = Table.grid(padding=(0, 2))
     of_s = ("stochastic_modules", "stochastic_layers")
     for name in ("base_model", "target_modules", *of_s, "r", "lora_alpha", "covariance", "prior"):
@@ -87,7 +89,6 @@ def _measured(run: Path, rows: int, model: str | None) -> dict[str, Any]:
     """`variance` (name, depth, variance, share of each layer) and `variance_top` (share -> last:K)."""
     from dataclasses import asdict
 
-    from scalabl.core.console import quiet
     from scalabl.inference.predictor import run_variance, top_holding
     from scalabl.runs.loading import load_run
 

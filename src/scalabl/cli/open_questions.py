@@ -2,31 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
 from scalabl.cli import options
+from scalabl.core.console import progress_bar, quiet, words_console
 from scalabl.core.errors import UserError
 
 # beside the best of one decode, these are always shown
 _SHOWN = ("log_probability", "mean_log_probability", "mean_entropy", "semantic_entropy", "self_consistency")
 _MOST = 8
-
-
-def refuse_options(command: Callable[..., None], **given: Any) -> None:
-    """Refuse options of a command that only questions with choices have, rather than leave them unread.
-
-    Raises:
-        UserError: one of them is not at its default.
-    """
-    parameters = signature(command).parameters
-    for name, value in given.items():
-        if value not in (parameters[name].default, []):
-            raise UserError(
-                f"--{name.replace('_', '-')} is for questions with choices; leave it out for open questions."
-            )
 
 
 def evaluate_open(
@@ -65,12 +50,7 @@ def evaluate_open(
     held_out = task.splits.get("validation", ())[:limit] if name != "validation" else ()
     _check(measure)
 
-    from rich.console import Console
-
-    from scalabl.core.console import quiet
-
     quiet()
-    from scalabl.core.console import progress_bar
     from scalabl.generation.evaluation import answer_questions, fit_on, judge
     from scalabl.generation.generate import CONFIDENCE, AnswerSampling, check
     from scalabl.runs.loading import load_run
@@ -82,7 +62,7 @@ def evaluate_open(
         "samples": samples, "seed": seed, "max_new_tokens": max_new_tokens, "measure": measure,
         "batch_size": batch_size,
     }  # fmt: skip
-    console, fitted, why = Console(), None, "there are no validation questions"
+    console, fitted, why = words_console(), None, "there are no validation questions"
     with progress_bar() as progress:
         bar = progress.add_task("answering", total=len(questions) + len(held_out), detail="")
 
@@ -105,7 +85,7 @@ def evaluate_open(
         write_json(json, {**about, **shared, "answers": answers, **found, "versions": loaded.record.versions})
     _print(console, found, measure)
     if fitted is None:
-        console.print(f"[yellow]no confidence was fitted: {why}[/yellow]", highlight=False)
+        console.print(f"no confidence was fitted: {why}", style="yellow", highlight=False)
 
 
 def _check(measure: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from inspect import signature
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -58,6 +59,23 @@ StochasticLayers = Annotated[
 ]
 BatchSize = Annotated[int, typer.Option(help="Questions at a time.")]
 BaseModel = Annotated[str | None, typer.Option(help="The base model, if it has moved.")]
+
+
+def refuse_unread(command: Callable[..., None], where: str, **given: Any) -> None:
+    """Refuse options that a command would not read, where they are not at their defaults.
+
+    Args:
+        command: whose options they are.
+        where: what they are for, and when to leave them out: the end of a sentence, without its full stop.
+        given: their values, by name.
+
+    Raises:
+        UserError: one of them was given.
+    """
+    parameters = signature(command).parameters
+    for name, value in given.items():
+        if value not in (parameters[name].default, []):
+            raise UserError(f"--{name.replace('_', '-')} is {where}.")
 
 
 def require_counts(**given: int | None) -> None:

@@ -9,6 +9,7 @@ import typer
 
 from scalabl.cli.app import app
 from scalabl.cli.options import SettingsCommand, with_settings
+from scalabl.core.console import quiet, words_console
 from scalabl.core.errors import UserError
 from scalabl.runs.registry import METHODS, TRAINED
 from scalabl.runs.settings import Settings, make_settings
@@ -76,9 +77,7 @@ def plan(
         if device != machine_device():
             raise UserError(f"This machine has no {device}; say how much memory there is with --card, as in 24GB.")
         size = machine_memory(device)
-    from rich.console import Console
 
-    from scalabl.core.console import quiet
     from scalabl.planning.plan import make_plan
     from scalabl.planning.step import PlannedRows
     from scalabl.runs.models import is_encoder
@@ -91,11 +90,11 @@ def plan(
     read = loss or (settings.rows.scoring if settings.rows.scoring in ("letters", "head") else "continuation")
     size_of = {"choices": labels} if read == "head" else {"scored": scored}
     rows = PlannedRows(settings.optimisation.batch_size, settings.rows.max_length, loss=read, **size_of)
-    with Console(stderr=True).status("planning"):
+    with words_console(stderr=True).status("planning"):
         made = make_plan(settings, rows, device=device, card=size, samples=samples)
     if json is not None:
         write_json(json, made.as_dict())
-    _print(made, Console())
+    _print(made, words_console())
 
 
 def _print(made: Plan, console: Any) -> None:

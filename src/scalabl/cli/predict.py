@@ -63,6 +63,12 @@ def predict(
     from scalabl.data.load import with_labels
     from scalabl.runs.record import RunRecord
 
+    if max_error is None:
+        options.refuse_unread(predict, "of --max-error; leave it out", score=score, guarantee=guarantee)
+        if not adaptive:
+            options.refuse_unread(predict, "of --adaptive or --max-error; leave it out", confidence=confidence)
+    if ray is None:
+        options.refuse_unread(predict, "of --ray; leave it out", block_rows=block_rows)
     record = RunRecord.read_classifier(run)
     settings = options.prediction_settings(
         record, predictive=predictive, samples=samples, seed=seed, draws=draws, adaptive=adaptive,

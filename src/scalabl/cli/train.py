@@ -11,6 +11,7 @@ import typer
 from scalabl.cli.app import app, fail
 from scalabl.cli.options import SettingsCommand, with_settings
 from scalabl.core import processes
+from scalabl.core.console import words_console
 from scalabl.runs.record import RunRecord
 from scalabl.runs.settings import Settings, make_settings
 
@@ -103,7 +104,6 @@ def _plan(settings: Settings, task: Task | TextTask, ignore_memory: bool) -> Pre
 
 
 def _print(record: RunRecord, output: Path) -> None:
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -118,7 +118,7 @@ def _print(record: RunRecord, output: Path) -> None:
     ):
         if value:
             table.add_row(name, value)
-    console = Console()
+    console = words_console()
     console.print(table)
     for warning in record.warnings:
         console.print(Text(f"warning: {warning}", "bold yellow"))

@@ -12,17 +12,22 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from scalabl.core.processes import is_main
 
 
+def words_console(*, stderr: bool = False) -> Console:
+    """A console on which brackets and colons in a path, a name or a row are what they are, and no markup."""
+    return Console(stderr=stderr, markup=False, emoji=False)
+
+
 def progress_bar() -> Progress:
     """A bar on standard error: what, how many of how many, time gone, time left."""
-    console = Console(stderr=True)
+    console = words_console(stderr=True)
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[detail]}"),
+        TextColumn("{task.fields[detail]}", markup=False),
         console=console,
         transient=True,
         # a log file would be left an empty line; of several processes one shows it

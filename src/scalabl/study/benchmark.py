@@ -14,9 +14,10 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
+from scalabl.core.console import words_console
 from scalabl.core.files import write_bytes, write_text
 from scalabl.study.cells import PREDICTION, Cell, failure, finished
 from scalabl.study.look import svg
@@ -160,10 +161,15 @@ class CellProgress(Progress):
 
     def __init__(self, plan: StudyPlan, output: Path, workers: int = 1) -> None:
         self.plan, self.output, self.workers = plan, output, workers
-        console = Console(stderr=True)
+        console = words_console(stderr=True)
         # a cell's own words go to its log: the bar keeps the stream that is there now
         console.file = console.file
-        columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+        columns = (
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.description}", markup=False),
+        )
         super().__init__(
             TextColumn("cells"), *columns,
             console=console, transient=True, disable=not console.is_terminal, redirect_stderr=False,
@@ -185,7 +191,7 @@ class CellProgress(Progress):
                 written = cell.directory(self.output) / "failed.json"
                 if failed and written.exists() and written.stat().st_mtime >= self._started:
                     self._failed.add(address)
-                    self.console.print(f"[bold yellow]failed[/]: {cell.label}: {failed['error']}", highlight=False)
+                    self.console.print(Text.assemble(("failed", "bold yellow"), f": {cell.label}: {failed['error']}"))
         if not new:
             return new
         left = time_left(self.plan, self.output, self.workers)
