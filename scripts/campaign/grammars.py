@@ -17,10 +17,11 @@ from hypothesis import strategies as st
 Draw = Callable[[st.SearchStrategy[Any]], Any]
 
 _VALUES: list[Any] = [
-    None, True, False, 0, -1, 1, 3, 10**9, 10**30, 0.5, -0.0, 1e308, 1e-320, "", " ", "\n", "0", "nan", "inf", "true",
-    "None", "..", "/", "~", "/dev/null", "/nowhere/at/all", "a/b", "\ud800", "\x00", "é", "e\u0301", "\u202e", "日本語",
-    "[/b]", "[bold]x", ":smile:", "x" * 50_000, "a,b,,", "last:0", "last:999", "{", "{{ 1 / 0 }}", [], [[]], {}, [None], ["a", 1], {"a": None},
-    {"": ""}, [1] * 1000, -(2**63), 2**64, "1e5", "-", "scalabl", "mle", "q_proj", ["q_proj"], "letters",
+    None, True, False, 0, -1, 1, 3, 10**9, 10**30, 0.5, -0.0, 1e308, 1e-320, -(2**63), 2**64, "", " ", "\n", "0", "nan",
+    "inf", "true", "None", "1e5", "-", "..", "/", "~", "/dev/null", "/nowhere/at/all", "a/b", "\ud800", "\x00", "é",
+    "e\u0301", "\u202e", "日本語", "[/b]", "[bold]x", ":smile:", "x" * 50_000, "a,b,,", "last:0", "last:999", "{",
+    "{{ 1 / 0 }}", [], [[]], {}, [None], ["a", 1], {"a": None}, {"": ""}, [1] * 1000, "scalabl", "mle", "q_proj",
+    ["q_proj"], "letters",
 ]  # fmt: skip
 _KEYS = ("", "text", "question", "answers", "id", "r", "prompt", "x\x00")
 values = st.one_of(

