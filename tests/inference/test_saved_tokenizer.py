@@ -18,6 +18,7 @@ from scalabl.core.errors import UserError
 from scalabl.inference.classifier import Classifier
 from scalabl.inference.settings import PredictionSettings
 from scalabl.runs.directory import as_recorded, find_base
+from scalabl.runs.models import load_base
 from scalabl.scoring import Letters
 
 LABELS = ["yes", "no"]
@@ -77,6 +78,8 @@ def test_no_argument_goes_unread(adapter: Path) -> None:
     assert isinstance(plain, PeftModel)
     with pytest.raises(UserError, match="no posterior.*leave out predictive"):
         Classifier(plain, scoring, predictive="mc")
+    with pytest.raises(UserError, match="quantization is torchao, but bits is left out"):
+        load_base(str(tiny_base()), quantization="torchao")
     with pytest.raises(UserError, match="samples is 0, the posterior mean, but predictive is linearized"):
         PredictionSettings("linearized", 0)
 
@@ -125,8 +128,6 @@ def test_a_base_directory_is_recorded_whole_and_found_again(tmp_path: Path, monk
 
 
 def test_an_adapter_names_its_base_by_a_whole_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from scalabl.runs.models import load_base
-
     monkeypatch.chdir(tiny_base().parent)
     base, _ = load_base(f"./{tiny_base().name}")
     torch.manual_seed(0)

@@ -17,10 +17,14 @@ from torch import Tensor
 import scalabl
 from scalabl.generation.decoding import decode
 from scalabl.generation.fan_out import averaged
+from scalabl.generation.generate import generate
 from scalabl.inference.classifier import Classifier
 from scalabl.predictive import MonteCarloPredictive
 from scalabl.predictive.monte_carlo import first_difference
-from scalabl.scoring import Letters
+from scalabl.runs.method import Run
+from scalabl.runs.record import RunRecord
+from scalabl.runs.settings import DEFAULTS
+from scalabl.scoring import Letters, Scorer
 from scalabl.tuner import stochastic_layers
 
 LABELS = ("yes", "no", "red")
@@ -132,6 +136,21 @@ def test_a_state_is_put_back_behind_an_error_and_an_interrupt(model: PeftModel) 
             raise error
         assert torch.equal(plain(model), before)
         assert all(leaf.state == "auto" for leaf in stochastic_layers(model).values())
+
+
+def test_threads_sample_the_texts_that_their_seeds_say(model: PeftModel) -> None:
+    scoring = Letters(loaded()[1], labels=LABELS, raw_prompt=True)
+    run = Run(RunRecord(recipe={**DEFAULTS}), Scorer(model, scoring), loaded()[1])
+
+    def texts(seed: int) -> list[str]:
+        found = generate(run, PROMPTS[:2], samples=2, seed=seed, max_new_tokens=6, do_sample=True, batch_size=1)
+        return [answer.text for answer in found]
+
+    expected = [texts(seed) for seed in range(4)]
+    assert len({*map(tuple, expected)}) == 4
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(2):
+            assert list(pool.map(texts, range(4))) == expected
 
 
 def test_threads_generate_as_one_does(model: PeftModel) -> None:

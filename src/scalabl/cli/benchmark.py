@@ -177,7 +177,10 @@ def get_benchmarks(
     from scalabl.data.load import get
 
     with Progress(
-        TextColumn("{task.description}"), BarColumn(), DownloadColumn(), console=words_console(stderr=True),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        console=words_console(stderr=True),
         transient=True,
     ) as progress:
         bar = progress.add_task("", total=None)

@@ -19,6 +19,7 @@ from scalabl.generation.scores import sampled_scores, sequence_scores
 from scalabl.runs.loading import load_run
 from scalabl.runs.method import Run, load_method
 from scalabl.scoring.text import Text
+from scalabl.tuner.threads import alone
 
 # a model's own defaults (its generation_config.json) would take other tokens than the average's
 _PLAIN = {"do_sample": False, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
@@ -81,12 +82,13 @@ def generate(
     check(samples, max_new_tokens, batch_size, sampling)
     if not prompts:
         raise UserError("There is no prompt to answer; give at least one.")
-    found = answers_with_samples(
-        run, prompts, draws_of(run, samples, seed), seed=seed, chat=chat, stop=stop, sampling=sampling,
-        max_new_tokens=max_new_tokens, batch_size=batch_size, advance=advance, fitted=fitted_confidence(run),
-        **generation,
-    )  # fmt: skip
-    return [answer for answer, _, _ in found]
+    with alone(run.model):  # sampled texts take their numbers from one stream, which the seed begins
+        found = answers_with_samples(
+            run, prompts, draws_of(run, samples, seed), seed=seed, chat=chat, stop=stop, sampling=sampling,
+            max_new_tokens=max_new_tokens, batch_size=batch_size, advance=advance, fitted=fitted_confidence(run),
+            **generation,
+        )  # fmt: skip
+        return [answer for answer, _, _ in found]
 
 
 def answers_with_samples(

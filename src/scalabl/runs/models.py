@@ -77,6 +77,7 @@ def load_base(
             with a classification head, or one of another size); what quantises it is not installed; the adapter's
             tokenizer has tokens that it does not know.
     """
+    check_bits(quantization, bits)
     path = model_path(name)
     _require_config(path)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
