@@ -9,6 +9,8 @@ import functools
 import hashlib
 import json
 import os
+import platform
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -136,9 +138,9 @@ def writing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path`, for a file or a directory, that is put in its place when all is written.
 
     Whole or not at all: a file's bytes are on the disk before it gets its name, what fails within leaves nothing, and
-    two writers of one path do not meet.
+    two writers of one path do not meet. What a killed writer of this machine has left, the next one takes away.
     """
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}")
+    unfinished = _beside(path)
     try:
         yield unfinished
         if unfinished.is_file():
@@ -146,10 +148,29 @@ def writing(path: Path) -> Iterator[Path]:
                 os.fsync(written.fileno())
         os.replace(unfinished, path)
     finally:
-        if unfinished.is_dir():
-            shutil.rmtree(unfinished, ignore_errors=True)
-        with suppress(OSError):
-            unfinished.unlink(missing_ok=True)
+        _remove(unfinished)
+
+
+def _beside(path: Path) -> Path:
+    """A hidden name beside a path, of this process alone; what killed processes of this machine left there goes."""
+    machine = re.sub(r"[^A-Za-z0-9-]", "-", platform.node())
+    pattern = re.compile(rf"\.{re.escape(path.name)}\.{machine}\.(\d+)\.[0-9a-f]{{8}}")
+    with suppress(OSError):
+        left = [(name, found) for name in os.listdir(path.parent) if (found := pattern.fullmatch(name))]
+        if left:
+            import psutil
+
+            for name, found in left:
+                if not psutil.pid_exists(int(found[1])):
+                    _remove(path.with_name(name))
+    return path.with_name(f".{path.name}.{machine}.{os.getpid()}.{uuid.uuid4().hex[:8]}")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    with suppress(OSError):
+        path.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -182,7 +203,7 @@ def require_place(directory: Path, *, named: Path | None = None, mend: str = "ch
     place = directory.resolve()
     while not place.exists():
         place = place.parent
-    probe = place / f".{os.getpid()}.{uuid.uuid4().hex[:8]}.probe"
+    probe = _beside(place / "probe")
     try:
         probe.touch()
         probe.unlink()
