@@ -1,10 +1,11 @@
-"""A disk that is full at every size, files that may not grow, and a read-only disk: one sentence, and nothing half-written.
+"""A full disk of every size, files that may not grow, a read-only disk: one sentence, and nothing half-written.
 
 train, bayesianize, predict, benchmark and evaluate write to a small file system of their own (tmpfs, which needs the
 right to mount) that is full after so many bytes, from none to all that an unkilled command needs; where no file may
 grow beyond a limit (RLIMIT_FSIZE), from a byte less than each of its files; on a read-only file system; and with a
-cache that is full, which may cost time alone. Each must end with exit code 2 and one sentence, leave no hidden file,
-and end with an undisturbed command's bytes once there is room. Results: docs/results/campaign/full_disk.json and .md.
+cache that is full, which may cost time alone. Each must end with exit code 2 and one sentence, leave no hidden file
+but the answers from which a prediction goes on, and end with an undisturbed command's bytes once there is room.
+Results: docs/results/campaign/full_disk.json and .md.
 
     python scripts/campaign/full_disk.py --sizes 12
 """
@@ -29,6 +30,7 @@ from parts import offline, write
 from harness import options, table  # isort: skip
 
 PAGE = 4096
+RESUMED = ".answers.jsonl."  # what a prediction has answered
 ROOM = 512 * 2**20
 
 
@@ -91,8 +93,9 @@ def judge(command: Command, code: int | None, error: str, directory: Path, what:
     else:
         last = error.strip().splitlines()[-1:] or [""]
         command.faults.append(f"{what}: exit code {code}: {last[0][:200]}")
-    for name in left(directory):
-        if any(part.startswith(".") for part in Path(name).parts) and name not in command.files:
+    for name, content in left(directory).items():
+        known = name in command.files or (name.startswith(RESUMED) and content.count(b"\n"))
+        if any(part.startswith(".") for part in Path(name).parts) and not known:
             command.faults.append(f"{what}: {name} is left over")
 
 

@@ -37,6 +37,20 @@ class _Full(OSError):
         super().__init__(errno.ENOSPC, "No space left on device", "/data/run/scalabl.json")
 
 
+def test_a_prediction_without_room_for_an_answer_leaves_no_file(
+    program: Program, rows: Path, scalabl_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise _Full
+
+    monkeypatch.setattr("scalabl.inference.batch_prediction._write", full)
+    output = tmp_path / "own" / "answers.jsonl"
+    output.parent.mkdir()
+    ended = program("predict", scalabl_run, "--input", rows, "--output", output, "--predictive", "mean")
+    assert "the disk is full" in ended.sentence()
+    assert not list(output.parent.iterdir())
+
+
 def test_a_full_disk_a_read_only_one_and_memory_are_named_with_their_mend(
     program: Program, rows: Path, tmp_path: Path, scalabl_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

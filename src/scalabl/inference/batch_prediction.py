@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import statistics
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -85,7 +85,7 @@ def predict_file(
     writing: AbstractContextManager[Any] = (
         unfinished.open("a", encoding="utf-8") if processes.is_main() else nullcontext()
     )
-    with progress_bar() as progress, writing as file:
+    with _kept_if_begun(unfinished), progress_bar() as progress, writing as file:
         bar = progress.add_task("predicting", total=len(rows), completed=done, detail="")
         for start in range(done, len(rows), at_once):
             chunk = order[start : start + at_once]
@@ -95,6 +95,17 @@ def predict_file(
             progress.advance(bar, len(chunk))
     summary = processes.on_main(lambda: asdict(_finish(unfinished, output, order, settings.is_adaptive)))
     return FileSummary(**summary | {"cut": cut_rows_sentence(encoded, predictor.run.scorer.scoring)})
+
+
+@contextmanager
+def _kept_if_begun(unfinished: Path) -> Iterator[None]:
+    """What fails within leaves the answers that it has, from which the same call goes on; no file where it has none."""
+    try:
+        yield
+    except BaseException:
+        if processes.is_main() and unfinished.is_file() and b"\n" not in unfinished.read_bytes():
+            unfinished.unlink()
+        raise
 
 
 def _identity(directory: Path, rows: Sequence[Example], settings: PredictionSettings) -> str:
