@@ -101,3 +101,28 @@ def test_a_model_whose_answers_depend_on_the_rows_beside_is_refused() -> None:
     rows = [scoring.encode(row) for row in (questions(1)[0], Example("long", "red or blue? " * 12, ("A", "B"), 0))]
     with pytest.raises(UserError, match="otherwise when others stand beside it .*--max-length"):
         predict(Scorer(model, scoring), rows, MeanPredictive())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounding_is_not_taken_for_another_reading(dtype: torch.dtype) -> None:
+    # of 24 layers: what padding and another batch change by rounding alone
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**{**SIZES, "num_hidden_layers": 24})
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    scoring = Continuation(TOKENIZER)
+    assert Scorer(model, scoring).reads_packed([scoring.encode(row) for row in questions(4)])
+    hybrid = model_of("lfm2").to(dtype)
+    assert not Scorer(hybrid, scoring).reads_packed([scoring.encode(row) for row in questions(4)])
+
+
+def test_a_row_beyond_the_positions_that_a_model_has_learnt_is_refused() -> None:
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 48}
+    config = transformers.GPT2Config(vocab_size=310, bos_token_id=1, eos_token_id=2, pad_token_id=0, **sizes)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    scoring = Letters(TOKENIZER, labels=("yes", "no"), raw_prompt=True)
+    fitting, longer = (Example("x", "red " * n + "?", ("yes", "no"), 0) for n in (10, 40))
+    scorer = Scorer(model, scoring)
+    found = predict(scorer, [scoring.encode(fitting)], MeanPredictive())[0, 0]
+    torch.testing.assert_close(found, alone(model, scoring, fitting), atol=1e-4, rtol=1e-4)
+    with pytest.raises(UserError, match="more than the 48 that the model has positions for"):
+        predict(scorer, [scoring.encode(longer)], MeanPredictive())

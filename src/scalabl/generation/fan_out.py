@@ -28,7 +28,7 @@ from scalabl.core.errors import UserError
 from scalabl.core.modules import eval_mode
 from scalabl.predictive.lora_particles import removed_after
 from scalabl.predictive.monte_carlo import first_difference, restricted
-from scalabl.scoring.reading import tolerance
+from scalabl.scoring.reading import gap, tolerance
 from scalabl.scoring.trunk import final_norm, lowest_adapted_layer
 from scalabl.tuner.layers import decoder_layers, stochastic_layers, unwrap
 from scalabl.tuner.state import mean
@@ -234,7 +234,7 @@ def _two_steps(model: Any, draws: Draws, inputs: dict[str, Tensor], whole: bool 
 
 
 def _alike(model: nn.Module, found: Tensor, expected: Tensor) -> bool:
-    return float((found - expected).abs().max()) <= tolerance(model) * float(expected.std())
+    return gap(found, expected) <= 2 * tolerance(model)  # of two steps
 
 
 def left_padded(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> dict[str, Tensor]:

@@ -33,9 +33,11 @@ from scalabl.tuner.layers import sequence_classifier, unwrap
 from scalabl.tuner.state import mean_of_any
 from scalabl.tuner.threads import own
 
-# of the logits' spread: what rounding comes to behind some tens of layers
+# of the logits' spread, in the mean over the vocabulary: what rounding comes to behind some tens of layers
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
 TOLERANCE_OF_16_BITS = 5e-2
+ROUNDING = 3  # times what rounding alone comes to here
+REFUSED = 5  # times the tolerance, which no rounding explains
 LEAST = 32  # tokens of the rows that are tried
 
 At = tuple[Tensor, Tensor]  # rows (M,) and columns (M,)
@@ -67,12 +69,7 @@ def plain_logits(model: nn.Module, batch: Batch, positions: At | None, resume: R
         batch: the rows.
         positions: rows (M,) and columns (M,); the last `batch.keep` columns of all rows if None.
         resume: where the batch has a trunk: hidden states -> a context in which the model begins at them.
-
-    Raises:
-        UserError: a row has images, whose positions are known for packed rows alone.
     """
-    if batch.images is not None:
-        raise UserError("This model keeps the choices of a row with images not apart; use rows without images.")
     rows, columns = _last(batch) if positions is None else positions
     # the prompt's last token says the same in every pass
     turn_of = batch.segments[rows, columns].clamp_min(1)
@@ -131,14 +128,18 @@ def turns(batch: Batch, model: nn.Module) -> Iterator[tuple[int, Turn]]:
 
 
 def _noise(device: torch.device) -> tuple[Tensor, Tensor | None]:
-    own = None if device.type in ("cpu", "meta") else getattr(torch, device.type).get_rng_state()
+    own = None if device.type in ("cpu", "meta") else getattr(torch, device.type).get_rng_state(*_named(device))
     return torch.get_rng_state(), own
 
 
 def _set_noise(device: torch.device, state: tuple[Tensor, Tensor | None]) -> None:
     torch.set_rng_state(state[0])
     if state[1] is not None:
-        getattr(torch, device.type).set_rng_state(state[1])
+        getattr(torch, device.type).set_rng_state(state[1], *_named(device))
+
+
+def _named(device: torch.device) -> tuple[torch.device, ...]:
+    return () if device.type == "mps" else (device,)  # which has one generator
 
 
 def _last(batch: Batch) -> At:
@@ -233,54 +234,62 @@ def _base(model: nn.Module) -> Any:
 @torch.no_grad()
 def _tried(model: nn.Module, tokens: Tensor, length: int) -> Reading | None:
     size = max(LEAST, 1 << (length - 1).bit_length())  # rounded up, so that it is tried seldom
-    room = getattr(text_config(_base(model)), "max_position_embeddings", None) or size
+    room = _learnt_positions(_base(model))
+    if room is not None and length > room:
+        raise UserError(
+            f"A row has {length:,} tokens, more than the {room:,} that the model has positions for; give shorter rows "
+            f"(--max-length {room})."
+        )
+    batch = _rows(tokens, size if room is None else min(size, max(room, LEAST)))
     with eval_mode(model), mean_of_any(model):
-        batch = _rows(tokens, size)
-        try:
-            alone = torch.cat([_alone(model, batch, row) for row in range(len(batch))]).float()
-        except (IndexError, RuntimeError):
-            if not LEAST <= room < size:
-                raise
-            batch = _rows(tokens, room)  # positions that are learnt end there
-            alone = torch.cat([_alone(model, batch, row) for row in range(len(batch))]).float()
+        alone = torch.cat([_alone(model, batch, row) for row in range(len(batch))]).float()
         rows, columns = (batch.segments > 0).nonzero(as_tuple=True)
         if not alone.isfinite().all():
             return None
-        allowed = tolerance(model) * alone.std().item()
-
-        def gap(logits: Tensor) -> float:
-            return float((logits.float() - alone).abs().max())
-
-        if _packs(model, batch, (rows, columns), gap, allowed):
+        off = _off(model, batch, (rows, columns), alone)
+        if off <= tolerance(model):
             return Reading(True, size)
-        worst = gap(plain_logits(model, batch, (rows, columns)))
-    if not worst <= allowed:
+        # the same passes as alone but for their batch: what they differ by is rounding
+        own_gap = gap(plain_logits(model, batch, (rows, columns)), alone)
+    if not own_gap <= REFUSED * tolerance(model):
         raise UserError(
             f"This model reads a row of {size} tokens otherwise when others stand beside it (its logits differ by "
-            f"{worst / alone.std().item():.2g} of their spread); give shorter rows (--max-length), or another base "
+            f"{own_gap:.2g} of their spread); give shorter rows (--max-length), or another base "
             "model."
         )
-    return Reading(False, size)
+    return Reading(off <= ROUNDING * own_gap, size)
 
 
-def _packs(model: nn.Module, batch: Batch, at: tuple[Tensor, Tensor], gap: Any, allowed: float) -> bool:
-    """Whether packed logits are those of the choices alone, whatever the padding and the other choices are."""
+def _learnt_positions(base: Any) -> int | None:
+    """How many positions a model has an embedding for; None where it has none of them."""
+    room = getattr(text_config(base), "max_position_embeddings", None)
+    tables = [m.num_embeddings for m in base.modules() if isinstance(m, nn.Embedding)]
+    # some have a few rows more than positions
+    return room if room is not None and any(room <= size <= room + 8 for size in tables[1:]) else None
+
+
+def _off(model: nn.Module, batch: Batch, at: At, alone: Tensor) -> float:
+    """How far packed logits are from those of the choices alone; infinity where the padding or another choice changes
+    them, or the model takes no such mask."""
     try:
         packed = packed_logits(model, batch, at)
-        if not gap(packed) <= allowed:
-            return False
         # rounding hides nothing here: passes of the same shapes differ by what leaks alone
-        last = int(batch.segments.max())
         other = batch.input_ids.flip(0).flip(1)
         changed = torch.where((batch.segments == -1) | (batch.segments == 1), other, batch.input_ids)
-        leaked = packed_logits(model, replace(batch, input_ids=changed), at).float() - packed.float()
-        kept = batch.segments[at] == last
-        few = allowed if getattr(model, "is_loaded_in_8bit", False) else allowed / 10
-        return float(leaked[kept].abs().max()) <= few
+        leaked = packed_logits(model, replace(batch, input_ids=changed), at)
+        kept = batch.segments[at] == 2
+        few = tolerance(model) / (1 if getattr(model, "is_loaded_in_8bit", False) else 10)
+        return gap(packed, alone) if gap(leaked[kept], packed[kept]) <= few else float("inf")
     except torch.OutOfMemoryError:
         raise
     except Exception:  # a model that takes no mask of this form, or none at all
-        return False
+        return float("inf")
+
+
+def gap(found: Tensor, expected: Tensor) -> float:
+    """How far logits (..., V) lie from others, at the position where they do most, as a share of their spread."""
+    expected = expected.float()
+    return float((found.float() - expected).square().mean(dim=-1).sqrt().max() / expected.std())
 
 
 def _rows(tokens: Tensor, size: int) -> Batch:

@@ -93,7 +93,10 @@ class Scorer:
 
     def reads_packed(self, rows: Sequence[Encoded]) -> bool:
         """Whether the model reads rows of this length as they are packed here."""
-        longest = max(rows, key=lambda row: len(row.input_ids))
+        of_text = [row for row in rows if row.images is None]
+        if not of_text:
+            return True
+        longest = max(of_text, key=lambda row: len(row.input_ids))
         return reads_packed(self.model, self.scoring.collate([replace(longest, trunk=None)]).to(self.device))
 
     def check_packing(self, encoded: Encoded) -> None:
