@@ -120,7 +120,7 @@ def test_a_row_beyond_the_positions_that_a_model_has_learnt_is_refused() -> None
     config = transformers.GPT2Config(vocab_size=310, bos_token_id=1, eos_token_id=2, pad_token_id=0, **sizes)
     model = AutoModelForCausalLM.from_config(config).eval()
     scoring = Letters(TOKENIZER, labels=("yes", "no"), raw_prompt=True)
-    fitting, longer = (Example("x", "red " * n + "?", ("yes", "no"), 0) for n in (10, 40))
+    fitting, longer = (Example("x", "red " * n + "?", ("yes", "no"), 0) for n in (10, 60))
     scorer = Scorer(model, scoring)
     found = predict(scorer, [scoring.encode(fitting)], MeanPredictive())[0, 0]
     torch.testing.assert_close(found, alone(model, scoring, fitting), atol=1e-4, rtol=1e-4)

@@ -34,8 +34,8 @@ from scalabl.tuner.state import mean_of_any
 from scalabl.tuner.threads import own
 
 # of the logits' spread, in the mean over the vocabulary: what rounding comes to behind some tens of layers
-TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
-TOLERANCE_OF_16_BITS = 5e-2
+TOLERANCE = 2e-4
+TOLERANCE_OF_16_BITS = 5e-2  # of TF32 and of quantised weights too
 ROUNDING = 3  # times what rounding alone comes to here
 REFUSED = 5  # times the tolerance, which no rounding explains
 LEAST = 32  # tokens of the rows that are tried
@@ -326,4 +326,5 @@ def tolerance(model: nn.Module) -> float:
     """How far logits may lie from each other by rounding alone, as a share of their spread."""
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     quantised = getattr(_base(model).config, "quantization_config", None) is not None
-    return TOLERANCE_OF_16_BITS if quantised else TOLERANCE.get(dtype, TOLERANCE_OF_16_BITS)
+    whole = dtype.itemsize >= 4 and torch.get_float32_matmul_precision() == "highest"
+    return TOLERANCE if whole and not quantised else TOLERANCE_OF_16_BITS
