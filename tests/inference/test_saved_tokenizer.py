@@ -20,6 +20,8 @@ from scalabl.inference.settings import PredictionSettings
 from scalabl.runs.directory import as_recorded, find_base
 from scalabl.runs.models import load_base
 from scalabl.scoring import Letters
+from scalabl.serving.export import export
+from scalabl.serving.vllm import VLLMClassifier
 
 LABELS = ["yes", "no"]
 PROMPT = "which word is red\nLabel:"
@@ -54,6 +56,16 @@ def test_the_tokenizer_beside_the_adapter_is_preferred_and_the_given_one_wins(ad
     for options in ({}, {"model": str(tiny_base())}, {"model": base}):
         np.testing.assert_array_equal(probs(adapter, **options), of_other)
     np.testing.assert_array_equal(probs(adapter, tokenizer=own), of_base)
+
+
+def test_exported_particles_take_the_tokenizer_with_them(adapter: Path, tmp_path: Path) -> None:
+    def first_token(**options: Any) -> int:
+        client = VLLMClassifier.from_export(tmp_path / "out", url="http://localhost:1", labels=LABELS, **options)
+        return int(client.scoring.tokenizer(PROMPT)["input_ids"][0])
+
+    other_tokenizer().save_pretrained(str(adapter))
+    export(adapter, 2, tmp_path / "out")
+    assert first_token() == 2 and first_token(tokenizer=str(tiny_base())) == 1
 
 
 def test_a_tokenizer_of_another_vocabulary_is_refused(adapter: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 from peft import PeftModel
 from plain_lora import plain_adapter
 from safetensors.torch import load_file
-from tiny_base import loaded, questions, tiny_base
+from tiny_base import CHAT_TEMPLATE, loaded, questions, tiny_base, tiny_tokenizer
 
 from scalabl.core.errors import UserError
 from scalabl.core.files import ADAPTER, JOINT
@@ -229,3 +229,11 @@ def test_a_base_model_without_some_of_the_adapted_layers_is_refused(rows: Path, 
         task, train_rows, held_out = rows_for(found, str(rows))
         bayesianize(found, task, train_rows, held_out, tmp_path / "run", settings_for(found, str(rows)))
     assert not (tmp_path / "run").exists()
+
+
+def test_the_tokenizer_beside_the_adapter_goes_with_it(stock: Path, rows: Path, tmp_path: Path) -> None:
+    source = tmp_path / "adapter"
+    shutil.copytree(stock, source)
+    tiny_tokenizer(chat=True).save_pretrained(str(source))  # the base's own has no chat template
+    make(source, rows, tmp_path / "run", scoring="continuation", normalization="token")
+    assert load_run(tmp_path / "run").tokenizer.chat_template == CHAT_TEMPLATE

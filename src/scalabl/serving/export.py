@@ -22,11 +22,13 @@ from scalabl.core.errors import UserError
 from scalabl.core.files import ADAPTER, read_json, sha256, write_json, writing
 from scalabl.posterior.draws import noise
 from scalabl.runs.directory import reading_config
+from scalabl.runs.models import saved_tokenizer
 from scalabl.runs.record import RunRecord
 from scalabl.serving.manifest import (
     FORMAT_VERSION,
     MANIFEST,
     PARTICLES,
+    TOKENIZER,
     Identity,
     ParticleManifest,
     limits_of,
@@ -105,6 +107,9 @@ def export(
                 progress.advance(bar)
             manifest = _manifest(directory, identity, raw, record, name, tensors, tuple(digests))
             write_json(unfinished / MANIFEST, manifest.as_dict())
+            tokenizer = saved_tokenizer(directory)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(str(unfinished / TOKENIZER))
     except BaseException:
         if made and not any(output.iterdir()):
             output.rmdir()

@@ -21,6 +21,7 @@ from scalabl.runs.record import RECORD, RunRecord
 
 PARTICLES = "particles"
 MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer"  # beside the particles, where one was saved beside the adapter
 FORMAT_VERSION = 1
 FORMATS = ("peft",)
 

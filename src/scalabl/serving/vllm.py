@@ -29,13 +29,19 @@ from scalabl.data.example import Example
 from scalabl.data.fields import rows_of
 from scalabl.inference.classifier import Answer, answer_of, letters_of, refuse_unread
 from scalabl.metrics.uncertainty import apply_temperature
-from scalabl.runs.models import load_tokenizer
+from scalabl.runs.models import load_tokenizer, saved_tokenizer
 from scalabl.scoring.base import Encoded, Scoring
 from scalabl.scoring.continuation import Continuation
 from scalabl.scoring.letters import Letters
 from scalabl.scoring.scorer import make_scoring
 from scalabl.serving.http import HTTPError, JSONClient
-from scalabl.serving.manifest import OUTPUT_LAYER_ISSUE, ParticleManifest, read_manifest
+from scalabl.serving.manifest import (
+    OUTPUT_LAYER_ISSUE,
+    TOKENIZER,
+    ParticleManifest,
+    particles_directory,
+    read_manifest,
+)
 from scalabl.serving.requests import BY, By, log_probs_of, requests_of
 
 __all__ = ["VLLMClassifier"]
@@ -123,7 +129,8 @@ class VLLMClassifier:
             chat: with `labels`: put each prompt through the tokenizer's chat template; None is False.
             max_length: with `labels`: longest prompt in tokens, 4096 if None; longer ones lose their beginning.
             prefix: in front of every prompt; the server encodes it once a particle (its prefix caching).
-            tokenizer: the base model's, or where it lies; by default what the manifest names.
+            tokenizer: the tokenizer, or where one lies; by default the one that was saved beside the adapter, else that
+                of the base model that the manifest names.
             options: of `VLLMClassifier`.
 
         Raises:
@@ -134,6 +141,8 @@ class VLLMClassifier:
             raise UserError(f"{directory} does not say how rows are scored; pass labels=[...].")
         if labels is None and manifest.scoring is not None:
             refuse_unread(manifest.scoring, chat=chat, max_length=max_length)
+        if tokenizer is None:
+            tokenizer = saved_tokenizer(particles_directory(Path(directory)) / TOKENIZER)
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
             where = tokenizer or manifest.base_model
             if where is None:
