@@ -72,6 +72,10 @@ def test_what_a_head_cannot_have_is_refused(program: Program, texts: Path, run: 
     assert "scoring is head" in said
     assert not (tmp_path / "x").exists()
     assert program("evaluate", run, "--data", questions / "test.jsonl").code == 2
+    said = program("generate", run, "--prompt", "red").sentence()
+    assert "a classification head, which writes no text; use scalabl predict" in said
+    said = program("export", run, "--particles", 2, "--output", tmp_path / "out").sentence()
+    assert "a classification head, and vLLM serves no adapter with one" in said and not (tmp_path / "out").exists()
 
 
 def test_labels_of_several_tokens_are_a_decoder_s_head(program: Program, texts: Path, tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ def generate(
         options.refuse_unread(generate, "of --answers, of which there are none; leave it out", equivalence=equivalence)
     prompts = _prompts(prompt, input)
     require_writable(json, html)
-    RunRecord.read_finished(run)
+    RunRecord.read_generating(run)
     sampled = _sampled(temperature, top_p)
 
     quiet()

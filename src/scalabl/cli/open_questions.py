@@ -41,7 +41,7 @@ def evaluate_open(
     from scalabl.data.load import load_open_task
     from scalabl.runs.record import RunRecord
 
-    RunRecord.read_finished(run)
+    RunRecord.read_generating(run)
     require_writable(json)
     options.require_counts(limit=limit)
     task = load_open_task(data)

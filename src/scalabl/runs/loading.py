@@ -97,7 +97,7 @@ def load_run(directory: Path, *, model: str | None = None, generating: bool = Fa
     Raises:
         UserError: not a finished run, altered files, another base model.
     """
-    record = RunRecord.read_finished(directory) if generating else RunRecord.read_classifier(directory)
+    record = RunRecord.read_generating(directory) if generating else RunRecord.read_classifier(directory)
     adapted, tokenizer = load_adapted(directory, record, model)
     scoring = make_scoring(record.scoring, tokenizer)
     return Run(record, Scorer(adapted, scoring, Trunk(adapted)), tokenizer, directory)

@@ -141,6 +141,21 @@ class RunRecord:
         return record
 
     @classmethod
+    def read_generating(cls, directory: Path) -> Self:
+        """The record of a finished run that writes text.
+
+        Raises:
+            UserError: not a finished run, altered files, or one with a classification head, which has no next token.
+        """
+        record = cls.read_finished(directory)
+        if record.scoring.get("scoring") == HEAD:
+            raise UserError(
+                f"{directory} was trained with a classification head, which writes no text; use scalabl predict "
+                f"{directory}."
+            )
+        return record
+
+    @classmethod
     def of_main(cls, work: Callable[[], Self]) -> Self:
         """The record that the main process's work returns, in every process.
 

@@ -167,6 +167,10 @@ def prepare(
             f"{directory} is a plain LoRA without a posterior, so it has no particles: serve it as it is, or make it "
             "Bayesian first with scalabl bayesianize."
         )
+    if config.get("task_type") == "SEQ_CLS":
+        raise UserError(
+            f"{directory} has a classification head, and vLLM serves no adapter with one; use scalabl predict."
+        )
     record = RunRecord.read_finished(directory) if (directory / RECORD).is_file() else None
     joint = directory / JOINT
     identity = Identity(
