@@ -219,7 +219,7 @@ def reads_packed(model: nn.Module, batch: Batch) -> bool:
     if known is None or (known.packed and length > known.length):
         row = batch.segments[:, -length:].ge(0).sum(dim=1).argmax()
         found = _tried(model, batch.input_ids[row][batch.segments[row] >= 0], length)
-        if found is None:  # no numbers: nothing can be told, and what follows says so
+        if found is None:  # nothing can be told now; of a model without numbers what follows says so
             return True
         known = _known[_base(model)] = found
     return known.packed
@@ -242,7 +242,10 @@ def _tried(model: nn.Module, tokens: Tensor, length: int) -> Reading | None:
         )
     batch = _rows(tokens, size if room is None else min(size, max(room, LEAST)))
     with eval_mode(model), mean_of_any(model):
-        alone = torch.cat([_alone(model, batch, row) for row in range(len(batch))]).float()
+        try:
+            alone = torch.cat([_alone(model, batch, row) for row in range(len(batch))]).float()
+        except UserError:  # among a method's particles, which these rows cannot carry
+            return None
         rows, columns = (batch.segments > 0).nonzero(as_tuple=True)
         if not alone.isfinite().all():
             return None
