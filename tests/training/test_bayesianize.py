@@ -171,7 +171,7 @@ def altered(stock: Path, directory: Path, **changes: Any) -> Path:
         ({"task_type": "SEQ_CLS"}, "trained for SEQ_CLS"),
         ({"init_lora_weights": "pissa_niter_4"}, "changes the base model's weights"),
         ({"base_model_name_or_path": None}, "give it with --model"),
-        ({"base_model_name_or_path": "/nowhere/at/all"}, "no model directory /nowhere/at/all"),
+        ({"base_model_name_or_path": "/nowhere/at/all"}, "was in /nowhere/at/all, which is not there"),
         ({"lora_bias": True}, "option lora_bias"),
         ({"some_later_option": {"a": 1}}, "option some_later_option"),
     ],
