@@ -30,7 +30,7 @@ demo: env
 	$(BIN)/scalabl demo
 
 test: dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
 check: dev
 	$(MAKE) --jobs 2 lint quick

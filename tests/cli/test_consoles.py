@@ -16,7 +16,7 @@ from program import Program
 from tiny_base import as_json, questions, write_jsonl
 
 from scalabl.cli import main
-from scalabl.cli.streams import plain
+from scalabl.core.console import plain
 
 Console = Callable[[pytest.MonkeyPatch], Callable[[], bytes]]
 

@@ -12,7 +12,7 @@ import typer
 
 from scalabl.cli import options
 from scalabl.cli.app import app
-from scalabl.cli.streams import is_utf8
+from scalabl.core.console import is_utf8
 from scalabl.core.errors import UserError
 from scalabl.core.files import write_text
 

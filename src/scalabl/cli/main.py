@@ -18,9 +18,8 @@ from scalabl.cli import plan as _plan  # noqa: F401
 from scalabl.cli import predict as _predict  # noqa: F401
 from scalabl.cli import train as _train  # noqa: F401
 from scalabl.cli.app import app, explain, fail
-from scalabl.cli.streams import any_console
 from scalabl.core import processes
-from scalabl.core.console import quiet_imports
+from scalabl.core.console import any_console, quiet_imports
 
 
 def main() -> None:

@@ -1,10 +1,21 @@
-"""What the terminal shows: one progress bar for all that takes more than a few seconds, and no library's own noise."""
+"""What the terminal shows: one progress bar for all that takes more than a few seconds, and no library's own noise.
+
+A console may lack characters, be closed, or have nobody who reads on. None of that is to cost a command its work:
+characters become plain ones, and what nobody reads is dropped.
+"""
 
 from __future__ import annotations
 
+import codecs
+import errno
 import logging
 import os
+import sys
+import unicodedata
 import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -59,3 +70,90 @@ def quiet() -> None:
     # torch sets its loggers up anew when it is imported
     for name in (*_CHATTY, "torch"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+_PLAIN = {
+    "↑": "^", "↓": "v", "±": "+-", "–": "-", "—": "-", "−": "-", "≤": "<=", "≥": ">=", "█": "#", "…": "...", "×": "x",
+    "‘": "'", "’": "'", "“": '"', "”": '"', "•": "*",
+}  # fmt: skip
+
+
+def plain(text: str, encoding: str) -> str:
+    """A text in the characters of an encoding; what has no plain form there is a question mark."""
+
+    def of(character: str) -> str:
+        letters = unicodedata.normalize("NFKD", character)
+        for form in (character, _PLAIN.get(character, ""), letters, letters[0]):
+            if form and form.encode(encoding, "replace").decode(encoding) == form:
+                return form
+        return "?"
+
+    return "".join(map(of, text))
+
+
+class _Stream:
+    """A text stream that takes every text.
+
+    Args:
+        stream: what it writes to.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Write a text, in plain characters where the stream has no others."""
+        try:
+            self._stream.write(text)
+        except UnicodeEncodeError:
+            self._stream.write(plain(text, self._stream.encoding))
+        except OSError as error:
+            self._drop(error)
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError as error:
+            self._drop(error)
+
+    def _drop(self, error: OSError) -> None:
+        """Write to nowhere from now on, what is still buffered too: behind a pipe whose reader has gone.
+
+        Raises:
+            OSError: it is something else that is wrong.
+        """
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self._stream.fileno())
+        os.close(nowhere)
+        if error.errno != errno.EPIPE:
+            raise error
+
+
+@contextmanager
+def any_console() -> Iterator[None]:
+    """Context in which standard output and standard error take every text."""
+    for number in range(3):  # a closed one would be the next file that is opened, and libraries print into it
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    before = sys.stdout, sys.stderr
+    with open(os.devnull, "w", encoding="utf-8") as nowhere:
+        sys.stdout, sys.stderr = (_Stream(nowhere if stream is None else stream) for stream in before)
+        try:
+            yield
+        finally:
+            sys.stdout, sys.stderr = before
+
+
+def is_utf8(stream: Any) -> bool:
+    """Whether a text stream writes UTF-8."""
+    return codecs.lookup(stream.encoding or "ascii").name == "utf-8"
