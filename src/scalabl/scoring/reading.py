@@ -233,6 +233,7 @@ def _base(model: nn.Module) -> Any:
 
 @torch.no_grad()
 def _tried(model: nn.Module, tokens: Tensor, length: int) -> Reading | None:
+    model = unwrap(model)  # a pass through DistributedDataParallel waits for the other ranks, which may not try
     size = max(LEAST, 1 << (length - 1).bit_length())  # rounded up, so that it is tried seldom
     room = _learnt_positions(_base(model))
     if room is not None and length > room:
@@ -292,7 +293,8 @@ def _off(model: nn.Module, batch: Batch, at: At, alone: Tensor) -> float:
 def gap(found: Tensor, expected: Tensor) -> float:
     """How far logits (..., V) lie from others, at the position where they do most, as a share of their spread."""
     expected = expected.float()
-    return float((found.float() - expected).square().mean(dim=-1).sqrt().max() / expected.std())
+    spread = expected.std().clamp_min(torch.finfo(torch.float32).tiny)  # of rows of padding alone there is none
+    return float((found.float() - expected).square().mean(dim=-1).sqrt().max() / spread)
 
 
 def _rows(tokens: Tensor, size: int) -> Batch:
