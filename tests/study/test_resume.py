@@ -22,9 +22,9 @@ from scalabl.study.study import read_study
 
 @pytest.fixture
 def recipe(tmp_path: Path, base_directory: Path, task_directory: Path, own_cache: Path) -> Path:
-    """Runs of 60 steps with a checkpoint every 5."""
+    """Runs long enough to be met at work, with checkpoints."""
     study = content(base_directory, task_directory, methods=["mle", "tfb", "scalabl"], seeds=[0])
-    study["settings"] |= {"steps": 60, "save_steps": 5}
+    study["settings"] |= {"steps": 150, "save_steps": 10}
     return write(tmp_path / "study.yaml", study)
 
 
