@@ -9,8 +9,7 @@ import pytest
 import torch
 from program import Program, train_arguments
 
-from scalabl.cli.app import explain
-from scalabl.core.errors import UserError
+from scalabl.core.errors import UserError, explain
 
 
 def limited(bytes_a_file: int, *arguments: object) -> None:
@@ -81,6 +80,7 @@ def test_a_full_disk_a_read_only_one_and_memory_are_named_with_their_mend(
         (PermissionError(errno.EACCES, "Permission denied", "/x"), "/x: permission was denied; choose"),
         (OSError(errno.EDQUOT, "Disk quota exceeded"), "the disk quota is used up; free"),
         (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"), "A checkpoint could"),
+        (RuntimeError("basic_ios::clear: iostream error"), "A checkpoint could"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), "Out of memory"),
         (UserError("Do this."), "Do this."),
     ],

@@ -15,8 +15,7 @@ from program import Program, train_arguments
 from safetensors.torch import load_file, save_file
 from tiny_base import as_json, questions, tiny_base, write_jsonl
 
-from scalabl.cli.app import explain
-from scalabl.core.errors import UserError
+from scalabl.core.errors import UserError, explain
 from scalabl.core.files import require_writable
 from scalabl.planning.plan import make_plan
 from scalabl.planning.step import PlannedRows

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import sys
 from typing import NoReturn
 
@@ -24,19 +23,6 @@ app.add_typer(data, name="data")
 
 _SEVERAL = ("train", "evaluate", "predict")  # commands that several processes share
 
-_FULL = "the disk is full; free some space and run the same command again"
-_DISK = {
-    errno.ENOSPC: _FULL,
-    errno.EFBIG: "a file became larger than this disk or its limits (ulimit -f) allow; choose another directory",
-    errno.EDQUOT: "the disk quota is used up; free some space and run the same command again",
-    errno.EROFS: "the file system is read-only; choose another directory",
-    errno.EISDIR: "a directory stands where a file is to be written; choose another name, or move it away",
-    errno.ENOTEMPTY: "another call has written there meanwhile; choose another directory",
-    errno.ENAMETOOLONG: "the name is too long; choose a shorter one",
-    errno.EACCES: "permission was denied; choose a directory that you may write",
-    errno.EPERM: "permission was denied; choose a directory that you may write",
-}
-
 
 @app.callback(invoke_without_command=True)
 def _version(
@@ -48,29 +34,6 @@ def _version(
     command = context.invoked_subcommand
     if processes.world_size() > 1 and command is not None and command not in _SEVERAL:
         raise UserError(f"{command} runs in one process; several are for {', '.join(_SEVERAL)}.")
-
-
-def explain(error: Exception) -> str | None:
-    """What went wrong in one sentence that names the mend; None for what is no user's business (a bug)."""
-    if isinstance(error, UserError):
-        return str(error)
-    if hasattr(error, "format_message"):  # the parser's own: a missing option, a word for a number
-        sentence = str(error.format_message()).rstrip(".")
-        return f"{sentence}; see scalabl --help." if sentence else ""
-    if isinstance(error, OSError) and error.errno in _DISK:
-        file = error.filename2 or error.filename  # of a file that was to be put in place, its place
-        return f"{f'{file}: ' if file else ''}{_DISK[error.errno]}."
-    text = str(error)
-    # safetensors and torch.save report a failed write in words of their own
-    for number, sentence in _DISK.items():
-        if f"(os error {number})" in text:
-            return f"{sentence[0].upper()}{sentence[1:]}."
-    if "inline_container" in text or "file write failed" in text:
-        return f"A checkpoint could not be written, perhaps {_FULL}."
-    signs = ("out of memory", "can't allocate memory", "not enough memory")
-    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(sign in text for sign in signs)):
-        return "Out of memory; lower --batch-size, --max-length or --samples, or load the base with --bits 4."
-    return None
 
 
 def fail(sentence: str, code: int = 2) -> NoReturn:

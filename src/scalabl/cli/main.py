@@ -17,9 +17,10 @@ from scalabl.cli import inspect as _inspect  # noqa: F401
 from scalabl.cli import plan as _plan  # noqa: F401
 from scalabl.cli import predict as _predict  # noqa: F401
 from scalabl.cli import train as _train  # noqa: F401
-from scalabl.cli.app import app, explain, fail
+from scalabl.cli.app import app, fail
 from scalabl.core import processes
 from scalabl.core.console import any_console, quiet_imports
+from scalabl.core.errors import explain
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from scalabl.core.console import quiet, quiet_imports
-from scalabl.core.errors import UserError
+from scalabl.core.errors import UserError, explain
 from scalabl.core.files import write_json
 from scalabl.serving.ray_address import connected, gpus_each
 from scalabl.study.cells import Cell, failure, finished
@@ -108,7 +108,7 @@ def attempt(cell: Cell, output: Path, invocation: str) -> bool:
                 raise
             except Exception as error:
                 traceback.print_exc()
-                text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+                text = explain(error) or f"{type(error).__name__}: {error}"
                 write_json(directory / "failed.json", {"error": " ".join(text.split()), "invocation": invocation})
         return True
     return False
