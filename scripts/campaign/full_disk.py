@@ -12,8 +12,6 @@ Results: docs/results/campaign/full_disk.json and .md.
 
 from __future__ import annotations
 
-import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -22,9 +20,8 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-from kills import Command, commands, learn, left
+from kills import Command, commands, learn, left, started
 from parts import offline, write
 
 from harness import options, table  # isort: skip
@@ -58,28 +55,10 @@ def remount(place: Path, *how: str) -> None:
     subprocess.run(["mount", "-o", f"remount,{','.join(how)}", str(place)], check=True, capture_output=True)
 
 
-def _limited(bytes_a_file: int | None, *arguments: Any) -> None:
-    from own_process import program
-
-    if bytes_a_file is not None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_a_file, resource.RLIM_INFINITY))
-    program(*arguments)
-
-
 def call(directory: Path, command: Command, cache: Path, bytes_a_file: int | None = None) -> tuple[int | None, str]:
     """Its exit code and what it wrote to standard error."""
-    from own_process import OwnProcess
-
     errors = cache.with_suffix(".err")
-    before, cache_before = os.getcwd(), os.environ["SCALABL_CACHE"]
-    os.environ["SCALABL_CACHE"] = str(cache)
-    os.chdir(directory)
-    try:
-        process = OwnProcess(_limited, bytes_a_file, *command.arguments, stderr=errors)
-        code = process.wait(300)
-    finally:
-        os.chdir(before)
-        os.environ["SCALABL_CACHE"] = cache_before
+    code = started(directory, command, cache, errors, bytes_a_file).wait(300)
     return code, errors.read_text(encoding="utf-8", errors="replace")
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import random
+import resource
 import shutil
 import signal
 import sys
@@ -76,24 +77,38 @@ def left(directory: Path) -> dict[str, bytes]:
     return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
 
 
-def started(directory: Path, command: Command) -> Any:
-    """The command in a process of its own, in this directory and with a cache inside it."""
-    from own_process import OwnProcess, program
+def limited(bytes_a_file: int | None, *arguments: Any) -> None:
+    """The program where no file may become larger; where any may if None."""
+    from own_process import program
 
-    directory.mkdir(exist_ok=True)
-    before, cache = os.getcwd(), os.environ["SCALABL_CACHE"]
-    os.environ["SCALABL_CACHE"] = str(directory / "cache")
+    if bytes_a_file is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_a_file, resource.RLIM_INFINITY))
+    program(*arguments)
+
+
+def started(directory: Path, command: Command, cache: Path, errors: Path, bytes_a_file: int | None = None) -> Any:
+    """The command in a process of its own, in this directory and with this cache; `errors` gets its standard error."""
+    from own_process import OwnProcess
+
+    before, cache_before = os.getcwd(), os.environ["SCALABL_CACHE"]
+    os.environ["SCALABL_CACHE"] = str(cache)
     os.chdir(directory)
     try:
-        return OwnProcess(program, *command.arguments, stderr=directory.with_suffix(".err"))
+        return OwnProcess(limited, bytes_a_file, *command.arguments, stderr=errors)
     finally:
         os.chdir(before)
-        os.environ["SCALABL_CACHE"] = cache
+        os.environ["SCALABL_CACHE"] = cache_before
+
+
+def begun(directory: Path, command: Command) -> Any:
+    """The same with a cache inside the directory."""
+    directory.mkdir(exist_ok=True)
+    return started(directory, command, directory / "cache", directory.with_suffix(".err"))
 
 
 def ended(directory: Path, command: Command) -> str | None:
     """Let the command end; what was wrong with its end."""
-    code = started(directory, command).wait(300)
+    code = begun(directory, command).wait(300)
     error = directory.with_suffix(".err").read_text(encoding="utf-8", errors="replace").strip()
     return None if code == 0 else f"exit code {code}: {error.splitlines()[-1] if error else ''}"
 
@@ -124,7 +139,7 @@ def kill(work: Path, command: Command, chance: random.Random, times: int) -> Non
     directory = work / "killed"
     shutil.rmtree(directory, ignore_errors=True)
     for _ in range(times):
-        process = started(directory, command)
+        process = begun(directory, command)
         process.join(chance.uniform(0, command.seconds))
         met = "at work" if process.poll() is None else "ended before"
         if process.poll() is None:

@@ -1,11 +1,7 @@
 """Qwen-VL and Gemma 3 trained, saved, loaded and asked with images; and what is refused."""
 
 import json
-import logging
-import os
 import shutil
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +10,9 @@ import pytest
 import torch
 from image_text import draw, image_text_base, rows
 from peft import PeftModel
+from program import Program
 from tiny_base import tiny_base, write_task
-from transformers.utils import logging as transformers_logging
 
-from scalabl.cli import main
 from scalabl.core.errors import UserError
 from scalabl.data import Example, load_task
 from scalabl.inference.classifier import Classifier
@@ -95,34 +90,13 @@ def test_images_are_read_on_a_4_bit_base(architecture: str, images: Path, tmp_pa
     assert found.std(dim=0).amax() > 1e-5 and found.sum(dim=-1).allclose(torch.tensor(1.0))
 
 
-@pytest.fixture
-def quiet_program(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    chatty = ("torch", "torchao", "torch.utils._pytree", "bitsandbytes", "accelerate", "peft")
-    levels = {name: logging.getLogger(name).level for name in chatty}
-    verbosity, environment = transformers_logging.get_verbosity(), dict(os.environ)
-
-    def call(*arguments: object) -> int:
-        monkeypatch.setattr(sys, "argv", ["scalabl", *map(str, arguments)])
-        with pytest.raises(SystemExit) as end:
-            main()
-        assert isinstance(end.value.code, int)
-        return end.value.code
-
-    yield call
-    for name, level in levels.items():
-        logging.getLogger(name).setLevel(level)
-    transformers_logging.set_verbosity(verbosity)
-    os.environ.clear()
-    os.environ.update(environment)
-
-
-def test_the_commands_read_image_rows(run: Run, images: Path, tmp_path: Path, quiet_program: Any) -> None:
+def test_the_commands_read_image_rows(run: Run, images: Path, tmp_path: Path, program: Program) -> None:
     figures, answers = tmp_path / "figures.json", tmp_path / "answers.jsonl"
     arguments = ("--predictive", "mc", "--samples", 4)
-    assert quiet_program("evaluate", run.directory, "--data", images, *arguments, "--json", figures) == 0
+    assert program("evaluate", run.directory, "--data", images, *arguments, "--json", figures).code == 0
     assert json.loads(figures.read_text())
     given = ("--input", images / "test.jsonl", "--output", answers)
-    assert quiet_program("predict", run.directory, *given, *arguments) == 0
+    assert program("predict", run.directory, *given, *arguments).code == 0
     written = [json.loads(line) for line in answers.read_text().splitlines()]
     expected = log_probabilities(run, rows(images), run.predictive("mc", samples=4)).exp().mean(dim=0)
     assert [answer["id"] for answer in written] == [row.id for row in rows(images)]

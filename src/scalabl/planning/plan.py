@@ -85,7 +85,6 @@ class Planner:
         self.device = device
         config = read_config(settings.model) if config is None else config
         model, self.counts = build(settings, config, device, labels)
-        self.labels = labels
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if method.optimizer_numbers is None:
             self.optimizer = optimizer_bytes(settings.optimisation.optimizer, trained)

@@ -79,7 +79,7 @@ def load_base(
     """
     check_bits(quantization, bits)
     path = model_path(name)
-    _require_config(path)
+    config = _read_config(path)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if dtype == "auto":
         dtype = "float32" if device == "cpu" else "bfloat16"
@@ -89,12 +89,13 @@ def load_base(
     tokenizer = tokenizer or saved or _tokenizer(path)
     options: dict[str, Any] = {"dtype": DTYPES[dtype]}
     if bits is not None:
-        config = quantization_config(quantization, bits, DTYPES[dtype])
-        options |= {"quantization_config": config, "device_map": {"": device}}
+        quantized = quantization_config(quantization, bits, DTYPES[dtype])
+        options |= {"quantization_config": quantized, "device_map": {"": device}}
     if labels is not None:
-        options |= _of_head(path, labels, tokenizer)
+        options |= _of_head(config, labels, tokenizer)
     try:
-        kind: Any = AutoModelForImageTextToText if _has_image_side(path) else AutoModelForCausalLM
+        has_image_side = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+        kind: Any = AutoModelForImageTextToText if has_image_side else AutoModelForCausalLM
         if labels is not None:
             kind = AutoModelForSequenceClassification
         model = kind.from_pretrained(path, **options)
@@ -109,10 +110,9 @@ def load_base(
     return model.eval(), tokenizer
 
 
-def _of_head(path: str | Path, labels: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def _of_head(config: Any, labels: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """What a classification head over these labels is loaded with: its size, its names, and the token that a decoder's
     head looks behind."""
-    config = AutoConfig.from_pretrained(path)
     if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         raise UserError(
             f"{config.model_type} has no form with a classification head in Transformers; use --scoring letters or "
@@ -139,11 +139,7 @@ def is_encoder(name: str) -> bool:
     Raises:
         UserError: it cannot be found.
     """
-    path = model_path(name)
-    try:
-        config = AutoConfig.from_pretrained(path)
-    except UNREADABLE as error:
-        raise UserError(f"The model {name} cannot be loaded: {why_unreadable(error)}") from error
+    config = _read_config(model_path(name))
     decodes = getattr(config, "is_decoder", False) or getattr(config, "is_encoder_decoder", False)
     return type(config) in MODEL_FOR_MASKED_LM_MAPPING and not decodes
 
@@ -155,7 +151,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         UserError: it cannot be found.
     """
     path = model_path(name)
-    _require_config(path)
+    _read_config(path)
     return _tokenizer(path)
 
 
@@ -208,13 +204,9 @@ def model_path(name: str) -> str | Path:
     return as_recorded(str(path))  # a whole path, which PEFT writes into the adapter's configuration
 
 
-def _has_image_side(path: str | Path) -> bool:
-    return type(AutoConfig.from_pretrained(path)) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-
-
-def _require_config(path: str | Path) -> None:
+def _read_config(path: str | Path) -> Any:
     try:
-        AutoConfig.from_pretrained(path)
+        return AutoConfig.from_pretrained(path)
     except UNREADABLE as error:
         raise UserError(f"The model {path} cannot be loaded: {why_unreadable(error)}") from error
 

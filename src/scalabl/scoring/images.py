@@ -20,7 +20,8 @@ from transformers import AutoConfig, AutoImageProcessor
 
 from scalabl.core.errors import UserError
 from scalabl.data.example import open_image
-from scalabl.tuner.layers import language_side, unwrap
+from scalabl.tuner.layers import language_side
+from scalabl.tuner.threads import base_model
 
 QWEN, GEMMA = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), ("gemma3",)
 
@@ -203,8 +204,7 @@ def image_inputs(model: nn.Module, batch: ImageRows) -> dict[str, Any]:
     if batch.images is None:
         return {}
     pixels = batch.images.pixels
-    base: Any = unwrap(model)
-    base = base.get_base_model() if hasattr(base, "get_base_model") else base
+    base: Any = base_model(model)
     counts = pixels["counts"].tolist()
     starts = [sum(counts[:place]) for place in range(len(counts))]
     images = [starts[place] + i for place in batch.images.picture.tolist() for i in range(counts[place])]

@@ -31,7 +31,7 @@ from scalabl.scoring.base import Batch, attention_masks
 from scalabl.scoring.images import image_inputs
 from scalabl.tuner.layers import sequence_classifier, unwrap
 from scalabl.tuner.state import mean_of_any
-from scalabl.tuner.threads import own
+from scalabl.tuner.threads import base_model, own
 
 # of the logits' spread, in the mean over the vocabulary: what rounding comes to behind some tens of layers
 TOLERANCE = 2e-4
@@ -108,7 +108,7 @@ class Turn:
 
     def inputs(self, model: nn.Module, batch: Batch, keep: int = 1) -> dict[str, Any]:
         """Keywords of the model's forward pass, with logits of the last `keep` positions."""
-        takes = inspect.signature(_base(model).forward).parameters
+        takes = inspect.signature(base_model(model).forward).parameters
         kept = {"logits_to_keep": keep} if "logits_to_keep" in takes else {}
         return {"input_ids": self.of(batch.input_ids), "use_cache": False, **kept}
 
@@ -196,7 +196,7 @@ _known: WeakKeyDictionary[nn.Module, Reading] = WeakKeyDictionary()
 
 def remember_reading(model: nn.Module, packed: bool, length: int) -> None:
     """Take over what another process has found out of the same model, up to rows of this length."""
-    _known.setdefault(_base(model), Reading(packed, length))
+    _known.setdefault(base_model(model), Reading(packed, length))
 
 
 def reads_packed(model: nn.Module, batch: Batch) -> bool:
@@ -205,7 +205,7 @@ def reads_packed(model: nn.Module, batch: Batch) -> bool:
     Raises:
         UserError: the model reads a row otherwise when others stand beside it.
     """
-    known = _known.get(_base(model))
+    known = _known.get(base_model(model))
     # rows behind a prefix were whole rows when they were tried; what images need is checked by `Scorer`; a head's rows
     # are under Transformers' own mask
     if (
@@ -221,21 +221,15 @@ def reads_packed(model: nn.Module, batch: Batch) -> bool:
         found = _tried(model, batch.input_ids[row][batch.segments[row] >= 0], length)
         if found is None:  # nothing can be told now; of a model without numbers what follows says so
             return True
-        known = _known[_base(model)] = found
+        known = _known[base_model(model)] = found
     return known.packed
-
-
-def _base(model: nn.Module) -> Any:
-    """The model without adapter and wrappers."""
-    inner: Any = unwrap(model)
-    return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
 
 
 @torch.no_grad()
 def _tried(model: nn.Module, tokens: Tensor, length: int) -> Reading | None:
     model = unwrap(model)  # a pass through DistributedDataParallel waits for the other ranks, which may not try
     size = max(LEAST, 1 << (length - 1).bit_length())  # rounded up, so that it is tried seldom
-    room = _learnt_positions(_base(model))
+    room = _learnt_positions(base_model(model))
     if room is not None and length > room:
         raise UserError(
             f"A row has {length:,} tokens, more than the {room:,} that the model has positions for; give shorter rows "
@@ -330,6 +324,6 @@ def _alone(model: nn.Module, batch: Batch, row: int) -> Tensor:
 def tolerance(model: nn.Module) -> float:
     """How far logits may lie from each other by rounding alone, as a share of their spread."""
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-    quantised = getattr(_base(model).config, "quantization_config", None) is not None
+    quantised = getattr(base_model(model).config, "quantization_config", None) is not None
     whole = dtype.itemsize >= 4 and torch.get_float32_matmul_precision() == "highest"
     return TOLERANCE if whole and not quantised else TOLERANCE_OF_16_BITS

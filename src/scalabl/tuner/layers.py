@@ -18,7 +18,7 @@ from scalabl.core.errors import UserError
 from scalabl.core.modules import base_name, split_leaf
 from scalabl.posterior.gaussian import Prior
 from scalabl.tuner.projection import StochasticProjection
-from scalabl.tuner.threads import alone
+from scalabl.tuner.threads import alone, base_model
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -124,8 +124,7 @@ def language_side(model: nn.Module) -> nn.Module:
     """The decoder of an image-text model; any other model as it is."""
     if not reads_images(model):
         return model
-    base: Any = unwrap(model)
-    base = base.get_base_model() if hasattr(base, "get_base_model") else base
+    base: Any = base_model(model)
     side: nn.Module = base.get_decoder()
     return side
 
@@ -138,8 +137,7 @@ def beside_language(model: nn.Module) -> str | None:
     """
     if not reads_images(model):
         return None
-    base: Any = unwrap(model)
-    base = base.get_base_model() if hasattr(base, "get_base_model") else base
+    base: Any = base_model(model)
     kept = [base_name(name) for name, module in base.named_modules() if module is base.get_decoder()]
     kept += [base_name(name) for name, module in base.named_modules() if module is base.get_output_embeddings()]
     names = "|".join(re.escape(name) for name in kept)
@@ -148,8 +146,7 @@ def beside_language(model: nn.Module) -> str | None:
 
 def sequence_classifier(model: nn.Module) -> PreTrainedModel | None:
     """The model that ends in a classification head (Transformers' ...ForSequenceClassification); None for others."""
-    base: Any = unwrap(model)
-    base = base.get_base_model() if hasattr(base, "get_base_model") else base
+    base: Any = base_model(model)
     return base if type(base).__name__.endswith("ForSequenceClassification") else None
 
 
@@ -196,8 +193,7 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
 
 def _stacks(model: nn.Module) -> list[nn.Module]:
     """What holds the layers, in the order of a pass: encoder and decoder, or a language model alone."""
-    base: Any = unwrap(model)
-    base = base.get_base_model() if hasattr(base, "get_base_model") else base
+    base: Any = base_model(model)
     if getattr(getattr(base, "config", None), "is_encoder_decoder", False):
         return [base.get_encoder(), base.get_decoder()]
     return [language_side(model)]

@@ -29,12 +29,12 @@ def alone(model: nn.Module) -> Iterator[None]:
         model: by any of its wrappers; adapters on one base model share it.
     """
     with _GUARD:
-        lock = _LOCKS.setdefault(_innermost(model), threading.RLock())
+        lock = _LOCKS.setdefault(base_model(model), threading.RLock())
     with lock:
         yield
 
 
-def _innermost(model: Any) -> nn.Module:
+def base_model(model: Any) -> nn.Module:
     """The base model inside DistributedDataParallel, torch.compile and PEFT."""
     while True:
         inner = getattr(model, "_orig_mod", getattr(model, "module", None))
