@@ -12,7 +12,8 @@ from torch import Tensor
 
 from scalabl.core.errors import UserError
 from scalabl.metrics import scores
-from scalabl.metrics.bootstrap import Metric, check_settings, interval, judged, resamples
+from scalabl.metrics.bootstrap import Metric, check_settings, interval, judged
+from scalabl.metrics.detection import detection_draws
 from scalabl.metrics.scores import checked
 
 
@@ -134,22 +135,4 @@ def ood_auroc(
 
 def ood_separations(score_in: Tensor, score_out: Tensor, bootstrap: int, seed: int) -> tuple[float, Tensor]:
     """The area of `ood_auroc`, and that of each resample (bootstrap,); the same rows are drawn whatever the scores."""
-    for name, score in (("score_in", score_in), ("score_out", score_out)):
-        if score.ndim != 1 or score.numel() == 0:
-            raise UserError(f"{name} must have the shape (rows,), not empty, not {tuple(score.shape)}.")
-        if score.isnan().any():
-            raise UserError(f"{name} holds NaN; check the predictions it was computed from.")
-    known, shifted = (score.detach().to("cpu").double() for score in (score_in, score_out))
-    ranking = scores.Ranking(torch.cat([shifted, known]))
-
-    def separation(out_counts: Tensor, in_counts: Tensor) -> Tensor:
-        positives = torch.cat([out_counts, torch.zeros_like(in_counts)], dim=1)
-        negatives = torch.cat([torch.zeros_like(out_counts), in_counts], dim=1)
-        return scores.separation(ranking, positives, negatives)
-
-    value = separation(torch.ones(1, len(shifted)).double(), torch.ones(1, len(known)).double()).item()
-    out_counts = torch.cat(list(resamples(len(shifted), bootstrap, seed)))
-    in_counts = torch.cat(list(resamples(len(known), bootstrap, seed + 1)))
-    # A hundred resamples at a time: the pairs of counts are copied a few times over.
-    parts = zip(out_counts.split(100), in_counts.split(100), strict=True)
-    return value, torch.cat([separation(*part) for part in parts])
+    return detection_draws(score_in, score_out, bootstrap, seed)["auroc"]

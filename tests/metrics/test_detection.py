@@ -1,0 +1,51 @@
+"""Figures of a score of scope against scikit-learn's, with ties, and of resamples against the figure itself."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
+
+from scalabl.metrics.detection import detection_draws, judge_detection
+from scalabl.metrics.figures import ood_auroc
+
+
+def scores(ties: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    known = torch.randn(150, generator=generator).double()
+    other = 1 + torch.randn(80, generator=generator).double()
+    return (known.round(), other.round()) if ties else (known, other)
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_as_scikit_learn_has_them(ties: bool) -> None:
+    known, other = scores(ties)
+    found = judge_detection(known, other, bootstrap=50)
+    label = np.r_[np.zeros(150), np.ones(80)]
+    score = torch.cat([known, other]).numpy()
+    false, true, _ = roc_curve(label, score, drop_intermediate=False)
+    assert found["auroc"].value == pytest.approx(roc_auc_score(label, score))
+    assert found["aupr"].value == pytest.approx(average_precision_score(label, score))
+    assert found["fpr95"].value == pytest.approx(false[np.argmax(true >= 0.95)])
+    assert found["auroc"] == ood_auroc(known, other, bootstrap=50)
+    for metric in found.values():
+        assert metric.low is not None and metric.high is not None and metric.value is not None
+        assert metric.low <= metric.value <= metric.high
+
+
+def test_a_resample_is_the_figure_of_its_rows() -> None:
+    known, other = scores(ties=True)
+    draws = detection_draws(known, other, 3, 7)
+    from scalabl.metrics.bootstrap import resamples
+
+    of_out = torch.cat(list(resamples(80, 3, 7)))[1].long()
+    of_in = torch.cat(list(resamples(150, 3, 8)))[1].long()
+    alone = judge_detection(known.repeat_interleave(of_in), other.repeat_interleave(of_out), bootstrap=1)
+    for name, (_, values) in draws.items():
+        assert values[1].item() == pytest.approx(alone[name].value)
+
+
+def test_a_perfect_and_a_blind_score() -> None:
+    perfect = judge_detection(torch.zeros(20), torch.ones(10), bootstrap=5)
+    assert [perfect[name].value for name in ("auroc", "aupr", "fpr95")] == [1, 1, 0]
+    blind = judge_detection(torch.zeros(20), torch.zeros(10), bootstrap=5)
+    assert [blind[name].value for name in ("auroc", "aupr", "fpr95")] == [0.5, pytest.approx(1 / 3), 1]
