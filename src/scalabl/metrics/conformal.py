@@ -1,7 +1,7 @@
 """Sets of labels that hold the right one at a promised rate: split conformal prediction.
 
-n held-out rows and the row to come are drawn alike (exchangeable: no shift), and V(x, c) says how little a label c suits a
-row x. Then
+n held-out rows and the row to come are drawn alike (exchangeable: no shift), and V(x, c) says how little a label c
+suits a row x. Then
 
     set(x) = {c : V(x, c) <= q},    q the ceil((n + 1) coverage)-th smallest of V(x_i, y_i)
     P(y in set(x)) >= coverage      on average over the held-out rows and the row to come
@@ -60,8 +60,8 @@ def conformal_quantile(scores: ArrayLike, coverage: float) -> float:
     needed = rows_for_coverage(coverage)
     if len(values) < needed:
         raise UserError(
-            f"A rate of {100 * coverage:.4g} % takes at least {needed} held-out rows, and there are {len(values)}; give "
-            "more, or lower it."
+            f"A rate of {100 * coverage:.4g} % takes at least {needed} held-out rows, and there are {len(values)}; "
+            "give more, or lower it."
         )
     if np.isnan(values).any():
         raise UserError("A score of a held-out row is NaN; check the predictions it was computed from.")
@@ -124,8 +124,8 @@ def require_of_each(counts: Sequence[int], classes: Sequence[str], coverage: flo
     fewest = min(range(len(classes)), key=lambda c: counts[c])
     if counts[fewest] < needed:
         raise UserError(
-            f"A coverage of {100 * coverage:.4g} % within each class takes at least {needed} held-out rows of each, and "
-            f"{classes[fewest]!r} has {counts[fewest]}; give more, lower the coverage, or leave out per_class."
+            f"A coverage of {100 * coverage:.4g} % within each class takes at least {needed} held-out rows of each, "
+            f"and {classes[fewest]!r} has {counts[fewest]}; give more, lower the coverage, or leave out per_class."
         )
 
 

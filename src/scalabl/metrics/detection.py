@@ -40,9 +40,7 @@ def judge_detection(
     return {name: interval(value, draws, confidence, (0, 1)) for name, (value, draws) in figures.items()}
 
 
-def detection_draws(
-    score_in: Tensor, score_out: Tensor, bootstrap: int, seed: int
-) -> dict[str, tuple[float, Tensor]]:
+def detection_draws(score_in: Tensor, score_out: Tensor, bootstrap: int, seed: int) -> dict[str, tuple[float, Tensor]]:
     """Each figure of `judge_detection`, and that of each resample (bootstrap,).
 
     The same rows are drawn whatever the scores.
