@@ -67,7 +67,7 @@ def test_settings_that_exclude_each_other_or_are_out_of_range() -> None:
         ({"samples": -1}, "samples is -1"),
         ({"method": "laplace", "predictive": "mc"}, "a predictive of its own"),
         ({"temperature": 0.0}, "must be above 0"),
-        ({"temperature": 2.0, "sampling": Sampling(confidence=0.9)}, "leave out one of the two"),
+        ({"scale": -0.5}, "must be 0 \\(the mean\\) or more"),
         ({"abstain": 0.5, "promise": Promise(0.1)}, "give one of them"),
         ({"abstain": 1.5}, "between 0 and 1"),
     ):

@@ -24,8 +24,8 @@ from scalabl.data.example import Example
 from scalabl.inference.promise import held_out_rows
 from scalabl.inference.settings import PredictionSettings
 from scalabl.metrics.uncertainty import apply_temperature, average, decompose, particles_used
-from scalabl.predictive.adaptive import with_sampling
-from scalabl.predictive.auto import AutoPredictive
+from scalabl.predictive.adaptive import AdaptivePredictive, with_sampling
+from scalabl.predictive.auto import AutoPredictive, with_scale
 from scalabl.predictive.base import Predictive, predict
 from scalabl.predictive.linearized import LayerVariance, layer_variances
 from scalabl.runs.loading import load_run
@@ -203,7 +203,11 @@ class Predictor:
                     over_ranks=self.over_ranks,
                 )  # fmt: skip
         temperature = self.settings.temperature
-        return log_probs if temperature is None else apply_temperature(log_probs, temperature)
+        if (
+            temperature is None or temperature == 1 or isinstance(self.strategy, AdaptivePredictive)
+        ):  # its particles have it
+            return log_probs
+        return apply_temperature(log_probs, temperature)
 
     def answers(self, rows: Sequence[Example], encoded: Sequence[Encoded] | None = None) -> Iterator[dict[str, Any]]:
         """One answer a row: id, label, probs (choice -> probability), confidence, entropy, aleatoric, epistemic (nats).
@@ -259,8 +263,7 @@ def make_strategy(run: Predictable, settings: PredictionSettings) -> Predictive:
     if settings.method is not None:
         if not isinstance(run, Run):
             raise UserError(f"{settings.method} is fitted on a run, but this adapter has no record of one.")
-        strategy = load_post_hoc(settings.method).predictive(run, samples=samples, seed=seed)
-        return with_sampling(strategy, settings.drawn())
+        return _drawn(load_post_hoc(settings.method).predictive(run, samples=samples, seed=seed), settings)
     if name == "linearized" and not run.is_bayesian:
         raise UserError("Only an adapter with a posterior over s has a linearised predictive; leave it out.")
     if samples == 0:
@@ -268,7 +271,13 @@ def make_strategy(run: Predictable, settings: PredictionSettings) -> Predictive:
     elif name in (None, "auto"):
         name = "auto" if settings.sampling.is_plain else "mc"
     strategy = run.predictive(name, samples=samples, seed=seed, stochastic_layers=settings.stochastic_layers)
-    return with_sampling(strategy, settings.drawn())
+    return _drawn(strategy, settings)
+
+
+def _drawn(strategy: Predictive, settings: PredictionSettings) -> Predictive:
+    """With the posterior's scale and the kind of draws that settings ask for."""
+    scaled = with_scale(strategy, 1.0 if settings.scale is None else settings.scale)
+    return with_sampling(scaled, settings.drawn(), settings.temperature or 1.0)
 
 
 def log_probabilities(

@@ -11,6 +11,8 @@ from scalabl.inference.promise import Promise
 from scalabl.metrics.selective import Threshold
 from scalabl.predictive.sampling import PLAIN, PREDICTIVES, Sampling
 
+_YOUNGER: dict[str, Any] = {"scale": None, "raw": False}  # with their defaults
+
 
 @dataclass(frozen=True)
 class PredictionSettings:
@@ -25,7 +27,10 @@ class PredictionSettings:
         stochastic_layers: draw s in the top layers alone: "last:K", a fraction "last:0.25", or "variance:0.9", the
             fewest that carry so much of the predictive variance on the run's validation rows.
         method: a post-hoc method that was fitted on the run, in place of the run's own.
-        temperature: on the class logits of every particle.
+        temperature: T on the class logits of every particle. T and tau are a calibrated run's own where neither is
+            given here; given are both, the other one 1.
+        scale: tau, by which the posterior's standard deviations are multiplied; 1 is as learnt.
+        raw: leave the run's own calibration out.
         abstain: answer null where the highest probability is below this.
         promise: answer null where an answer would break it.
         chosen: what auto took, as in a table; None before `Predictor.resolve`, and where nothing was to choose.
@@ -48,6 +53,8 @@ class PredictionSettings:
     chosen: str | None = None
     why: str | None = None
     threshold: Threshold | None = None
+    scale: float | None = None
+    raw: bool = False
 
     def __post_init__(self) -> None:
         if self.predictive not in (None, *PREDICTIVES):
@@ -60,8 +67,8 @@ class PredictionSettings:
             raise UserError(f"{self.method} has a predictive of its own; leave out predictive and stochastic_layers.")
         if self.temperature is not None and not 0 < self.temperature < math.inf:
             raise UserError(f"The temperature is {self.temperature}; it must be above 0.")
-        if self.temperature is not None and self.is_adaptive:
-            raise UserError("Adaptive N settles answers without a temperature; leave out one of the two.")
+        if self.scale is not None and not 0 <= self.scale < math.inf:
+            raise UserError(f"The scale of the posterior is {self.scale}; it must be 0 (the mean) or more.")
         if self.abstain is not None and self.promise is not None:
             raise UserError("abstain and a promised error rate both say when to answer; give one of them.")
         self.drawn()  # refuses a threshold that is none
@@ -78,6 +85,8 @@ class PredictionSettings:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON, which has no infinities: a threshold without end is written as a word."""
         values = asdict(self)
+        # younger fields: what did not need them is written, compared and hashed as it always was
+        values = {k: v for k, v in values.items() if k not in _YOUNGER or v != _YOUNGER[k]}
         if self.threshold is not None and math.isinf(self.threshold.above):
             values["threshold"]["above"] = str(self.threshold.above)
         return values

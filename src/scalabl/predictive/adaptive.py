@@ -25,6 +25,7 @@ from scipy.stats import t as student
 from torch import Tensor
 
 from scalabl.core.errors import UserError
+from scalabl.metrics.uncertainty import apply_temperature
 from scalabl.predictive.base import Predictive
 from scalabl.predictive.monte_carlo import MonteCarloPredictive, first_difference
 from scalabl.predictive.sampling import Sampling
@@ -98,6 +99,7 @@ class AdaptivePredictive:
         threshold: the answer is the most probable choice, or none where its probability is below this; None for the
             choice alone.
         block: how many particles at a time, at least 2.
+        temperature: T on the class logits of every particle: tempered ones settle an answer, and are returned.
 
     Raises:
         UserError: a setting is out of range, or the inner predictive's draws are not independent.
@@ -110,6 +112,7 @@ class AdaptivePredictive:
         *,
         threshold: float | None = None,
         block: int = 4,
+        temperature: float = 1.0,
     ) -> None:
         Sampling(inner.draws, confidence, threshold)  # refuses bad settings
         if block < 2:
@@ -118,6 +121,7 @@ class AdaptivePredictive:
         self.confidence = confidence
         self.threshold = threshold
         self.block = block
+        self.temperature = temperature
         self.shares_prefix = inner.shares_prefix
         self.name = f"adaptive N ≤ {inner.samples}"
 
@@ -132,6 +136,8 @@ class AdaptivePredictive:
         for first in range(0, total, self.block):
             number = min(self.block, total - first)
             drawn = self.inner.draw(scorer, batch.select(rows) if first else batch, first, number)
+            if self.temperature != 1:
+                drawn = apply_temperature(drawn, self.temperature)
             if found is None:
                 choices = max(choices, drawn.shape[-1])
                 found = torch.full((total, len(batch), choices), -torch.inf, dtype=drawn.dtype, device=drawn.device)
@@ -151,8 +157,8 @@ class AdaptivePredictive:
         return found
 
 
-def with_sampling(predictive: Predictive, sampling: Sampling) -> Predictive:
-    """The same predictive with other draws, or with adaptive N.
+def with_sampling(predictive: Predictive, sampling: Sampling, temperature: float = 1.0) -> Predictive:
+    """The same predictive with other draws, or with adaptive N, whose particles have the temperature.
 
     Raises:
         UserError: it draws no particles, or its draws are not of a ScalaBL posterior.
@@ -167,9 +173,12 @@ def with_sampling(predictive: Predictive, sampling: Sampling) -> Predictive:
             chunk=inner.chunk,
             draws=sampling.draws,
             stochastic_layers=inner.stochastic_layers,
+            scale=inner.scale,
         )
     if sampling.confidence is not None:
         if not isinstance(predictive, MonteCarloPredictive):
             raise UserError("Adaptive N is for predictives that average over particles (mc); leave out --adaptive.")
-        return AdaptivePredictive(predictive, sampling.confidence, threshold=sampling.threshold)
+        return AdaptivePredictive(
+            predictive, sampling.confidence, threshold=sampling.threshold, temperature=temperature
+        )
     return predictive

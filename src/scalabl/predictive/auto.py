@@ -37,8 +37,10 @@ attention's own products (rows are short beside the width of a layer) and the in
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -166,6 +168,7 @@ class AutoPredictive:
         samples: N, whose quality has to be kept; at least 1.
         seed: of the particles.
         stochastic_layers: draw s in the top layers alone, as in the predictives it chooses from.
+        scale: tau, as in the predictives it chooses from, which are compared under it.
 
     Attributes:
         choice: what was chosen, None before the first rows.
@@ -175,13 +178,17 @@ class AutoPredictive:
     """
 
     name = "auto"
+    has_scale = True
 
-    def __init__(self, samples: int = 10, *, seed: int = 0, stochastic_layers: str | None = None) -> None:
+    def __init__(
+        self, samples: int = 10, *, seed: int = 0, stochastic_layers: str | None = None, scale: float = 1.0
+    ) -> None:
         self.samples = samples
         self.seed = seed
         self.stochastic_layers = stochastic_layers
+        self.scale = scale
         self.choice: Choice | None = None
-        self._mc = MonteCarloPredictive(samples, seed=seed, stochastic_layers=stochastic_layers)
+        self._mc = MonteCarloPredictive(samples, seed=seed, stochastic_layers=stochastic_layers, scale=scale)
         self._made_for: tuple[object, ...] = ()
 
     def __call__(self, scorer: Scorer, batch: Batch) -> Tensor:
@@ -206,7 +213,11 @@ class AutoPredictive:
         """What this or another process has chosen, by the predictive's name and the layers that it draws."""
         if self.choice is not None:
             return self.choice.predictive
-        return self._mc if name == self._mc.name else LinearizedPredictive(seed=self.seed, stochastic_layers=layers)
+        return self._mc if name == self._mc.name else self.linearized(layers)
+
+    def linearized(self, layers: str | None = None) -> LinearizedPredictive:
+        """The linearised candidate that draws these layers."""
+        return LinearizedPredictive(seed=self.seed, stochastic_layers=layers, scale=self.scale)
 
     def _choose(self, scorer: Scorer, rows: Sequence[Encoded], batch_size: int) -> Choice:
         drawn = drawn_layers(scorer.model, self.stochastic_layers)
@@ -247,7 +258,7 @@ class AutoPredictive:
                     layers, gap = spec, trial.gap(fewer)
         name = self._name(layers)
         return Choice(
-            LinearizedPredictive(seed=self.seed, stochastic_layers=layers),
+            self.linearized(layers),
             name,
             f"auto chose {name} ({costs[name]:.1f} plain forwards a batch; mc with N = {self.samples} takes "
             f"{costs[sampled]:.1f}): on {TRIAL_ROWS} of the rows it is {gap:.2g} off in probability, no more than the "
@@ -269,14 +280,15 @@ class _Trial:
 
     def __init__(self, scorer: Scorer, rows: Sequence[Encoded], auto: AutoPredictive, batch_size: int) -> None:
         pairs = MonteCarloPredictive(
-            2 * TRIAL_PAIRS, seed=auto.seed, draws="antithetic", stochastic_layers=auto.stochastic_layers
-        )
+            2 * TRIAL_PAIRS, seed=auto.seed, draws="antithetic", stochastic_layers=auto.stochastic_layers,
+            scale=auto.scale,
+        )  # fmt: skip
         particles = predict(scorer, rows, pairs, batch_size=batch_size).double().exp()
         self._present = torch.arange(particles.shape[-1]) < torch.tensor([row.num_choices for row in rows])[:, None]
         self._reference, variance = reference_and_variance(particles)
         self.noise = float((variance[self._present].mean() / auto.samples).sqrt())
         self._scorer = scorer
-        self._linear = LinearizedPredictive(seed=auto.seed)
+        self._linear = auto.linearized()
         self._parts = []
         with eval_mode(scorer.model):
             for indices, chunk in scorer.batches(rows, batch_size):
@@ -310,6 +322,28 @@ def reference_and_variance(particles: Tensor) -> tuple[Tensor, Tensor]:
     even = pairs.mean(dim=1)
     odd = (pairs[:, 0] - pairs[:, 1]) / 2
     return even.mean(dim=0), odd.square().mean(dim=0) + even.var(dim=0)
+
+
+def with_scale(predictive: Predictive, scale: float) -> Predictive:
+    """The same predictive with the posterior's standard deviations times tau; the mean has none, and is what `auto`
+    is at tau = 0.
+
+    Raises:
+        UserError: its particles are not of a posterior.
+    """
+    if scale == 1 or isinstance(predictive, MeanPredictive):
+        return predictive
+    if not getattr(predictive, "has_scale", False):
+        raise UserError(f"{predictive.name} has no posterior whose scale could be {scale:g}; leave it out.")
+    if isinstance(predictive, AutoPredictive):
+        if scale == 0:
+            return MeanPredictive()
+        return AutoPredictive(
+            predictive.samples, seed=predictive.seed, stochastic_layers=predictive.stochastic_layers, scale=scale
+        )
+    made: Any = copy.copy(predictive)
+    made.scale = scale
+    return made  # type: ignore[no-any-return]
 
 
 def make_predictive(name: str, *, samples: int = 10, seed: int = 0) -> Predictive:

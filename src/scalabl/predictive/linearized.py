@@ -41,14 +41,18 @@ class LinearizedPredictive:
         points: quasi-Monte Carlo points of the softmax-Gaussian integral; a power of two is best.
         seed: scrambles the points.
         stochastic_layers: the top layers alone are uncertain, "last:K" or a fraction "last:0.25", the others known.
+        scale: tau, by which the posterior's standard deviations are multiplied: tau^2 J Sigma J^T.
 
     Raises:
         UserError: points is below 1, or there are no such layers.
     """
 
     name = "linearized"
+    has_scale = True
 
-    def __init__(self, points: int = 128, *, seed: int = 0, stochastic_layers: str | None = None) -> None:
+    def __init__(
+        self, points: int = 128, *, seed: int = 0, stochastic_layers: str | None = None, scale: float = 1.0
+    ) -> None:
         if points < 1:
             raise UserError(f"points is {points}; it must be at least 1.")
         self.points = points
@@ -56,6 +60,7 @@ class LinearizedPredictive:
         if stochastic_layers is not None:
             check_spec(stochastic_layers)
         self.stochastic_layers = stochastic_layers
+        self.scale = scale
 
     def __call__(self, scorer: Scorer, batch: Batch) -> Tensor:
         return self.log_probs(*logit_gaussian(scorer, batch, self.stochastic_layers))
@@ -65,7 +70,7 @@ class LinearizedPredictive:
 
         Args:
             mean: (B, C), -inf where a row has no such choice.
-            covariance: (B, C - 1, C - 1) of the differences to the first.
+            covariance: (B, C - 1, C - 1) of the differences to the first, at tau = 1.
         """
         contrasts = covariance.shape[-1]
         if contrasts == 0:
@@ -74,7 +79,7 @@ class LinearizedPredictive:
         sobol = torch.quasirandom.SobolEngine(_MOST_CONTRASTS, scramble=True, seed=self.seed)
         uniform = sobol.draw(self.points, dtype=torch.float64)[:, :contrasts].clamp(1e-12, 1 - 1e-12)
         noise = torch.special.ndtri(uniform).to(covariance)
-        shift = torch.einsum("pk,bck->pbc", noise, matrix_root(covariance))
+        shift = torch.einsum("pk,bck->pbc", noise, self.scale * matrix_root(covariance))
         # the first class is the reference: only differences of logits matter
         return torch.cat([mean[None, :, :1].expand(self.points, -1, -1), mean[None, :, 1:] + shift], -1).log_softmax(-1)
 

@@ -170,6 +170,8 @@ class DropoutPredictive(MonteCarloPredictive):
         UserError: p is not between 0 and 1.
     """
 
+    has_scale = False
+
     def __init__(self, p: float = 0.1, *, samples: int = 10, seed: int = 0, chunk: int | None = None) -> None:
         if not 0 < p < 1:
             raise UserError(f"The dropout probability is {p}; it must be between 0 and 1, 0.1 is the usual choice.")
@@ -239,7 +241,7 @@ class WeightNoisePredictive(MonteCarloPredictive):
 
     def context(self, model: nn.Module, first: int, number: int) -> AbstractContextManager[None]:
         chunk = slice(first, first + number)
-        return weight_noise(model, {name: values[chunk] for name, values in self.noise(model).items()})
+        return weight_noise(model, {name: self.scale * values[chunk] for name, values in self.noise(model).items()})
 
 
 def blob_draws(model: nn.Module, *, samples: int = 10, seed: int = 0) -> WeightNoisePredictive:

@@ -100,6 +100,7 @@ class MonteCarloPredictive:
         chunk: how many particles at once; None fits them to the free memory. The answers do not depend on it.
         draws: "independent", "antithetic", "sobol" or "moments" (`scalabl.posterior.draws`).
         stochastic_layers: draw s in the top layers alone, "last:K" or a fraction "last:0.25", the others at their mean.
+        scale: tau, by which the posterior's standard deviations are multiplied.
 
     Raises:
         UserError: N is below 1, there are no such draws or layers, or they cannot be of this N.
@@ -107,6 +108,7 @@ class MonteCarloPredictive:
 
     name = "mc"
     shares_prefix = True
+    has_scale = True  # of a posterior, which other noise is not
 
     def __init__(
         self,
@@ -116,6 +118,7 @@ class MonteCarloPredictive:
         chunk: int | None = None,
         draws: str = "independent",
         stochastic_layers: str | None = None,
+        scale: float = 1.0,
     ) -> None:
         if samples < 1:
             raise UserError(f"samples is {samples}; it must be at least 1.")
@@ -127,6 +130,7 @@ class MonteCarloPredictive:
         self.chunk = chunk
         self.draws = draws
         self.stochastic_layers = stochastic_layers
+        self.scale = scale
         self._all_noise: dict[tuple[tuple[str, int], ...], dict[str, Tensor]] = {}
 
     def __call__(self, scorer: Scorer, batch: Batch) -> Tensor:
@@ -157,8 +161,9 @@ class MonteCarloPredictive:
     def context(self, model: nn.Module, first: int, number: int) -> AbstractContextManager[None]:
         """Context in which a batch of `number` B rows carries the particles first .. first + number - 1."""
         if self.draws == "independent":
-            return particles(model, number, seed=self.seed, first=first)
-        return noise_particles(model, {name: z[first : first + number] for name, z in self._noise_of(model).items()})
+            return particles(model, number, seed=self.seed, first=first, scale=self.scale)
+        of_these = {name: z[first : first + number] for name, z in self._noise_of(model).items()}
+        return noise_particles(model, of_these, self.scale)
 
     def _noise_of(self, model: nn.Module) -> dict[str, Tensor]:
         """(N, r) noise by layer, drawn once for a model's layers: these draws know of each other."""

@@ -90,7 +90,13 @@ def values(model: nn.Module, rows: int) -> Iterator[dict[str, tuple[Tensor, Gaus
 
 
 def particles(
-    model: nn.Module, number: int, *, seed: int = 0, first: int = 0, indices: Sequence[int] | None = None
+    model: nn.Module,
+    number: int,
+    *,
+    seed: int = 0,
+    first: int = 0,
+    indices: Sequence[int] | None = None,
+    scale: float = 1.0,
 ) -> AbstractContextManager[None]:
     """Context in which a batch of N B rows carries N fixed draws: row j has particle j // B, in every layer.
 
@@ -102,6 +108,7 @@ def particles(
         seed: the seed of the draws.
         first: the number of the first particle (for chunks of a larger N).
         indices: particle numbers instead of first .. first + number - 1.
+        scale: tau, by which the posterior's standard deviations are multiplied: s = mean + tau scale noise.
 
     Raises:
         UserError: N is below 1, or the model has no stochastic layer. In the forward pass: a batch whose rows are
@@ -114,15 +121,17 @@ def particles(
         name: standard_normal(chosen, leaf.out_features, seed=seed, stream=name)
         for name, leaf in stochastic_layers(model).items()
     }
-    return noise_particles(model, independent)
+    return noise_particles(model, independent, scale)
 
 
-def noise_particles(model: nn.Module, noise: Mapping[str, Tensor]) -> AbstractContextManager[None]:
+def noise_particles(model: nn.Module, noise: Mapping[str, Tensor], scale: float = 1.0) -> AbstractContextManager[None]:
     """Context in which a batch of N B rows carries N particles made of given noise, as `particles` does of its own.
 
     Args:
         model: a PEFT model with a ScalaBL adapter.
         noise: (N, r) standard normal numbers by the layer's name, for every stochastic layer.
+        scale: tau, as in `particles`.
     """
     noise = correlated(model, noise)
-    return _state(model, lambda name, _leaf: Particles(noise[name]), "inactive")
+    # a draw is linear in its noise, whatever the covariance is; tau = 1 changes no bit
+    return _state(model, lambda name, _leaf: Particles(scale * noise[name]), "inactive")
