@@ -83,3 +83,40 @@ def test_labels_of_several_tokens_are_a_decoder_s_head(program: Program, texts: 
     assert output.code == 0, output.err
     record = json.loads((tmp_path / "run" / "scalabl.json").read_text())
     assert record["scoring"]["scoring"] == "head" and record["parameters"]["head"] == 32 * 3
+
+
+def test_pairs_of_texts_are_trained_on_judged_and_answered(program: Program, tmp_path: Path) -> None:
+    pairs = [(a, b) for a in ("red", "blue", "green") for b in ("red", "blue", "green")]
+    rows = [{"text": a, "text_pair": b, "label": "yes" if a == b else "no"} for a, b in pairs] * 3
+    data = write_jsonl(tmp_path / "pairs.jsonl", rows)
+    output = program("train", "--model", tiny_encoder(), "--data", data, "--output", tmp_path / "run", *OPTIONS)
+    assert output.code == 0, output.err
+    run = tmp_path / "run"
+    assert json.loads((run / "scalabl.json").read_text())["scoring"]["pairs"] is True
+    unlabelled = write_jsonl(tmp_path / "rows.jsonl", [{"text": a, "text_pair": b} for a, b in pairs])
+    predicted = program("predict", run, "--input", unlabelled, "--output", tmp_path / "answers.jsonl")
+    assert predicted.code == 0, predicted.err
+    answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    python = Classifier.from_pretrained(run)([{"text": a, "text_pair": b} for a, b in pairs])
+    for answer, probs in zip(answers, python.probs.tolist(), strict=True):
+        assert list(answer["probs"].values()) == pytest.approx(probs, abs=1e-5)
+    assert python.probs[:, 0].std() > 0  # the second text is read
+    single = write_jsonl(tmp_path / "single.jsonl", [{"text": "red"}])
+    said = program("predict", run, "--input", single, "--output", tmp_path / "x.jsonl").sentence()
+    assert said == ('Row single:1 has no "text_pair", but the run was trained on pairs of texts; give it one.')
+    said = program(
+        "train", "--model", tiny_base(), "--data", data, "--output", tmp_path / "x", "--scoring", "letters"
+    ).sentence()
+    assert 'has a "text_pair", which only a classification head reads' in said and not (tmp_path / "x").exists()
+    of_base = program(
+        "train", "--model", tiny_base(), "--data", data, "--output", tmp_path / "decoder", "--steps", 1, "--rank", 4
+    )
+    assert of_base.code == 0 and "scoring     head" in of_base.out, of_base.err
+
+
+def test_a_max_length_beyond_the_model_s_positions_is_refused(program: Program, texts: Path, tmp_path: Path) -> None:
+    said = program(
+        "train", "--model", tiny_encoder(), "--data", texts, "--output", tmp_path / "x", "--max-length", 513
+    ).sentence()
+    assert said == "max_length is 513, but this bert has learnt positions for 512 tokens; give --max-length 512."
+    assert not (tmp_path / "x").exists()

@@ -2,10 +2,13 @@
 
 import json
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from scalabl.core.errors import UserError
 from scalabl.data import Example, load_rows, load_task
+from scalabl.data.store import read_task, write_task
 
 QUESTION = {"question": "What is wet?", "choices": ["fire", "water", "sand"], "answer": "water"}
 
@@ -197,3 +200,49 @@ def test_prediction_rows_need_no_answer(tmp_path):
         load_rows(two_forms)
     with pytest.raises(UserError, match="no labels given"):
         load_rows(write(tmp_path / "u.jsonl", {"text": "hm"}), require_answer=False)
+
+
+def test_pairs_of_texts_are_read_from_jsonl_and_parquet_and_kept(tmp_path):
+    rows = [
+        {"text": "a man sleeps", "text_pair": " he rests ", "label": "yes"},
+        {"text": "a man runs", "text_pair": "he rests", "label": "no"},
+    ]
+    path = write(tmp_path / "own.jsonl", *rows)
+    task = load_task(str(path))
+    assert task.split("train")[0] == Example("own:1", "a man sleeps", ("no", "yes"), 1, pair="he rests")
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "own.parquet")
+    assert load_rows(tmp_path / "own.parquet") == task.split("train")
+    write_task(task, tmp_path / "kept")
+    assert read_task(tmp_path / "kept").splits == task.splits
+    first, second = (Example("x", "a", ("no", "yes"), 0, pair=pair) for pair in ("b", "c"))
+    assert first.content != second.content != Example("x", "a", ("no", "yes"), 0).content
+    assert first.text == "a\nb"
+    write_task(load_task(str(write(tmp_path / "s.jsonl", *TWO))), tmp_path / "single")
+    assert "pair" not in (tmp_path / "single" / "train.jsonl").read_text("utf-8")
+
+
+TWO = ({"text": "bad", "label": "no"}, {"text": "good", "label": "yes"})
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"text": "a", "text_pair": " ", "label": "no"}, '"text_pair" is blank'),
+        ({"text": "a", "text_pair": 7, "label": "no"}, '"text_pair" is a number'),
+        ({"text": "a", "textpair": "b", "label": "no"}, 'did you mean "text_pair"?'),
+        ({"text": "a", "text_pair": "b", "label": "no"}, 'rows with and without "text_pair" in one file'),
+        ({**QUESTION, "text_pair": "b"}, "unknown key 'text_pair'"),
+    ],
+)
+def test_bad_pairs_are_refused(tmp_path, row, said):
+    path = write(tmp_path / "own.jsonl", *TWO, row)
+    with pytest.raises(UserError, match="own.jsonl:3: ") as caught:
+        load_rows(path)
+    assert said in str(caught.value)
+
+
+def test_splits_with_and_without_pairs_are_refused(tmp_path):
+    write(tmp_path / "train.jsonl", *TWO)
+    write(tmp_path / "test.jsonl", *({**row, "text_pair": "b"} for row in TWO))
+    with pytest.raises(UserError, match='splits with and without "text_pair"'):
+        load_task(str(tmp_path))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +12,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from tiny_base import perturb, tiny_tokenizer
+from tokenizers import normalizers, processors
 from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
@@ -20,6 +24,7 @@ from transformers import (
     ModernBertConfig,
     MPNetConfig,
     PretrainedConfig,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     RobertaConfig,
     pipeline,
@@ -32,10 +37,15 @@ from scalabl.predictive import LinearizedPredictive, MeanPredictive, MonteCarloP
 from scalabl.runs.models import load_base
 from scalabl.runs.settings import Settings
 from scalabl.scoring import Scorer
+from scalabl.scoring.base import Scoring, cut_rows_sentence
+from scalabl.scoring.continuation import Continuation
 from scalabl.scoring.head import Head
+from scalabl.scoring.letters import Letters
+from scalabl.scoring.scorer import make_scoring
 from scalabl.scoring.trunk import Trunk
 from scalabl.scoring.trunk_store import with_stored_trunk
 from scalabl.tuner import ScalaBLConfig
+from scalabl.tuner.layers import learnt_positions
 from scalabl.tuner.mean_adapter import MEAN_DIRECTORY
 
 LABELS = ("red", "blue", "green")
@@ -144,3 +154,104 @@ def test_a_row_of_other_choices_is_refused() -> None:
         head.encode(Example("q", "text", ("red", "blue"), 0))
     with pytest.raises(UserError, match="at least two labels"):
         Head(tiny_tokenizer(), labels=["red"])
+
+
+PAIRS = (("red or blue", "a green one"), ("yes", "no, and a longer text than the first one " * 3), ("stone", "bee"))
+
+
+def pair_tokenizer() -> PreTrainedTokenizerFast:
+    """As BERT's: a token between two texts and one behind them, and which text a token is of."""
+    made = tiny_tokenizer()
+    made.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+    made.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A </s> $B:1 </s>:1", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    return made
+
+
+def test_pairs_are_read_as_transformers_reads_them(base: Path) -> None:
+    tokenizer = pair_tokenizer()
+    scorer = scorer_of(base)
+    model = scorer.model
+    scorer = Scorer(model, Head(tokenizer, labels=LABELS, max_length=60, pairs=True), scorer.trunk)
+    assert scorer.trunk is not None and scorer.trunk.depth == 1
+    encoded = [
+        scorer.scoring.encode(Example(str(i), text, LABELS, 0, pair=pair)) for i, (text, pair) in enumerate(PAIRS)
+    ]
+    assert encoded[1].dropped > 0 and encoded[0].dropped == 0
+    expected, accepts = [], inspect.signature(model.get_base_model().forward).parameters
+    for text, pair in PAIRS:
+        tokens = tokenizer(text, pair, truncation="longest_first", max_length=60, return_tensors="pt")
+        read = {name: value for name, value in tokens.items() if name in accepts}
+        with torch.no_grad():
+            expected.append(model(**read).logits.log_softmax(dim=-1))
+    together = predict(scorer, encoded, MeanPredictive(), batch_size=3)[0]
+    stored = predict(scorer, with_stored_trunk(scorer, encoded, batch_size=3), MeanPredictive(), batch_size=3)[0]
+    assert (together - torch.cat(expected)).abs().max() < 1e-4
+    assert (stored - torch.cat(expected)).abs().max() < 1e-4
+    if model.config.model_type == "bert":  # it does read which text a token is of
+        blind = [replace(row, token_types=[0] * len(row.input_ids)) for row in encoded]
+        assert (predict(scorer, blind, MeanPredictive())[0] - together).abs().max() > 1e-2
+
+
+def test_rows_that_are_too_long_lose_their_end_and_are_counted() -> None:
+    tokenizer = pair_tokenizer()
+    row = Example("long", "red " * 40, LABELS, 0)
+    whole, head = Head(tokenizer, labels=LABELS).encode(row), Head(tokenizer, labels=LABELS, max_length=20)
+    cut = head.encode(row)
+    assert cut.input_ids == [*whole.input_ids[:19], 2] and cut.dropped == len(whole.input_ids) - 20
+    sentence = cut_rows_sentence([cut, whole], head)
+    assert sentence is not None and f"read without their end; --max-length {len(whole.input_ids)}" in sentence
+    tokenizer.truncation_side = "left"
+    head = Head(tokenizer, labels=LABELS, max_length=20)
+    assert head.encode(row).input_ids == [1, *whole.input_ids[-19:]]
+    assert "without their beginning" in str(cut_rows_sentence([cut], head))
+
+
+@pytest.mark.parametrize(
+    ("row", "options", "said"),
+    [
+        (Example("x", " \n", LABELS, 0), {}, "Row x has an empty text, of which no token is left; give it a text."),
+        (Example("x", "\u200b", LABELS, 0), {}, "Row x has an empty text"),
+        (Example("x", "red", LABELS, 0, pair=" "), {"pairs": True}, "Row x has an empty text"),
+        (Example("x", "red", LABELS, 0), {"pairs": True}, 'Row x has no "text_pair", but the run was trained on pairs'),
+        (Example("x", "red", LABELS, 0, pair="a"), {}, 'Row x has a "text_pair", but the run was trained on single'),
+        (Example("x", "red yes no", LABELS, 0), {"max_length": 2}, "raise --max-length to 3 at least"),
+    ],
+)
+def test_rows_that_a_head_cannot_read_are_refused(row: Example, options: dict[str, Any], said: str) -> None:
+    tokenizer = pair_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("\u200b", "")
+    with pytest.raises(UserError, match=re.escape(said)):
+        Head(tokenizer, labels=LABELS, **options).encode(row)
+
+
+def test_a_head_that_does_not_know_whether_rows_are_pairs_reads_both() -> None:
+    head = make_scoring(Head(pair_tokenizer(), labels=LABELS, pairs=None).settings(), pair_tokenizer())
+    assert head.encode(Example("x", "red", LABELS, 0)).token_types is None
+    types = head.encode(Example("x", "red", LABELS, 0, pair="blue")).token_types
+    assert types is not None and types == sorted(types) and set(types) == {0, 1}
+    assert "pairs" not in Head(pair_tokenizer(), labels=LABELS).settings()  # as older records
+
+
+@pytest.mark.parametrize("kind", [Letters, Continuation])
+def test_pairs_are_refused_where_no_head_reads_them(kind: type[Scoring]) -> None:
+    with pytest.raises(UserError, match='Row x has a "text_pair", which only a classification head reads'):
+        kind(tiny_tokenizer()).encode(Example("x", "red", ("yes", "no"), 0, pair="blue"))
+
+
+@pytest.mark.parametrize(
+    ("name", "room"), [("bert", 130), ("roberta", 129), ("mpnet", 128), ("deberta-v2", 130), ("modernbert", None)]
+)
+def test_a_longest_row_beyond_the_learnt_positions_is_refused(name: str, room: int | None) -> None:
+    model = AutoModelForSequenceClassification.from_config(MODELS[name])
+    assert learnt_positions(model) == room
+    for length in (room or 9999, (room or 9999) + 1):
+        scorer = Scorer(model, Head(tiny_tokenizer(), labels=LABELS, max_length=length))
+        row = scorer.scoring.encode(Example("x", "red " * 200, LABELS, 0))
+        if length == room or room is None:
+            scorer.check_packing(row)
+            assert room is None or scorer.class_log_probs(scorer.scoring.collate([row])).isfinite().all()
+        else:
+            with pytest.raises(UserError, match=f"this {name} has learnt positions for {room} tokens; give --max-l"):
+                scorer.check_packing(row)

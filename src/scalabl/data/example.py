@@ -99,6 +99,7 @@ class Example:
             more.
         answer: index into ``choices``; ``None`` for an unlabelled row (prediction only).
         images: paths of the images that the question is about.
+        pair: the second text of a pair, as a hypothesis behind its premise; None for a single text.
     """
 
     id: str
@@ -106,13 +107,18 @@ class Example:
     choices: tuple[str, ...]
     answer: int | None
     images: tuple[str, ...] = ()
+    pair: str | None = None
 
     @property
     def content(self) -> tuple[Any, ...]:
         """The row's text, without its name and its answer; images by what is in them, not by where they lie."""
-        if not self.images:
-            return self.question, self.choices
-        return self.question, self.choices, tuple(image_digest(path) for path in self.images)
+        images = (tuple(image_digest(path) for path in self.images),) if self.images else ()
+        return self.question, self.choices, *images, *(() if self.pair is None else (self.pair,))
+
+    @property
+    def text(self) -> str:
+        """What is read of the row, for people: the question, and the second text of a pair on a line of its own."""
+        return self.question if self.pair is None else f"{self.question}\n{self.pair}"
 
 
 def check(example: Example, where: str, most: int | None = len(LETTERS)) -> Example:

@@ -12,6 +12,7 @@ from scalabl.data.example import KEY, LETTERS, Example, check, images_of
 
 _QUESTION_KEYS = ("question", "choices", "answer")
 _TEXT_KEYS = ("text", "label")
+PAIR = "text_pair"  # of a text row: its second text
 _IGNORED = ("score",)  # what `scalabl acquire` adds to a row
 
 
@@ -29,9 +30,10 @@ def is_text_row(raw: dict[str, Any], where: str) -> bool:
 def check_keys(raw: dict[str, Any], where: str, text_row: bool, require_answer: bool) -> None:
     """Refuse missing and unknown keys; the last key of a kind is its answer."""
     keys = _TEXT_KEYS if text_row else _QUESTION_KEYS
+    known = (*keys, PAIR) if text_row else keys
     for key in raw:
-        if key not in (*keys, *_IGNORED, KEY, "id"):
-            close = difflib.get_close_matches(key, [k for k in keys if k not in raw], n=1)
+        if key not in (*known, *_IGNORED, KEY, "id"):
+            close = difflib.get_close_matches(key, [k for k in known if k not in raw], n=1)
             mend = f'did you mean "{close[0]}"?' if close else f"leave it out; a row has {', '.join(keys)} and id."
             raise UserError(f"{where}: unknown key {key!r}; {mend}")
     for key in keys if require_answer else keys[:-1]:
@@ -181,7 +183,8 @@ def _row(index: int, question: Question, labels: tuple[str, ...] | None) -> Exam
         raise UserError(f'{where}: "choices" is not a list; write ["first", "second"].')
     texts = tuple(unstripped_text(choice, f"choice {i}", where) for i, choice in enumerate(choices))
     images = images_of(question, Path(), where)
-    return _checked(Example(str(index), unstripped_text(text, f'"{key}"', where), texts, None, images), labels)
+    pair = unstripped_text(question[PAIR], f'"{PAIR}"', where) if PAIR in question else None
+    return _checked(Example(str(index), unstripped_text(text, f'"{key}"', where), texts, None, images, pair), labels)
 
 
 def _checked(row: Example, labels: tuple[str, ...] | None) -> Example:

@@ -1,5 +1,7 @@
 """The user's own rows as JSONL: ``{"question", "choices", "answer"}`` or ``{"text", "label"}``.
 
+A text row may have a second text, ``"text_pair"`` (a premise and its hypothesis, two sentences to compare); then all
+rows of its file have one.
 Either kind may carry an ``"id"``; without one the row is called ``stem:line``. One file holds one kind. A file that is
 called ``.parquet`` holds the same fields as columns. An ``"image"`` of either kind is a path, or a list of paths,
 relative to the file.
@@ -15,7 +17,7 @@ from typing import Any
 
 from scalabl.core.errors import UserError
 from scalabl.data.example import Example, Task, check, first_duplicate, images_of
-from scalabl.data.fields import answer_index, check_keys, choices_of, is_text_row, label_of, row_id, text_of
+from scalabl.data.fields import PAIR, answer_index, check_keys, choices_of, is_text_row, label_of, row_id, text_of
 from scalabl.data.records import Ids, name_of, read_fields, split_files
 
 
@@ -30,6 +32,7 @@ class _Row:
     answer: int | None
     label: str | None
     images: tuple[str, ...] = ()
+    pair: str | None = None
 
 
 def load_rows(
@@ -102,9 +105,10 @@ def load_jsonl_task(path: str | Path) -> Task:
     path = Path(path)
     files = split_files(path)
     parsed = {split: _parse_file(file, require_answer=True) for split, file in files.items()}
-    kinds = {split: rows[0].choices is None for split, rows in parsed.items()}
-    if len(set(kinds.values())) > 1:
+    if len({rows[0].choices is None for rows in parsed.values()}) > 1:
         raise UserError(f'{path} mixes {{"text", "label"}} and {{"question", ...}} splits; keep to one kind of row.')
+    if len({rows[0].pair is None for rows in parsed.values()}) > 1:
+        raise UserError(f'{path} has splits with and without "{PAIR}"; give the rows of all of them one, or none.')
     reference = parsed.get("train") or [row for rows in parsed.values() for row in rows]
     labels = _label_set(reference, None, files.get("train", path))
     splits = {split: _finish(rows, labels) for split, rows in parsed.items()}
@@ -116,14 +120,17 @@ def _parse_file(path: Path, require_answer: bool) -> list[_Row]:
 
 
 def _parse(path: Path, name: str, require_answer: bool, *, place: int = 0, line: int = 1) -> Iterator[tuple[int, _Row]]:
-    ids, text_rows = Ids(), None
+    ids = Ids()
+    first: _Row | None = None
     for at, number, raw in read_fields(path, place=place, line=line):
         where = f"{path}:{number}"
         row = _parse_row(raw, where, f"{name}:{number}", require_answer, path.parent)
         ids.add(row.id, where)
-        if text_rows is not None and (row.choices is None) != text_rows:
+        first = first or row
+        if (row.choices is None) != (first.choices is None):
             raise UserError(f"{where}: text rows and question rows in one file; keep to one kind of row.")
-        text_rows = row.choices is None
+        if (row.pair is None) != (first.pair is None):
+            raise UserError(f'{where}: rows with and without "{PAIR}" in one file; give all of them one, or none.')
         yield at, row
 
 
@@ -133,7 +140,8 @@ def _parse_row(raw: dict[str, Any], where: str, name: str, require_answer: bool,
     name = row_id(raw, where, name)
     if text_row:
         label = label_of(raw, where) if "label" in raw else None
-        return _Row(where, name, text_of(raw, "text", where), None, None, label, images_of(raw, folder, where))
+        pair = text_of(raw, PAIR, where) if PAIR in raw else None
+        return _Row(where, name, text_of(raw, "text", where), None, None, label, images_of(raw, folder, where), pair)
     choices = choices_of(raw, where)
     question = text_of(raw, "question", where)
     check(Example(name, question, choices, None), where)
@@ -171,4 +179,4 @@ def _example(row: _Row, labels: tuple[str, ...] | None) -> Example:
             "mend the label or add training rows that have it."
         )
     answer = None if row.label is None else labels.index(row.label)
-    return Example(row.id, row.question, labels, answer, row.images)
+    return Example(row.id, row.question, labels, answer, row.images, row.pair)

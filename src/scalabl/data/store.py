@@ -112,11 +112,14 @@ def writing_below(folder: Path) -> Iterator[None]:
 def _line(row: Any) -> str:
     fields = dataclasses.asdict(row)
     fields.pop("images", None)  # no benchmark known by name has any
+    if fields.get("pair", "") is None:
+        del fields["pair"]
     return json.dumps(fields, ensure_ascii=False) + "\n"
 
 
 def _example(row: dict[str, Any], where: str) -> Example:
-    return check(Example(row["id"], row["question"], tuple(row["choices"]), row["answer"]), where)
+    example = Example(row["id"], row["question"], tuple(row["choices"]), row["answer"], pair=row.get("pair"))
+    return check(example, where)
 
 
 def _rows(folder: Path | Traversable, split: str, parse: Callable[[dict[str, Any], str], Any]) -> Iterator[Any]:

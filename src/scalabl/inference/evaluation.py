@@ -71,7 +71,7 @@ def evaluate_run(
             "device": run.record.device,
         },
         methods=methods,
-        questions=[(row.question, row.choices) for row in rows],
+        questions=[(row.text, row.choices) for row in rows],
     )
 
 

@@ -40,7 +40,8 @@ class Encoded:
     answer: int | None
     trunk: Tensor | None = None  # (T, d) the frozen trunk's output, where it is cached
     images: RowImages | None = None
-    dropped: int = 0  # tokens of its beginning that did not fit
+    dropped: int = 0  # tokens that did not fit, of its beginning or, before a classification head, of its end
+    token_types: list[int] | None = None  # of a pair of texts: which of them each token is of
 
     def part(self, where: slice | list[int]) -> Self:
         """The row with some of its tokens alone."""
@@ -50,6 +51,7 @@ class Encoded:
             input_ids=[self.input_ids[i] for i in at],
             position_ids=[self.position_ids[i] for i in at],
             segments=[self.segments[i] for i in at],
+            token_types=None if self.token_types is None else [self.token_types[i] for i in at],
             trunk=None if self.trunk is None else self.trunk[at],
         )
 
@@ -59,7 +61,8 @@ class Batch:
     """Rows padded to a common length, on the left but for a classification head.
 
     Shapes: input_ids, position_ids, segments (B, T), with segment -1 where padded; num_choices, answers (B,),
-    answers -100 where unknown; trunk (B, T, d) or None. `keep` is how many last positions need logits.
+    answers -100 where unknown; trunk (B, T, d) or None; token_types (B, T), of pairs of texts alone. `keep` is how many
+    last positions need logits.
 
     `start` is the decoder layer that `trunk` enters, None for the one below which everything is frozen. `prefix` is
     what stands before every row; it is encoded once for each of `particles`, which equal parts of the rows carry in
@@ -78,6 +81,7 @@ class Batch:
     prefix: Prefix | None = None
     particles: tuple[Hashable, ...] = (None,)
     images: BatchImages | None = None
+    token_types: Tensor | None = None
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
@@ -119,6 +123,7 @@ class Scoring(ABC):
     name: str
     padding_side = "left"
     shares_prefix = True  # whether rows may stand behind what they all begin with, encoded once
+    loses = "beginning"  # of a row that is too long
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, *, chat: bool = False, max_length: int = 512, turn: str = "template"
@@ -186,6 +191,7 @@ class Scoring(ABC):
             keep=max(1 + sum(segment > 0 for segment in row.segments) for row in rows),
             trunk=trunk,
             images=batch_images([row.images for row in rows], input_ids),
+            token_types=None if rows[0].token_types is None else padded([row.token_types or [] for row in rows], 0),
         )
 
     def images_of(self, example: Example) -> RowImages | None:
@@ -251,6 +257,19 @@ class Scoring(ABC):
         if prompt[0] == self.tokenizer.bos_token_id and room > 1:
             return [prompt[0], *prompt[-(room - 1) :]]
         return prompt[-room:]
+
+
+def require_single(example: Example) -> None:
+    """Refuse a pair of texts.
+
+    Raises:
+        UserError: the row has a second text, which only a classification head reads.
+    """
+    if example.pair is not None:
+        raise UserError(
+            f'Row {example.id} has a "text_pair", which only a classification head reads; leave it out, or train with '
+            "--scoring head."
+        )
 
 
 def through_template(
@@ -335,7 +354,7 @@ def cut_rows_sentence(rows: Sequence[Encoded], scoring: Scoring, kind: str = "ro
         return None
     return (
         f"{len(whole):,} of {len(rows):,} {kind} are longer than {scoring.max_length} tokens and were read without "
-        f"their beginning; --max-length {max(whole)} (max_length in Python) keeps all of them whole."
+        f"their {scoring.loses}; --max-length {max(whole)} (max_length in Python) keeps all of them whole."
     )
 
 

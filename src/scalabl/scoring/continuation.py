@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from scalabl.core.errors import UserError
 from scalabl.data.example import Example
-from scalabl.scoring.base import Batch, Encoded, Scoring
+from scalabl.scoring.base import Batch, Encoded, Scoring, require_single
 
 
 class Continuation(Scoring):
@@ -59,6 +59,7 @@ class Continuation(Scoring):
         return f"Question: {example.question}" if self.chat else f"Question: {example.question}\nAnswer:"
 
     def encode(self, example: Example) -> Encoded:
+        require_single(example)
         choices = [self.continuation_ids(choice) for choice in example.choices]
         if any(not ids for ids in choices):
             raise UserError(f"Row {example.id} has an empty choice; give every choice a text.")

@@ -1,7 +1,8 @@
 """Head: the logits of a classification head (Transformers' ...ForSequenceClassification) over fixed labels.
 
 What most classifiers are: an encoder, or a decoder with a `score` layer, whose head is trained with the adapter. Rows
-are padded on the right under Transformers' own two-dimensional mask, as these models are trained and served.
+are padded on the right under Transformers' own two-dimensional mask, as these models are trained and served. A row is a
+text, or a pair of texts (a premise and its hypothesis), which the tokenizer puts together in its model's own way.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from scalabl.core.errors import UserError
 from scalabl.data.example import Example
@@ -24,7 +25,8 @@ class Head(Scoring):
     Args:
         tokenizer: the base model's.
         labels: the C labels, in the order of the head's logits.
-        max_length: longest row in tokens; longer texts lose their end.
+        max_length: longest row in tokens; a longer text loses its end, of a pair the longer one first.
+        pairs: whether rows are pairs of texts; None where that is not known, so that both are read.
 
     Raises:
         UserError: fewer than two labels.
@@ -35,19 +37,34 @@ class Head(Scoring):
     shares_prefix = False  # in an encoder a prefix sees what follows it
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, *, labels: Sequence[str], chat: bool = False, max_length: int = 512
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        labels: Sequence[str],
+        chat: bool = False,
+        max_length: int = 512,
+        pairs: bool | None = False,
     ) -> None:
         if chat:
             raise UserError("A classification head reads the text as it is; leave out --chat.")
         super().__init__(tokenizer, max_length=max_length)
         self.labels = tuple(labels)
+        self.pairs = pairs
+        self.loses = "beginning" if tokenizer.truncation_side == "left" else "end"
         if len(self.labels) < 2:
             raise UserError(f"A classification head needs at least two labels, but there is {len(self.labels)}.")
 
     def settings(self) -> dict[str, Any]:
-        return {"scoring": self.name, "labels": list(self.labels), "max_length": self.max_length}
+        pairs = {} if self.pairs is False else {"pairs": self.pairs}  # records of older runs do not name it
+        return {"scoring": self.name, "labels": list(self.labels), "max_length": self.max_length, **pairs}
 
     def encode(self, example: Example) -> Encoded:
+        """Tokens of one row, as the tokenizer frames a text or a pair.
+
+        Raises:
+            UserError: choices other than the labels, an image, no text, a pair where the run has none or the other way
+                round, or no room beside the tokens that frame a text.
+        """
         if tuple(example.choices) != self.labels:
             raise UserError(
                 f"Row {example.id} has choices of its own, but the head has the {len(self.labels)} labels that it was "
@@ -55,11 +72,33 @@ class Head(Scoring):
             )
         if example.images:
             raise UserError(f"Row {example.id} has an image, which a classification head does not read; leave it out.")
-        tokens = self.tokenizer(self.prefix + example.question, truncation=True, max_length=self.max_length)
+        if self.pairs is not None and (example.pair is not None) != self.pairs:
+            of_run, mend = ("pairs of texts", "give it one") if self.pairs else ("single texts", "leave it out")
+            has = "no" if self.pairs else "a"
+            raise UserError(f'Row {example.id} has {has} "text_pair", but the run was trained on {of_run}; {mend}.')
+        texts = [self.prefix + example.question, *([] if example.pair is None else [example.pair])]
+        tokens: BatchEncoding = self.tokenizer(*texts, return_special_tokens_mask=True, verbose=False)
+        whole, frame = len(tokens["input_ids"]), sum(tokens["special_tokens_mask"])
+        if whole == frame or not all(text.strip() for text in texts):
+            raise UserError(f"Row {example.id} has an empty text, of which no token is left; give it a text.")
+        if whole > self.max_length:
+            if self.max_length - frame < len(texts):
+                raise UserError(
+                    f"max_length is {self.max_length}, of which {frame} tokens frame the text; raise --max-length to "
+                    f"{frame + len(texts)} at least."
+                )
+            tokens = self.tokenizer(*texts, truncation="longest_first", max_length=self.max_length)
         ids = list(tokens["input_ids"])
-        if not ids:
-            raise UserError(f"Row {example.id} has no token; give it a text.")
-        return Encoded(ids, list(range(len(ids))), [0] * len(ids), len(self.labels), example.answer)
+        types = tokens.get("token_type_ids") if len(texts) > 1 else None
+        return Encoded(
+            ids,
+            list(range(len(ids))),
+            [0] * len(ids),
+            len(self.labels),
+            example.answer,
+            dropped=whole - len(ids),
+            token_types=None if types is None else list(types),
+        )
 
     def positions(self, batch: Batch) -> tuple[Tensor, Tensor]:
         rows = torch.arange(len(batch), device=batch.input_ids.device)

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from scalabl.core.errors import UserError
 from scalabl.data.example import Example, first_duplicate
-from scalabl.scoring.base import Batch, Encoded, Scoring
+from scalabl.scoring.base import Batch, Encoded, Scoring, require_single
 
 
 class Letters(Scoring):
@@ -83,6 +83,7 @@ class Letters(Scoring):
         return "\n".join([f"Question: {example.question}", *lines, "Answer:"])
 
     def encode(self, example: Example) -> Encoded:
+        require_single(example)
         if len(example.choices) > len(self.label_ids):
             raise UserError(
                 f"Row {example.id} has {len(example.choices)} choices, but this scoring was made for "

@@ -29,7 +29,7 @@ from scalabl.core.errors import UserError
 from scalabl.core.modules import eval_mode
 from scalabl.scoring.base import Batch, attention_masks
 from scalabl.scoring.images import image_inputs
-from scalabl.tuner.layers import sequence_classifier, unwrap
+from scalabl.tuner.layers import learnt_positions, sequence_classifier, unwrap
 from scalabl.tuner.state import mean_of_any
 from scalabl.tuner.threads import base_model, own
 
@@ -229,7 +229,7 @@ def reads_packed(model: nn.Module, batch: Batch) -> bool:
 def _tried(model: nn.Module, tokens: Tensor, length: int) -> Reading | None:
     model = unwrap(model)  # a pass through DistributedDataParallel waits for the other ranks, which may not try
     size = max(LEAST, 1 << (length - 1).bit_length())  # rounded up, so that it is tried seldom
-    room = _learnt_positions(base_model(model))
+    room = learnt_positions(model)
     if room is not None and length > room:
         raise UserError(
             f"A row has {length:,} tokens, more than the {room:,} that the model has positions for; give shorter rows "
@@ -256,14 +256,6 @@ def _tried(model: nn.Module, tokens: Tensor, length: int) -> Reading | None:
             "model."
         )
     return Reading(off <= ROUNDING * own_gap, size)
-
-
-def _learnt_positions(base: Any) -> int | None:
-    """How many positions a model has an embedding for; None where it has none of them."""
-    room = getattr(text_config(base), "max_position_embeddings", None)
-    tables = [m.num_embeddings for m in base.modules() if isinstance(m, nn.Embedding)]
-    # some have a few rows more than positions
-    return room if room is not None and any(room <= size <= room + 8 for size in tables[1:]) else None
 
 
 def _off(model: nn.Module, batch: Batch, at: At, alone: Tensor) -> float:

@@ -19,7 +19,7 @@ from scalabl.scoring.letters import Letters
 from scalabl.scoring.reading import reads_packed
 from scalabl.scoring.text import Text
 from scalabl.scoring.trunk import Trunk, token_logits
-from scalabl.tuner.layers import reads_images
+from scalabl.tuner.layers import learnt_positions, reads_images
 
 TOLERANCE = 5e-2  # relative, for rounding between a row of its own and a packed one
 
@@ -101,16 +101,18 @@ class Scorer:
 
     def check_packing(self, encoded: Encoded) -> None:
         """Refuse a model that does not honour the mask which keeps the choices of one row apart, or whose images are
-        read in another way here than by the model itself.
+        read in another way here than by the model itself, or that has no positions for the longest row of a head.
 
         Args:
             encoded: a row whose choices are of several tokens: what a single token says, no other choice can change.
 
         Raises:
-            UserError: scores are no numbers; the choices scored in one row and one by one differ, or one choice changes
-                another's score; the logits behind images are not the model's own.
+            UserError: max_length is more than the model has positions for; scores are no numbers; the choices scored in
+                one row and one by one differ, or one choice changes another's score; the logits behind images are not
+                the model's own.
         """
         self._check_images(encoded)
+        self._check_positions()
         if not isinstance(self.scoring, Continuation):
             return
         alone = []
@@ -138,6 +140,14 @@ class Scorer:
             raise UserError(
                 f"This model does not keep choices in one row apart (scores differ by {max(gap, leak):.1%}); load it "
                 'with attn_implementation="sdpa" or "eager", or use --scoring letters.'
+            )
+
+    def _check_positions(self) -> None:
+        room = learnt_positions(self.model) if isinstance(self.scoring, Head) else None
+        if room is not None and self.scoring.max_length > room:
+            raise UserError(
+                f"max_length is {self.scoring.max_length}, but this {self.model.config.model_type} has learnt "
+                f"positions for {room} tokens; give --max-length {room}."
             )
 
     def _check_images(self, encoded: Encoded) -> None:

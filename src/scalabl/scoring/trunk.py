@@ -24,7 +24,7 @@ from transformers import Cache
 from scalabl.core.errors import UserError, first_line
 from scalabl.scoring.base import Batch
 from scalabl.scoring.reading import packed_logits, plain_logits, reads_packed, turns
-from scalabl.tuner.layers import decoder_layers, depths, sequence_classifier
+from scalabl.tuner.layers import decoder_layers, depths, reads_token_types, sequence_classifier
 from scalabl.tuner.threads import alone, own
 
 
@@ -227,8 +227,12 @@ def token_logits(
         (M, V), or (B, keep, V) without positions; (B, C) of a head.
     """
     if sequence_classifier(model) is not None:
+        types = (
+            {} if batch.token_types is None or not reads_token_types(model) else {"token_type_ids": batch.token_types}
+        )
         with nullcontext() if trunk is None or batch.trunk is None else trunk.resume(model, batch.trunk, batch.start):
-            of_head: Tensor = model(input_ids=batch.input_ids, attention_mask=(batch.segments >= 0).long()).logits
+            mask = (batch.segments >= 0).long()
+            of_head: Tensor = model(input_ids=batch.input_ids, attention_mask=mask, **types).logits
         return of_head
 
     def resume(hidden: Tensor) -> AbstractContextManager[None]:

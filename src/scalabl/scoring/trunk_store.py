@@ -84,7 +84,8 @@ def _key(scorer: Scorer, rows: Sequence[Encoded], dtype: torch.dtype) -> str:
     for module in (embedding, *list(scorer.trunk.layers)[: scorer.trunk.depth]):
         digest.update(_weights(module))
     for row in rows:
-        digest.update(repr((row.input_ids, row.position_ids, row.segments)).encode())
+        types = () if row.token_types is None else (row.token_types,)
+        digest.update(repr((row.input_ids, row.position_ids, row.segments, *types)).encode())
     return digest.hexdigest()[:32]
 
 

@@ -157,7 +157,7 @@ def predict_shards(
 
 
 class ShardRows(Datasource):
-    """Blocks as a source of Ray Data, a read task each: key, id, question, choices and images of every row.
+    """Blocks as a source of Ray Data, a read task each: key, id, question, choices, images and pair of every row.
 
     Args:
         blocks: what to read.
@@ -195,6 +195,7 @@ def _read(block: Block, labels: Sequence[str] | None, done: frozenset[int]) -> l
                 "question": pa.array([row.question for _, row in rows], pa.string()),
                 "choices": pa.array([list(row.choices) for _, row in rows], texts),
                 "images": pa.array([list(row.images) for _, row in rows], texts),
+                "pair": pa.array([row.pair for _, row in rows], pa.string()),
             }
         )
     ]

@@ -111,7 +111,7 @@ class Worker:
 
 
 def _example(row: dict[str, Any]) -> Example:
-    return Example(row["id"], row["question"], tuple(row["choices"]), None, tuple(row["images"]))
+    return Example(row["id"], row["question"], tuple(row["choices"]), None, tuple(row["images"]), row["pair"])
 
 
 def load(setup: Setup) -> Predictor:

@@ -53,8 +53,8 @@ def check_rows(settings: Settings, task: Task | TextTask) -> None:
 
 
 def takes_head(settings: Settings, task: Task | TextTask, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether a run trains a classification head: it was chosen, the model is an encoder, or label words are no single
-    tokens or too many to be told apart by one.
+    """Whether a run trains a classification head: it was chosen, the model is an encoder, rows are pairs of texts, or
+    label words are no single tokens or too many to be told apart by one.
 
     Raises:
         UserError: rows that a head cannot have, or a scoring that an encoder cannot have.
@@ -63,7 +63,8 @@ def takes_head(settings: Settings, task: Task | TextTask, tokenizer: PreTrainedT
     encoder = is_encoder(settings.model)
     if not encoder and scoring != "head":
         plain = scoring == "auto" and settings.rows.normalization == "auto" and not settings.rows.chat
-        return plain and labels is not None and not _single_tokens(labels, tokenizer)
+        pairs = any(getattr(rows[0], "pair", None) is not None for rows in task.splits.values())
+        return plain and labels is not None and (pairs or not _single_tokens(labels, tokenizer))
     if labels is None:
         what = f"{settings.model} is an encoder" if encoder else "scoring is head"
         raise UserError(
@@ -105,7 +106,10 @@ def candidates(
         return [Text(tokenizer, chat=settings.rows.chat or of_messages, max_length=settings.rows.max_length)]
     if head:
         assert labels is not None
-        return [Head(tokenizer, labels=labels, chat=settings.rows.chat, max_length=settings.rows.max_length)]
+        pairs = rows[0].pair is not None
+        return [
+            Head(tokenizer, labels=labels, chat=settings.rows.chat, max_length=settings.rows.max_length, pairs=pairs)
+        ]
     common: dict[str, Any] = {"chat": settings.rows.chat, "max_length": settings.rows.max_length}
     found: list[Scoring] = []
     if settings.rows.scoring in ("auto", "letters"):

@@ -5,6 +5,7 @@ Of an image-text model the language side alone is adapted by default, and its de
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -148,6 +149,27 @@ def sequence_classifier(model: nn.Module) -> PreTrainedModel | None:
     """The model that ends in a classification head (Transformers' ...ForSequenceClassification); None for others."""
     base: Any = base_model(model)
     return base if type(base).__name__.endswith("ForSequenceClassification") else None
+
+
+def reads_token_types(model: nn.Module) -> bool:
+    """Whether a sequence classifier has embeddings of which text of a pair a token is of."""
+    base = sequence_classifier(model)
+    named = base is not None and "token_type_ids" in inspect.signature(base.forward).parameters
+    return named and getattr(base.config, "type_vocab_size", 0) > 1  # type: ignore[union-attr]
+
+
+def learnt_positions(model: nn.Module) -> int | None:
+    """The longest row in tokens that a model has learnt positions for; None where positions are not embeddings."""
+    base: Any = base_model(model)
+    config = base.config.get_text_config() if hasattr(base.config, "get_text_config") else base.config
+    room = getattr(config, "max_position_embeddings", None)
+    for name, module in base.named_modules():
+        last = name.rpartition(".")[2]
+        if room is not None and isinstance(module, nn.Embedding) and ("position" in last or last == "wpe"):
+            # RoBERTa's positions are counted from behind that of the padding; some have a few rows more than positions
+            begin = 0 if module.padding_idx is None else module.padding_idx + 1
+            return int(min(room, module.num_embeddings - begin))
+    return None
 
 
 def position_projections(model: nn.Module) -> tuple[str, ...]:
