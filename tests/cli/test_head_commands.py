@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from program import Program
 from safetensors.torch import load_file
-from tiny_base import tiny_base, tiny_encoder, write_jsonl, write_task, write_texts
+from tiny_base import _WORDS, tiny_base, tiny_encoder, write_jsonl, write_task, write_texts
 
 from scalabl import Classifier
 from scalabl.core.files import ADAPTER
@@ -120,3 +122,86 @@ def test_a_max_length_beyond_the_model_s_positions_is_refused(program: Program, 
     ).sentence()
     assert said == "max_length is 513, but this bert has learnt positions for 512 tokens; give --max-length 512."
     assert not (tmp_path / "x").exists()
+
+
+def _answers(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_class_weights_are_corrected_to_the_training_rows_and_to_other_priors(program: Program, tmp_path: Path) -> None:
+    # what a text says is nothing, so that the labels' frequencies are all that can be learnt
+    labels = ["often"] * 17 + ["seldom"] * 3
+    rows = [{"text": f"{_WORDS[i % 3]} {i}", "label": label} for i, label in enumerate(labels * 4)]
+    data = tmp_path / "data"
+    write_jsonl(data / "train.jsonl", rows)
+    write_jsonl(data / "validation.jsonl", rows[:20])
+    run, more = tmp_path / "run", ("--class-weights", "balanced", "--weight-decay", 0.5)
+    options = ("--steps", 40, "--rank", 4, "--learning-rate", 3e-3, "--layers", "last:1", "--batch-size", 40)
+    output = program("train", "--model", tiny_encoder(), "--data", data, "--output", run, *options, *more)
+    assert output.code == 0, output.err
+    record = json.loads((run / "scalabl.json").read_text())
+    assert record["class_counts"] == {"often": 68, "seldom": 12}
+    weights = record["scoring"]["class_weights"]
+    assert weights == pytest.approx({"often": 80 / 136, "seldom": 80 / 24})
+
+    write_jsonl(tmp_path / "rows.jsonl", [{"text": row["text"]} for row in rows[:20]])
+    answers: dict[str, list[float]] = {}
+    for name, priors in {
+        "own": None, "same": {"often": 0.85, "seldom": 0.15}, "even": {"seldom": 0.5, "often": 0.5},
+        "off": {"often": 0.5, "seldom": 0.4},
+    }.items():  # fmt: skip
+        given: list[object] = []
+        if priors is not None:
+            (tmp_path / f"{name}.json").write_text(json.dumps(priors))
+            given = ["--priors", tmp_path / f"{name}.json"]
+        out = tmp_path / f"{name}.jsonl"
+        said = program("predict", run, "--input", tmp_path / "rows.jsonl", "--output", out, "--samples", 4, *given)
+        if name == "off":
+            assert said.sentence().startswith("The priors sum to 0.9; write probabilities that sum to 1")
+            continue
+        assert said.code == 0, said.err
+        answers[name] = [answer["probs"]["seldom"] for answer in _answers(out)]
+    assert 0.05 < sum(answers["own"]) / 20 < 0.3  # 0.15, and 0.5 without the correction
+    assert answers["same"] == pytest.approx(answers["own"], abs=1e-5)
+    assert 0.35 < sum(answers["even"]) / 20 < 0.65
+    mean = Classifier.from_pretrained(run, samples=0)
+    even = Classifier.from_pretrained(run, samples=0, priors={"often": 0.5, "seldom": 0.5})
+    p, shifted = (each([row["text"] for row in rows[:20]]).probs[:, 1] for each in (mean, even))
+    assert shifted.tolist() == pytest.approx((p / 0.15 / (p / 0.15 + (1 - p) / 0.85)).tolist(), abs=1e-5)
+
+    promised = ("--max-error", 0.4, "--priors", tmp_path / "even.json")
+    said = program("predict", run, "--input", tmp_path / "rows.jsonl", "--output", tmp_path / "x.jsonl", *promised)
+    assert "an error rate is promised under those of the run's own rows" in said.sentence()
+    judged = program("evaluate", run, "--data", data / "validation.jsonl", "--priors", tmp_path / "even.json")
+    assert judged.code == 0, judged.err
+
+
+def test_class_weights_are_refused_without_a_head_and_with_other_labels(
+    program: Program, texts: Path, tmp_path: Path
+) -> None:
+    weights = tmp_path / "weights.json"
+    weights.write_text(json.dumps({"about red": 1, "about blue": 2}))
+    begun = ("train", "--model", tiny_encoder(), "--data", texts, "--output", tmp_path / "x", *OPTIONS)
+    said = program(*begun, "--class-weights", weights).sentence()
+    assert said.endswith("has no weight for 'about green'; write one for every label.")
+    questions = write_task(tmp_path / "questions")
+    said = program(
+        "train", "--model", tiny_base(), "--data", questions, "--output", tmp_path / "x", "--class-weights", "balanced"
+    ).sentence()
+    assert said == "class_weights is balanced, which is of a classification head; leave it out."
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_run_goes_on_with_its_own_labels_alone(
+    program: Program, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = tmp_path / "own"
+    shutil.copytree(texts, data)
+    run = ("train", "--model", tiny_encoder(), "--data", data, "--output", tmp_path / "run", *OPTIONS)
+    with monkeypatch.context() as patched:
+        patched.setattr("scalabl.training.run.whole_adapter", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert program(*run, "--save-steps", 10).code == 130
+    train = data / "train.jsonl"
+    train.write_text(train.read_text() + json.dumps({"text": "stone", "label": "about stones"}) + "\n")
+    said = program(*run, "--save-steps", 10).sentence()
+    assert "was begun with other labels, with which a head of these cannot go on; restore the files" in said

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from peft import PeftModel, get_peft_model
 from tiny_base import perturb, tiny_tokenizer
 from tokenizers import normalizers, processors
@@ -32,6 +34,7 @@ from transformers import (
 
 from scalabl.core.errors import UserError
 from scalabl.data import Example
+from scalabl.data.class_balance import class_weights
 from scalabl.methods.plain import lora_options
 from scalabl.predictive import LinearizedPredictive, MeanPredictive, MonteCarloPredictive, predict
 from scalabl.runs.models import load_base
@@ -44,6 +47,7 @@ from scalabl.scoring.letters import Letters
 from scalabl.scoring.scorer import make_scoring
 from scalabl.scoring.trunk import Trunk
 from scalabl.scoring.trunk_store import with_stored_trunk
+from scalabl.training.trainer import ChoiceTrainer, WeightedTrainer, trainer_of, weighted_nll
 from scalabl.tuner import ScalaBLConfig
 from scalabl.tuner.layers import learnt_positions
 from scalabl.tuner.mean_adapter import MEAN_DIRECTORY
@@ -255,3 +259,29 @@ def test_a_longest_row_beyond_the_learnt_positions_is_refused(name: str, room: i
         else:
             with pytest.raises(UserError, match=f"this {name} has learnt positions for {room} tokens; give --max-l"):
                 scorer.check_packing(row)
+
+
+def test_weights_of_the_likelihood_are_taken_back_from_the_class_logits() -> None:
+    weights = class_weights("balanced", {"red": 80, "blue": 15, "green": 5})
+    head = Head(tiny_tokenizer(), labels=LABELS, class_weights=weights)
+    head = make_scoring(json.loads(json.dumps(head.settings())), tiny_tokenizer())
+    assert isinstance(head, Head) and trainer_of(head) is WeightedTrainer
+    answers = torch.tensor([0] * 80 + [1] * 15 + [2] * 5)
+    batch = head.collate([head.encode(Example("x", "red", LABELS, 0))])
+    logits = torch.zeros(1, 3, requires_grad=True)
+    optimizer = torch.optim.LBFGS([logits], lr=0.5, max_iter=200)
+
+    def step() -> torch.Tensor:
+        optimizer.zero_grad()
+        class_logits = head.class_logits(logits, batch).expand(len(answers), -1)
+        loss = weighted_nll(class_logits, answers, head.weights(logits.device))
+        loss.backward()
+        return loss
+
+    optimizer.step(step)  # one text whose labels are known in distribution
+    learnt = logits.detach()
+    assert learnt.softmax(dim=-1)[0].tolist() == pytest.approx([1 / 3] * 3, abs=1e-3)
+    assert head.class_logits(learnt, batch).softmax(dim=-1)[0].tolist() == pytest.approx([0.8, 0.15, 0.05], abs=1e-3)
+    plain = F.cross_entropy(learnt.expand(100, -1), answers, weight=head.weights(logits.device), reduction="sum")
+    assert step().item() == pytest.approx(plain.item() / 100, abs=1e-5)
+    assert trainer_of(Head(tiny_tokenizer(), labels=LABELS)) is ChoiceTrainer

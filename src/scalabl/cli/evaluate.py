@@ -11,6 +11,7 @@ from scalabl.cli import options
 from scalabl.cli.app import app
 from scalabl.core import processes
 from scalabl.core.console import quiet, words_console
+from scalabl.core.errors import UserError
 from scalabl.runs.record import RunRecord
 
 _OPEN = "Open questions"
@@ -29,6 +30,7 @@ def evaluate(
     confidence: options.Confidence = 0.95,
     bound: options.Bound = "t",
     stochastic_layers: options.StochasticLayers = None,
+    priors: options.Priors = None,
     ood: Annotated[list[str] | None, typer.Option(help="A shifted data set to tell apart; may repeat.")] = None,
     calibrate: Annotated[str | None, typer.Option(help="Fit a temperature on this data's validation rows.")] = None,
     max_error: Annotated[
@@ -61,7 +63,8 @@ def evaluate(
         options.refuse_unread(
             evaluate, "for questions with choices; leave it out for open questions", predictive=predictive,
             draws=draws, adaptive=adaptive, bound=bound, confidence=confidence,
-            stochastic_layers=stochastic_layers, ood=ood, calibrate=calibrate, max_error=max_error, report=report,
+            stochastic_layers=stochastic_layers, priors=priors, ood=ood, calibrate=calibrate, max_error=max_error,
+            report=report,
         )  # fmt: skip
         return evaluate_open(
             run, data, samples=samples, seed=seed, split=split, limit=limit, batch_size=batch_size, measure=measure,
@@ -76,8 +79,10 @@ def evaluate(
     settings = options.prediction_settings(
         record, predictive=predictive, samples=samples, seed=seed, draws=draws, adaptive=adaptive,
         confidence=confidence, stochastic_layers=stochastic_layers, batch_size=batch_size, limit=limit,
-        max_error=max_error,
+        max_error=max_error, priors=priors,
     )  # fmt: skip
+    if priors is not None and calibrate is not None:
+        raise UserError("--calibrate fits under the training rows' priors, not under --priors; leave out one of them.")
     require_writable(json, report)
     labels = record.labels
     rows = rows_of(data, split=split, limit=limit, labels=labels)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from inspect import signature
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -58,6 +59,9 @@ StochasticLayers = Annotated[
     str | None, typer.Option(help="Draw s in the top layers alone: last:K, last:0.25 or variance:0.9.")
 ]
 BatchSize = Annotated[int, typer.Option(help="Questions at a time.")]
+Priors = Annotated[
+    Path | None, typer.Option(help="JSON {label: probability}: how often each is here, if not as in training.")
+]
 BaseModel = Annotated[str | None, typer.Option(help="The base model, if it has moved.")]
 
 
@@ -101,6 +105,7 @@ def prediction_settings(
     max_error: float | None = None,
     score: str = "probability",
     guarantee: str = "exact",
+    priors: Path | None = None,
 ) -> PredictionSettings:
     """What the options of evaluate and predict say, refused where the run of a record cannot do it.
 
@@ -139,7 +144,27 @@ def prediction_settings(
     promise = None if max_error is None else Promise(max_error, confidence, score, guarantee)
     if promise is not None:
         promise.require(record, predictive)
-    return PredictionSettings(predictive, samples, seed, sampling, stochastic_layers, abstain=abstain, promise=promise)
+    return PredictionSettings(
+        predictive, samples, seed, sampling, stochastic_layers, abstain=abstain, promise=promise,
+        priors=_priors(record, priors),
+    )  # fmt: skip
+
+
+def _priors(record: RunRecord, path: Path | None) -> dict[str, float] | None:
+    """The priors in a file, checked against the run's record.
+
+    Raises:
+        UserError: the run has no labels, or the file is none of its priors.
+    """
+    if path is None:
+        return None
+    from scalabl.data.class_balance import prior_ratios, read_priors
+
+    if record.labels is None:
+        raise UserError("--priors is of labels that all rows share, but this run has rows with choices; leave it out.")
+    priors = read_priors(path, record.labels)
+    prior_ratios(priors, record.class_counts)
+    return priors
 
 
 class SettingsCommand(TyperCommand):

@@ -29,6 +29,7 @@ def predict(
     confidence: options.Confidence = 0.95,
     bound: options.Bound = "t",
     stochastic_layers: options.StochasticLayers = None,
+    priors: options.Priors = None,
     batch_size: options.BatchSize = 8,
     abstain: Annotated[float | None, typer.Option(help="Answer null below this confidence.")] = None,
     max_error: Annotated[
@@ -73,7 +74,7 @@ def predict(
     settings = options.prediction_settings(
         record, predictive=predictive, samples=samples, seed=seed, draws=draws, adaptive=adaptive,
         confidence=confidence, stochastic_layers=stochastic_layers, batch_size=batch_size, abstain=abstain,
-        max_error=max_error, score=score, guarantee=guarantee,
+        max_error=max_error, score=score, guarantee=guarantee, priors=priors,
     )  # fmt: skip
     if ray is not None:
         if processes.world_size() > 1:

@@ -200,6 +200,7 @@ class Classifier:
         temperature: float | None = None,
         abstain: float | None = None,
         max_error: float | Promise | None = None,
+        priors: Mapping[str, float] | None = None,
     ) -> Classifier:
         """Load an adapter directory: of `scalabl train`, of any trainer's `save_pretrained`, or a plain LoRA.
 
@@ -222,6 +223,7 @@ class Classifier:
             abstain: label None where the highest probability is below this.
             max_error: label None where this error rate among answers would not be kept, by a threshold from the run's
                 held-out rows, which are predicted now; a `Promise` says more than the rate.
+            priors: how often each of a run's labels is where its rows come from, if not as among the training rows.
 
         Raises:
             UserError: a label is not one token, files are missing or altered, another base model, or the directory has
@@ -236,10 +238,12 @@ class Classifier:
         promise = Promise(max_error) if isinstance(max_error, float) else max_error
         settings = PredictionSettings(
             predictive, samples, seed, sampling, method=method, temperature=temperature, abstain=abstain,
-            promise=promise,
+            promise=promise, priors=None if priors is None else dict(priors),
         )  # fmt: skip
         if labels is None and record is not None:
             refuse_unread(record.scoring, chat=chat, max_length=max_length)
+        if priors is not None and (record is None or labels is not None):
+            raise UserError("priors are of a run's own labels, with its record beside the adapter; leave them out.")
         if record is None and (method is not None or promise is not None):
             raise UserError(f"{path} holds no {RECORD}, so that no method was fitted and no rows were held out.")
         if record is not None and promise is not None:

@@ -8,7 +8,7 @@ answers alike.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -20,16 +20,18 @@ from scalabl.core import processes
 from scalabl.core.console import progress_bar
 from scalabl.core.errors import UserError
 from scalabl.core.modules import check_spec, holding_variance
+from scalabl.data.class_balance import prior_ratios
 from scalabl.data.example import Example
 from scalabl.inference.promise import held_out_rows
 from scalabl.inference.settings import PredictionSettings
-from scalabl.metrics.uncertainty import apply_temperature, average, decompose, particles_used
+from scalabl.metrics.uncertainty import apply_priors, apply_temperature, average, decompose, particles_used
 from scalabl.predictive.adaptive import AdaptivePredictive, with_sampling
 from scalabl.predictive.auto import AutoPredictive, with_scale
 from scalabl.predictive.base import Predictive, predict
 from scalabl.predictive.linearized import LayerVariance, layer_variances
 from scalabl.runs.loading import load_run
 from scalabl.runs.method import Run, load_post_hoc
+from scalabl.runs.record import RunRecord
 from scalabl.runs.registry import METHODS
 from scalabl.scoring.base import Encoded
 from scalabl.scoring.prefix import SharedPrefix, shared_prefix
@@ -68,6 +70,7 @@ class Predictor:
     Attributes:
         settings: as given; "variance:0.9" is resolved to "last:K" at once, and `resolve` does the rest.
         strategy: the predictive that they name.
+        prior_ratios: (C,) other priors over those of the training rows, where the settings have such.
         prefix: what all rows begin with, for calls that see a few of them at a time; `keep_prefix` sets it.
 
     Raises:
@@ -92,6 +95,8 @@ class Predictor:
             layers = self._once(lambda: as_top_layers(self.whole_run(), spec))
             self.settings = replace(self.settings, stochastic_layers=layers)
         self.strategy = make_strategy(run, self.settings)
+        priors = self.settings.priors
+        self.prior_ratios = None if priors is None else priors_over_training(self.whole_run().record, priors)
 
     @classmethod
     def load(
@@ -203,17 +208,17 @@ class Predictor:
                     over_ranks=self.over_ranks,
                 )  # fmt: skip
         temperature = self.settings.temperature
-        if (
-            temperature is None or temperature == 1 or isinstance(self.strategy, AdaptivePredictive)
-        ):  # its particles have it
-            return log_probs
-        return apply_temperature(log_probs, temperature)
+        # the particles of adaptive N have it already
+        if temperature is not None and temperature != 1 and not isinstance(self.strategy, AdaptivePredictive):
+            log_probs = apply_temperature(log_probs, temperature)
+        # behind the temperature, which is of the training rows' priors
+        return log_probs if self.prior_ratios is None else apply_priors(log_probs, self.prior_ratios)
 
     def answers(self, rows: Sequence[Example], encoded: Sequence[Encoded] | None = None) -> Iterator[dict[str, Any]]:
         """One answer a row: id, label, probs (choice -> probability), confidence, entropy, aleatoric, epistemic (nats).
 
         Under adaptive N also `particles`, how many the answer is averaged over; where auto chose, `predictive`; of a
-        row that lost its beginning, `truncated`.
+        row that was cut, `truncated`.
 
         Args:
             rows: n questions.
@@ -278,6 +283,17 @@ def _drawn(strategy: Predictive, settings: PredictionSettings) -> Predictive:
     """With the posterior's scale and the kind of draws that settings ask for."""
     scaled = with_scale(strategy, 1.0 if settings.scale is None else settings.scale)
     return with_sampling(scaled, settings.drawn(), settings.temperature or 1.0)
+
+
+def priors_over_training(record: RunRecord, priors: Mapping[str, float]) -> Tensor:
+    """(C,) each label's prior over its share of the training rows.
+
+    Raises:
+        UserError: the run has no labels, others, or a record that does not say how often they were.
+    """
+    if record.labels is None or set(record.labels) != set(priors):
+        raise UserError("priors are of a run whose rows share their labels, one number for each of them.")
+    return torch.tensor(prior_ratios({label: priors[label] for label in record.labels}, record.class_counts))
 
 
 def log_probabilities(

@@ -7,11 +7,12 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from scalabl.core.errors import UserError
+from scalabl.data.class_balance import check_priors
 from scalabl.inference.promise import Promise
 from scalabl.metrics.selective import Threshold
 from scalabl.predictive.sampling import PLAIN, PREDICTIVES, Sampling
 
-_YOUNGER: dict[str, Any] = {"scale": None, "raw": False}  # with their defaults
+_YOUNGER: dict[str, Any] = {"scale": None, "raw": False, "priors": None}  # with their defaults
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class PredictionSettings:
             given here; given are both, the other one 1.
         scale: tau, by which the posterior's standard deviations are multiplied; 1 is as learnt.
         raw: leave the run's own calibration out.
+        priors: how often each label is where predictions are made, in place of its share of the training rows; they sum
+            to 1. They come behind scale and temperature, which were fitted under the training rows' own.
         abstain: answer null where the highest probability is below this.
         promise: answer null where an answer would break it.
         chosen: what auto took, as in a table; None before `Predictor.resolve`, and where nothing was to choose.
@@ -55,6 +58,7 @@ class PredictionSettings:
     threshold: Threshold | None = None
     scale: float | None = None
     raw: bool = False
+    priors: dict[str, float] | None = None
 
     def __post_init__(self) -> None:
         if self.predictive not in (None, *PREDICTIVES):
@@ -69,6 +73,11 @@ class PredictionSettings:
             raise UserError(f"The temperature is {self.temperature}; it must be above 0.")
         if self.scale is not None and not 0 <= self.scale < math.inf:
             raise UserError(f"The scale of the posterior is {self.scale}; it must be 0 (the mean) or more.")
+        if self.priors is not None:
+            check_priors(self.priors)
+        if self.priors is not None and (self.promise is not None or self.is_adaptive):
+            one = "adaptive N settles answers" if self.is_adaptive else "an error rate is promised"
+            raise UserError(f"priors are given, but {one} under those of the run's own rows; leave out one of the two.")
         if self.abstain is not None and self.promise is not None:
             raise UserError("abstain and a promised error rate both say when to answer; give one of them.")
         self.drawn()  # refuses a threshold that is none

@@ -115,6 +115,19 @@ def apply_temperature(log_probs: Tensor, temperature: float) -> Tensor:
     return (log_probs / temperature).log_softmax(dim=-1).masked_fill(log_probs == -torch.inf, -torch.inf)
 
 
+def apply_priors(log_probs: Tensor, ratios: Tensor) -> Tensor:
+    """log of p(y | x) r_y / sum_c p(c | x) r_c for every particle: other priors in place of those of training.
+
+    Args:
+        log_probs: (N, n, C), -inf for particles that a row has not drawn.
+        ratios: (C,) new over old prior, `scalabl.data.class_balance.prior_ratios`.
+
+    Source: Saerens et al. 2002, eq. 4.
+    """
+    shifted = (log_probs + ratios.to(log_probs).log()).log_softmax(dim=-1)
+    return shifted.masked_fill(log_probs == -torch.inf, -torch.inf)
+
+
 def negative_log_likelihood(log_probs: Tensor, labels: Tensor) -> Tensor:
     """Mean NLL in nats of the particles' average. log_probs (N, n, C), labels (n,)."""
     average = log_probs.logsumexp(dim=0) - particles_used(log_probs).to(log_probs).log()[:, None]

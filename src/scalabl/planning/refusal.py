@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from scalabl.core.errors import UserError
 from scalabl.data.assemble import select_rows
+from scalabl.data.class_balance import label_counts
 from scalabl.data.example import Task
 from scalabl.data.load import load_training_task
 from scalabl.data.text_rows import TextTask
@@ -155,7 +156,9 @@ def plan_run(
     rows: Any = select_rows(task, settings.rows)
     tokenizer = tokenizer or load_tokenizer(settings.model)
     head = takes_head(settings, task, tokenizer)
-    options = candidates(settings, tokenizer, (*rows.train, *rows.validation), task.labels, head=head)
+    counts = label_counts(rows.train, task.labels) if head and task.labels else None
+    both = (*rows.train, *rows.validation)
+    options = candidates(settings, tokenizer, both, task.labels, head=head, counts=counts)
     longest = sorted((*rows.train, *rows.validation), key=_characters, reverse=True)[:_LONGEST]
     encoded = [option.encode(row) for option in {x.name: x for x in options}.values() for row in longest]
 

@@ -118,6 +118,28 @@ def claim(directory: Path, settings: Settings, processes: int = 1) -> bool:
     return False
 
 
+def begin(directory: Path, record: RunRecord, *, goes_on: bool) -> None:
+    """Write the record of a run that begins, or goes on.
+
+    Args:
+        directory: the run's.
+        record: what is known of it before training.
+        goes_on: whether a checkpoint is there.
+
+    Raises:
+        UserError: what was begun has a head over other labels, or other class weights.
+    """
+    if goes_on:
+        begun = RunRecord.read(directory).scoring
+        for name, words in (("labels", "labels"), ("class_weights", "class weights")):
+            if begun.get(name) != record.scoring.get(name):
+                raise UserError(
+                    f"{directory} was begun with other {words}, with which a head of these cannot go on; restore the "
+                    "files that it was begun with, or choose another --output."
+                )
+    record.write(directory)
+
+
 def lock_directory(directory: Path) -> int | None:
     """Keep a second call from training into a run's directory as long as this process runs.
 

@@ -54,6 +54,7 @@ class RunRecord:
         versions: of the libraries.
         device, processes: where it was trained.
         tokens: of rows of text: trained, all, cut_rows.
+        class_counts: of labels that rows share: how many training rows each has.
         warnings: sentences.
         predictive: by which the run is to be read where nothing else is named; None for its method's own.
         bayesianized: how its posterior was fitted to a finished adapter, where it was.
@@ -78,6 +79,7 @@ class RunRecord:
     processes: int = 1
     warnings: list[str] = field(default_factory=list)
     tokens: dict[str, int] | None = None
+    class_counts: dict[str, int] | None = None
     predictive: str | None = None
     bayesianized: dict[str, Any] | None = None
     adapter_sha256: str | None = None

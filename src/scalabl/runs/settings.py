@@ -130,6 +130,7 @@ class OptimisationSettings(Checked):
     max_grad_norm: float = setting(1.0, "Longer gradients are cut to this; 0 cuts none.", NOT_NEGATIVE)
     gradient_checkpointing: bool = setting(False, "Less memory, more time.")
     optimizer: str = setting("adamw_torch", "As Trainer names it, for example paged_adamw_8bit.")
+    class_weights: str | None = setting(None, "Of a head's likelihood: balanced, or a JSON file {label: weight}.")
 
 
 @dataclass(frozen=True)
@@ -283,7 +284,7 @@ class Settings(Checked):
 
 PANELS: dict[str, Any] = {f.name: type(f.default) for f in fields(Settings) if is_dataclass(f.default)}  # type: ignore[misc]
 # settings that came after the others of their panel: records name them last
-_LATER = ("kl_normalization", "prior_mean")
+_LATER = ("kl_normalization", "prior_mean", "class_weights")
 
 
 def _fields() -> dict[str, tuple[str | None, Field[Any]]]:

@@ -7,7 +7,7 @@ text, or a pair of texts (a premise and its hypothesis), which the tokenizer put
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +27,8 @@ class Head(Scoring):
         labels: the C labels, in the order of the head's logits.
         max_length: longest row in tokens; a longer text loses its end, of a pair the longer one first.
         pairs: whether rows are pairs of texts; None where that is not known, so that both are read.
+        class_weights: w of each label, under which the head was trained (`scalabl.data.class_balance`): its logits are
+            those of p_w, and the class logits here those of p(y | x), in proportion to p_w(y | x) / w_y.
 
     Raises:
         UserError: fewer than two labels.
@@ -44,19 +46,22 @@ class Head(Scoring):
         chat: bool = False,
         max_length: int = 512,
         pairs: bool | None = False,
+        class_weights: Mapping[str, float] | None = None,
     ) -> None:
         if chat:
             raise UserError("A classification head reads the text as it is; leave out --chat.")
         super().__init__(tokenizer, max_length=max_length)
         self.labels = tuple(labels)
         self.pairs = pairs
+        self.class_weights = None if class_weights is None else {label: class_weights[label] for label in self.labels}
         self.loses = "beginning" if tokenizer.truncation_side == "left" else "end"
         if len(self.labels) < 2:
             raise UserError(f"A classification head needs at least two labels, but there is {len(self.labels)}.")
 
     def settings(self) -> dict[str, Any]:
         pairs = {} if self.pairs is False else {"pairs": self.pairs}  # records of older runs do not name it
-        return {"scoring": self.name, "labels": list(self.labels), "max_length": self.max_length, **pairs}
+        weights = {} if self.class_weights is None else {"class_weights": self.class_weights}
+        return {"scoring": self.name, "labels": list(self.labels), "max_length": self.max_length, **pairs, **weights}
 
     def encode(self, example: Example) -> Encoded:
         """Tokens of one row, as the tokenizer frames a text or a pair.
@@ -105,4 +110,10 @@ class Head(Scoring):
         return rows, torch.zeros_like(rows)
 
     def class_logits(self, logits: Tensor, batch: Batch) -> Tensor:
-        return logits.float()
+        if self.class_weights is None:
+            return logits.float()
+        return logits.float() - self.weights(logits.device).log()
+
+    def weights(self, device: torch.device) -> Tensor:
+        """(C,) the labels' weights in the likelihood, 1 without class weights."""
+        return torch.tensor(list((self.class_weights or dict.fromkeys(self.labels, 1.0)).values()), device=device)

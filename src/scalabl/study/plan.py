@@ -58,7 +58,7 @@ def _labelled(rows: list[Example], task: str) -> list[Example]:
 
 
 # settings younger than the first studies: left out of an address at their default, so that older cells keep theirs
-LATER: tuple[str, ...] = ("quantization", "kl_normalization", "prior_mean")
+LATER: tuple[str, ...] = ("quantization", "kl_normalization", "prior_mean", "class_weights")
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from scalabl.core.errors import UserError
+from scalabl.data.class_balance import class_weights
 from scalabl.data.example import Example, Task
 from scalabl.data.text_rows import TextRow, TextTask
 from scalabl.metrics.uncertainty import negative_log_likelihood
@@ -93,12 +94,25 @@ def candidates(
     labels: tuple[str, ...] | None,
     *,
     head: bool = False,
+    counts: dict[str, int] | None = None,
 ) -> list[Scoring]:
     """The scorings that the settings allow for these rows, `Example`s or `TextRow`s.
 
+    Args:
+        settings: of the run.
+        tokenizer: the base model's.
+        rows: all that the run reads.
+        labels: the class words that they share, if they do.
+        head: whether a classification head is trained.
+        counts: how many training rows each label has, for class weights.
+
     Raises:
-        UserError: letters were chosen, but a label is not one token.
+        UserError: letters were chosen, but a label is not one token; class weights that there are not, or without a
+            head.
     """
+    weights = settings.optimisation.class_weights
+    if weights is not None and not head:
+        raise UserError(f"class_weights is {weights}, which is of a classification head; leave it out.")
     if isinstance(rows[0], TextRow):
         of_messages = not isinstance(rows[0].prompt, str)  # then a prompt of its own is a turn too
         if of_messages:
@@ -106,10 +120,10 @@ def candidates(
         return [Text(tokenizer, chat=settings.rows.chat or of_messages, max_length=settings.rows.max_length)]
     if head:
         assert labels is not None
-        pairs = rows[0].pair is not None
-        return [
-            Head(tokenizer, labels=labels, chat=settings.rows.chat, max_length=settings.rows.max_length, pairs=pairs)
-        ]
+        of_labels = None if weights is None or counts is None else class_weights(weights, counts)
+        pairs, longest = rows[0].pair is not None, settings.rows.max_length
+        common_head: dict[str, Any] = {"chat": settings.rows.chat, "max_length": longest, "pairs": pairs}
+        return [Head(tokenizer, labels=labels, class_weights=of_labels, **common_head)]
     common: dict[str, Any] = {"chat": settings.rows.chat, "max_length": settings.rows.max_length}
     found: list[Scoring] = []
     if settings.rows.scoring in ("auto", "letters"):

@@ -21,10 +21,11 @@ from scalabl.core import processes
 from scalabl.core.errors import UserError
 from scalabl.core.files import ADAPTER, read_if_whole, sha256, write_json, writing
 from scalabl.data.assemble import TrainingRows, select_rows
+from scalabl.data.class_balance import balance_warnings, label_counts
 from scalabl.data.example import Task
 from scalabl.data.load import load_training_task
 from scalabl.data.text_rows import TextTask
-from scalabl.runs.directory import EMBEDDED, as_recorded, claim
+from scalabl.runs.directory import EMBEDDED, as_recorded, begin, claim
 from scalabl.runs.method import TrainedMethod, load_method
 from scalabl.runs.models import embedded_directory, load_base, load_tokenizer
 from scalabl.runs.record import CHOICES, LANGUAGE, RECORD, RowCounts, RunRecord, TaskFacts
@@ -137,7 +138,10 @@ def _train(
     set_seed(settings.seed)  # a new head is drawn
     of_base = _placed(settings.machine.of_base) | ({"labels": task.labels} if head else {})
     model, tokenizer = load_base(settings.model, **of_base, tokenizer=tokenizer)
-    options = candidates(settings, tokenizer, (*rows.train, *rows.validation), task.labels, head=head)
+    labels = task.labels
+    balance = None if labels is None else label_counts(rows.train, labels)
+    both = (*rows.train, *rows.validation)
+    options = candidates(settings, tokenizer, both, labels, head=head, counts=balance)
     longest = max((options[-1].encode(row) for row in rows.train[:50]), key=lambda row: sum(map(bool, row.segments)))
     processes.on_main(lambda: Scorer(model, options[-1]).check_packing(longest))
 
@@ -154,11 +158,14 @@ def _train(
     scoring = options[chosen]
     counts = RowCounts(train=len(rows.train), validation=len(rows.validation))
     record = record_of(settings, task, task.labels, counts, scoring, nll, adapted, fingerprint(model))
-    processes.on_main(lambda: record.write(output))
+    record = replace(record, class_counts=balance)
+    processes.on_main(lambda: begin(output, record, goes_on=last_checkpoint(output) is not None))
     if not output.is_dir():
         raise UserError(f"{output} is not seen by every machine; give a directory on a file system that they share.")
     rows_of_run = [scoring.encode(row) for row in rows.train]
     cut = [] if isinstance(task, TextTask) else cut_rows_warning(rows_of_run, scoring)
+    if head and labels is not None and balance is not None:
+        cut += balance_warnings(balance, label_counts(rows.validation, labels))
     if isinstance(task, TextTask):
         record = replace(record, tokens=token_counts(rows_of_run))
     encoded = processes.first_on_each_machine(lambda: with_stored_trunk(Scorer(adapted, scoring, trunk), rows_of_run))

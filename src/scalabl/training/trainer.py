@@ -2,6 +2,11 @@
 
 Questions with choices: mean of -log p(answer | question) over the questions of a batch.
 
+Under class weights (a classification head): mean of -w_y log p_w(y | x), with w of mean 1 over the training rows. The
+ELBO is then that of as many rows in which label y is w_y times as often; likelihood and KL keep their sizes:
+
+    1/N sum_i w_{y_i} E_q[-log p_w(y_i | x_i, s_i)] + KL(q || p) / N
+
 Rows of text: the mean over all T = sum_i T_i trained tokens of the training set. The ELBO, divided by T, is
 
     1/T sum_i E_q[-sum_t log p(y_it | y_i<t, x_i, s_i)] + KL(q || p) / T                       [ScalaBL, the ELBO]
@@ -30,6 +35,7 @@ from transformers import Trainer
 from scalabl.core.modules import gathered
 from scalabl.runs.settings import Settings
 from scalabl.scoring.base import Batch, Encoded, Scoring
+from scalabl.scoring.head import Head
 from scalabl.scoring.text import EncodedText, Text, TextBatch
 from scalabl.scoring.trunk import Trunk, token_logits
 
@@ -130,6 +136,31 @@ class ChoiceTrainer(Trainer):
         return F.cross_entropy(class_logits, batch.answers)
 
 
+class WeightedTrainer(ChoiceTrainer):
+    """Mean of -w_y log p_w(y | x) of a head under class weights.
+
+    It is not divided by the weights of a batch, by which a row would count for more beside others.
+    """
+
+    scoring: Head
+
+    def loss_of(self, class_logits: Tensor, batch: Batch) -> Tensor:
+        """The loss of class logits (B, C), which are those of p in proportion to p_w / w."""
+        return weighted_nll(class_logits, batch.answers, self.scoring.weights(class_logits.device))
+
+
+def weighted_nll(class_logits: Tensor, answers: Tensor, weights: Tensor) -> Tensor:
+    """Mean of -w_y log p_w(y | x), with p_w in proportion to w p; lowest where p is the frequency of answers.
+
+    Args:
+        class_logits: (B, C) of p.
+        answers: (B,).
+        weights: (C,) w.
+    """
+    nll = F.cross_entropy(class_logits + weights.log(), answers, reduction="none")
+    return (weights[answers] * nll).mean()
+
+
 class LanguageTrainer(ChoiceTrainer):
     """Mean of -log p(token | what is before it) over the trained tokens, each row with its own draw of s."""
 
@@ -147,6 +178,8 @@ class LanguageTrainer(ChoiceTrainer):
 
 def trainer_of(scoring: Scoring) -> type[ChoiceTrainer]:
     """The trainer of a kind of rows."""
+    if isinstance(scoring, Head) and scoring.class_weights is not None:
+        return WeightedTrainer
     return LanguageTrainer if isinstance(scoring, Text) else ChoiceTrainer
 
 
