@@ -12,23 +12,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from head_bases import LABELS, MODELS, body_of
 from peft import PeftModel, get_peft_model
 from tiny_base import perturb, tiny_tokenizer
 from tokenizers import normalizers, processors
 from transformers import (
     AutoModelForSequenceClassification,
-    BertConfig,
-    DebertaV2Config,
-    DistilBertConfig,
-    ElectraConfig,
-    Gemma3TextConfig,
-    LlamaConfig,
-    ModernBertConfig,
-    MPNetConfig,
-    PretrainedConfig,
     PreTrainedTokenizerFast,
-    Qwen2Config,
-    RobertaConfig,
     pipeline,
 )
 
@@ -48,49 +38,14 @@ from scalabl.scoring.scorer import make_scoring
 from scalabl.scoring.trunk import Trunk
 from scalabl.scoring.trunk_store import with_stored_trunk
 from scalabl.training.trainer import ChoiceTrainer, WeightedTrainer, trainer_of, weighted_nll
-from scalabl.tuner import ScalaBLConfig
+from scalabl.tuner import ScalaBLConfig, stochastic_layers
 from scalabl.tuner.layers import learnt_positions
 from scalabl.tuner.mean_adapter import MEAN_DIRECTORY
-
-LABELS = ("red", "blue", "green")
-_SIZES: dict[str, Any] = {
-    "vocab_size": 310, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "max_position_embeddings": 130, "pad_token_id": 0,
-}  # fmt: skip
-_DECODER: dict[str, Any] = {**_SIZES, "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2}
-MODELS: dict[str, PretrainedConfig] = {
-    "bert": BertConfig(**_SIZES),
-    "distilbert": DistilBertConfig(
-        vocab_size=310, dim=32, hidden_dim=48, n_layers=3, n_heads=4, max_position_embeddings=130, pad_token_id=0
-    ),
-    "roberta": RobertaConfig(**_SIZES),
-    "deberta-v2": DebertaV2Config(
-        **_SIZES, relative_attention=True, share_att_key=True, pos_att_type=["p2c", "c2p"], pooler_hidden_size=32
-    ),
-    "electra": ElectraConfig(**_SIZES, embedding_size=16),
-    "mpnet": MPNetConfig(**_SIZES),
-    "modernbert": ModernBertConfig(**_SIZES, global_attn_every_n_layers=2, local_attention=8),
-    "llama": LlamaConfig(**_DECODER),
-    "qwen2": Qwen2Config(**_DECODER),
-    "gemma3": Gemma3TextConfig(
-        **_DECODER, head_dim=8, layer_types=["full_attention", "sliding_attention", "full_attention"]
-    ),
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=MODELS)
 def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with the body of a model, without a head, and its tokenizer."""
-    torch.manual_seed(0)
-    model = AutoModelForSequenceClassification.from_config(MODELS[request.param]).base_model
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(6)  # what a token says reaches the logits
-    directory = tmp_path_factory.mktemp(request.param)
-    model.save_pretrained(directory)
-    tiny_tokenizer().save_pretrained(directory)
-    return directory
+    return body_of(request.param, tmp_path_factory.mktemp(request.param))
 
 
 def scorer_of(base: Path, adapter: Path | None = None, layers: str = "last:2") -> Scorer:
@@ -285,3 +240,31 @@ def test_weights_of_the_likelihood_are_taken_back_from_the_class_logits() -> Non
     plain = F.cross_entropy(learnt.expand(100, -1), answers, weight=head.weights(logits.device), reduction="sum")
     assert step().item() == pytest.approx(plain.item() / 100, abs=1e-5)
     assert trainer_of(Head(tiny_tokenizer(), labels=LABELS)) is ChoiceTrainer
+
+
+@pytest.mark.parametrize("named", ["pooler.dense", "classifier"])
+def test_a_target_behind_the_layers_is_refused_by_name(named: str, tmp_path: Path) -> None:
+    model, _ = load_base(str(body_of("bert", tmp_path)), labels=LABELS)
+    with pytest.raises(UserError, match=f"target_modules names {named}, which stands in none of the model's layers"):
+        lora_options(Settings.flat(target_modules=f"query,{named}"), model)
+
+
+def test_an_adapter_on_a_pooler_is_plain_lora_and_one_on_what_is_trained_whole_is_refused(tmp_path: Path) -> None:
+    model, tokenizer = load_base(str(body_of("bert", tmp_path)), labels=LABELS)
+    targets = ["query", "pooler.dense"]
+    with pytest.raises(UserError, match="target_modules names classifier, which is trained whole"):
+        get_peft_model(model, ScalaBLConfig(task_type="SEQ_CLS", target_modules=["query", "classifier"]))
+    with pytest.raises(UserError, match="stochastic_modules names dense, which this model also applies to what is no"):
+        get_peft_model(
+            model, ScalaBLConfig(task_type="SEQ_CLS", target_modules=targets, stochastic_modules=["pooler.dense"])
+        )
+    for named in (targets, "all-linear"):
+        adapted = get_peft_model(model, ScalaBLConfig(task_type="SEQ_CLS", r=4, target_modules=named))
+        perturb(adapted)
+        assert any("pooler.dense.lora_A" in name for name, _ in adapted.named_parameters())
+        assert not any("pooler" in name for name in stochastic_layers(adapted))
+        ids = tokenizer([row.question for row in rows()], padding=True, return_tensors="pt")
+        loss = adapted.train()(**ids, labels=torch.tensor([0, 1, 2, 0])).loss
+        loss.backward()
+        assert all(leaf.posterior.log_std.grad is not None for leaf in stochastic_layers(adapted).values())
+        adapted.unload()

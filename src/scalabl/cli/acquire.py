@@ -36,12 +36,12 @@ def acquire(
     from scalabl.data.records import read_fields
     from scalabl.inference.acquisition import STRATEGIES
     from scalabl.inference.acquisition import acquire as chosen_rows
-    from scalabl.runs.record import RunRecord
     from scalabl.runs.registry import SAMPLED
+    from scalabl.runs.stock import read_classifier
 
     if by not in STRATEGIES:
         raise UserError(f"--by is {by!r}; it must be one of {', '.join(STRATEGIES)}.")
-    record = RunRecord.read_classifier(run)
+    record = read_classifier(run, model=model)
     options.require_counts(samples=samples, batch_size=batch_size)
     if by == "bald" and (record.method not in SAMPLED or samples == 1):
         raise UserError(

@@ -14,11 +14,16 @@ from scalabl.runs.record import RunRecord
 
 @app.command()
 def bayesianize(
-    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="A plain LoRA: of PEFT, TRL, or a run of mle.")],
+    adapter: Annotated[
+        Path, typer.Argument(metavar="ADAPTER", help="A plain LoRA: of PEFT, Trainer, TRL, or a run of mle.")
+    ],
     data: Annotated[str, typer.Option(help="A benchmark's name, a JSONL file, or a directory of them.")],
     output: Annotated[Path, typer.Option(help="The new run's directory.")],
     method: Annotated[str, typer.Option(help="laplace (one pass over the rows) or vi.")] = "laplace",
     model: Annotated[str | None, typer.Option(help="The base model, if the adapter does not name it.")] = None,
+    labels: Annotated[
+        str | None, typer.Option(help="Of a classification head, a,b,c in the order of its outputs, if no file says.")
+    ] = None,
     scoring: Annotated[str | None, typer.Option(help="auto, letters or continuation; a run's own by default.")] = None,
     chat: Annotated[bool | None, typer.Option("--chat/--no-chat", help="Use the chat template.")] = None,
     max_length: Annotated[int | None, typer.Option(help="Tokens a row.")] = None,
@@ -41,7 +46,7 @@ def bayesianize(
     from scalabl.core.files import require_writable, write_json
     from scalabl.training.posthoc.settings import read_source, require_free, rows_for, settings_for
 
-    source = read_source(adapter, model)
+    source = read_source(adapter, model, None if labels is None else [name.strip() for name in labels.split(",")])
     settings = settings_for(
         source, data, method, structure=structure, prior_precision=prior_precision, scoring=scoring, chat=chat,
         max_length=max_length, train_rows=train_rows, batch_size=batch_size, steps=steps,

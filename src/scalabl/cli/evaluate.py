@@ -74,8 +74,9 @@ def evaluate(
         options.refuse_unread(evaluate, "of --adaptive or --max-error; leave it out", confidence=confidence)
     from scalabl.core.files import require_writable, write_json
     from scalabl.data.load import rows_of
+    from scalabl.runs.stock import read_classifier
 
-    record = RunRecord.read_classifier(run)
+    record = read_classifier(run, model=model)
     settings = options.prediction_settings(
         record, predictive=predictive, samples=samples, seed=seed, draws=draws, adaptive=adaptive,
         confidence=confidence, stochastic_layers=stochastic_layers, batch_size=batch_size, limit=limit,

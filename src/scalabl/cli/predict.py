@@ -62,7 +62,7 @@ def predict(
     from scalabl.core.files import require_writable
     from scalabl.data.jsonl import load_rows
     from scalabl.data.load import with_labels
-    from scalabl.runs.record import RunRecord
+    from scalabl.runs.stock import read_classifier
 
     if max_error is None:
         options.refuse_unread(predict, "of --max-error; leave it out", score=score, guarantee=guarantee)
@@ -70,7 +70,7 @@ def predict(
             options.refuse_unread(predict, "of --adaptive or --max-error; leave it out", confidence=confidence)
     if ray is None:
         options.refuse_unread(predict, "of --ray; leave it out", block_rows=block_rows)
-    record = RunRecord.read_classifier(run)
+    record = read_classifier(run, model=model)
     settings = options.prediction_settings(
         record, predictive=predictive, samples=samples, seed=seed, draws=draws, adaptive=adaptive,
         confidence=confidence, stochastic_layers=stochastic_layers, batch_size=batch_size, abstain=abstain,

@@ -14,33 +14,28 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from peft import PeftConfig, PeftModel
-from torch import Tensor, nn
+from peft import PeftModel
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from scalabl.core.errors import UserError
 from scalabl.data.example import Example
 from scalabl.data.fields import rows_of
+from scalabl.inference.adapter import BareRun, base_of, head_of, letters_of, record_of, refuse_unread
 from scalabl.inference.predictor import Predictor
 from scalabl.inference.promise import Promise
 from scalabl.inference.settings import PredictionSettings
 from scalabl.metrics.uncertainty import average, decompose
-from scalabl.predictive.auto import make_predictive
-from scalabl.predictive.base import MeanPredictive, Predictive, chosen
-from scalabl.predictive.lora_particles import DropoutPredictive, blob_draws
+from scalabl.predictive.base import Predictive, chosen
 from scalabl.predictive.sampling import PLAIN, Sampling
-from scalabl.runs.directory import find_base, reading_config
-from scalabl.runs.loading import load_adapter, require_base
+from scalabl.runs.loading import load_adapter, require_base, scoring_of
 from scalabl.runs.method import Run
-from scalabl.runs.models import load_base, require_vocabulary, saved_tokenizer
-from scalabl.runs.record import RECORD, RunRecord
-from scalabl.scoring.base import Encoded, Scoring, cut_rows_sentence
-from scalabl.scoring.letters import Letters
+from scalabl.runs.record import HEAD, RECORD
+from scalabl.runs.stock import is_stock
+from scalabl.scoring.base import Scoring, cut_rows_sentence
 from scalabl.scoring.prefix import SharedPrefix, shared_prefix
-from scalabl.scoring.scorer import Scorer, make_scoring
+from scalabl.scoring.scorer import Scorer
 from scalabl.scoring.trunk import Trunk
-from scalabl.tuner.blob import BLoBProjection
-from scalabl.tuner.projection import StochasticProjection
 from scalabl.tuner.threads import alone
 
 
@@ -92,58 +87,15 @@ def answer_of(rows: Sequence[Example], log_probs: Tensor, answered: Sequence[boo
     )
 
 
-@dataclass
-class BareRun:
-    """What a `Predictor` needs of a run, for an adapter without a record of its training.
-
-    Attributes:
-        scorer: the model with its scoring.
-        dropout: of a plain LoRA whose masks are averaged; 0 leaves it off.
-    """
-
-    scorer: Scorer
-    dropout: float = 0.0
-
-    @property
-    def is_bayesian(self) -> bool:
-        """Whether the adapter has a posterior over s."""
-        return self._has(StochasticProjection)
-
-    def _has(self, kind: type) -> bool:
-        return any(isinstance(module, kind) for module in self.scorer.model.modules())
-
-    def predictive(
-        self, name: str | None = None, *, samples: int = 10, seed: int = 0, stochastic_layers: str | None = None
-    ) -> Predictive:
-        """As `Run.predictive`, by what the model is made of.
-
-        Raises:
-            UserError: a predictive or a dropout that the adapter does not have.
-        """
-        bayesian = self.is_bayesian or self._has(BLoBProjection)
-        if self.dropout and bayesian:
-            raise UserError("dropout is of a plain LoRA, but this adapter has a posterior; leave it out.")
-        if name == "mc" and not bayesian and not self.dropout:
-            raise UserError("This adapter is a plain LoRA with no posterior; leave out predictive, or take mean.")
-        if name == "mean" or self.is_bayesian:
-            return make_predictive(name or "mc", samples=samples, seed=seed)
-        if self._has(BLoBProjection):
-            return blob_draws(self.scorer.model, samples=samples, seed=seed)
-        return DropoutPredictive(self.dropout, samples=samples, seed=seed) if self.dropout else MeanPredictive()
-
-    def encode(self, rows: list[Example]) -> list[Encoded]:
-        """Rows as tokens."""
-        return [self.scorer.scoring.encode(row) for row in rows]
-
-
 class Classifier:
-    """A Bayesian classifier over label words or choices.
+    """A Bayesian classifier over label words, choices or the labels of a classification head.
 
     Threads may share one: they take turns, and a plain pass of the model in another thread is not touched.
 
     Args:
         model: the base model with its adapter.
-        scoring: how rows become class logits.
+        scoring: how rows become class logits; or the tokenizer of a model with a classification head
+            (Transformers' ...ForSequenceClassification), whose labels are those of its configuration, `id2label`.
         samples: N particles of the posterior; 0 predicts with the posterior mean.
         seed: the seed of the particles.
         sampling: another kind of draws, or adaptive N.
@@ -155,12 +107,15 @@ class Classifier:
         batch_size: questions at a time.
         temperature: on the class logits of every particle.
         abstain: label None where the highest probability is below this.
+
+    Raises:
+        UserError: a tokenizer beside a model without a head, or a head that scores rows in another way than its own.
     """
 
     def __init__(
         self,
-        model: PeftModel,
-        scoring: Scoring,
+        model: PeftModel | PreTrainedModel,
+        scoring: Scoring | PreTrainedTokenizerBase,
         *,
         samples: int = 10,
         seed: int = 0,
@@ -172,6 +127,7 @@ class Classifier:
         temperature: float | None = None,
         abstain: float | None = None,
     ) -> None:
+        scoring = scoring if isinstance(scoring, Scoring) else head_of(model, scoring)
         run = BareRun(_scorer(model, scoring, prefix), dropout)
         settings = PredictionSettings(predictive, samples, seed, sampling, temperature=temperature, abstain=abstain)
         self._take(Predictor(run, settings, batch_size=batch_size, over_ranks=False))
@@ -206,15 +162,18 @@ class Classifier:
 
         Args:
             directory: the adapter's directory.
-            labels: the label words, each one token; questions are then prompts, used as they are. None takes
-                labels or choices from the directory's own record (`scalabl train` writes one).
+            labels: the label words, each one token; questions are then prompts, used as they are. Of an adapter with
+                a classification head: its labels in the order of the head's outputs. None takes labels or choices
+                from the directory's own record (`scalabl train` writes one), or a head's from the `id2label` of a
+                `config.json` there or of the base model's.
             samples: N particles; 0 for the posterior mean.
             seed: the seed of the particles.
             sampling: another kind of draws, or adaptive N.
             predictive: "mc", "linearized" or "auto"; None is what the directory's record says, else auto.
             prefix: in front of every prompt: an instruction, or examples with their answers.
             chat: with `labels`: put each prompt through the tokenizer's chat template; None is False.
-            max_length: with `labels`: longest prompt in tokens, 4096 if None; longer ones lose their beginning.
+            max_length: with `labels`: longest prompt in tokens, 4096 if None; longer ones lose their beginning. Of
+                a head without a record: longest text, 512 or the model's positions if None; longer ones lose their end.
             batch_size: questions at a time.
             model: the base model or where it is; by default the one that the adapter names.
             tokenizer: in the place of the one that was saved beside the adapter, or else of the base model's own.
@@ -226,13 +185,16 @@ class Classifier:
             priors: how often each of a run's labels is where its rows come from, if not as among the training rows.
 
         Raises:
-            UserError: a label is not one token, files are missing or altered, another base model, or the directory has
-                no record, which a method and a promise need.
+            UserError: a label is not one token, files are missing or altered, another base model, a head whose labels
+                are not known or whose weights were not saved, or the directory has no record, which a method and a
+                promise need.
         """
         path = Path(directory)
         if not (path / "adapter_config.json").is_file():
             raise UserError(f"{path} holds no adapter_config.json; give a directory made by save_pretrained.")
-        record = RunRecord.read_classifier(path) if (path / RECORD).is_file() else None
+        record = record_of(path, labels=labels, max_length=max_length, model=model)
+        if record is not None and is_stock(record):
+            labels = max_length = None  # they are in its record now
         if labels is None and record is None:
             raise UserError(f"{path} does not say what its labels are; pass labels=[...].")
         promise = Promise(max_error) if isinstance(max_error, float) else max_error
@@ -240,6 +202,9 @@ class Classifier:
             predictive, samples, seed, sampling, method=method, temperature=temperature, abstain=abstain,
             promise=promise, priors=None if priors is None else dict(priors),
         )  # fmt: skip
+        if labels is not None and record is not None and record.scoring["scoring"] == HEAD:
+            refuse_unread(record.scoring, labels=list(labels))
+            labels = None
         if labels is None and record is not None:
             refuse_unread(record.scoring, chat=chat, max_length=max_length)
         if priors is not None and (record is None or labels is not None):
@@ -250,7 +215,7 @@ class Classifier:
             if labels is not None or prefix:
                 raise UserError("An error rate is promised for the run's own prompts; leave out labels and prefix.")
             promise.require(record, predictive)
-        base, base_tokenizer = _base(path, record, model, tokenizer)
+        base, base_tokenizer = base_of(path, record, model, tokenizer)
         if record:
             require_base(base, record)
         scoring: Scoring
@@ -258,7 +223,7 @@ class Classifier:
             scoring = letters_of(labels, base_tokenizer, chat=chat, max_length=max_length)
         else:
             assert record is not None
-            scoring = make_scoring(record.scoring, base_tokenizer)
+            scoring = scoring_of(record, base, base_tokenizer)
         scorer = _scorer(load_adapter(base, path), scoring, prefix)
         run = BareRun(scorer) if record is None else Run(record, scorer, base_tokenizer, path)
         classifier = cls.__new__(cls)
@@ -306,52 +271,5 @@ class Classifier:
         return shared_prefix(self.scorer, two)
 
 
-def refuse_unread(scoring: Mapping[str, Any], **given: Any) -> None:
-    """Refuse settings of prompts where a run's own scoring decides; None, and what the run has too, is left.
-
-    Raises:
-        UserError: the first that differs.
-    """
-    for name, value in given.items():
-        if value is not None and value != scoring.get(name):
-            raise UserError(f"{name} is the run's own where rows are scored as it was trained; leave it out.")
-
-
-def letters_of(
-    labels: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, chat: bool | None, max_length: int | None
-) -> Letters:
-    """The scoring of label words behind prompts that are used as they are."""
-    longest = 4096 if max_length is None else max_length
-    return Letters(tokenizer, labels=tuple(labels), raw_prompt=True, chat=bool(chat), max_length=longest)
-
-
-def _base(
-    adapter: Path,
-    record: RunRecord | None,
-    model: PreTrainedModel | str | None,
-    tokenizer: PreTrainedTokenizerBase | None,
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The base model of an adapter and the tokenizer: the given one, the one saved beside the adapter, its own."""
-    if isinstance(model, nn.Module):
-        if not isinstance(model, PreTrainedModel):
-            raise UserError(
-                f"model is a {type(model).__name__}; give the base model without an adapter, or where it is."
-            )
-        tokenizer = tokenizer or saved_tokenizer(adapter)
-        if tokenizer is None:
-            raise UserError("A loaded model needs its tokenizer beside it; pass tokenizer=...")
-        base = model
-    else:
-        with reading_config(adapter):
-            named = record.model if record else PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path
-        if model is None and not named:
-            raise UserError(f"{adapter} does not name its base model; pass model=...")
-        options = record.base_options if record else {}
-        place = str(model) if model is not None else find_base(str(named), adapter)
-        base, tokenizer = load_base(place, **options, tokenizer=tokenizer, adapter=adapter)
-    require_vocabulary(tokenizer, base, "The tokenizer")
-    return base, tokenizer
-
-
-def _scorer(model: PeftModel, scoring: Scoring, prefix: str) -> Scorer:
+def _scorer(model: PeftModel | PreTrainedModel, scoring: Scoring, prefix: str) -> Scorer:
     return Scorer(model, scoring.with_prefix(prefix) if prefix else scoring, Trunk(model))

@@ -17,6 +17,7 @@ from scalabl.metrics.selective import (
     rows_needed_on_average,
 )
 from scalabl.runs.record import RunRecord
+from scalabl.runs.stock import is_stock
 
 if TYPE_CHECKING:
     import numpy as np
@@ -141,4 +142,9 @@ def _require_known(record: RunRecord) -> None:
         raise UserError(
             "This run was made by scalabl bayesianize, and which rows its LoRA was not trained on is not known, so "
             "that no error rate can be promised; give a run of scalabl train, or --abstain."
+        )
+    if is_stock(record):
+        raise UserError(
+            "This adapter has no record of the rows that it was trained on, so that none are known to be held out and "
+            "no error rate can be promised; give a run of scalabl train, or --abstain."
         )

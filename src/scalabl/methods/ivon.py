@@ -16,7 +16,8 @@ Each batch of rows is seen at one draw of A and B; accumulated batches have one 
     learning_rate            the most that a number moves in a step, lr * 10^-3, as with AdamW: theirs is 3 * 10^-5 (lr
                              0.03) for 10,000 steps without warm-up, the default here 10^-3 for a few hundred
 
-and theirs too are the decays of momentum (0.9) and h (0.99999).
+and theirs too are the decays of momentum (0.9) and h (0.99999). What else is trained, a classification head, is so by
+IVON too, and predicts with its mean.
 """
 
 from __future__ import annotations
@@ -72,8 +73,10 @@ class IVONLoRA(TrainedMethod):
             raise UserError(
                 f"weight_decay {decay:g} allows no standard deviation of {sigma:g}, init_sigma; lower one of them."
             )
+        weights = [matrix.weight for matrix in lora_matrices(model).values()]
+        known = set(map(id, weights))
         made: Optimizer = ivon.IVON(
-            [matrix.weight for matrix in lora_matrices(model).values()],
+            [*weights, *(p for p in model.parameters() if p.requires_grad and id(p) not in known)],
             lr=settings.optimisation.learning_rate / CLIP_RADIUS,
             ess=ess,
             hess_init=1 / (ess * sigma**2) - decay,
@@ -96,7 +99,7 @@ class IVONLoRA(TrainedMethod):
         names = lora_matrices(trainer.model)  # type: ignore[arg-type]
         return {
             name: part.view(weight.shape).clone()
-            for name, part, weight in zip(names, parts, group["params"], strict=True)
+            for name, part, weight in zip(names, parts, group["params"], strict=False)  # the matrices come first
         }
 
     def predictive(self, run: Run, *, samples: int = 10, seed: int = 0) -> Predictive:

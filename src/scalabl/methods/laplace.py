@@ -4,7 +4,8 @@
     f(x) ~ N(f_MAP(x), J (H + precision I)^-1 J^T),   p(y | x) = E[softmax f(x)]
 
 The precision maximises the marginal likelihood. One forward pass and C backward passes a row give the logits' mean and
-covariance; the softmax's average is taken over fixed draws of the logits, or by the probit approximation.
+covariance; the softmax's average is taken over fixed draws of the logits, or by the probit approximation. A
+classification head is known: it stays at its trained weights, and A and B are what is uncertain.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from scalabl.runs.method import Run
 from scalabl.scoring.base import Batch
 from scalabl.scoring.scorer import Scorer
 
-# the most choices that a row can have: a particle's noise does not depend on what stands beside the row
+# the most choices that a row of a question can have: a particle's noise does not depend on what stands beside the row
 _CLASSES = 26
 _JITTER = 1e-6
 
@@ -69,7 +70,8 @@ class LinearizedLaplacePredictive:
         self.precision = precision
         self.samples = samples
         self.link = link
-        self._noise = standard_normal(range(samples), _CLASSES, seed=seed, stream="laplace.logits")
+        self.seed = seed
+        self._drawn = torch.empty(samples, 0)
 
     def __call__(self, scorer: Scorer, batch: Batch) -> Tensor:
         mean, covariance = self.logit_distribution(scorer, batch)
@@ -80,8 +82,15 @@ class LinearizedLaplacePredictive:
         size = covariance.diagonal(dim1=1, dim2=2).mean(dim=1).clamp_min(1e-12)
         jitter = _JITTER * size[:, None, None] * torch.eye(classes, device=mean.device)
         root = torch.linalg.cholesky(covariance.double() + jitter.double()).float()
-        noise = self._noise[:, :classes].to(mean.device)
+        noise = self._noise(classes)[:, :classes].to(mean.device)
         return (mean + torch.einsum("bcd,nd->nbc", root, noise)).log_softmax(dim=-1)
+
+    def _noise(self, classes: int) -> Tensor:
+        """(N, C) standard normal noise, the same for every row; a head has the same number of classes in all."""
+        width = max(_CLASSES, classes)
+        if self._drawn.shape[1] != width:
+            self._drawn = standard_normal(range(self.samples), width, seed=self.seed, stream="laplace.logits")
+        return self._drawn
 
     def logit_distribution(self, scorer: Scorer, batch: Batch) -> tuple[Tensor, Tensor]:
         """Class logits (B, C), -inf for missing choices, and their covariance (B, C, C), 0 there."""

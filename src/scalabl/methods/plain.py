@@ -13,6 +13,8 @@ MC dropout (Gal and Ghahramani 2016, 1506.02142): LoRA's dropout trained with, a
 
     p(y | x) = 1/N sum_n p(y | x, A diag(z_n), B),   z_n ~ Bernoulli(1 - p) / (1 - p),   p = 0.1
 
+Only LoRA's own dropout: that of the base model and of a classification head is off at test, as for every method.
+
 MonteCLoRA (Seth et al. 2025, 2411.04358), PEFT's own implementation: the witness from outside. Its KL and entropy terms
 are added to the loss by PEFT's `MontecloraTrainerMixin`. PEFT draws nothing once training is over: the adapter is then
 a plain LoRA, so that it predicts with its mean.
@@ -22,6 +24,7 @@ a plain LoRA, so that it predicts with its mean.
 
 from __future__ import annotations
 
+import re
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -123,4 +126,12 @@ def _targets(settings: Settings, model: PreTrainedModel) -> list[str]:
     if missing:
         linear = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if "Linear" in type(m).__name__})
         raise UserError(f"target_modules names {', '.join(missing)}, but this model has {', '.join(linear)}.")
+    if sequence_classifier(model) is not None:
+        beside, every = re.compile(beside_layers(model)), [name for name, _ in model.named_modules()]
+        for target in targets:
+            if all(beside.fullmatch(name) for name in every if f".{name}".endswith(f".{target}")):
+                raise UserError(
+                    f"target_modules names {target}, which stands in none of the model's layers: adapters are on these "
+                    "alone, and what stands behind them, the head, is trained whole; leave it out."
+                )
     return targets

@@ -35,6 +35,8 @@ from torch.utils.flop_counter import flop_registry
 from transformers import PreTrainedModel
 from transformers.quantizers.base import get_keys_to_not_convert
 
+from scalabl.tuner.layers import head_parts
+
 _aten = torch.ops.aten
 _FLOPS: dict[Any, Callable[..., int]] = {
     **flop_registry,
@@ -205,7 +207,7 @@ _CODES = 16 + 256  # float32 numbers of the two code books
 
 def quantize(model: PreTrainedModel, bits: int, library: str, device: str) -> None:
     """Put `QuantizedLinear` in the place of every linear layer that is quantised on loading: all but the output layer
-    and what shares weights with the embeddings.
+    or a classification head, and what shares weights with the embeddings.
 
     Args:
         model: on the meta device.
@@ -213,7 +215,7 @@ def quantize(model: PreTrainedModel, bits: int, library: str, device: str) -> No
         library: "bitsandbytes" or "torchao".
         device: "cpu" or "cuda", whose kernels are meant.
     """
-    kept = get_keys_to_not_convert(model)
+    kept = [*get_keys_to_not_convert(model), *head_parts(model)]
     for name, module in list(model.named_modules()):
         if type(module) is nn.Linear and not any(name == key or name.startswith(f"{key}.") for key in kept):
             parent, _, last = name.rpartition(".")

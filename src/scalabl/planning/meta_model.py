@@ -29,6 +29,7 @@ from transformers import (
 
 from scalabl.core.errors import UserError, one_line
 from scalabl.planning.meta_device import DeviceKernels, quantize
+from scalabl.runs.head import keep_whole
 from scalabl.runs.method import TrainedMethod, load_method
 from scalabl.runs.models import DTYPES, UNREADABLE, model_path, why_unreadable
 from scalabl.runs.settings import Settings
@@ -111,6 +112,7 @@ def build(
             raise UserError(f"The model {settings.model} cannot be loaded: {why}.") from error
         except (RuntimeError, ArithmeticError) as error:  # sizes that no layer can have
             raise UserError(f"The configuration of {settings.model} makes no model: {one_line(error)}") from error
+        keep_whole(base)
         number = sum(parameter.numel() for parameter in base.parameters())
         if settings.machine.bits is not None:
             quantize(base, settings.machine.bits, settings.machine.quantization, device)

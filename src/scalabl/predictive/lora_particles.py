@@ -23,7 +23,7 @@ from scalabl.core.modules import base_name
 from scalabl.posterior.draws import standard_normal, uniform
 from scalabl.predictive.monte_carlo import MonteCarloPredictive
 from scalabl.tuner.blob import blob_layers
-from scalabl.tuner.layers import active_adapters, require_live, unwrap
+from scalabl.tuner.layers import active_adapters, require_live, unwrap, without_rows
 from scalabl.tuner.threads import own
 
 
@@ -51,16 +51,16 @@ class LoraParts:
 
 
 def lora_parts(model: nn.Module) -> dict[str, LoraParts]:
-    """The linear layers that the active adapter adapts, by their names in the base model.
+    """The linear layers that the active adapter adapts and that see rows of tokens, by their names in the base model.
 
     Raises:
         UserError: there is none.
     """
     model = unwrap(model)
     adapter = active_adapters(model)[0]
-    found = {}
+    found, plain = {}, without_rows(model)
     for name, module in model.named_modules():
-        if isinstance(module, LoraLayer) and adapter in module.lora_A:
+        if isinstance(module, LoraLayer) and adapter in module.lora_A and not plain(name):
             parts = LoraParts(module.lora_A[adapter], module.lora_B[adapter], module.scaling[adapter])
             found[base_name(name)] = parts
     if not found:

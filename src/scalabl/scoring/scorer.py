@@ -19,7 +19,8 @@ from scalabl.scoring.letters import Letters
 from scalabl.scoring.reading import reads_packed
 from scalabl.scoring.text import Text
 from scalabl.scoring.trunk import Trunk, token_logits
-from scalabl.tuner.layers import learnt_positions, reads_images
+from scalabl.tuner.layers import learnt_positions, reads_images, sequence_classifier
+from scalabl.tuner.threads import base_model
 
 TOLERANCE = 5e-2  # relative, for rounding between a row of its own and a packed one
 
@@ -35,11 +36,22 @@ class Scorer:
 
     Attributes:
         shares_prefix: whether the model gives the same answers behind a shared prefix; None before it was tried.
+
+    Raises:
+        UserError: the scoring is of a classification head and the model has none, or the other way round.
     """
 
     def __init__(self, model: PreTrainedModel | PeftModel, scoring: Scoring, trunk: Trunk | None = None) -> None:
         self.model: Any = model
         self.scoring = scoring
+        if isinstance(scoring, Head) != (sequence_classifier(model) is not None):
+            kind = type(base_model(model)).__name__
+            raise UserError(
+                f"The model is a {kind}, which {scoring.name} does not score; give a causal language model."
+                if not isinstance(scoring, Head)
+                else f"The model is a {kind}, which has no classification head; load it with "
+                "AutoModelForSequenceClassification."
+            )
         self.trunk = None if reads_images(model) else trunk
         self.shares_prefix: bool | None = None
 

@@ -27,7 +27,8 @@ from scalabl.core.console import progress_bar
 from scalabl.core.errors import UserError
 from scalabl.data.example import Example
 from scalabl.data.fields import rows_of
-from scalabl.inference.classifier import Answer, answer_of, letters_of, refuse_unread
+from scalabl.inference.adapter import letters_of, refuse_unread
+from scalabl.inference.classifier import Answer, answer_of
 from scalabl.metrics.uncertainty import apply_temperature
 from scalabl.runs.models import load_tokenizer, saved_tokenizer
 from scalabl.scoring.base import Encoded, Scoring

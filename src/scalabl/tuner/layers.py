@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -183,6 +183,19 @@ def position_projections(model: nn.Module) -> tuple[str, ...]:
     return "pos_query_proj", "pos_key_proj", "pos_proj", "pos_q_proj"
 
 
+def without_rows(model: nn.Module) -> Callable[[str], bool]:
+    """Whether an adapter on the module of a name is plain LoRA, because a draw there could not belong to the tokens
+    of a row: projections of positions, and what stands behind a classifier's body, which sees one pooled feature."""
+    base = base_model(model)
+    ends, head = position_projections(base), set(head_modules(base))
+
+    def is_without(name: str) -> bool:
+        name = base_name(name)
+        return any(name == end or name.endswith(f".{end}") for end in ends) or not head.isdisjoint(name.split(".")[:2])
+
+    return is_without
+
+
 def head_modules(model: nn.Module) -> list[str]:
     """The modules of a sequence classifier that are trained whole beside an adapter: all that stands behind its body,
     and the body's pooler, whose weights many checkpoints lack."""
@@ -192,6 +205,17 @@ def head_modules(model: nn.Module) -> list[str]:
     names = [name for name, module in base.named_children() if any(True for _ in module.parameters())]
     pooler = ["pooler"] if getattr(base.base_model, "pooler", None) is not None else []
     return pooler + [name for name in names if name != base.base_model_prefix]
+
+
+def head_parts(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules of `head_modules` by their whole names in the base model."""
+    base = sequence_classifier(model)
+    if base is None:
+        return {}
+    names = head_modules(model)
+    inside = [module for name, module in base.base_model.named_children() if name in names]
+    parts = [module for name, module in base.named_children() if name in names] + inside
+    return {name: module for name, module in base.named_modules() if any(module is part for part in parts)}
 
 
 def beside_layers(model: nn.Module) -> str:

@@ -9,6 +9,7 @@ import copy
 import hashlib
 import re
 import warnings
+from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
@@ -20,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from scalabl.core.errors import UserError
 from scalabl.core.modules import gathered, top_layers
 from scalabl.tuner.config import ScalaBLConfig
-from scalabl.tuner.layers import beside_language, depths, position_projections
+from scalabl.tuner.layers import beside_language, depths, without_rows
 from scalabl.tuner.mean_adapter import MEAN_DIRECTORY
 from scalabl.tuner.projection import Particles, StochasticProjection
 
@@ -76,6 +77,7 @@ class ScalaBLModel(LoraModel):
             beside = re.compile(beside_language(model) or r"(?!)")
             names = [n for n, _ in model.named_modules() if "lora_" not in n and not beside.fullmatch(n)]
             _refuse_unmatched("target_modules", named, names, model)
+            _refuse_whole(named, config.modules_to_save or (), names)
             names = [n for n, m in model.named_modules() if isinstance(m, LoraLayer) and adapter_name in m.lora_A]
             _refuse_unmatched("stochastic_modules", getattr(config, "stochastic_modules", None), names, model)
         except NoMatchingPeftModuleError as error:
@@ -135,12 +137,12 @@ class ScalaBLModel(LoraModel):
         def is_named(module: str) -> bool:
             return ends is None or any(_ends_in(module, end) for end in ends)
 
-        shared = position_projections(self.model)
-        if any(_ends_in(name, end) for end in shared):
-            if ends is not None and any(_ends_in(name, end) for end in ends):
+        if without_rows(self.model)(name):
+            if ends is not None and is_named(name):
                 raise UserError(
-                    f"stochastic_modules names {name.rpartition('.')[2]}, which this model also applies to positions "
-                    "that all rows share, so that no row can have a draw of its own; leave it out."
+                    f"stochastic_modules names {name.rpartition('.')[2]}, which this model also applies to what is no "
+                    "row of tokens (positions that all rows share, pooled features), so that no row can have a draw "
+                    "of its own; leave it out."
                 )
             return False
         if layers is None:
@@ -272,6 +274,21 @@ def _refuse_unmatched(option: str, ends: Any, modules: list[str], model: nn.Modu
             f"{option} names {end}, but no {'adapted' if option == 'stochastic_modules' else 'linear'} module ends in "
             f"it; name some of {', '.join(sorted({name.rpartition('.')[2] for name in there}))}."
         )
+
+
+def _refuse_whole(ends: Any, whole: Iterable[str], modules: list[str]) -> None:
+    """Refuse a name in a list all of whose modules are trained whole: PEFT adapts none of those.
+
+    Raises:
+        UserError: there is one.
+    """
+    parts = set(whole)
+    for end in () if ends is None or isinstance(ends, str) else sorted(ends):
+        if all(not parts.isdisjoint(name.split(".")) for name in modules if _ends_in(name, end)):
+            raise UserError(
+                f"target_modules names {end}, which is trained whole (modules_to_save) and gets no adapter; leave it "
+                "out of one of the two."
+            )
 
 
 def _refuse_name(adapter_name: str) -> None:

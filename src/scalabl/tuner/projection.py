@@ -201,7 +201,7 @@ class StochasticProjection(nn.Module):
         if x.dim() < 3 and not _is_mean(self):
             raise UserError(
                 "A stochastic layer got its tokens flattened, without a batch dimension, so a draw cannot belong to "
-                "a sequence; remove expert layers and padding-free batches from target_modules."
+                "a sequence; remove expert layers, poolers and padding-free batches from target_modules."
             )
         s = self.draw(x.shape[0], x.device)
         if s.dim() == 2:

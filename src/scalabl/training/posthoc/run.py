@@ -25,7 +25,7 @@ from scalabl.core.errors import UserError
 from scalabl.core.files import ADAPTER, sha256, write_json, writing
 from scalabl.data.example import Example, Task
 from scalabl.runs.directory import CONFIG, reading_config
-from scalabl.runs.loading import load_adapter, require_base
+from scalabl.runs.loading import load_adapter, longest_row, require_base
 from scalabl.runs.models import load_base, saved_tokenizer
 from scalabl.runs.record import RowCounts, RunRecord
 from scalabl.runs.settings import Settings
@@ -42,7 +42,7 @@ from scalabl.training.run import LOG, cut_rows_warning, optimise, record_of
 from scalabl.tuner.config import SUPPORTED_LORA_OPTIONS, ScalaBLConfig
 from scalabl.tuner.diagnostics import unconverged
 from scalabl.tuner.joint import save_joint, set_joint
-from scalabl.tuner.layers import stochastic_layers
+from scalabl.tuner.layers import stochastic_layers, without_rows
 from scalabl.tuner.mean_adapter import MEAN_DIRECTORY
 from scalabl.tuner.model import fingerprint
 
@@ -90,8 +90,10 @@ def _build(
     settings: PosthocSettings,
 ) -> RunRecord:
     training = settings.training
-    config, tensors = _converted(source, training)
-    base, tokenizer = load_base(training.model, **training.machine.of_base, adapter=source.directory)
+    config, plain = _source(source, training)
+    of_head = source.record.labels if source.record and source.has_head else None
+    base, tokenizer = load_base(training.model, **training.machine.of_base, adapter=source.directory, labels=of_head)
+    tensors = scalabl_tensors(plain, config, without_rows(base))
     if source.record:
         require_base(base, source.record)
     config.base_fingerprint = fingerprint(base)
@@ -128,7 +130,7 @@ def _build(
     return record
 
 
-def _converted(source: SourceAdapter, training: Settings) -> tuple[ScalaBLConfig, dict[str, Tensor]]:
+def _source(source: SourceAdapter, training: Settings) -> tuple[ScalaBLConfig, dict[str, Tensor]]:
     refuse_options({k: v for k, v in source.config.items() if k not in SUPPORTED_LORA_OPTIONS})
     with reading_config(source.directory):
         plain = PeftConfig.from_pretrained(str(source.directory))
@@ -144,7 +146,7 @@ def _converted(source: SourceAdapter, training: Settings) -> tuple[ScalaBLConfig
         )
     config.base_model_name_or_path = source.model
     try:
-        return config, scalabl_tensors(load_file(source.directory / ADAPTER), config)
+        return config, load_file(source.directory / ADAPTER)
     except SafetensorError as error:
         raise UserError(f"{source.directory / ADAPTER} is truncated or altered ({error}); restore the file.") from error
 
@@ -160,6 +162,9 @@ def _scoring(
     labels: tuple[str, ...] | None,
 ) -> tuple[Scoring, dict[str, float]]:
     """The run's own scoring, or the one under which the adapter itself has the lowest NLL, with every option's."""
+    if source.has_head:
+        length = min(settings.training.rows.max_length, longest_row(model))
+        return candidates(settings.training.changed(max_length=length), tokenizer, rows, labels, head=True)[0], {}
     if source.record and not settings.scoring_given:
         return make_scoring(source.record.scoring, tokenizer), {}
     options = candidates(settings.training, tokenizer, (*rows, *held_out), labels)

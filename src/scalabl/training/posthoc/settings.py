@@ -6,7 +6,7 @@ What decides a posterior that is fitted to a finished adapter. Imports nothing h
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,9 @@ from scalabl.core.files import require_place
 from scalabl.data.example import Example, Task
 from scalabl.data.load import load_task, with_labels
 from scalabl.runs.directory import CONFIG, adapter_config, as_recorded, find_base
-from scalabl.runs.record import RECORD, RunRecord
+from scalabl.runs.record import HEAD, RunRecord
 from scalabl.runs.settings import LARGEST, Settings, typed_setting
+from scalabl.runs.stock import find_record, is_stock
 
 # ways of drawing A and B that take the draw out of the base's weights: the adapter fits no base that can be loaded
 _CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -35,7 +36,7 @@ class SourceAdapter:
     Attributes:
         directory: `adapter_config.json` and `adapter_model.safetensors`.
         config: the former's content.
-        record: the run's record, where `scalabl train` made it.
+        record: the run's record, where `scalabl train` made it; what its files say, where it has a head.
         model: the base model, a directory or a name.
     """
 
@@ -44,16 +45,23 @@ class SourceAdapter:
     record: RunRecord | None
     model: str
 
+    @property
+    def has_head(self) -> bool:
+        """Whether it is of a model with a classification head."""
+        return self.record is not None and self.record.scoring.get("scoring") == HEAD
 
-def read_source(directory: Path, model: str | None = None) -> SourceAdapter:
+
+def read_source(directory: Path, model: str | None = None, labels: Sequence[str] | None = None) -> SourceAdapter:
     """Check an adapter directory.
 
     Args:
         directory: made by PEFT's `save_pretrained`, or a finished run of plain LoRA.
         model: the base model; by default the one that the run or the adapter names.
+        labels: of a classification head, in the order of its outputs, where no file says them.
 
     Raises:
-        UserError: files are missing, altered or not finished; it is no plain LoRA; its base model is not named.
+        UserError: files are missing, altered or not finished; it is no plain LoRA; its base model is not named; labels
+            of a head are not known, or were given without one.
     """
     config = adapter_config(directory, "PEFT's save_pretrained")
     kind = config.get("peft_type")
@@ -61,8 +69,10 @@ def read_source(directory: Path, model: str | None = None) -> SourceAdapter:
         raise UserError(f"{directory} has a posterior already; give a plain LoRA (its mean/ is one).")
     if kind != "LORA":
         raise UserError(f"{directory} holds an adapter of type {kind}, but only a plain LoRA can be made Bayesian.")
-    if config.get("task_type") not in (None, "CAUSAL_LM"):
-        raise UserError(f"{directory} was trained for {config['task_type']}, but only CAUSAL_LM is supported.")
+    if config.get("task_type") not in (None, "CAUSAL_LM", "SEQ_CLS"):
+        raise UserError(
+            f"{directory} was trained for {config['task_type']}, but only CAUSAL_LM and SEQ_CLS are supported."
+        )
     if config.get("use_dora"):
         raise UserError(f"{directory} is a DoRA, whose norms depend on the weights; only a plain LoRA is supported.")
     start = config.get("init_lora_weights")
@@ -71,7 +81,11 @@ def read_source(directory: Path, model: str | None = None) -> SourceAdapter:
             f"{directory} was started with init_lora_weights={start!r}, which changes the base model's weights; "
             "convert it to a plain LoRA first (path_initial_model_for_weight_conversion of save_pretrained)."
         )
-    record = RunRecord.read_classifier(directory) if (directory / RECORD).is_file() else None
+    record = find_record(directory, labels=labels, model=model)
+    if labels is not None and record is None:
+        raise UserError(f"labels are of a classification head, and {directory} has none; leave them out.")
+    if labels is not None and record is not None and tuple(labels) != record.labels:
+        raise UserError(f"labels are the run's own, {', '.join(record.labels or ())}; leave them out.")
     named = model or (record.model if record else config.get("base_model_name_or_path"))
     if not named:
         raise UserError(f"{directory / CONFIG} does not name the base model; give it with --model.")
@@ -203,7 +217,10 @@ def settings_for(
             **{name: _number(source, name) for name in ("r", "lora_alpha")},
             "target_modules": targets if isinstance(targets, str) else ",".join(sorted(targets)),
         }
-    if source.record and "scoring" not in named and (unread := sorted(named.keys() & {"chat", "max_length"})):
+    if source.has_head and (other := named.pop("scoring", HEAD)) not in (HEAD, "auto"):
+        raise UserError(f"{source.directory} has a classification head, which has no {other}; leave out scoring.")
+    own = source.record and not is_stock(source.record)  # what its record says of rows holds
+    if own and "scoring" not in named and (unread := sorted(named.keys() & {"chat", "max_length"})):
         raise UserError(f"{unread[0]} belongs to a scoring, and a run keeps its own; name one with --scoring too.")
     if method == "laplace" and (unread := sorted(named.keys() & _VARIATIONAL)):
         raise UserError(f"{unread[0]} belongs to vi; leave it out for laplace, which takes one pass over the rows.")

@@ -5,7 +5,7 @@ Stochastic layers in a loaded plain LoRA for as long as a context lasts: the sam
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
@@ -71,10 +71,17 @@ def factorise(a: Tensor, b: Tensor) -> Factors:
     return Factors((v_transposed @ q_rows.T).float().contiguous(), (q_up @ (u * singular_values)).float().contiguous())
 
 
-def scalabl_tensors(plain: dict[str, Tensor], config: ScalaBLConfig) -> dict[str, Tensor]:
+def scalabl_tensors(
+    plain: dict[str, Tensor], config: ScalaBLConfig, stays_plain: Callable[[str], bool] = lambda _name: False
+) -> dict[str, Tensor]:
     """The contents of a plain LoRA's file -> a ScalaBL adapter's, s = 1 and sigma = `init_sigma`.
 
     What is no LoRA weight (trained biases, modules_to_save) is carried as it is.
+
+    Args:
+        plain: the contents of `adapter_model.safetensors`.
+        config: the ScalaBL adapter's.
+        stays_plain: whether the adapter on the layer of a name has no posterior (`tuner.layers.without_rows`).
 
     Raises:
         UserError: a layer that is no linear one, or none at all.
@@ -83,7 +90,7 @@ def scalabl_tensors(plain: dict[str, Tensor], config: ScalaBLConfig) -> dict[str
     for name, tensor in plain.items():
         if "lora_embedding_" in name or ("lora_" in name and not name.endswith((".lora_A.weight", ".lora_B.weight"))):
             raise UserError(f"The adapter has {name}, but only adapters of linear layers can be made Bayesian.")
-        if not name.endswith((".lora_A.weight", ".lora_B.weight")):
+        if not name.endswith((".lora_A.weight", ".lora_B.weight")) or stays_plain(name.rpartition(".lora_")[0]):
             made[name] = tensor
         elif name.endswith(".lora_A.weight"):
             layer = name.removesuffix(".lora_A.weight")
@@ -95,7 +102,7 @@ def scalabl_tensors(plain: dict[str, Tensor], config: ScalaBLConfig) -> dict[str
             made[f"{layer}.lora_A.direction"] = factors.rows
             made |= {f"{layer}.lora_A.posterior.{key}": value for key, value in posterior.state_dict().items()}
             made[f"{layer}.lora_B.weight"] = factors.up
-    if len(made) == len(plain):
+    if not any(name.endswith(".direction") for name in made):
         raise UserError("The adapter holds no LoRA weights; restore its file.")
     return made
 
@@ -148,7 +155,7 @@ class StochasticLeaves:
         layers = {
             base_name(name): module
             for name, module in unwrap(model).named_modules()
-            if isinstance(module, LoraLayer) and adapter in module.lora_A
+            if isinstance(module, LoraLayer) and base_name(name) in self.factors
         }
         before: dict[str, tuple[nn.Module, Tensor]] = {
             name: (layer.lora_A[adapter], layer.lora_B[adapter].weight.data)  # type: ignore[misc]

@@ -1,0 +1,180 @@
+"""Every method on a classification head: its particles are what its equation says, by Transformers' own pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from head_bases import body_of, own_probs
+from tiny_base import tiny_encoder, write_texts
+from torch import Tensor
+
+from scalabl.data import Example
+from scalabl.data.load import rows_of
+from scalabl.methods.laplace import LinearizedLaplacePredictive
+from scalabl.predictive import MeanPredictive, predict
+from scalabl.predictive.lora_particles import DropoutPredictive, WeightNoisePredictive, lora_matrices, lora_parts
+from scalabl.runs.loading import load_run
+from scalabl.runs.method import Run, load_post_hoc
+from scalabl.runs.registry import SAMPLED, TRAINED
+
+N = 3
+BASELINES = [name for name in TRAINED if name != "scalabl"]
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_texts(tmp_path_factory.mktemp("texts"))
+
+
+@pytest.fixture(scope="session")
+def on_head(trained: Callable[..., Path], texts: Path) -> Callable[..., Path]:
+    """method and settings -> the directory of a finished run of a few steps on a tiny encoder."""
+
+    def make(method: str, **changes: object) -> Path:
+        own = {"scoring": "auto", "normalization": "auto", "steps": 6, "learning_rate": 0.02, "data": str(texts)}
+        return trained(method, **own | {"model": str(tiny_encoder())} | changes)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def rows(texts: Path) -> list[Example]:
+    return rows_of(str(texts), limit=6)
+
+
+def log_probs(run: Run, strategy: object, rows: list[Example], batch_size: int = 8) -> Tensor:
+    return predict(run.scorer, run.encode(rows), strategy, batch_size=batch_size)  # type: ignore[arg-type]
+
+
+def own(run: Run, rows: list[Example]) -> Tensor:
+    return own_probs(run.scorer.model, [row.question for row in rows])
+
+
+@contextmanager
+def at_particle(run: Run, strategy: object, number: int) -> Iterator[None]:
+    """The weights themselves at a particle of noise or of masks."""
+    matrices = lora_matrices(run.scorer.model)
+    before = {name: module.weight.detach().clone() for name, module in matrices.items()}
+    with torch.no_grad():
+        if isinstance(strategy, DropoutPredictive):
+            for name, masks in strategy.masks(run.scorer.model).items():
+                matrices[f"{name}.lora_A"].weight.mul_(masks[number])
+        else:
+            assert isinstance(strategy, WeightNoisePredictive)
+            for name, noise in strategy.noise(run.scorer.model).items():
+                matrices[name].weight.add_(noise[number])
+    yield
+    with torch.no_grad():
+        for name, weight in before.items():
+            matrices[name].weight.copy_(weight)
+
+
+def require_particles(run: Run, strategy: object, rows: list[Example]) -> None:
+    drawn = log_probs(run, strategy, rows)
+    assert drawn.shape == (N, len(rows), 3) and drawn.std(dim=0).max() > 1e-4
+    torch.testing.assert_close(log_probs(run, strategy, rows, batch_size=1), drawn, atol=1e-4, rtol=0)
+    with at_particle(run, strategy, 1):
+        torch.testing.assert_close(drawn[1].exp(), own(run, rows), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("method", BASELINES)
+def test_a_trained_baseline(method: str, on_head: Callable[..., Path], rows: list[Example]) -> None:
+    if method == "ivon":
+        pytest.importorskip("ivon")
+    run = load_run(on_head(method))
+    mean = log_probs(run, MeanPredictive(), rows)[0].exp()
+    torch.testing.assert_close(mean, own(run, rows), atol=1e-4, rtol=0)
+    head = [p for name, p in run.scorer.model.named_parameters() if "classifier.modules_to_save" in name]
+    fresh = load_run(on_head(method, steps=1, learning_rate=1e-12, warmup=0.0))
+    first = [p for name, p in fresh.scorer.model.named_parameters() if "classifier.modules_to_save" in name]
+    assert head and (head[0] - first[0]).abs().max() > 1e-4  # it is trained
+    if method in SAMPLED:
+        require_particles(run, run.predictive(samples=N, seed=2), rows)
+    else:
+        torch.testing.assert_close(log_probs(run, run.predictive(samples=N), rows)[0].exp(), mean)
+
+
+@pytest.fixture
+def mle(on_head: Callable[..., Path]) -> Run:
+    return load_run(on_head("mle"))
+
+
+def test_a_temperature_is_on_the_heads_logits(mle: Run, rows: list[Example], texts: Path) -> None:
+    module = load_post_hoc("temperature")
+    found = module.fit(mle, [], rows_of(str(texts), split="validation"))["temperature"]
+    expected = own(mle, rows).log().div(found).softmax(-1)
+    torch.testing.assert_close(log_probs(mle, module.predictive(mle), rows)[0].exp(), expected, atol=1e-4, rtol=0)
+
+
+def test_tfb_has_its_noise_on_a(mle: Run, rows: list[Example], texts: Path) -> None:
+    module = load_post_hoc("tfb")
+    module.fit(mle, rows_of(str(texts), split="train"), [])
+    require_particles(mle, module.predictive(mle, samples=N, seed=1), rows)
+
+
+def test_the_members_of_an_ensemble_have_their_own_heads(on_head: Callable[..., Path], rows: list[Example]) -> None:
+    directories = [on_head("mle", seed=seed) for seed in (1, 2)]
+    run, module = load_run(directories[0]), load_post_hoc("ensemble")
+    module.fit(run, [], [], members=directories[1:])
+    members = log_probs(run, module.predictive(run), rows)
+    for found, directory in zip(members, directories, strict=True):
+        torch.testing.assert_close(found.exp(), own(load_run(directory), rows), atol=1e-4, rtol=0)
+    assert (members[0] - members[1]).abs().max() > 1e-2
+
+
+def test_laplace_pushes_the_gaussian_of_a_and_b_forward_to_the_heads_logits(
+    mle: Run, rows: list[Example], texts: Path
+) -> None:
+    module = load_post_hoc("laplace")
+    module.fit(mle, rows_of(str(texts), split="train"), [])
+    strategy = module.predictive(mle)
+    assert isinstance(strategy, LinearizedLaplacePredictive)
+    batch = mle.scorer.scoring.collate(mle.encode(rows[:2]))
+    mean, covariance = strategy.logit_distribution(mle.scorer, batch)
+    torch.testing.assert_close(mean.softmax(-1), own(mle, rows[:2]), atol=1e-4, rtol=0)
+    expected = torch.zeros_like(covariance)
+    for name, matrix in lora_matrices(mle.scorer.model).items():
+        matrix.weight.requires_grad_(True)
+        for row in range(2):
+            logits = mle.scorer.class_logits(batch)[row]
+            jacobian = torch.stack(
+                [torch.autograd.grad(logits[c], matrix.weight, retain_graph=True)[0] for c in range(3)]
+            )
+            block = strategy.blocks[name]
+            expected[row] += block.logit_covariance(jacobian[None], strategy.precision)[0]
+        matrix.weight.requires_grad_(False)
+    torch.testing.assert_close(covariance, expected, rtol=1e-3, atol=1e-6)
+    # a head may have more labels than a question has choices
+    wide = torch.randn(2, 30), torch.eye(30).expand(2, -1, -1)
+    strategy.logit_distribution = lambda *_: wide  # type: ignore[method-assign, assignment]
+    drawn = strategy(mle.scorer, batch)
+    assert drawn.shape == (1000, 2, 30)
+    torch.testing.assert_close(drawn.exp().sum(-1), torch.ones(1000, 2))
+    torch.testing.assert_close((drawn - drawn[:, :, :1]).std(0)[:, 1:], torch.full((2, 29), 2**0.5), atol=0.2, rtol=0)
+
+
+def test_subspace_laplace_is_around_the_mean_and_leaves_the_run_as_it_was(
+    mle: Run, rows: list[Example], texts: Path
+) -> None:
+    module = load_post_hoc("subspace_laplace")
+    before = own(mle, rows)
+    module.fit(mle, rows_of(str(texts), split="train"), [])
+    drawn = log_probs(mle, module.predictive(mle), rows)
+    torch.testing.assert_close(log_probs(mle, module.predictive(mle), rows, batch_size=1), drawn, atol=1e-3, rtol=0)
+    assert drawn.std(dim=0).max() > 1e-3
+    torch.testing.assert_close(own(mle, rows), before)
+
+
+def test_projections_of_positions_carry_no_particles(on_head: Callable[..., Path], rows: list[Example],
+                                                     tmp_path: Path) -> None:  # fmt: skip
+    """DeBERTa's query and key projections see relative positions too, which no row has for itself."""
+    body = body_of("deberta-v2", tmp_path / "body")
+    run = load_run(on_head("mc_dropout", model=str(body), lora_dropout=0.4, target_modules="all-linear"))
+    names = list(lora_parts(run.scorer.model))
+    assert any(name.endswith("value_proj") for name in names)
+    assert not any(name.endswith(("query_proj", "key_proj")) for name in names)
+    require_particles(run, run.predictive(samples=N, seed=2), rows)
