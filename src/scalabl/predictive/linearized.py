@@ -3,7 +3,7 @@
     f(x, s) ~ f(x, s_mu) + J (s - s_mu),   J = df/ds at s_mu    =>    f(x, s) ~ N(f(x, s_mu), J Sigma J^T)
 
 [Immer et al. 2021, 2008.08400, eq. of the GLM predictive; here with respect to the r numbers of each layer only.]
-The softmax of that Gaussian is averaged over quasi-Monte Carlo points: its cost does not grow with the model.
+The softmax of that Gaussian is averaged over (quasi-)Monte Carlo points: its cost does not grow with the model.
 
 How much of the variance of f comes from each layer's s is the same sum layer by layer,
 
@@ -15,6 +15,7 @@ covariance has them, belong to no layer and are left out.
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 
 from scalabl.core.errors import UserError
 from scalabl.core.modules import check_spec, eval_mode
+from scalabl.posterior.draws import standard_normal
 from scalabl.predictive.monte_carlo import drawn_layers
 from scalabl.scoring.base import Batch, Encoded
 from scalabl.scoring.scorer import Scorer
@@ -31,7 +33,8 @@ from scalabl.tuner.joint import joint_of
 from scalabl.tuner.layers import stochastic_layers
 from scalabl.tuner.state import only, values
 
-_MOST_CONTRASTS = 25  # a question has at most 26 choices
+# dimensions of the Sobol sequence, for 26 letters; in many more its few points lie no better than random ones
+_SOBOL = 25
 
 
 class LinearizedPredictive:
@@ -75,13 +78,29 @@ class LinearizedPredictive:
         contrasts = covariance.shape[-1]
         if contrasts == 0:
             return mean.log_softmax(dim=-1)[None]
-        # always the same points, of which a batch with fewer classes uses the first dimensions
-        sobol = torch.quasirandom.SobolEngine(_MOST_CONTRASTS, scramble=True, seed=self.seed)
-        uniform = sobol.draw(self.points, dtype=torch.float64)[:, :contrasts].clamp(1e-12, 1 - 1e-12)
-        noise = torch.special.ndtri(uniform).to(covariance)
+        noise = gaussian_points(self.points, contrasts, self.seed).to(covariance)
         shift = torch.einsum("pk,bck->pbc", noise, self.scale * matrix_root(covariance))
         # the first class is the reference: only differences of logits matter
         return torch.cat([mean[None, :, :1].expand(self.points, -1, -1), mean[None, :, 1:] + shift], -1).log_softmax(-1)
+
+
+@functools.lru_cache(maxsize=8)
+def gaussian_points(points: int, dimensions: int, seed: int) -> Tensor:
+    """(points, dimensions) standard normal, float64: scrambled Sobol points in the first dimensions, independent draws
+    shifted and scaled to mean 0 and variance 1 in the others.
+
+    The first dimensions of more are the same, so that a row's points do not depend on the choices of rows beside it.
+    """
+    engine = torch.quasirandom.SobolEngine(_SOBOL, scramble=True, seed=seed)
+    uniform = engine.draw(points, dtype=torch.float64)[:, :dimensions].clamp(1e-12, 1 - 1e-12)
+    quasi = torch.special.ndtri(uniform)
+    if dimensions <= _SOBOL:
+        return quasi
+    drawn = standard_normal(range(points), dimensions - _SOBOL, seed=seed, stream="linearized").double()
+    if points > 1:
+        drawn = drawn - drawn.mean(dim=0)
+        drawn = drawn / drawn.square().mean(dim=0).sqrt()
+    return torch.cat([quasi, drawn], dim=1)
 
 
 def logit_gaussian(scorer: Scorer, batch: Batch, drawn: str | None = None) -> tuple[Tensor, Tensor]:
