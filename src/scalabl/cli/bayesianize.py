@@ -57,12 +57,13 @@ def bayesianize(
     require_writable(json, unlike=(output,))
     task, rows, held_out = rows_for(source, data, train_rows)
 
+    from scalabl.inference.calibrate import calibration_at_the_end
     from scalabl.training.posthoc.run import bayesianize as make
     from scalabl.training.run import Interrupted
 
     quiet()
     try:
-        record = make(source, task, rows, held_out, output, settings)
+        record = make(source, task, rows, held_out, output, settings, calibration_at_the_end)
     except Interrupted:
         fail("Interrupted; nothing was written.", code=130)
     if json is not None:
@@ -89,6 +90,9 @@ def _print(record: RunRecord, output: Path) -> None:
         )
     else:
         table.add_row("posterior", f"variational, {record.recipe['steps']} steps on mean and sigma")
+    from scalabl.inference.calibration import calibration_in_words
+
+    table.add_row("calibrated", calibration_in_words(record))
     console = words_console()
     console.print(table)
     for warning in record.warnings:

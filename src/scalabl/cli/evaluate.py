@@ -31,6 +31,7 @@ def evaluate(
     bound: options.Bound = "t",
     stochastic_layers: options.StochasticLayers = None,
     priors: options.Priors = None,
+    raw: options.Raw = False,
     ood: Annotated[list[str] | None, typer.Option(help="A shifted data set to tell apart; may repeat.")] = None,
     calibrate: Annotated[str | None, typer.Option(help="Fit a temperature on this data's validation rows.")] = None,
     max_error: Annotated[
@@ -50,7 +51,7 @@ def evaluate(
         str, typer.Option(help="Which answers mean the same, as in generate.", rich_help_panel=_OPEN)
     ] = "normalised",
 ) -> None:
-    """Accuracy, NLL, ECE, Brier, AUROC and AURC, each with its interval.
+    """Accuracy, NLL, ECE, Brier, AUROC and AURC, each with its interval; as learnt, and by the run's calibration.
 
     On open questions (nq-open, triviaqa, sciq, or JSONL rows with "answers"): how often answers are right, and for each
     score how well it tells which are wrong; the confidence fitted on validation questions is kept for generate.
@@ -63,7 +64,8 @@ def evaluate(
         options.refuse_unread(
             evaluate, "for questions with choices; leave it out for open questions", predictive=predictive,
             draws=draws, adaptive=adaptive, bound=bound, confidence=confidence,
-            stochastic_layers=stochastic_layers, priors=priors, ood=ood, calibrate=calibrate, max_error=max_error,
+            stochastic_layers=stochastic_layers, priors=priors, raw=raw, ood=ood, calibrate=calibrate,
+            max_error=max_error,
             report=report,
         )  # fmt: skip
         return evaluate_open(
@@ -80,7 +82,7 @@ def evaluate(
     settings = options.prediction_settings(
         record, predictive=predictive, samples=samples, seed=seed, draws=draws, adaptive=adaptive,
         confidence=confidence, stochastic_layers=stochastic_layers, batch_size=batch_size, limit=limit,
-        max_error=max_error, priors=priors,
+        max_error=max_error, priors=priors, raw=raw,
     )  # fmt: skip
     if priors is not None and calibrate is not None:
         raise UserError("--calibrate fits under the training rows' priors, not under --priors; leave out one of them.")

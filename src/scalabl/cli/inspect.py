@@ -11,7 +11,7 @@ from scalabl.cli import options
 from scalabl.cli.app import app
 from scalabl.core.console import quiet, words_console
 from scalabl.core.errors import UserError
-from scalabl.runs.record import RECORD, RunRecord
+from scalabl.runs.record import CHOICES, RECORD, RunRecord
 from scalabl.runs.registry import OVER_S
 
 if TYPE_CHECKING:
@@ -47,9 +47,13 @@ def inspect(
     from rich.table import Table
     from rich.text import Text
 
+    from scalabl.inference.calibration import calibration_in_words
+
     found = describe_adapter(run)
     measured = _measured(run, rows, model) if variance else {}
     found |= measured
+    if record is not None and record.calibration is not None:
+        found["calibration"] = record.calibration
     if json is not None:
         write_json(json, found)
     console = words_console()
@@ -61,6 +65,8 @@ def inspect(
     facts.add_row("parameters", f"{found['lora_parameters']:,} LoRA, {found['variational_parameters']:,} variational")
     if found["kl"] is not None:
         facts.add_row("KL(q || p)", f"{found['kl']:.2f} nats")
+    if record is not None and record.kind == CHOICES:
+        facts.add_row("calibration", calibration_in_words(record))
     console.print(facts)
     layers = Table(box=None, header_style="bold")
     for heading in ("layer", "r", "mean of s", "sigma", "sigma / mean", "KL", "|B diag(s) A|"):

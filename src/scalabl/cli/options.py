@@ -58,6 +58,7 @@ Bound = Annotated[str, typer.Option(hidden=True, callback=_only_t)]  # of older 
 StochasticLayers = Annotated[
     str | None, typer.Option(help="Draw s in the top layers alone: last:K, last:0.25 or variance:0.9.")
 ]
+Raw = Annotated[bool, typer.Option("--raw", help="Without the run's own calibration.")]
 BatchSize = Annotated[int, typer.Option(help="Questions at a time.")]
 Priors = Annotated[
     Path | None, typer.Option(help="JSON {label: probability}: how often each is here, if not as in training.")
@@ -106,6 +107,7 @@ def prediction_settings(
     score: str = "probability",
     guarantee: str = "exact",
     priors: Path | None = None,
+    raw: bool = False,
 ) -> PredictionSettings:
     """What the options of evaluate and predict say, refused where the run of a record cannot do it.
 
@@ -146,7 +148,7 @@ def prediction_settings(
         promise.require(record, predictive)
     return PredictionSettings(
         predictive, samples, seed, sampling, stochastic_layers, abstain=abstain, promise=promise,
-        priors=_priors(record, priors),
+        priors=_priors(record, priors), raw=raw,
     )  # fmt: skip
 
 

@@ -30,6 +30,7 @@ def predict(
     bound: options.Bound = "t",
     stochastic_layers: options.StochasticLayers = None,
     priors: options.Priors = None,
+    raw: options.Raw = False,
     batch_size: options.BatchSize = 8,
     abstain: Annotated[float | None, typer.Option(help="Answer null below this confidence.")] = None,
     max_error: Annotated[
@@ -50,6 +51,8 @@ def predict(
     block_rows: Annotated[int, typer.Option(help="Of --ray: rows that a worker answers at a time.")] = 512,
 ) -> None:
     """Answer rows: label, probs, confidence, entropy, aleatoric and epistemic (nats) for each.
+
+    Probabilities are those of the run's calibration, where it has one.
 
     --predictive auto says which predictive it took and why, and names it in every answer.
 
@@ -74,7 +77,7 @@ def predict(
     settings = options.prediction_settings(
         record, predictive=predictive, samples=samples, seed=seed, draws=draws, adaptive=adaptive,
         confidence=confidence, stochastic_layers=stochastic_layers, batch_size=batch_size, abstain=abstain,
-        max_error=max_error, score=score, guarantee=guarantee, priors=priors,
+        max_error=max_error, score=score, guarantee=guarantee, priors=priors, raw=raw,
     )  # fmt: skip
     if ray is not None:
         if processes.world_size() > 1:

@@ -12,7 +12,7 @@ from scalabl.cli.app import app, fail
 from scalabl.cli.options import SettingsCommand, with_settings
 from scalabl.core import processes
 from scalabl.core.console import words_console
-from scalabl.runs.record import RunRecord
+from scalabl.runs.record import CHOICES, RunRecord
 from scalabl.runs.settings import Settings, make_settings
 
 if TYPE_CHECKING:
@@ -62,12 +62,13 @@ def train(
 def _train(settings: Settings, output: Path, task: Task | TextTask, ignore_memory: bool) -> RunRecord:
     try:
         from scalabl.core.console import quiet
+        from scalabl.inference.calibrate import calibration_at_the_end
         from scalabl.training.run import Interrupted, train
 
         quiet()
         tokenizer = _plan(settings, task, ignore_memory)
         try:
-            return train(settings, output, task=task, tokenizer=tokenizer)
+            return train(settings, output, task=task, tokenizer=tokenizer, calibrate=calibration_at_the_end)
         except Interrupted as stopped:
             fail(f"Interrupted, {stopped}; run the same command again to go on.", code=130)
     finally:
@@ -107,6 +108,8 @@ def _print(record: RunRecord, output: Path) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    from scalabl.inference.calibration import calibration_in_words
+
     table = Table.grid(padding=(0, 2))
     parameters = record.parameters
     for name, value in (
@@ -115,6 +118,7 @@ def _print(record: RunRecord, output: Path) -> None:
         ("scoring", record.scoring_name + _why(record.scoring_nll)),
         ("tokens", _tokens(record)),
         ("parameters", f"{parameters['lora']:,} LoRA, {parameters['variational']:,} variational{_of_head(parameters)}"),
+        ("calibrated", calibration_in_words(record) if record.kind == CHOICES else ""),
     ):
         if value:
             table.add_row(name, value)

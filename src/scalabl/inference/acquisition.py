@@ -97,7 +97,7 @@ def acquire(
 
         # not auto, which may take a predictive without particles
         predictive = RunRecord.read_finished(directory).predictive or "mc"
-        settings = PredictionSettings(predictive, samples, seed)
+        settings = PredictionSettings(predictive, samples, seed, raw=True)  # what the posterior learnt is asked for
         predictor = Predictor.load(directory, settings, model=model, batch_size=batch_size)
         log_probs = predictor.log_probs(rows, dataset="ranking the pool")
         scores = informativeness(log_probs, by)

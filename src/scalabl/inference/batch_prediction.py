@@ -19,6 +19,7 @@ from scalabl.core import processes
 from scalabl.core.console import progress_bar
 from scalabl.core.files import sha256, write_text
 from scalabl.data.example import Example
+from scalabl.inference.calibration import calibration_for
 from scalabl.inference.predictor import Predictor
 from scalabl.inference.promise import held_out_rows
 from scalabl.inference.settings import PredictionSettings
@@ -113,8 +114,11 @@ def _identity(directory: Path, rows: Sequence[Example], settings: PredictionSett
     decisive: list[Any] = [settings.to_dict(), sha256(directory / "adapter_model.safetensors")]
     if settings.method is not None:
         decisive += [sha256(path) for path in sorted((directory / "posthoc" / settings.method).glob("*.*"))]
+    record = RunRecord.read_finished(directory)
+    if calibration_for(record, settings) is not None:
+        decisive.append(record.calibration)
     if settings.promise is not None:
-        held_out = held_out_rows(RunRecord.read_finished(directory))
+        held_out = held_out_rows(record)
         decisive += [[r.question, r.choices, r.answer, *r.content[2:]] for r in held_out]
     whole = json.dumps([decisive, [[r.id, *r.content] for r in rows]])
     return hashlib.sha256(whole.encode()).hexdigest()[:12]

@@ -157,6 +157,7 @@ class Classifier:
         abstain: float | None = None,
         max_error: float | Promise | None = None,
         priors: Mapping[str, float] | None = None,
+        raw: bool = False,
     ) -> Classifier:
         """Load an adapter directory: of `scalabl train`, of any trainer's `save_pretrained`, or a plain LoRA.
 
@@ -178,11 +179,12 @@ class Classifier:
             model: the base model or where it is; by default the one that the adapter names.
             tokenizer: in the place of the one that was saved beside the adapter, or else of the base model's own.
             method: a post-hoc method that was fitted on the run ("temperature", "laplace", ...), in place of its own.
-            temperature: on the class logits of every particle.
+            temperature: on the class logits of every particle, in the place of the run's own calibration.
             abstain: label None where the highest probability is below this.
             max_error: label None where this error rate among answers would not be kept, by a threshold from the run's
                 held-out rows, which are predicted now; a `Promise` says more than the rate.
             priors: how often each of a run's labels is where its rows come from, if not as among the training rows.
+            raw: leave the run's own calibration out, which holds for its own prompts alone (not with labels, prefix).
 
         Raises:
             UserError: a label is not one token, files are missing or altered, another base model, a head whose labels
@@ -201,6 +203,7 @@ class Classifier:
         settings = PredictionSettings(
             predictive, samples, seed, sampling, method=method, temperature=temperature, abstain=abstain,
             promise=promise, priors=None if priors is None else dict(priors),
+            raw=raw or labels is not None or bool(prefix),
         )  # fmt: skip
         if labels is not None and record is not None and record.scoring["scoring"] == HEAD:
             refuse_unread(record.scoring, labels=list(labels))
@@ -230,6 +233,8 @@ class Classifier:
         classifier._take(Predictor(run, settings, batch_size=batch_size, over_ranks=False))
         if promise is not None:
             classifier.predictor.resolve()
+        elif classifier.predictor.settings.why is not None:
+            warnings.warn(classifier.predictor.settings.why, stacklevel=2)
         return classifier
 
     @property
@@ -239,7 +244,7 @@ class Classifier:
 
     @predictive.setter
     def predictive(self, predictive: Predictive) -> None:
-        self.predictor.strategy = predictive
+        self.predictor.take(predictive)
 
     def __call__(self, questions: str | Sequence[str | Mapping[str, Any] | Example]) -> Answer:
         """Classify questions.

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from scalabl.data.example import Example
+from scalabl.inference.calibration import Calibration, rows_digest
 from scalabl.inference.predictor import Predictor, labels_of
 from scalabl.inference.promise import Promise
 from scalabl.inference.report.results import MethodResult, Report
@@ -49,16 +51,21 @@ def evaluate_run(
     """
     predictor = Predictor.load(directory, settings, model=model, batch_size=batch_size)
     settings = predictor.resolve(rows)
-    run = predictor.whole_run()
-    result = method_result(predictor, rows, shifted)
-    result.notes[:0] = [] if settings.why is None else [settings.why]
+    run, calibration = predictor.whole_run(), predictor.calibration
+    plain = predictor
+    if calibration is not None:
+        plain = predictor.as_learnt()
+        plain.resolve(rows)
+    methods = [method_result(plain, rows, shifted)]
+    methods[0].notes[:0] = [] if settings.why is None else [settings.why]
+    if calibration is not None:
+        methods.append(_calibrated(predictor, calibration, methods[0], rows, shifted))
     if settings.promise is not None and settings.threshold is not None:
-        result.threshold = settings.threshold
-        result.notes.append(_kept(result, settings.promise, settings.threshold))
-    methods = [result]
-    if held_out:
-        validation = predictor.log_probs(held_out, dataset="temperature")
-        methods.append(tempered(result, fit_temperature(validation, labels_of(held_out))))
+        methods[-1].threshold = settings.threshold
+        methods[-1].notes.append(_kept(methods[-1], settings.promise, settings.threshold))
+    if held_out and not (calibration is not None and calibration.rows_sha256 == rows_digest(held_out)):
+        validation = plain.log_probs(held_out, dataset="temperature")
+        methods.append(tempered(methods[0], fit_temperature(validation, labels_of(held_out))))
     recipe = run.record.recipe
     return Report(
         title=f"{recipe['model']} on {data}",
@@ -73,6 +80,25 @@ def evaluate_run(
         methods=methods,
         questions=[(row.text, row.choices) for row in rows],
     )
+
+
+def _calibrated(
+    predictor: Predictor,
+    calibration: Calibration,
+    plain: MethodResult,
+    rows: Sequence[Example],
+    shifted: Mapping[str, Sequence[Example]],
+) -> MethodResult:
+    """The row of a report with the run's tau and T; particles that tau leaves as they are are not drawn again."""
+    name, temperature = f"{plain.name}, calibrated", predictor.settings.temperature
+    settings = predictor.settings
+    # priors come behind the temperature
+    if settings.scale == 1 and temperature is not None and not settings.is_adaptive and settings.priors is None:
+        made = tempered(plain, temperature, name)
+    else:
+        made = replace(method_result(predictor, rows, shifted), name=name)
+    made.notes[:] = [calibration.in_words(), *adaptive_notes(made.log_probs, predictor.strategy)]
+    return made
 
 
 def _kept(result: MethodResult, promise: Promise, threshold: Threshold) -> str:
@@ -105,10 +131,10 @@ def method_result(
     )
 
 
-def tempered(result: MethodResult, temperature: float) -> MethodResult:
-    """The same predictions with a temperature, as a row of its own."""
+def tempered(result: MethodResult, temperature: float, name: str | None = None) -> MethodResult:
+    """The same predictions with a temperature, as a row of its own, called "... + T" by default."""
     return MethodResult(
-        name=f"{result.name} + T",
+        name=name or f"{result.name} + T",
         log_probs=apply_temperature(result.log_probs, temperature),
         labels=result.labels,
         ood={name: apply_temperature(log_probs, temperature) for name, log_probs in result.ood.items()},

@@ -22,6 +22,7 @@ from scalabl.core.errors import UserError
 from scalabl.core.modules import check_spec, holding_variance
 from scalabl.data.class_balance import prior_ratios
 from scalabl.data.example import Example
+from scalabl.inference.calibration import Calibration, calibration_for
 from scalabl.inference.promise import held_out_rows
 from scalabl.inference.settings import PredictionSettings
 from scalabl.metrics.uncertainty import apply_priors, apply_temperature, average, decompose, particles_used
@@ -68,7 +69,9 @@ class Predictor:
         over_ranks: split the work over the processes of one command, all of which make the same calls.
 
     Attributes:
-        settings: as given; "variance:0.9" is resolved to "last:K" at once, and `resolve` does the rest.
+        settings: as given; "variance:0.9" is resolved to "last:K" and a calibrated run's numbers are put in at once,
+            and `resolve` does the rest.
+        calibration: the run's own where it is predicted by it; None where it is uncalibrated or left out.
         strategy: the predictive that they name.
         prior_ratios: (C,) other priors over those of the training rows, where the settings have such.
         prefix: what all rows begin with, for calls that see a few of them at a time; `keep_prefix` sets it.
@@ -97,6 +100,32 @@ class Predictor:
         self.strategy = make_strategy(run, self.settings)
         priors = self.settings.priors
         self.prior_ratios = None if priors is None else priors_over_training(self.whole_run().record, priors)
+        self.calibration = calibration_for(getattr(run, "record", None), self.settings)
+        if self.calibration is not None:
+            self._calibrate(self.calibration)
+
+    def _calibrate(self, calibration: Calibration) -> None:
+        is_auto = isinstance(self.strategy, AutoPredictive)
+        if is_auto and calibration.scale > 0 and self.settings.stochastic_layers is None:
+            self.strategy = with_scale(self.strategy, calibration.scale)  # it chooses under tau; T is of what it takes
+            return
+        kind = "mean" if is_auto and calibration.scale == 0 else kind_of(self.strategy)
+        self.settings = calibration.applied(self.settings, kind)
+        self.strategy = make_strategy(self.run, self.settings)
+        if self.settings.temperature is None:
+            self.calibration = None
+
+    def take(self, strategy: Predictive) -> None:
+        """Predict by another strategy, for which the run was not calibrated."""
+        if self.calibration is not None:
+            self.settings = replace(self.settings, scale=None, temperature=None)
+            self.calibration = None
+        self.strategy = strategy
+
+    def as_learnt(self) -> Predictor:
+        """The same without the run's calibration: tau = T = 1."""
+        settings = replace(self.settings, scale=None, temperature=None, raw=True)
+        return Predictor(self.run, settings, batch_size=self.batch_size, over_ranks=self.over_ranks)
 
     @classmethod
     def load(
@@ -169,8 +198,11 @@ class Predictor:
             return made.name, made.stochastic_layers, auto.choice.sentence
 
         name, layers, why = self._once(choice)
+        why = why if self.settings.why is None else f"{why} {self.settings.why}"
         self.strategy = auto.made(name, layers)
         self.settings = replace(self.settings, predictive=name, stochastic_layers=layers, chosen=self.name, why=why)
+        if self.calibration is not None:
+            self.settings = self.calibration.applied(self.settings, kind_of(self.strategy), by_auto=True)
 
     def _once(self, work: Callable[[], T]) -> T:
         return processes.on_main(work) if self.over_ranks else work()
@@ -207,12 +239,20 @@ class Predictor:
                     scorer, encoded, self.strategy, batch_size=batch_size, prefix=self.prefix,
                     over_ranks=self.over_ranks,
                 )  # fmt: skip
-        temperature = self.settings.temperature
-        # the particles of adaptive N have it already
-        if temperature is not None and temperature != 1 and not isinstance(self.strategy, AdaptivePredictive):
+            temperature = self._temperature()
+        if temperature != 1:
             log_probs = apply_temperature(log_probs, temperature)
         # behind the temperature, which is of the training rows' priors
         return log_probs if self.prior_ratios is None else apply_priors(log_probs, self.prior_ratios)
+
+    def _temperature(self) -> float:
+        """T of what was predicted last, beside what its particles have already."""
+        if isinstance(self.strategy, AdaptivePredictive):
+            return 1.0
+        settings = self.settings
+        if self.calibration is not None and isinstance(self.strategy, AutoPredictive):
+            settings = self.calibration.applied(settings, kind_of(self.strategy), by_auto=True)
+        return settings.temperature or 1.0
 
     def answers(self, rows: Sequence[Example], encoded: Sequence[Encoded] | None = None) -> Iterator[dict[str, Any]]:
         """One answer a row: id, label, probs (choice -> probability), confidence, entropy, aleatoric, epistemic (nats).
@@ -256,6 +296,13 @@ class Predictor:
         if threshold is None:
             raise UserError("The threshold of the promised error rate is not known; call resolve(rows) first.")
         return [bool(given) for given in promise.answered(threshold, log_probs)]
+
+
+def kind_of(strategy: Predictive) -> str:
+    """ "mean", "mc" or "linearized": which temperature of a calibration holds; of auto, what it predicts by now."""
+    if isinstance(strategy, AutoPredictive):
+        return "mc" if strategy.choice is None else strategy.choice.predictive.name
+    return strategy.inner.name if isinstance(strategy, AdaptivePredictive) else strategy.name
 
 
 def make_strategy(run: Predictable, settings: PredictionSettings) -> Predictive:

@@ -58,6 +58,8 @@ class RunRecord:
         warnings: sentences.
         predictive: by which the run is to be read where nothing else is named; None for its method's own.
         bayesianized: how its posterior was fitted to a finished adapter, where it was.
+        calibration: the posterior's scale and the temperature, fitted on held-out rows
+            (`scalabl.inference.calibration`); None of an uncalibrated run.
         adapter_sha256, joint_sha256: of the files, once they are written.
         scalabl, version: of the program, and of the record's form.
     """
@@ -82,6 +84,7 @@ class RunRecord:
     class_counts: dict[str, int] | None = None
     predictive: str | None = None
     bayesianized: dict[str, Any] | None = None
+    calibration: dict[str, Any] | None = None
     adapter_sha256: str | None = None
     joint_sha256: str | None = None
 

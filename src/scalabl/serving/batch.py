@@ -42,6 +42,7 @@ from ray.exceptions import NodeDiedError, OutOfMemoryError, WorkerCrashedError
 
 from scalabl.core.errors import UserError
 from scalabl.core.files import writing
+from scalabl.inference.calibration import calibration_for
 from scalabl.inference.settings import PredictionSettings
 from scalabl.runs.record import RunRecord
 from scalabl.serving.batch_worker import ATTEMPTS, BEGUN, Setup, Worker, deadly, refusal, resolve
@@ -129,7 +130,8 @@ def predict_shards(
     format = format or sources[0].format
     output = Path(os.path.abspath(output))
     named = settings.to_dict() | {"predictive": settings.predictive or "auto", "format": format}
-    manifest = open_output(output, ShardManifest(_adapter_of(record), named), given, sources)
+    calibration = {} if calibration_for(record, settings) is None else {"calibration": record.calibration}
+    manifest = open_output(output, ShardManifest(_adapter_of(record) | calibration, named), given, sources)
     shards, blocks = survey(output, format, manifest, sources, labels, block_rows)
     if blocks:
         files = {shards[source.name].index: source.path for source in sources}

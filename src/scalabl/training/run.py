@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -22,11 +22,11 @@ from scalabl.core.errors import UserError
 from scalabl.core.files import ADAPTER, read_if_whole, sha256, write_json, writing
 from scalabl.data.assemble import TrainingRows, select_rows
 from scalabl.data.class_balance import balance_warnings, label_counts
-from scalabl.data.example import Task
+from scalabl.data.example import Example, Task
 from scalabl.data.load import load_training_task
 from scalabl.data.text_rows import TextTask
 from scalabl.runs.directory import EMBEDDED, as_recorded, begin, claim
-from scalabl.runs.method import TrainedMethod, load_method
+from scalabl.runs.method import Run, TrainedMethod, load_method
 from scalabl.runs.models import embedded_directory, load_base, load_tokenizer
 from scalabl.runs.record import CHOICES, LANGUAGE, RECORD, RowCounts, RunRecord, TaskFacts
 from scalabl.runs.settings import OptimisationSettings, Settings
@@ -44,6 +44,8 @@ from scalabl.tuner.diagnostics import unconverged
 from scalabl.tuner.model import fingerprint
 
 LOG = "training_log.json"
+# a run that can predict, and its held-out rows -> its record's calibration; None where it cannot be fitted
+Calibrating = Callable[[Run, Sequence[Example]], dict[str, Any] | None]
 
 
 class Interrupted(Exception):
@@ -56,6 +58,7 @@ def train(
     *,
     task: Task | TextTask | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    calibrate: Calibrating | None = None,
 ) -> RunRecord:
     """Train, and write a finished run directory; resumes what an earlier call left unfinished.
 
@@ -65,6 +68,7 @@ def train(
         settings: what to train.
         output: the run's directory.
         task, tokenizer: the settings' own, where they are loaded already.
+        calibrate: fits the run's calibration on its held-out rows, before it is finished; None leaves it uncalibrated.
 
     Returns:
         the run's record, as in its `scalabl.json`.
@@ -82,7 +86,7 @@ def train(
         return RunRecord.of_main(lambda: RunRecord.read_finished(output))
     try:
         with processes.cleaning_up(lambda: _remove_traces(output)):
-            return _train(settings, output, task, rows, tokenizer)
+            return _train(settings, output, task, rows, tokenizer, calibrate)
     except NonFiniteError as error:
         last = last_checkpoint(output) if processes.is_main() else None
         kept = f" and choose another --output ({last} is the last good checkpoint)" if last else ""
@@ -127,6 +131,7 @@ def _train(
     task: Task | TextTask,
     rows: TrainingRows[Any],
     tokenizer: PreTrainedTokenizerBase | None,
+    calibrate: Calibrating | None,
 ) -> RunRecord:
     if settings.optimisation.optimizer != OptimisationSettings.optimizer:
         require_optimizer(settings.optimisation.optimizer, "cuda" if torch.cuda.is_available() else "cpu")
@@ -173,14 +178,23 @@ def _train(
 
     tensors = whole_adapter(adapted)
 
-    def finish() -> RunRecord:
+    def publish() -> RunRecord:
         _publish(adapted, output, tensors)
         write_json(output / LOG, finite(log))
         digest = sha256(output / ADAPTER)
         if beside:
             with writing(output / f"{settings.method}.safetensors") as unfinished:
                 save_file(beside, unfinished, metadata={"adapter_sha256": digest})
-        finished = replace(record, status="finished", adapter_sha256=digest, warnings=cut + unconverged(log))
+        return replace(record, adapter_sha256=digest, warnings=cut + unconverged(log))
+
+    published = RunRecord.of_main(publish)
+    calibration = None
+    if calibrate is not None and not isinstance(task, TextTask) and not processes.is_sharded():  # a shard predicts not
+        run = Run(published, Scorer(adapted, scoring, Trunk(adapted)), tokenizer, output)
+        calibration = calibrate(run, rows.validation)
+
+    def finish() -> RunRecord:
+        finished = replace(published, status="finished", calibration=calibration)
         finished.write(output)
         shutil.rmtree(output / "checkpoints", ignore_errors=True)
         return finished

@@ -26,6 +26,7 @@ from scalabl.core.files import ADAPTER, sha256, write_json, writing
 from scalabl.data.example import Example, Task
 from scalabl.runs.directory import CONFIG, reading_config
 from scalabl.runs.loading import load_adapter, longest_row, require_base
+from scalabl.runs.method import Run
 from scalabl.runs.models import load_base, saved_tokenizer
 from scalabl.runs.record import RowCounts, RunRecord
 from scalabl.runs.settings import Settings
@@ -38,7 +39,7 @@ from scalabl.training.monitors import finite
 from scalabl.training.posthoc.laplace import fit_laplace, used_components
 from scalabl.training.posthoc.settings import PosthocSettings, SourceAdapter, refuse_options
 from scalabl.training.posthoc.svd import scalabl_config, scalabl_tensors
-from scalabl.training.run import LOG, cut_rows_warning, optimise, record_of
+from scalabl.training.run import LOG, Calibrating, cut_rows_warning, optimise, record_of
 from scalabl.tuner.config import SUPPORTED_LORA_OPTIONS, ScalaBLConfig
 from scalabl.tuner.diagnostics import unconverged
 from scalabl.tuner.joint import save_joint, set_joint
@@ -57,6 +58,7 @@ def bayesianize(
     held_out: tuple[Example, ...],
     output: Path,
     settings: PosthocSettings,
+    calibrate: Calibrating | None = None,
 ) -> RunRecord:
     """Fit the posterior and write a finished run directory; it appears whole or not at all.
 
@@ -69,6 +71,7 @@ def bayesianize(
         held_out: rows that choose the scoring where neither source nor settings name one; some of `rows` if none.
         output: an empty or missing directory.
         settings: what decides the posterior.
+        calibrate: as in `scalabl.training.run.train`.
 
     Returns:
         the run's record.
@@ -78,7 +81,7 @@ def bayesianize(
     """
     output.parent.mkdir(parents=True, exist_ok=True)
     with writing(output) as unfinished:
-        return _build(source, task, rows, held_out, unfinished, settings)
+        return _build(source, task, rows, held_out, unfinished, settings, calibrate)
 
 
 def _build(
@@ -88,6 +91,7 @@ def _build(
     held_out: tuple[Example, ...],
     directory: Path,
     settings: PosthocSettings,
+    calibrate: Calibrating | None,
 ) -> RunRecord:
     training = settings.training
     config, plain = _source(source, training)
@@ -126,6 +130,9 @@ def _build(
     record = replace(begun, **fitted, status="finished", adapter_sha256=sha256(directory / ADAPTER))
     if saved_tokenizer(source.directory) is not None:  # it is read beside the new adapter too
         tokenizer.save_pretrained(str(directory))
+    if calibrate is not None:
+        run = Run(record, Scorer(model, scoring, trunk), tokenizer, directory)
+        record = replace(record, calibration=calibrate(run, held_out))
     record.write(directory)
     return record
 

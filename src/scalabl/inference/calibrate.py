@@ -1,0 +1,130 @@
+"""Fitting a run's calibration: at the end of a training, or on new rows where it is deployed (`scalabl calibrate`)."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from scalabl.core import processes
+from scalabl.data.example import Example
+from scalabl.inference.calibration import Calibration, rows_digest
+from scalabl.inference.predictor import Predictor, kind_of, labels_of, log_probabilities
+from scalabl.inference.settings import PredictionSettings
+from scalabl.metrics.calibration import ROWS_NEEDED, bounded_temperature, fit_calibration, require_rows
+from scalabl.predictive.auto import AutoPredictive, with_scale
+from scalabl.predictive.base import MeanPredictive, Predictive
+from scalabl.predictive.linearized import LinearizedPredictive
+from scalabl.predictive.monte_carlo import MonteCarloPredictive
+from scalabl.runs.loading import load_run
+from scalabl.runs.method import Run
+
+
+def fit_run(
+    run: Run, rows: Sequence[Example], settings: PredictionSettings | None = None, *, batch_size: int = 8
+) -> Calibration:
+    """tau and T of the predictive that settings name, by default the one that is taken for these rows; and T of the
+    others that a default prediction may take. Several processes share the work.
+
+    Args:
+        run: a run that can predict, finished or about to be.
+        rows: labelled rows that it was not trained on.
+        settings: predictive, samples and seed.
+        batch_size: rows at a time.
+
+    Raises:
+        UserError: fewer than `ROWS_NEEDED` rows, or rows that the run cannot encode.
+    """
+    require_rows(len(rows))
+    settings = replace(settings or PredictionSettings(), raw=True)
+    predictor = Predictor(run, settings, batch_size=batch_size)
+    auto = predictor.strategy
+    predictor.resolve(rows)
+    strategy, labels, encoded = predictor.strategy, labels_of(rows), run.encode(list(rows))
+
+    def predicted(strategy: Predictive, what: str) -> Tensor:
+        return log_probabilities(
+            run, rows, strategy, batch_size=batch_size, description=f"calibrating, {what}", encoded=encoded
+        )
+
+    def at(scale: float) -> Tensor:
+        scaled = MeanPredictive() if scale == 0 else with_scale(strategy, scale)
+        return predicted(scaled, f"tau = {scale:.3g}")
+
+    kind = kind_of(strategy)
+    fit = fit_calibration(at, labels, has_scale=getattr(strategy, "has_scale", False))
+    temperatures = {kind: fit.temperature}
+    if kind != "mean":
+        known = fit.tried.get(0.0)
+        temperatures["mean"] = known[0] if known else bounded_temperature(predicted(MeanPredictive(), "mean"), labels)
+    for other in _others(auto, kind):
+        with contextlib.suppress(torch.OutOfMemoryError):
+            scaled = MeanPredictive() if fit.scale == 0 else with_scale(other, fit.scale)
+            temperatures[kind_of(other)] = bounded_temperature(predicted(scaled, kind_of(other)), labels)
+    return Calibration(
+        scale=fit.scale,
+        temperatures=temperatures,
+        predictive=kind,
+        samples=settings.samples,
+        seed=settings.seed,
+        rows=len(rows),
+        rows_sha256=rows_digest(rows),
+        nll={"before": fit.before, "after": fit.after},
+    )
+
+
+def _others(strategy: Predictive, kind: str) -> list[Predictive]:
+    """What auto may take beside the predictive that it has taken for these rows: particles, for a few rows; linearised
+    ones where they do not cost more."""
+    if not isinstance(strategy, AutoPredictive):
+        return []
+    costs = processes.on_main(lambda: {} if strategy.choice is None else dict(strategy.choice.costs))
+    if kind != "mc":
+        return [MonteCarloPredictive(strategy.samples, seed=strategy.seed)]
+    cheap = costs.get("linearized", torch.inf) <= costs.get(f"mc, N = {strategy.samples}", 0)
+    return [LinearizedPredictive(seed=strategy.seed)] if cheap else []
+
+
+def calibration_at_the_end(run: Run, rows: Sequence[Example], batch_size: int = 8) -> dict[str, object] | None:
+    """What the record of a run gets at the end of its training: None where its held-out rows are too few, or a device
+    has no memory left for predictions."""
+    if len(rows) < ROWS_NEEDED:
+        return None
+    try:
+        return fit_run(run, rows, batch_size=batch_size).as_dict()
+    except torch.OutOfMemoryError:
+        return None
+
+
+def calibrate(
+    directory: Path,
+    rows: Sequence[Example],
+    settings: PredictionSettings | None = None,
+    *,
+    batch_size: int = 8,
+    model: str | None = None,
+) -> tuple[Calibration | None, Calibration]:
+    """Fit a finished run's calibration on rows and write it into its record, in the place of the one that it has.
+
+    Args:
+        directory: the run's.
+        rows: labelled rows that it was not trained on, of where it is deployed.
+        settings: predictive, samples and seed.
+        batch_size: rows at a time.
+        model: the base model, if it has moved.
+
+    Returns:
+        the calibration that it had, and the one that it has now.
+
+    Raises:
+        UserError: not a finished run, too few rows, rows that it cannot encode.
+    """
+    require_rows(len(rows))
+    run = load_run(directory, model=model)
+    before, made = Calibration.of(run.record), fit_run(run, rows, settings, batch_size=batch_size)
+    replace(run.record, calibration=made.as_dict()).write(directory)
+    return before, made
