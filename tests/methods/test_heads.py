@@ -173,7 +173,9 @@ def test_projections_of_positions_carry_no_particles(on_head: Callable[..., Path
                                                      tmp_path: Path) -> None:  # fmt: skip
     """DeBERTa's query and key projections see relative positions too, which no row has for itself."""
     body = body_of("deberta-v2", tmp_path / "body")
-    run = load_run(on_head("mc_dropout", model=str(body), lora_dropout=0.4, target_modules="all-linear"))
+    run = load_run(
+        on_head("mc_dropout", model=str(body), lora_dropout=0.4, target_modules="all-linear", max_length=100)
+    )
     names = list(lora_parts(run.scorer.model))
     assert any(name.endswith("value_proj") for name in names)
     assert not any(name.endswith(("query_proj", "key_proj")) for name in names)

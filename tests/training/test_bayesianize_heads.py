@@ -99,7 +99,7 @@ def test_a_finished_run_with_a_head_and_variational_inference(rows: Path, progra
     texts = write_texts(tmp_path / "texts")
     options = ("--steps", 12, "--rank", 4, "--learning-rate", 0.02, "--layers", "last:2", "--batch-size", 8)
     made = program("train", "--model", tiny_encoder(), "--data", texts, "--output", tmp_path / "mle", *options,
-                   "--method", "mle")  # fmt: skip
+                   "--method", "mle", "--class-weights", "balanced")  # fmt: skip
     assert made.code == 0, made.err
     before = load_file(tmp_path / "mle" / ADAPTER)
     vi = program("bayesianize", tmp_path / "mle", "--data", texts, "--output", tmp_path / "vi", "--method", "vi",
@@ -114,6 +114,8 @@ def test_a_finished_run_with_a_head_and_variational_inference(rows: Path, progra
         ended = program(command[0], tmp_path / "vi", *command[1:])
         assert ended.code == 0, ended.err
     record = json.loads((tmp_path / "vi" / "scalabl.json").read_text())
+    of_source = json.loads((tmp_path / "mle" / "scalabl.json").read_text())["scoring"]
+    assert record["scoring"] == of_source and "class_weights" in of_source
     assert record["scoring_name"] == "head" and record["scoring"]["labels"] == record["task"]["labels"]
 
 

@@ -30,6 +30,7 @@ from scalabl.runs.method import Run
 from scalabl.runs.models import load_base, saved_tokenizer
 from scalabl.runs.record import RowCounts, RunRecord
 from scalabl.runs.settings import Settings
+from scalabl.runs.stock import is_stock
 from scalabl.scoring.base import Encoded, Scoring
 from scalabl.scoring.scorer import Scorer, make_scoring
 from scalabl.scoring.trunk import Trunk
@@ -169,7 +170,7 @@ def _scoring(
     labels: tuple[str, ...] | None,
 ) -> tuple[Scoring, dict[str, float]]:
     """The run's own scoring, or the one under which the adapter itself has the lowest NLL, with every option's."""
-    if source.has_head:
+    if source.has_head and source.record and is_stock(source.record):
         length = min(settings.training.rows.max_length, longest_row(model))
         return candidates(settings.training.changed(max_length=length), tokenizer, rows, labels, head=True)[0], {}
     if source.record and not settings.scoring_given:
