@@ -151,6 +151,9 @@ def test_what_cannot_be_read_is_refused(bert: Path, tmp_path: Path) -> None:
         lost, body_of("deberta-v2", tmp_path / "body"), LoraConfig(task_type="SEQ_CLS", target_modules=["query_proj"])
     )
     refused("has the weights of pooler.dense, so that", lost, labels=LABELS)
+    refused("trained for TOKEN_CLS, which gives a row no label", altered("tokens", {"task_type": "TOKEN_CLS"}),
+            labels=LABELS)  # fmt: skip
+    refused("is an encoder, which has no next token", altered("causal", {"task_type": "CAUSAL_LM"}), labels=LABELS)
     refused("adapter of type LOHA", altered("loha", {"peft_type": "LOHA"}), labels=LABELS)
     named = altered("named")
     (named / "config.json").write_text(json.dumps({"id2label": {"0": "b", "1": "a", "2": "c"}}))

@@ -80,6 +80,11 @@ def load_base(
     check_bits(quantization, bits)
     path = model_path(name)
     config = _read_config(path)
+    if labels is None and _reads_both_ways(config):
+        raise UserError(
+            f"{name} is an encoder, which has no next token; give a causal language model, or an adapter with a "
+            "classification head (task_type SEQ_CLS)."
+        )
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if dtype == "auto":
         dtype = "float32" if device == "cpu" else "bfloat16"
@@ -120,7 +125,10 @@ def is_encoder(name: str) -> bool:
     Raises:
         UserError: it cannot be found.
     """
-    config = _read_config(model_path(name))
+    return _reads_both_ways(_read_config(model_path(name)))
+
+
+def _reads_both_ways(config: Any) -> bool:
     decodes = getattr(config, "is_decoder", False) or getattr(config, "is_encoder_decoder", False)
     return type(config) in MODEL_FOR_MASKED_LM_MAPPING and not decodes
 

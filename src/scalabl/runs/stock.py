@@ -23,6 +23,7 @@ from scalabl.runs.settings import DEFAULTS, typed_setting
 # the layer whose outputs are the labels, by the names that Transformers and PEFT's SEQ_CLS know
 _OUTPUTS = re.compile(r"(?:^|\.)(?:classifier|score)(?:\.out_proj)?\.weight$")
 UNNAMED = re.compile(r"LABEL_\d+")  # what Transformers calls a label that nobody has named
+_OTHER_TASKS = ("TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION", "SEQ_2_SEQ_LM")
 _METHODS = {"LORA": "mle", "SCALABL": "scalabl", "SCALABL_BLOB": "blob"}
 
 
@@ -50,11 +51,16 @@ def find_record(directory: Path, *, labels: Sequence[str] | None = None, model: 
 
     Raises:
         UserError: the head's labels are not known or not as many as its outputs, the base model is not named, the files
-            are altered.
+            are altered; the adapter is of another task than labels or text.
     """
     if (directory / RECORD).is_file():
         return RunRecord.read_classifier(directory)
     config = read_if_whole(directory / CONFIG)
+    if isinstance(config, dict) and config.get("task_type") in _OTHER_TASKS:
+        raise UserError(
+            f"{directory} was trained for {config['task_type']}, which gives a row no label; give an adapter of "
+            "CAUSAL_LM or SEQ_CLS."
+        )
     if not isinstance(config, dict) or not has_head(config):
         return None
     return _record(directory, adapter_config(directory, "PEFT's save_pretrained"), labels, model)
