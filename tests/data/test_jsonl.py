@@ -170,6 +170,9 @@ def test_labels_may_be_many(tmp_path):
     path = write(tmp_path / "own.jsonl", *({"text": f"about {name}", "label": name} for name in names))
     task = load_task(str(path))
     assert task.labels == tuple(names) and [row.answer for row in task.split("train")] == list(range(150))
+    other = write(tmp_path / "other.jsonl", {"text": "about nothing", "label": "topic x"})
+    with pytest.raises(UserError, match="other.jsonl:1: the label 'topic x' is none of 'topic 000', .* and 145 more; "):
+        load_rows(other, labels=names)
 
 
 def test_one_file_is_a_train_split_and_kinds_do_not_mix(tmp_path):
@@ -232,9 +235,10 @@ TWO = ({"text": "bad", "label": "no"}, {"text": "good", "label": "yes"})
         ({"text": "a", "textpair": "b", "label": "no"}, 'did you mean "text_pair"?'),
         ({"text": "a", "text_pair": "b", "label": "no"}, 'rows with and without "text_pair" in one file'),
         ({**QUESTION, "text_pair": "b"}, "unknown key 'text_pair'"),
+        ({"text": "a", "labels": ["no"], "label": "no"}, '"labels", several to a row, is not read; give each row one'),
     ],
 )
-def test_bad_pairs_are_refused(tmp_path, row, said):
+def test_bad_text_rows_are_refused(tmp_path, row, said):
     path = write(tmp_path / "own.jsonl", *TWO, row)
     with pytest.raises(UserError, match="own.jsonl:3: ") as caught:
         load_rows(path)

@@ -1,5 +1,6 @@
 """The report: whole, self-contained, escaped, and right about who is best."""
 
+import io
 import json
 import math
 import re
@@ -294,3 +295,31 @@ def test_numbers_as_text() -> None:
     assert number(-0.00001, "nll", signed=True) == "0.000"
     assert span(figure, "accuracy") == "58.9 to 62.7" and plus_minus(figure, "accuracy") == "60.8 ±1.9"
     assert plus_minus({"value": None, "low": None, "high": None}, "auroc") == "–"
+
+
+def test_figures_of_each_label_stand_in_table_terminal_and_page(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    answers = torch.randint(12, (300,), generator=generator)
+    answers[answers == 11] = 0  # a label without a row
+    found = 2 * torch.randn(1, 300, 12, generator=generator)
+    found[0, torch.arange(300), answers] += 3
+    labels = tuple(f"label <{i}>" for i in range(12))
+    made = report(methods=[MethodResult("one", found.log_softmax(-1), answers)], questions=[], labels=labels)
+    rows = table(made, bootstrap=10)
+    of_labels = rows[0]["per_class"]
+    assert [each["label"] for each in of_labels] == list(labels) and json.dumps(of_labels)
+    right = (found[0].argmax(-1) == answers) & (answers == 3)
+    assert of_labels[3]["recall"] == pytest.approx(right.sum().item() / (answers == 3).sum().item())
+    assert of_labels[11]["support"] == 0 and of_labels[11]["recall"] is None
+    console = Console(record=True, width=100, file=io.StringIO())
+    print_table(rows, console)
+    shown = console.export_text()
+    worst = {each["label"] for each in sorted(of_labels[:11], key=lambda of: of["recall"])[:10]}
+    assert "12 labels, the 10 of lowest recall: one" in shown
+    assert {name for name in labels if name in shown} == worst
+    write(made, tmp_path / "r.html", rows)
+    page = (tmp_path / "r.html").read_text()
+    assert all(f"label &lt;{i}&gt;" in page for i in range(12))
+    with pytest.raises(UserError, match="there are 3 labels, but predictions for other numbers"):
+        table(report(labels=("a", "b", "c")))
+    assert "per_class" not in table(report(), bootstrap=10)[0]

@@ -14,6 +14,7 @@ from torchmetrics.functional.classification import (
 
 from scalabl.core.errors import UserError
 from scalabl.metrics import evaluate, ood_auroc, reliability, risk_coverage
+from scalabl.metrics.per_class import per_class
 
 
 def predictions(rows: int = 400, choices: int = 4, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -174,3 +175,15 @@ def test_refuses_bad_input(probs: torch.Tensor, labels: torch.Tensor, message: s
     for function in (evaluate, risk_coverage, reliability):
         with pytest.raises(UserError, match=message):
             function(probs, labels)
+
+
+def test_figures_of_each_label_by_hand():
+    probs = torch.tensor([[0.8, 0.1, 0.1], [0.8, 0.1, 0.1], [0.3, 0.6, 0.1], [0.3, 0.6, 0.1]], dtype=torch.float64)
+    found = per_class(probs, torch.tensor([0, 1, 1, 1]), num_bins=4)
+    assert [each.support for each in found] == [1, 3, 0]
+    assert [each.precision for each in found] == [0.5, 1.0, None]
+    assert [each.recall for each in found] == [1.0, 2 / 3, None]
+    # label 0: 2 rows at 0.8 of which one has it, 2 at 0.3 of which none; label 1: 2 at 0.1, one; 2 at 0.6, both
+    assert [each.ece for each in found] == pytest.approx([(0.6 + 0.6) / 4, (0.8 + 0.8) / 4, 0.4 / 4])
+    with pytest.raises(UserError, match="no probability distribution"):
+        per_class(probs + 1, torch.tensor([0, 1, 1, 1]))

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from scalabl.core.errors import UserError
 from scalabl.core.files import read_json
-from scalabl.data.example import Example
+from scalabl.data.example import Example, few
 
 BALANCED = "balanced"
 SUM_TOLERANCE = 1e-6  # of priors around one
@@ -83,7 +83,7 @@ def prior_ratios(priors: dict[str, float], counts: dict[str, int] | None) -> lis
             "in their place; train it again."
         )
     if unseen := [label for label, prior in priors.items() if prior > 0 and not counts[label]]:
-        raise UserError(f"No row of {_few(unseen)} was trained on, so that its prior must be 0.")
+        raise UserError(f"No row of {few(unseen)} was trained on, so that its prior must be 0.")
     rows = sum(counts.values())
     return [prior * rows / counts[label] if prior else 0.0 for label, prior in priors.items()]
 
@@ -93,21 +93,16 @@ def _per_label(path: Path, labels: Sequence[str], what: str, number: str, *, zer
     read = read_json(path, missing=f"There is no file of {what} {path}.", mend=f"write {form}", expected=form)
     if unknown := [label for label in read if label not in labels]:
         raise UserError(
-            f"{path} names the label {unknown[0]!r}, which the run does not have; its labels are {_few(labels)}."
+            f"{path} names the label {unknown[0]!r}, which the run does not have; its labels are {few(labels)}."
         )
     if missing := [label for label in labels if label not in read]:
-        raise UserError(f"{path} has no {number} for {_few(missing)}; write one for every label.")
+        raise UserError(f"{path} has no {number} for {few(missing)}; write one for every label.")
     for label, value in read.items():
         fine = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
         if not fine or value < 0 or (value == 0 and not zero):
             wanted = "zero or more" if zero else "a positive number"
             raise UserError(f"{path}: the {number} of {label!r} is {value!r}; it must be {wanted}.")
     return {label: float(read[label]) for label in labels}
-
-
-def _few(labels: Sequence[str], most: int = 5) -> str:
-    rest = f" and {len(labels) - most} more" if len(labels) > most else ""
-    return ", ".join(map(repr, labels[:most])) + rest
 
 
 def balance_warnings(training: dict[str, int], validation: dict[str, int]) -> list[str]:
@@ -118,14 +113,14 @@ def balance_warnings(training: dict[str, int], validation: dict[str, int]) -> li
     found = []
     if none:
         found.append(
-            f"No row of {_few(none)} was trained on, as the few there are were held out or not taken; add rows, or "
+            f"No row of {few(none)} was trained on, as the few there are were held out or not taken; add rows, or "
             "give a validation file."
         )
     if one:
-        found.append(f"Of {_few(one)} a single row was trained on, which says little about such rows; add some.")
+        found.append(f"Of {few(one)} a single row was trained on, which says little about such rows; add some.")
     if unheld and any(validation.values()):
         found.append(
-            f"No held-out row is of {_few(unheld)}, so that what is fitted on held-out rows does not know such rows; "
+            f"No held-out row is of {few(unheld)}, so that what is fitted on held-out rows does not know such rows; "
             "add some to the validation rows."
         )
     return found

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -150,6 +150,12 @@ def check(example: Example, where: str, most: int | None = len(LETTERS)) -> Exam
             f"{where}: the answer {example.answer} is outside the {count} choices; use an index from 0 to {count - 1}."
         )
     return example
+
+
+def few(labels: Sequence[str], most: int = 5) -> str:
+    """Labels in a sentence: the first of them in quotes, and how many more there are."""
+    rest = f" and {len(labels) - most} more" if len(labels) > most else ""
+    return ", ".join(map(repr, labels[:most])) + rest
 
 
 def first_duplicate(words: Iterable[str]) -> str | None:

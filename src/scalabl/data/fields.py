@@ -30,6 +30,8 @@ def is_text_row(raw: dict[str, Any], where: str) -> bool:
 def check_keys(raw: dict[str, Any], where: str, text_row: bool, require_answer: bool) -> None:
     """Refuse missing and unknown keys; the last key of a kind is its answer."""
     keys = _TEXT_KEYS if text_row else _QUESTION_KEYS
+    if text_row and "labels" in raw:
+        raise UserError(f'{where}: "labels", several to a row, is not read; give each row one "label".')
     known = (*keys, PAIR) if text_row else keys
     for key in raw:
         if key not in (*known, *_IGNORED, KEY, "id"):

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from scalabl.core.errors import UserError
-from scalabl.data.example import Example, Task, check, first_duplicate, images_of
+from scalabl.data.example import Example, Task, check, few, first_duplicate, images_of
 from scalabl.data.fields import PAIR, answer_index, check_keys, choices_of, is_text_row, label_of, row_id, text_of
 from scalabl.data.records import Ids, name_of, read_fields, split_files
 
@@ -175,7 +175,7 @@ def _example(row: _Row, labels: tuple[str, ...] | None) -> Example:
     assert labels is not None  # text rows always come with their label set
     if row.label is not None and row.label not in labels:
         raise UserError(
-            f"{row.where}: the label {row.label!r} is none of {', '.join(map(repr, labels))}; "
+            f"{row.where}: the label {row.label!r} is none of {few(labels)}; "
             "mend the label or add training rows that have it."
         )
     answer = None if row.label is None else labels.index(row.label)

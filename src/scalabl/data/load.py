@@ -17,7 +17,7 @@ from scalabl.core.errors import UserError
 from scalabl.core.files import cache_directory
 from scalabl.data import hub
 from scalabl.data.assemble import assemble, cut
-from scalabl.data.example import Example, Splits, Task
+from scalabl.data.example import Example, Splits, Task, few
 from scalabl.data.jsonl import load_jsonl_task, load_rows
 from scalabl.data.open_questions import OpenQuestion, OpenTask, distinct, load_open_jsonl
 from scalabl.data.records import first_row, is_path
@@ -184,8 +184,8 @@ def _with_labels(row: Example, labels: tuple[str, ...], data: str | Path) -> Exa
         return row
     if not set(row.choices) <= set(labels):
         raise UserError(
-            f"{data} has the labels {', '.join(row.choices)}, but the run was trained on {', '.join(labels)}; give "
-            "rows with the run's labels."
+            f"{data} has the labels {few(row.choices)}, but the run was trained on {few(labels)}; give rows with the "
+            "run's labels."
         )
     answer = None if row.answer is None else labels.index(row.choices[row.answer])
     return replace(row, choices=labels, answer=answer)

@@ -79,6 +79,7 @@ def evaluate_run(
         },
         methods=methods,
         questions=[(row.text, row.choices) for row in rows],
+        labels=run.record.labels,
     )
 
 

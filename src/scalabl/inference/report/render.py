@@ -57,7 +57,7 @@ def render(report: Report, rows: list[dict[str, Any]]) -> str:
     environment.globals.update(
         metrics=list(METRICS), shifted_metrics=SHIFTED, heading=text.heading, arrows=text.ARROWS,
         number=text.number, span=text.span, verdict=verdict, key=key, first_rows=figures.FIRST_ROWS,
-        num_bins=figures.NUM_BINS,
+        num_bins=figures.NUM_BINS, share=text.share, worst_first=text.worst_first,
     )  # fmt: skip
     source = files("scalabl.inference.report").joinpath("template.html").read_text(encoding="utf-8")
     probs = [average(method.log_probs) for method in report.methods]

@@ -50,6 +50,7 @@ class Report:
         facts: model, data, seeds, steps, versions, device, command ...: name -> text.
         methods: the rows of the table; the first one is what the others are compared with.
         questions: (question, choices) of the n rows, or empty: then no questions are shown.
+        labels: the C labels that all rows share, for figures of each; None for questions with choices of their own.
         training: name of a run -> its logged records (step; nll or loss, kl, sigma_mean, s_mean).
     """
 
@@ -58,6 +59,7 @@ class Report:
     methods: list[MethodResult]
     questions: list[tuple[str, tuple[str, ...]]] = field(default_factory=list)
     training: dict[str, list[dict[str, float]]] = field(default_factory=dict)
+    labels: tuple[str, ...] | None = None
 
     def check(self) -> None:
         """Raises UserError unless there are methods, with distinct names, on the same rows."""
@@ -78,6 +80,8 @@ class Report:
                 f"there are {len(self.questions)} questions but {len(first.labels)} predictions; pass one "
                 "question for each row, or none."
             )
+        if self.labels is not None and any(m.log_probs.shape[2] != len(self.labels) for m in self.methods):
+            raise UserError(f"there are {len(self.labels)} labels, but predictions for other numbers; pass their own.")
         width = min(method.log_probs.shape[2] for method in self.methods)
         for row, (_, choices) in enumerate(self.questions):
             if len(choices) > width:

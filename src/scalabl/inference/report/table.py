@@ -16,6 +16,7 @@ from scalabl.inference.report.results import MethodResult, Report, count_choices
 from scalabl.metrics import evaluate
 from scalabl.metrics.bootstrap import Metric
 from scalabl.metrics.figures import METRICS, is_collapsed, ood_auroc, paired_difference
+from scalabl.metrics.per_class import per_class
 from scalabl.metrics.uncertainty import average, decompose, mean_particles
 
 NAMES = {"accuracy": "ACC", "nll": "NLL", "ece": "ECE", "brier": "Brier", "auroc": "AUROC", "aurc": "AURC"}
@@ -69,6 +70,8 @@ def table(report: Report, *, bootstrap: int = 1000, seed: int = 0) -> list[dict[
         versus_first: metric -> {value, low, high, reason} of this method minus the first; None in row one
         ood: name -> {n, auroc_total, auroc_epistemic: {value, low, high, reason}} and, with labels, the
             metrics, best and collapsed as above
+        per_class: where rows share their labels, of each: {label, support, precision, recall, ece}, the last four as in
+            `scalabl.metrics.per_class`
 
     Raises:
         UserError: for a report without methods, methods on different rows, or predictions that are none.
@@ -77,6 +80,10 @@ def table(report: Report, *, bootstrap: int = 1000, seed: int = 0) -> list[dict[
     rows = [_row(method, bootstrap, seed) for method in report.methods]
     probs = [average(method.log_probs) for method in report.methods]
     labels = report.methods[0].labels
+    if report.labels is not None:
+        for row, p in zip(rows, probs, strict=True):
+            figures = zip(report.labels, per_class(p, labels), strict=True)
+            row["per_class"] = [{"label": label, **asdict(of_label)} for label, of_label in figures]
     _mark_best(rows, probs, labels, bootstrap, seed)
     for row, p in zip(rows[1:], probs[1:], strict=True):
         row["versus_first"] = {
@@ -148,6 +155,7 @@ def _mark_best(rows: list[dict[str, Any]], probs: list[Tensor], labels: Tensor, 
 
 
 _SHIFTED = ("accuracy", "nll", "ece")
+WORST = 10  # labels that the terminal shows
 
 
 def print_table(rows: list[dict[str, Any]], console: Console) -> None:
@@ -159,6 +167,8 @@ def print_table(rows: list[dict[str, Any]], console: Console) -> None:
     for row in rows:
         grid.add_row(_name(row["method"], row), *(_cell(row, metric) for metric in METRICS))
     console.print(grid)
+    if rows and "per_class" in rows[0]:
+        _print_labels(rows[0], console)
     for name in dict.fromkeys(name for row in rows for name in row["ood"]):
         _print_shifted(name, [row for row in rows if name in row["ood"]], console)
     if len(rows) > 1:
@@ -170,6 +180,29 @@ def print_table(rows: list[dict[str, Any]], console: Console) -> None:
             console.print(Text(f"warning: {row['method']}: {sentence}", style="bold yellow"))
         for note in row["notes"]:
             console.print(Text(f"note: {row['method']}: {note}", style="dim"))
+
+
+def worst_first(per_class: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Labels by rising recall, those without a row last."""
+    return sorted(per_class, key=lambda of: (of["recall"] is None, of["recall"] or 0, -of["ece"]))
+
+
+def share(value: float | None) -> str:
+    """A share in per cent, a dash where it is undefined."""
+    return "–" if value is None else number(value, "accuracy")
+
+
+def _print_labels(row: dict[str, Any], console: Console) -> None:
+    """The labels of one method that do worst; all of them are in the report and the JSON."""
+    labels = worst_first(row["per_class"])
+    few = f", the {WORST} of lowest recall" if len(labels) > WORST else ""
+    columns = ["rows", "precision % ↑", "recall % ↑", "ECE % ↓"]
+    grid = _grid(f"{len(labels)} labels{few}: {row['method']}", columns, first="label")
+    for of in labels[:WORST]:
+        grid.add_row(
+            Text(of["label"]), f"{of['support']:,}", share(of["precision"]), share(of["recall"]), share(of["ece"])
+        )
+    console.print(grid)
 
 
 def _print_shifted(name: str, rows: list[dict[str, Any]], console: Console) -> None:
@@ -184,9 +217,9 @@ def _print_shifted(name: str, rows: list[dict[str, Any]], console: Console) -> N
     console.print(Text("told by ...: AUROC of that uncertainty between the two data sets; 0.5 is blind.", "dim"))
 
 
-def _grid(title: str | None, columns: list[str]) -> Table:
+def _grid(title: str | None, columns: list[str], *, first: str = "method") -> Table:
     grid = Table(title=Text(title, "bold") if title else None, title_justify="left", box=box.SIMPLE_HEAD)
-    grid.add_column("method")
+    grid.add_column(first)
     for column in columns:
         grid.add_column(Text(column), justify="right")
     return grid
