@@ -15,10 +15,12 @@ from tiny_base import adapted, loaded, questions
 
 from scalabl.core.errors import UserError
 from scalabl.data import Example
+from scalabl.inference.calibration import Calibration
 from scalabl.inference.classifier import Classifier, rows_of
 from scalabl.metrics.uncertainty import apply_temperature, average
 from scalabl.predictive import MonteCarloPredictive, predict
 from scalabl.runs.loading import load_run
+from scalabl.runs.record import RunRecord
 from scalabl.scoring import Continuation, Letters, Scorer, Scoring
 from scalabl.serving.export import export
 from scalabl.serving.http import JSONClient
@@ -120,6 +122,24 @@ def test_the_temperature_is_that_of_the_particles(exported: Path, server: Partic
     expected = apply_temperature(torch.from_numpy(plain.particle_log_probs).double(), 2.5)
     np.testing.assert_allclose(tempered.particle_log_probs, expected.numpy(), atol=1e-5)
     np.testing.assert_allclose(tempered.probs, average(expected).numpy(), atol=1e-5)
+
+
+def test_a_calibrated_run_is_served_as_it_predicts(copied_run: Path, tmp_path: Path) -> None:
+    fitted = Calibration(1.6, {"mean": 1.3, "mc": 1.4}, "mc", 10, 0, 30, "", {"before": 1.0, "after": 0.9})
+    plain = export(copied_run, 2, tmp_path / "plain")
+    assert not plain.calibrated and "scale" not in plain.as_dict()["identity"]
+    replace(RunRecord.read(copied_run), calibration=fitted.as_dict()).write(copied_run)
+    rows = questions(4)
+    ours = Classifier.from_pretrained(copied_run, samples=2, predictive="mc")(rows)
+    raw = Classifier.from_pretrained(copied_run, samples=2, predictive="mc", raw=True)(rows)
+    for name, expected in (("calibrated", ours), ("raw", raw)):
+        manifest = export(copied_run, 2, tmp_path / name, raw=name == "raw")
+        assert read_manifest(tmp_path / name) == manifest and manifest.identity.scale == (1.0 if name == "raw" else 1.6)
+        with serving(tmp_path / name / "particles", manifest.adapters) as server:
+            answer = VLLMClassifier.from_export(tmp_path / name, url=server.url)(rows)
+        np.testing.assert_allclose(answer.particle_log_probs, expected.particle_log_probs, atol=2e-5)
+    with pytest.raises(UserError, match=r"its scale is 1\.0, now 1\.6"):
+        export(copied_run, 2, tmp_path / "plain")
 
 
 def test_the_distribution_is_asked_for_as_it_is(exported: Path, server: ParticleServer) -> None:

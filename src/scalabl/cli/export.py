@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from scalabl.cli import options
 from scalabl.cli.app import app
 
 
@@ -19,6 +20,7 @@ def export(
     seed: Annotated[int, typer.Option(help="Of the particles.")] = 0,
     draws: Annotated[str, typer.Option(help="independent, antithetic, sobol or moments.")] = "independent",
     name: Annotated[str, typer.Option(help="They are served as NAME-0, NAME-1, ...")] = "particle",
+    raw: options.Raw = False,
     model: Annotated[str | None, typer.Option(help="The base model on the server, if it lies elsewhere.")] = None,
     host: Annotated[str, typer.Option(help="Of the printed command: where the server listens.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Of the printed command.")] = 8000,
@@ -29,7 +31,7 @@ def export(
     """
     from scalabl.serving.manifest import MAX_LORA_RANKS, as_shell, prepare, vllm_command
 
-    prepare(run, particles, output or run, form=format, seed=seed, draws=draws, name=name)
+    prepare(run, particles, output or run, form=format, seed=seed, draws=draws, name=name, raw=raw)
 
     from scalabl.core.console import quiet, quiet_imports
 
@@ -37,7 +39,7 @@ def export(
     from scalabl.serving.export import export as write
 
     quiet()
-    manifest = write(run, particles, output, form=format, seed=seed, draws=draws, name=name)
+    manifest = write(run, particles, output, form=format, seed=seed, draws=draws, name=name, raw=raw)
     directory = (output or run) / "particles"
     print(f"{particles:,} particles in {directory}")
     for warning in manifest.warnings:

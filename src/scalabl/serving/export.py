@@ -31,6 +31,7 @@ from scalabl.serving.manifest import (
     TOKENIZER,
     Identity,
     ParticleManifest,
+    calibrated_particles,
     limits_of,
     prepare,
     read_manifest,
@@ -55,6 +56,7 @@ def export(
     seed: int = 0,
     draws: str = "independent",
     name: str = "particle",
+    raw: bool = False,
 ) -> ParticleManifest:
     """Write OUT/particles/0 .. N-1 and OUT/particles/manifest.json; they appear together or not at all.
 
@@ -70,6 +72,7 @@ def export(
         seed: of the draws.
         draws: their kind (`scalabl.predictive.sampling.DRAWS`).
         name: the particles will be served as NAME-0 .. NAME-(N-1).
+        raw: leave the run's own calibration out.
 
     Returns:
         the manifest; of what is there already where it is the same export.
@@ -79,7 +82,9 @@ def export(
             write.
     """
     output = output or directory
-    identity, raw, record = prepare(directory, number, output, form=form, seed=seed, draws=draws, name=name)
+    identity, content, record = prepare(
+        directory, number, output, form=form, seed=seed, draws=draws, name=name, raw=raw
+    )
     target = output / PARTICLES
     if target.exists():
         return read_manifest(output)
@@ -90,7 +95,7 @@ def export(
         tensors = load_file(directory / ADAPTER)
         # PEFT copies frozen weights of the base model beside the adapter of an output layer: gigabytes a particle
         tensors = {key: tensor for key, tensor in tensors.items() if not key.endswith(".base_layer.weight")}
-        values = particle_values(directory, tensors, config, number, seed=seed, draws=draws)
+        values = particle_values(directory, tensors, config, number, seed=seed, draws=draws, scale=identity.scale)
     except (SafetensorError, KeyError, RuntimeError) as error:
         raise UserError(f"{directory / ADAPTER} is truncated or altered ({error}); restore the file.") from error
 
@@ -105,7 +110,8 @@ def export(
                 write_plain_adapter(unfinished / str(k), plain, config)
                 digests.append(sha256(unfinished / str(k) / ADAPTER))
                 progress.advance(bar)
-            manifest = _manifest(directory, identity, raw, record, name, tensors, tuple(digests))
+            fitted = None if raw else calibrated_particles(record)[1]
+            manifest = _manifest(directory, identity, content, record, name, tensors, tuple(digests), fitted)
             write_json(unfinished / MANIFEST, manifest.as_dict())
             tokenizer = saved_tokenizer(directory)
             if tokenizer is not None:
@@ -125,6 +131,7 @@ def _manifest(
     name: str,
     tensors: dict[str, Tensor],
     digests: tuple[str, ...],
+    temperature: float | None,
 ) -> ParticleManifest:
     targets = config["target_modules"]
     output_layer = any(f".{layer}.lora_A." in key for key in tensors for layer in _OUTPUT_LAYERS)
@@ -145,7 +152,8 @@ def _manifest(
         dtype=_dtype(record),
         recipe={key: record.recipe.get(key) for key in _RECIPE} if record else None,
         scoring=record.scoring if record else None,
-        temperature=_temperature(directory, identity),
+        temperature=_temperature(directory, identity) if temperature is None else temperature,
+        calibrated=temperature is not None,
         labels=labels or None,
         warnings=limits_of(config, record, rank, output_layer),
     )
@@ -172,7 +180,14 @@ def _temperature(directory: Path, identity: Identity) -> float | None:
 
 
 def particle_values(
-    directory: Path, tensors: Mapping[str, Tensor], config: ScalaBLConfig, number: int, *, seed: int, draws: str
+    directory: Path,
+    tensors: Mapping[str, Tensor],
+    config: ScalaBLConfig,
+    number: int,
+    *,
+    seed: int,
+    draws: str,
+    scale: float = 1.0,
 ) -> dict[str, Tensor]:
     """s of N particles in every stochastic layer.
 
@@ -183,6 +198,7 @@ def particle_values(
         number: N.
         seed: of the draws.
         draws: their kind (`scalabl.posterior.draws`).
+        scale: tau, as in `scalabl.particles`.
 
     Returns:
         the prefix of the leaf's names in `tensors` -> s (N, r), float32.
@@ -202,7 +218,7 @@ def particle_values(
             raise UserError(f"The joint covariance in {directory} is over other layers than the adapter's; restore it.")
         drawn = joint.correlate(drawn)
     with torch.no_grad():
-        return {leaf.prefix: leaf.posterior.sample(drawn[layer]) for layer, leaf in leaves.items()}
+        return {leaf.prefix: leaf.posterior.sample(scale * drawn[layer]) for layer, leaf in leaves.items()}
 
 
 def _model_order(config: ScalaBLConfig, layers: Collection[str]) -> list[str]:

@@ -15,6 +15,7 @@ from typing import Any
 
 from scalabl.core.errors import UserError
 from scalabl.core.files import ADAPTER, JOINT, read_json, require_place, sha256
+from scalabl.inference.calibration import Calibration
 from scalabl.predictive.sampling import Sampling
 from scalabl.runs.directory import require_adapter
 from scalabl.runs.record import RECORD, RunRecord
@@ -36,6 +37,7 @@ class Identity:
         number: N.
         seed: of the draws.
         draws: independent, antithetic, sobol or moments.
+        scale: tau of the run's calibration, by which the posterior's standard deviations were multiplied.
     """
 
     adapter_sha256: str
@@ -43,6 +45,7 @@ class Identity:
     number: int
     seed: int
     draws: str
+    scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -64,9 +67,10 @@ class ParticleManifest:
         dtype: the precision that the run was trained in, None where that is not known.
         recipe: what the run was trained with, None where no run's record lies beside the adapter.
         scoring: how rows are scored, None likewise.
-        temperature: fitted on the run's validation rows by the method `temperature`, None if it was not.
+        temperature: the run's calibration's, or of the method `temperature`; None if neither was fitted.
         labels: the class words of every row, None where rows have choices of their own.
         warnings: what a server will not do with them as this program does.
+        calibrated: whether scale and temperature are those of the run's calibration, so that a client tempers.
     """
 
     format_version: int
@@ -86,10 +90,14 @@ class ParticleManifest:
     temperature: float | None
     labels: tuple[str, ...] | None
     warnings: tuple[str, ...] = ()
+    calibrated: bool = False
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-able."""
-        return asdict(self)
+        """JSON-able; of an uncalibrated run what older versions read too."""
+        values = asdict(self)
+        if not self.calibrated:
+            del values["calibrated"], values["identity"]["scale"]
+        return values
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -120,7 +128,9 @@ def read_manifest(output: Path) -> ParticleManifest:
         of_identity = Identity(**content["identity"])
         lists = {name: _tuple(content[name]) for name in ("sha256", "labels", "target_modules", "warnings")}
         return ParticleManifest(
-            **{f.name: content[f.name] for f in fields(ParticleManifest)} | {"identity": of_identity} | lists
+            **{f.name: content[f.name] for f in fields(ParticleManifest) if f.name != "calibrated"}
+            | {"identity": of_identity, "calibrated": content.get("calibrated", False)}
+            | lists
         )
     except (KeyError, TypeError) as error:
         raise UserError(f"{path} is no manifest of particles ({error}); {mend}.") from error
@@ -139,6 +149,7 @@ def prepare(
     seed: int = 0,
     draws: str = "independent",
     name: str = "particle",
+    raw: bool = False,
 ) -> tuple[Identity, dict[str, Any], RunRecord | None]:
     """What `export` will write, checked; imports no torch.
 
@@ -174,10 +185,17 @@ def prepare(
     record = RunRecord.read_finished(directory) if (directory / RECORD).is_file() else None
     joint = directory / JOINT
     identity = Identity(
-        sha256(directory / ADAPTER), sha256(joint) if joint.is_file() else None, number, seed, draws
+        sha256(directory / ADAPTER), sha256(joint) if joint.is_file() else None, number, seed, draws,
+        1.0 if raw else calibrated_particles(record)[0],
     )  # fmt: skip
     _require_place(output, identity, name)
     return identity, config, record
+
+
+def calibrated_particles(record: RunRecord | None) -> tuple[float, float | None]:
+    """tau and T that a run was calibrated with for particles; 1 and None where it was not."""
+    made = None if record is None else Calibration.of(record)
+    return (1.0, None) if made is None or "mc" not in made.temperatures else (made.scale, made.temperatures["mc"])
 
 
 def _is_whole(directory: Path, manifest: ParticleManifest) -> bool:
@@ -208,7 +226,7 @@ def _difference(there: ParticleManifest, identity: Identity, name: str) -> str:
     """The first setting in which an export differs."""
     if there.name != name:
         return f"its name is {there.name}, now {name}"
-    for key in ("number", "seed", "draws"):
+    for key in ("number", "seed", "draws", "scale"):
         before, now = getattr(there.identity, key), getattr(identity, key)
         if before != now:
             return f"its {key} is {before}, now {now}"

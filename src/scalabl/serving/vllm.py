@@ -132,7 +132,7 @@ class VLLMClassifier:
             prefix: in front of every prompt; the server encodes it once a particle (its prefix caching).
             tokenizer: the tokenizer, or where one lies; by default the one that was saved beside the adapter, else that
                 of the base model that the manifest names.
-            options: of `VLLMClassifier`.
+            options: of `VLLMClassifier`; a calibrated run's temperature by default, where its own rows are asked.
 
         Raises:
             UserError: no exported particles, no tokenizer, a label of several tokens, or as `VLLMClassifier`.
@@ -155,6 +155,8 @@ class VLLMClassifier:
         else:
             assert manifest.scoring is not None
             scoring = make_scoring(manifest.scoring, tokenizer)
+        if manifest.calibrated and labels is None and not prefix:
+            options.setdefault("temperature", manifest.temperature)
         return cls(manifest, scoring.with_prefix(prefix) if prefix else scoring, **options)
 
     def __call__(self, questions: str | Sequence[str | Mapping[str, Any] | Example]) -> Answer:
