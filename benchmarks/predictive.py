@@ -38,7 +38,8 @@ from scalabl.core.console import progress_bar, quiet
 from scalabl.core.files import ADAPTER, sha256, write_text, writing
 from scalabl.data import Example
 from scalabl.data.load import rows_of
-from scalabl.inference.predictor import labels_of, run_variance, top_holding
+from scalabl.inference.predictor import labels_of
+from scalabl.inference.variance import run_variance, top_holding
 from scalabl.predictive import AutoPredictive, LinearizedPredictive, MeanPredictive, MonteCarloPredictive, Predictive
 from scalabl.predictive import predict as predict_rows
 from scalabl.predictive.adaptive import AdaptivePredictive

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from tiny_base import _WORDS, tiny_base, tiny_encoder, write_jsonl, write_task, write_texts
 
 from scalabl import Classifier
-from scalabl.core.files import ADAPTER
+from scalabl.core.files import ADAPTER, FEATURES
 
 OPTIONS = ("--steps", 20, "--rank", 4, "--learning-rate", 0.02, "--layers", "last:2", "--batch-size", 8)
 
@@ -57,6 +57,7 @@ def test_a_resumed_run_ends_with_the_same_bytes(program: Program, texts: Path, r
     again = program("train", "--model", tiny_encoder(), "--data", texts, "--output", tmp_path / "again", *OPTIONS)
     assert again.code == 0, again.err
     assert (run / ADAPTER).read_bytes() == (tmp_path / "again" / ADAPTER).read_bytes()
+    assert (run / FEATURES).read_bytes() == (tmp_path / "again" / FEATURES).read_bytes()
     assert any("classifier" in name for name in load_file(run / ADAPTER))
 
 
@@ -171,7 +172,7 @@ def test_class_weights_are_corrected_to_the_training_rows_and_to_other_priors(pr
 
     promised = ("--max-error", 0.4, "--priors", tmp_path / "even.json")
     said = program("predict", run, "--input", tmp_path / "rows.jsonl", "--output", tmp_path / "x.jsonl", *promised)
-    assert "an error rate is promised under those of the run's own rows" in said.sentence()
+    assert "a rate is promised under those of the run's own rows" in said.sentence()
     judged = program("evaluate", run, "--data", data / "validation.jsonl", "--priors", tmp_path / "even.json")
     assert judged.code == 0, judged.err
 

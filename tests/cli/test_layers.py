@@ -8,8 +8,9 @@ import pytest
 from program import Program, train_arguments
 from tiny_base import as_json, questions, write_jsonl
 
-from scalabl.inference.predictor import Predictor, as_top_layers, run_variance
+from scalabl.inference.predictor import Predictor
 from scalabl.inference.settings import PredictionSettings
+from scalabl.inference.variance import as_top_layers, run_variance
 from scalabl.predictive import LinearizedPredictive, MonteCarloPredictive
 from scalabl.runs.loading import load_run
 from scalabl.tuner import stochastic_layers

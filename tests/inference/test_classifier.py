@@ -17,7 +17,8 @@ import scalabl
 from scalabl.core.errors import UserError
 from scalabl.core.files import ADAPTER, sha256
 from scalabl.data import Example
-from scalabl.inference.classifier import Answer, Classifier, rows_of
+from scalabl.inference.answer import Answer
+from scalabl.inference.classifier import Classifier, rows_of
 from scalabl.predictive import MonteCarloPredictive, predict
 from scalabl.runs.loading import load_run
 from scalabl.runs.record import RECORD

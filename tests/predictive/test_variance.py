@@ -5,7 +5,7 @@ import torch
 from tiny_base import adapted, loaded, questions
 
 from scalabl.core.errors import UserError
-from scalabl.inference.predictor import top_holding
+from scalabl.inference.variance import top_holding
 from scalabl.predictive.linearized import layer_variances, logit_gaussian
 from scalabl.scoring import Continuation, Scorer
 from scalabl.scoring.trunk import Trunk

@@ -32,7 +32,9 @@ def evaluate(
     stochastic_layers: options.StochasticLayers = None,
     priors: options.Priors = None,
     raw: options.Raw = False,
-    ood: Annotated[list[str] | None, typer.Option(help="A shifted data set to tell apart; may repeat.")] = None,
+    ood: Annotated[
+        list[str] | None, typer.Option(help="Rows of another kind to tell apart, labelled or not; may repeat.")
+    ] = None,
     calibrate: Annotated[str | None, typer.Option(help="Fit a temperature on this data's validation rows.")] = None,
     max_error: Annotated[
         float | None, typer.Option(help="Mark the threshold that promises this error rate among answers.")
@@ -75,7 +77,7 @@ def evaluate(
     if not adaptive and max_error is None:
         options.refuse_unread(evaluate, "of --adaptive or --max-error; leave it out", confidence=confidence)
     from scalabl.core.files import require_writable, write_json
-    from scalabl.data.load import rows_of
+    from scalabl.data.load import rows_of, shifted_rows
     from scalabl.runs.stock import read_classifier
 
     record = read_classifier(run, model=model)
@@ -89,7 +91,7 @@ def evaluate(
     require_writable(json, report)
     labels = record.labels
     rows = rows_of(data, split=split, limit=limit, labels=labels)
-    shifted = {name: rows_of(name, limit=limit, labels=labels) for name in ood or []}
+    shifted = {name: shifted_rows(name, limit=limit, labels=labels) for name in ood or []}
     options.refuse_unread(
         evaluate, "for open questions; leave it out for questions with choices", measure=measure,
         max_new_tokens=max_new_tokens, answers=answers, equivalence=equivalence,

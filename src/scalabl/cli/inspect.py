@@ -95,7 +95,7 @@ def _measured(run: Path, rows: int, model: str | None) -> dict[str, Any]:
     """`variance` (name, depth, variance, share of each layer) and `variance_top` (share -> last:K)."""
     from dataclasses import asdict
 
-    from scalabl.inference.predictor import run_variance, top_holding
+    from scalabl.inference.variance import run_variance, top_holding
     from scalabl.runs.loading import load_run
 
     quiet()

@@ -108,13 +108,19 @@ def prediction_settings(
     guarantee: str = "exact",
     priors: Path | None = None,
     raw: bool = False,
+    max_false_alarms: float | None = None,
+    oos_score: str | None = None,
+    coverage: float | None = None,
+    set_score: str = "lac",
+    per_class: bool = False,
 ) -> PredictionSettings:
     """What the options of evaluate and predict say, refused where the run of a record cannot do it.
 
     Raises:
-        UserError: bad values, or a run that has no such predictive, particles, layers or promise.
+        UserError: bad values, or a run that has no such predictive, particles, layers, promise, scope or sets.
     """
-    from scalabl.inference.promise import Promise
+    from scalabl.inference.promise import Promise, held_out_rows
+    from scalabl.inference.scope import require_coverage, require_scope
     from scalabl.inference.settings import PredictionSettings
 
     method = record.method
@@ -146,10 +152,16 @@ def prediction_settings(
     promise = None if max_error is None else Promise(max_error, confidence, score, guarantee)
     if promise is not None:
         promise.require(record, predictive)
-    return PredictionSettings(
+    settings = PredictionSettings(
         predictive, samples, seed, sampling, stochastic_layers, abstain=abstain, promise=promise,
-        priors=_priors(record, priors), raw=raw,
+        priors=_priors(record, priors), raw=raw, max_false_alarms=max_false_alarms, oos_score=oos_score,
+        coverage=coverage, set_score=set_score, per_class=per_class,
     )  # fmt: skip
+    if max_false_alarms is not None:
+        require_scope(record, max_false_alarms, oos_score, predictive)
+    if coverage is not None:
+        require_coverage(record, coverage, held_out_rows(record) if per_class else None)
+    return settings
 
 
 def _priors(record: RunRecord, path: Path | None) -> dict[str, float] | None:

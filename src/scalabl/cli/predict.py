@@ -42,6 +42,20 @@ def predict(
     guarantee: Annotated[
         str, typer.Option(help="Of --max-error: exact, or conformal (of all rows, on average).")
     ] = "exact",
+    max_false_alarms: Annotated[
+        float | None, typer.Option(help="Answer null out of scope, at this share of false alarms among rows in scope.")
+    ] = None,
+    oos_score: Annotated[
+        str | None,
+        typer.Option(
+            help="Of --max-false-alarms: distance (where the run has one), entropy, probability, energy or epistemic."
+        ),
+    ] = None,
+    coverage: Annotated[
+        float | None, typer.Option(help="Give the set of labels that holds the right one at this rate.")
+    ] = None,
+    set_score: Annotated[str, typer.Option(help="Of --coverage: lac (the smallest sets), aps or raps.")] = "lac",
+    per_class: Annotated[bool, typer.Option("--per-class", help="Of --coverage: at that rate in each class.")] = False,
     model: options.BaseModel = None,
     ray: Annotated[
         str | None,
@@ -56,8 +70,10 @@ def predict(
 
     --predictive auto says which predictive it took and why, and names it in every answer.
 
-    With --max-error the label is null where the run is not sure enough to keep that error rate; the threshold comes
-    from the run's own held-out rows, which are predicted first.
+    With --max-error the label is null where the run is not sure enough to keep that error rate; with
+    --max-false-alarms where a row is unlike those that the run was trained on, and "reason" says so; with --coverage
+    there is a "set" of labels too, null where it has them all. Thresholds come from the run's own held-out rows, which
+    are predicted first.
 
     With --ray, --input is a file, a directory of shards or a pattern such as 'rows/*.parquet', and --output a directory
     with a file of answers for each of them. The same command goes on after a kill, with what is missing.
@@ -71,6 +87,10 @@ def predict(
         options.refuse_unread(predict, "of --max-error; leave it out", score=score, guarantee=guarantee)
         if not adaptive:
             options.refuse_unread(predict, "of --adaptive or --max-error; leave it out", confidence=confidence)
+    if max_false_alarms is None:
+        options.refuse_unread(predict, "of --max-false-alarms; leave it out", oos_score=oos_score)
+    if coverage is None:
+        options.refuse_unread(predict, "of --coverage; leave it out", set_score=set_score, per_class=per_class)
     if ray is None:
         options.refuse_unread(predict, "of --ray; leave it out", block_rows=block_rows)
     record = read_classifier(run, model=model)
@@ -78,6 +98,8 @@ def predict(
         record, predictive=predictive, samples=samples, seed=seed, draws=draws, adaptive=adaptive,
         confidence=confidence, stochastic_layers=stochastic_layers, batch_size=batch_size, abstain=abstain,
         max_error=max_error, score=score, guarantee=guarantee, priors=priors, raw=raw,
+        max_false_alarms=max_false_alarms, oos_score=oos_score, coverage=coverage, set_score=set_score,
+        per_class=per_class,
     )  # fmt: skip
     if ray is not None:
         if processes.world_size() > 1:
@@ -101,7 +123,7 @@ def predict(
         typer.echo(f"warning: {done.cut}", err=True)
     if done.particles is not None:
         print(f"{len(rows):,} answers from {done.particles:.1f} of at most {samples} particles each, on average")
-    if max_error is not None:
+    if max_error is not None or max_false_alarms is not None:
         share = done.answered / len(rows)
         print(f"answered   {done.answered:,} of {len(rows):,} rows ({share:.1%}) in {output}")
 
@@ -134,9 +156,13 @@ def _predict_shards(
 
 
 def _tell(settings: PredictionSettings) -> None:
-    """What auto took and why; the threshold, the promise, and the share of rows to expect, before rows are answered."""
+    """What auto took and why; the thresholds, what they promise, and what to expect, before rows are answered."""
+    from scalabl.inference.thresholds import describe
+
     if settings.why is not None:
         print(settings.why)
+    for sentence in describe(settings):
+        print(sentence)
     promise, threshold = settings.promise, settings.threshold
     if promise is None or threshold is None:
         return

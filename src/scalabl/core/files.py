@@ -23,6 +23,7 @@ from scalabl.core.errors import UserError
 OTHER_CACHE = "set SCALABL_CACHE to a directory that you may write"
 ADAPTER = "adapter_model.safetensors"
 JOINT = "joint_covariance.safetensors"
+FEATURES = "features.safetensors"
 
 
 def read_json(path: Path, *, missing: str, mend: str, expected: str, key: str | None = None) -> dict[str, Any]:

@@ -11,7 +11,7 @@ A ``"score"``, which ``scalabl acquire`` adds, is read over.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ class _Row:
 
 
 def load_rows(
-    path: str | Path, labels: Sequence[str] | None = None, require_answer: bool = True
+    path: str | Path, labels: Sequence[str] | None = None, require_answer: bool = True, *, foreign: bool = False
 ) -> tuple[Example, ...]:
     """Read one JSONL or Parquet file.
 
@@ -45,12 +45,16 @@ def load_rows(
         labels: the class words of text rows, in the order of their indices; without them the sorted distinct
             labels of the file.
         require_answer: ``False`` for prediction rows, which may leave out ``answer`` or ``label``.
+        foreign: take a label that is none of ``labels`` for no label, as of rows out of scope.
 
     Raises:
         UserError: see :func:`load_jsonl_task`; also text rows without labels of their own when none are given.
     """
     rows = _parse_file(Path(path), require_answer)
-    return _finish(rows, _label_set(rows, labels, Path(path)))
+    known = _label_set(rows, labels, Path(path))
+    if foreign and known is not None:
+        rows = [row if row.label in known else replace(row, label=None) for row in rows]
+    return _finish(rows, known)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from scalabl.data.assemble import assemble, cut
 from scalabl.data.example import Example, Splits, Task, few
 from scalabl.data.jsonl import load_jsonl_task, load_rows
 from scalabl.data.open_questions import OpenQuestion, OpenTask, distinct, load_open_jsonl
-from scalabl.data.records import first_row, is_path
+from scalabl.data.records import first_row, is_path, split_files
 from scalabl.data.registry import (
     BENCHMARKS,
     OPEN_BENCHMARKS,
@@ -168,6 +168,36 @@ def rows_of(
     if limit is not None and limit < len(rows):
         rows = random.Random(0).sample(rows, limit)
     return rows
+
+
+def shifted_rows(data: str, *, limit: int | None = None, labels: Sequence[str] | None = None) -> list[Example]:
+    """Rows of another data set: those of `rows_of`, where labels that the run does not have are no labels.
+
+    Args:
+        data: a benchmark's name, a file, or a directory of them; text rows may leave their label out.
+        limit: take so many, the same ones every time.
+        labels: the class words of the run; None for questions with choices of their own.
+
+    Raises:
+        UserError: no such data, or bad rows.
+    """
+    if labels is None:
+        return rows_of(data, limit=limit)
+    path = Path(data).expanduser()
+    if data not in BENCHMARKS and is_path(data):
+        files = split_files(path)
+        named = [files["test"]] if "test" in files else list(files.values())
+        rows = [row for file in named for row in load_rows(file, labels, require_answer=False, foreign=True)]
+    else:
+        rows = rows_of(data)
+    known = tuple(labels)
+    rows = [row if row.choices == known else _foreign(row, known) for row in rows]
+    return random.Random(0).sample(rows, limit) if limit is not None and limit < len(rows) else rows
+
+
+def _foreign(row: Example, labels: tuple[str, ...]) -> Example:
+    answer = None if row.answer is None else row.choices[row.answer]
+    return replace(row, choices=labels, answer=labels.index(answer) if answer in labels else None)
 
 
 def with_labels(rows: Sequence[Example], labels: Sequence[str] | None, data: str | Path) -> list[Example]:

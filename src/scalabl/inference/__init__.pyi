@@ -1,4 +1,4 @@
-from .classifier import Answer as Answer
+from .answer import Answer as Answer
 from .classifier import Classifier as Classifier
 from .predictor import Predictor as Predictor
 from .promise import Promise as Promise

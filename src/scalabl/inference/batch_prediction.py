@@ -17,7 +17,7 @@ from typing import Any, TextIO
 
 from scalabl.core import processes
 from scalabl.core.console import progress_bar
-from scalabl.core.files import sha256, write_text
+from scalabl.core.files import FEATURES, sha256, write_text
 from scalabl.data.example import Example
 from scalabl.inference.calibration import calibration_for
 from scalabl.inference.predictor import Predictor
@@ -114,10 +114,12 @@ def _identity(directory: Path, rows: Sequence[Example], settings: PredictionSett
     decisive: list[Any] = [settings.to_dict(), sha256(directory / "adapter_model.safetensors")]
     if settings.method is not None:
         decisive += [sha256(path) for path in sorted((directory / "posthoc" / settings.method).glob("*.*"))]
+    if (directory / FEATURES).is_file():
+        decisive.append(sha256(directory / FEATURES))
     record = RunRecord.read_finished(directory)
     if calibration_for(record, settings) is not None:
         decisive.append(record.calibration)
-    if settings.promise is not None:
+    if settings.has_promise:
         held_out = held_out_rows(record)
         decisive += [[r.question, r.choices, r.answer, *r.content[2:]] for r in held_out]
     whole = json.dumps([decisive, [[r.id, *r.content] for r in rows]])

@@ -7,25 +7,22 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from peft import PeftModel
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from scalabl.core.errors import UserError
 from scalabl.data.example import Example
 from scalabl.data.fields import rows_of
 from scalabl.inference.adapter import BareRun, base_of, head_of, letters_of, record_of, refuse_unread
+from scalabl.inference.answer import Answer, answer_of
 from scalabl.inference.predictor import Predictor
 from scalabl.inference.promise import Promise
+from scalabl.inference.scope import require_coverage, require_scope
 from scalabl.inference.settings import PredictionSettings
-from scalabl.metrics.uncertainty import average, decompose
 from scalabl.predictive.base import Predictive, chosen
 from scalabl.predictive.sampling import PLAIN, Sampling
 from scalabl.runs.loading import load_adapter, require_base, scoring_of
@@ -37,54 +34,6 @@ from scalabl.scoring.prefix import SharedPrefix, shared_prefix
 from scalabl.scoring.scorer import Scorer
 from scalabl.scoring.trunk import Trunk
 from scalabl.tuner.threads import alone
-
-
-@dataclass(frozen=True)
-class Answer:
-    """Predictions for n questions with C classes (zeros in `probs` where a question has fewer choices).
-
-    Attributes:
-        probs: (n, C) class probabilities, averaged over the particles.
-        entropy: (n,) total uncertainty H[mean p], in nats.
-        aleatoric: (n,) mean of H[p_i]: what the data leaves open, in nats.
-        epistemic: (n,) entropy - aleatoric, the mutual information: what the model never learnt, in nats.
-        label: the n most probable labels (or choice texts); None where the classifier abstains.
-        particle_log_probs: (N, n, C) log class probabilities of each particle; -inf where adaptive N drew none. A
-            linearised predictive has draws of the logits in their place.
-    """
-
-    probs: NDArray[np.float32]
-    entropy: NDArray[np.float32]
-    aleatoric: NDArray[np.float32]
-    epistemic: NDArray[np.float32]
-    label: list[str | None]
-    particle_log_probs: NDArray[np.float32]
-
-
-def answer_of(rows: Sequence[Example], log_probs: Tensor, answered: Sequence[bool] | None = None) -> Answer:
-    """log_probs (N, n, C) of N particles for n questions -> their average, its uncertainty and the labels.
-
-    Args:
-        rows: the n questions.
-        log_probs: of their choices.
-        answered: whether each has a label; None: every one.
-
-    Raises:
-        UserError: as `scalabl.metrics.uncertainty.average`.
-    """
-    probs, uncertainty = average(log_probs), decompose(log_probs)
-    best = probs.argmax(dim=-1).tolist()
-    return Answer(
-        probs=probs.float().numpy(),
-        entropy=uncertainty.total.float().numpy(),
-        aleatoric=uncertainty.aleatoric.float().numpy(),
-        epistemic=uncertainty.epistemic.float().numpy(),
-        label=[
-            row.choices[i] if given else None
-            for row, i, given in zip(rows, best, answered or [True] * len(rows), strict=True)
-        ],
-        particle_log_probs=log_probs.float().numpy(),
-    )
 
 
 class Classifier:
@@ -158,6 +107,8 @@ class Classifier:
         max_error: float | Promise | None = None,
         priors: Mapping[str, float] | None = None,
         raw: bool = False,
+        max_false_alarms: float | None = None,
+        coverage: float | None = None,
     ) -> Classifier:
         """Load an adapter directory: of `scalabl train`, of any trainer's `save_pretrained`, or a plain LoRA.
 
@@ -185,6 +136,9 @@ class Classifier:
                 held-out rows, which are predicted now; a `Promise` says more than the rate.
             priors: how often each of a run's labels is where its rows come from, if not as among the training rows.
             raw: leave the run's own calibration out, which holds for its own prompts alone (not with labels, prefix).
+            max_false_alarms: label None where a row is further out of the run's scope than all but this share of rows
+                in scope, by a threshold from its held-out rows.
+            coverage: give each row the set of labels that holds the right one at this rate, likewise.
 
         Raises:
             UserError: a label is not one token, files are missing or altered, another base model, a head whose labels
@@ -202,8 +156,8 @@ class Classifier:
         promise = Promise(max_error) if isinstance(max_error, float) else max_error
         settings = PredictionSettings(
             predictive, samples, seed, sampling, method=method, temperature=temperature, abstain=abstain,
-            promise=promise, priors=None if priors is None else dict(priors),
-            raw=raw or labels is not None or bool(prefix),
+            promise=promise, priors=None if priors is None else dict(priors), max_false_alarms=max_false_alarms,
+            coverage=coverage, raw=raw or labels is not None or bool(prefix),
         )  # fmt: skip
         if labels is not None and record is not None and record.scoring["scoring"] == HEAD:
             refuse_unread(record.scoring, labels=list(labels))
@@ -212,12 +166,17 @@ class Classifier:
             refuse_unread(record.scoring, chat=chat, max_length=max_length)
         if priors is not None and (record is None or labels is not None):
             raise UserError("priors are of a run's own labels, with its record beside the adapter; leave them out.")
-        if record is None and (method is not None or promise is not None):
+        if record is None and (method is not None or settings.has_promise):
             raise UserError(f"{path} holds no {RECORD}, so that no method was fitted and no rows were held out.")
-        if record is not None and promise is not None:
+        if record is not None and settings.has_promise:
             if labels is not None or prefix:
                 raise UserError("An error rate is promised for the run's own prompts; leave out labels and prefix.")
-            promise.require(record, predictive)
+            if promise is not None:
+                promise.require(record, predictive)
+            if max_false_alarms is not None:
+                require_scope(record, max_false_alarms, None, predictive)
+            if coverage is not None:
+                require_coverage(record, coverage)
         base, base_tokenizer = base_of(path, record, model, tokenizer)
         if record:
             require_base(base, record)
@@ -231,7 +190,7 @@ class Classifier:
         run = BareRun(scorer) if record is None else Run(record, scorer, base_tokenizer, path)
         classifier = cls.__new__(cls)
         classifier._take(Predictor(run, settings, batch_size=batch_size, over_ranks=False))
-        if promise is not None:
+        if settings.has_promise:
             classifier.predictor.resolve()
         elif classifier.predictor.settings.why is not None:
             warnings.warn(classifier.predictor.settings.why, stacklevel=2)
@@ -266,7 +225,8 @@ class Classifier:
                 used = chosen(self.predictive, self.scorer, encoded, self.predictor.batch_size)
                 self.predictor.prefix = self._shared_prefix if getattr(used, "shares_prefix", False) else None
             log_probs = self.predictor.log_probs(rows, encoded)
-        return answer_of(rows, log_probs, self.predictor.answered(log_probs))
+            of_mean = self.predictor.mean_scores(rows, encoded) if self.predictor.needs_mean_pass else {}
+        return answer_of(rows, log_probs, self.predictor.settings, of_mean)
 
     @cached_property
     def _shared_prefix(self) -> SharedPrefix | None:

@@ -41,7 +41,7 @@ def evaluate_run(
     Args:
         directory: the run.
         rows: labelled rows to test on.
-        shifted: labelled rows of other data sets, by name.
+        shifted: rows of other data sets, by name; accuracy is told where all of a set have labels.
         held_out: validation rows to fit a temperature on; none leaves the tempered row out.
         settings: what decides the predictions; a promise, by the score probability, is marked with its threshold from
             the run's own held-out rows.
@@ -117,13 +117,18 @@ def method_result(
     name = predictor.name
     encoded = predictor.run.encode(list(rows))
     log_probs = predictor.log_probs(rows, encoded, dataset=name)
+    known = {other: others for other, others in shifted.items() if all(row.answer is not None for row in others)}
     cut = cut_rows_sentence(encoded, predictor.run.scorer.scoring)
     return MethodResult(
         name=name,
         log_probs=log_probs,
         labels=labels_of(rows),
         ood={other: predictor.log_probs(others, dataset=f"{name}: {other}") for other, others in shifted.items()},
-        ood_labels={other: labels_of(others) for other, others in shifted.items()},
+        ood_labels={other: labels_of(others) for other, others in known.items()},
+        of_mean=predictor.mean_scores(rows, encoded, dataset="scope") if shifted else {},
+        ood_of_mean={
+            other: predictor.mean_scores(others, dataset=f"scope: {other}") for other, others in shifted.items()
+        },
         notes=[
             *([] if cut is None else [cut]),
             *posterior_warnings(predictor.whole_run()),
@@ -140,6 +145,8 @@ def tempered(result: MethodResult, temperature: float, name: str | None = None) 
         labels=result.labels,
         ood={name: apply_temperature(log_probs, temperature) for name, log_probs in result.ood.items()},
         ood_labels=result.ood_labels,
+        of_mean=result.of_mean,
+        ood_of_mean=result.ood_of_mean,
         notes=[f"temperature {temperature:.2f}, fitted on validation rows"],
     )
 

@@ -7,7 +7,6 @@ answers alike.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,29 +18,29 @@ from torch import Tensor
 from scalabl.core import processes
 from scalabl.core.console import progress_bar
 from scalabl.core.errors import UserError
-from scalabl.core.modules import check_spec, holding_variance
 from scalabl.data.class_balance import prior_ratios
 from scalabl.data.example import Example
 from scalabl.inference.calibration import Calibration, calibration_for
 from scalabl.inference.promise import held_out_rows
 from scalabl.inference.settings import PredictionSettings
+from scalabl.inference.thresholds import lacks_threshold, reasons_of, sets_under, with_thresholds
+from scalabl.inference.variance import as_top_layers
 from scalabl.metrics.uncertainty import apply_priors, apply_temperature, average, decompose, particles_used
 from scalabl.predictive.adaptive import AdaptivePredictive, with_sampling
 from scalabl.predictive.auto import AutoPredictive, with_scale
 from scalabl.predictive.base import Predictive, predict
-from scalabl.predictive.linearized import LayerVariance, layer_variances
-from scalabl.runs.loading import load_run
+from scalabl.runs.loading import load_features, load_run
 from scalabl.runs.method import Run, load_post_hoc
 from scalabl.runs.record import RunRecord
 from scalabl.runs.registry import METHODS
 from scalabl.scoring.base import Encoded
+from scalabl.scoring.features import MeanPass
 from scalabl.scoring.prefix import SharedPrefix, shared_prefix
 from scalabl.scoring.scorer import Scorer
 from scalabl.scoring.trunk_store import with_stored_trunk
 from scalabl.tuner.threads import alone
 
 T = TypeVar("T")
-VARIANCE_ROWS = 100  # on which the layers' variance is measured
 
 
 class Predictable(Protocol):
@@ -74,10 +73,11 @@ class Predictor:
         calibration: the run's own where it is predicted by it; None where it is uncalibrated or left out.
         strategy: the predictive that they name.
         prior_ratios: (C,) other priors over those of the training rows, where the settings have such.
+        distance: to the run's training rows; None for a run that keeps no features of them.
         prefix: what all rows begin with, for calls that see a few of them at a time; `keep_prefix` sets it.
 
     Raises:
-        UserError: settings that the run does not have.
+        UserError: settings that the run does not have; the file of its features was lost or altered.
     """
 
     def __init__(
@@ -98,6 +98,7 @@ class Predictor:
             layers = self._once(lambda: as_top_layers(self.whole_run(), spec))
             self.settings = replace(self.settings, stochastic_layers=layers)
         self.strategy = make_strategy(run, self.settings)
+        self.distance = load_features(run.directory, run.record) if isinstance(run, Run) else None
         priors = self.settings.priors
         self.prior_ratios = None if priors is None else priors_over_training(self.whole_run().record, priors)
         self.calibration = calibration_for(getattr(run, "record", None), self.settings)
@@ -165,7 +166,8 @@ class Predictor:
         return self.run
 
     def resolve(self, rows: Sequence[Example] | None = None) -> PredictionSettings:
-        """Choose what is chosen once for these rows and those to come: auto's predictive, the promise's threshold.
+        """Choose what is chosen once for these rows and those to come: auto's predictive, and the thresholds of what is
+        promised, of scope and of sets, from the run's held-out rows.
 
         What was resolved before stays. In several processes the main one chooses.
 
@@ -182,11 +184,15 @@ class Predictor:
             if isinstance(self.strategy, AutoPredictive):
                 rows = held_out_rows(self.whole_run().record) if rows is None else rows
                 self._choose(self.strategy, self.run.encode(list(rows)))
-            promise = self.settings.promise
-            if promise is not None and self.settings.threshold is None:
-                held_out = held_out_rows(self.whole_run().record)
+            if lacks_threshold(self.settings):
+                record = self.whole_run().record
+                held_out = held_out_rows(record)
                 log_probs = self.log_probs(held_out, dataset="held-out rows")
-                self.settings = replace(self.settings, threshold=promise.threshold(log_probs, labels_of(held_out)))
+
+                def of_mean() -> dict[str, Tensor]:
+                    return self.mean_scores(held_out, dataset="held-out rows")
+
+                self.settings = with_thresholds(self.settings, record, held_out, log_probs, of_mean)
             return self.settings
 
     def _choose(self, auto: AutoPredictive, encoded: Sequence[Encoded]) -> None:
@@ -257,6 +263,8 @@ class Predictor:
     def answers(self, rows: Sequence[Example], encoded: Sequence[Encoded] | None = None) -> Iterator[dict[str, Any]]:
         """One answer a row: id, label, probs (choice -> probability), confidence, entropy, aleatoric, epistemic (nats).
 
+        Where the run keeps its features, `distance`; where a coverage is asked for, `set`, None where it has every
+        label; under max_false_alarms `reason`, why the label is None: "out of scope", "unsure" (abstain) or "promise".
         Under adaptive N also `particles`, how many the answer is averaged over; where auto chose, `predictive`; of a
         row that was cut, `truncated`.
 
@@ -267,35 +275,62 @@ class Predictor:
         encoded = self.run.encode(list(rows)) if encoded is None else encoded
         log_probs = self.log_probs(rows, encoded)
         probs, uncertainty, used = average(log_probs), decompose(log_probs), particles_used(log_probs)
-        given = self.answered(log_probs)
+        settings = self.settings
+        of_mean = self.mean_scores(rows, encoded) if self.needs_mean_pass else {}
+        reasons = reasons_of(settings, log_probs, of_mean)
+        sets = sets_under(settings, probs, rows)
         for i, row in enumerate(rows):
             of_row = probs[i, : len(row.choices)].tolist()
             confidence = max(of_row)
             yield {
                 "id": row.id,
-                "label": row.choices[of_row.index(confidence)] if given[i] else None,
+                "label": row.choices[of_row.index(confidence)] if reasons[i] is None else None,
                 "probs": dict(zip(row.choices, of_row, strict=True)),
                 "confidence": confidence,
                 "entropy": uncertainty.total[i].item(),
                 "aleatoric": uncertainty.aleatoric[i].item(),
                 "epistemic": uncertainty.epistemic[i].item(),
+                **{name: values[i].item() for name, values in of_mean.items()},
+                **({} if sets is None else {"set": sets[i]}),
+                **({} if settings.max_false_alarms is None else {"reason": reasons[i]}),
                 **({"particles": int(used[i])} if self.settings.is_adaptive else {}),
                 **({"predictive": self.settings.chosen} if self.settings.chosen is not None else {}),
                 **({"truncated": True} if encoded[i].dropped else {}),
             }
 
-    def answered(self, log_probs: Tensor) -> list[bool]:
-        """Whether each of n rows is answered; log_probs (N, n, C).
+    @property
+    def needs_mean_pass(self) -> bool:
+        """Whether the answers ask for more than the log probabilities: a distance, or the energy."""
+        return self.distance is not None or (
+            self.settings.max_false_alarms is not None and self.settings.oos_score == "energy"
+        )
 
-        Raises:
-            UserError: a promise whose threshold was not resolved.
+    def mean_scores(
+        self, rows: Sequence[Example], encoded: Sequence[Encoded] | None = None, *, dataset: str | None = None
+    ) -> dict[str, Tensor]:
+        """What one pass at the posterior mean says of n rows, (n,) each: "energy", -log sum_c exp(logit_c) of the raw
+        class logits, where it is asked for or `dataset` is given; "distance", where the run has one.
+
+        Args:
+            rows: n questions.
+            encoded: the same as tokens, where they were encoded before.
+            dataset: as in `log_probs`.
         """
-        promise, threshold = self.settings.promise, self.settings.threshold
-        if promise is None:
-            return [highest >= (self.settings.abstain or 0.0) for highest in average(log_probs).amax(dim=1).tolist()]
-        if threshold is None:
-            raise UserError("The threshold of the promised error rate is not known; call resolve(rows) first.")
-        return [bool(given) for given in promise.answered(threshold, log_probs)]
+        scorer = self.run.scorer
+        mean_pass = MeanPass(scorer.model)
+        with alone(scorer.model):
+            if dataset is not None:
+                found = log_probabilities(
+                    self.run, rows, mean_pass, batch_size=self.batch_size, description=dataset,
+                    over_ranks=self.over_ranks, encoded=encoded,
+                )  # fmt: skip
+            else:
+                encoded = self.run.encode(list(rows)) if encoded is None else encoded
+                found = predict(scorer, encoded, mean_pass, batch_size=self.batch_size, over_ranks=self.over_ranks)
+        scores = {"energy": found[0, :, 0]} if dataset is not None or self.settings.oos_score == "energy" else {}
+        if self.distance is not None:
+            scores["distance"] = self.distance(found[0, :, 1 : 1 + mean_pass.size])
+        return scores
 
 
 def kind_of(strategy: Predictive) -> str:
@@ -390,40 +425,3 @@ def describe_method(run: Run, predictive: Predictive, post_hoc: str | None = Non
     layers = getattr(predictive, "stochastic_layers", None)
     suffix += "" if layers is None else f", s in {layers}"
     return f"{title}, {predictive.name if number is None else f'N = {number}'}{suffix}"
-
-
-def run_variance(run: Run, *, limit: int = VARIANCE_ROWS, batch_size: int = 8) -> list[LayerVariance]:
-    """Each stochastic layer's part of the predictive variance on the run's validation rows, lowest layer first.
-
-    Args:
-        run: a loaded run of ScalaBL.
-        limit: take so many rows, the same ones every time.
-        batch_size: rows at a time.
-
-    Raises:
-        UserError: the run's data is not there any more, it has no validation rows, or nothing is uncertain.
-    """
-    rows = held_out_rows(run.record)
-    if not rows:
-        raise UserError("This run has no validation rows to measure the variance of its layers on; name last:K.")
-    if limit < len(rows):
-        rows = tuple(random.Random(0).sample(list(rows), limit))
-    encoded = with_stored_trunk(run.scorer, run.encode(list(rows)), batch_size=batch_size)
-    with progress_bar() as progress:
-        bar = progress.add_task("variance by layer", total=len(encoded), detail="")
-        return layer_variances(run.scorer, encoded, batch_size=batch_size, advance=lambda n: progress.advance(bar, n))
-
-
-def top_holding(found: Sequence[LayerVariance], share: float) -> str:
-    """The "last:K" of the fewest top layers that carry a share of the variance."""
-    return holding_variance({v.name: v.depth for v in found}, {v.name: v.variance for v in found}, share)
-
-
-def as_top_layers(run: Run, spec: str) -> str:
-    """ "variance:0.9" as the "last:K" that it means for a run; other specifications as they are.
-
-    Raises:
-        UserError: it is no specification, or the variance cannot be measured.
-    """
-    kind, share = check_spec(spec, variance=True)
-    return top_holding(run_variance(run), share) if kind == "variance" else spec

@@ -63,7 +63,7 @@ class Promise:
         """
         from scalabl.runs.registry import SAMPLED
 
-        _require_known(record)
+        require_known(record)
         rows = record.rows["validation"]
         exact = self.guarantee == "exact"
         needed = rows_needed(self.max_error, self.confidence) if exact else rows_needed_on_average(self.max_error)
@@ -121,7 +121,7 @@ def held_out_rows(record: RunRecord) -> tuple[Example, ...]:
     from scalabl.data.assemble import select_rows
     from scalabl.data.load import load_task
 
-    _require_known(record)
+    require_known(record)
     settings = record.settings
     try:
         rows = select_rows(load_task(settings.data), settings.rows)
@@ -137,7 +137,12 @@ def held_out_rows(record: RunRecord) -> tuple[Example, ...]:
     return rows.validation
 
 
-def _require_known(record: RunRecord) -> None:
+def require_known(record: RunRecord) -> None:
+    """Refuse a run whose held-out rows are not known.
+
+    Raises:
+        UserError: it was made from an adapter by bayesianize.
+    """
     if record.bayesianized is not None:
         raise UserError(
             "This run was made by scalabl bayesianize, and which rows its LoRA was not trained on is not known, so "

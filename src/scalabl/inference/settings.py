@@ -9,10 +9,15 @@ from typing import Any
 from scalabl.core.errors import UserError
 from scalabl.data.class_balance import check_priors
 from scalabl.inference.promise import Promise
+from scalabl.inference.scope import SCOPE_SCORES
+from scalabl.metrics.conformal import SET_SCORES, rows_for_coverage
 from scalabl.metrics.selective import Threshold
 from scalabl.predictive.sampling import PLAIN, PREDICTIVES, Sampling
 
-_YOUNGER: dict[str, Any] = {"scale": None, "raw": False, "priors": None}  # with their defaults
+_YOUNGER: dict[str, Any] = {  # with their defaults
+    "scale": None, "raw": False, "priors": None, "max_false_alarms": None, "oos_score": None, "oos_above": None,
+    "coverage": None, "set_score": "lac", "per_class": False, "set_thresholds": None,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,13 @@ class PredictionSettings:
         chosen: what auto took, as in a table; None before `Predictor.resolve`, and where nothing was to choose.
         why: its sentence.
         threshold: keeps the promise; None before `Predictor.resolve`.
+        max_false_alarms: answer null where a row is further out of scope than all but this share of rows in scope.
+        oos_score: by which score; None is the distance where the run has one, else the entropy.
+        oos_above: the score's threshold; None before `Predictor.resolve`.
+        coverage: give the set of labels that holds the right one at this rate, beside the label.
+        set_score: by which score of `scalabl.metrics.conformal`.
+        per_class: at that rate within each class.
+        set_thresholds: of that score, one or one a class; None before `Predictor.resolve`.
 
     Raises:
         UserError: a value is out of its range, or two of them exclude each other.
@@ -59,6 +71,13 @@ class PredictionSettings:
     scale: float | None = None
     raw: bool = False
     priors: dict[str, float] | None = None
+    max_false_alarms: float | None = None
+    oos_score: str | None = None
+    oos_above: float | None = None
+    coverage: float | None = None
+    set_score: str = "lac"
+    per_class: bool = False
+    set_thresholds: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.predictive not in (None, *PREDICTIVES):
@@ -75,17 +94,30 @@ class PredictionSettings:
             raise UserError(f"The scale of the posterior is {self.scale}; it must be 0 (the mean) or more.")
         if self.priors is not None:
             check_priors(self.priors)
-        if self.priors is not None and (self.promise is not None or self.is_adaptive):
-            one = "adaptive N settles answers" if self.is_adaptive else "an error rate is promised"
+        if self.priors is not None and (self.has_promise or self.is_adaptive):
+            one = "adaptive N settles answers" if self.is_adaptive else "a rate is promised"
             raise UserError(f"priors are given, but {one} under those of the run's own rows; leave out one of the two.")
         if self.abstain is not None and self.promise is not None:
             raise UserError("abstain and a promised error rate both say when to answer; give one of them.")
+        if self.max_false_alarms is not None and not 0 < self.max_false_alarms < 1:
+            raise UserError(f"The share of false alarms is {self.max_false_alarms}; it must lie between 0 and 1.")
+        if self.oos_score not in (None, *SCOPE_SCORES):
+            raise UserError(f"There is no score of scope {self.oos_score!r}; choose one of {', '.join(SCOPE_SCORES)}.")
+        if self.coverage is not None:
+            rows_for_coverage(self.coverage)  # refuses a coverage that is none
+        if self.set_score not in SET_SCORES:
+            raise UserError(f"There is no score of sets {self.set_score!r}; choose one of {', '.join(SET_SCORES)}.")
         self.drawn()  # refuses a threshold that is none
 
     @property
     def is_adaptive(self) -> bool:
         """Whether rows take different numbers of particles."""
         return self.sampling.confidence is not None
+
+    @property
+    def has_promise(self) -> bool:
+        """Whether thresholds come from held-out rows: of a promised error rate, of scope, or of sets."""
+        return self.promise is not None or self.max_false_alarms is not None or self.coverage is not None
 
     def drawn(self) -> Sampling:
         """The draws; adaptive N is settled by the threshold that answers are given by."""
@@ -113,4 +145,6 @@ class PredictionSettings:
             "promise": promise and Promise(**promise),
             "threshold": threshold and Threshold(**threshold | {"above": float(threshold["above"])}),
         }
+        if values.get("set_thresholds") is not None:
+            nested["set_thresholds"] = tuple(values["set_thresholds"])
         return cls(**values | nested)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from scalabl.core.errors import UserError
 from scalabl.metrics.bootstrap import Metric, check_settings, interval, resamples
-from scalabl.metrics.scores import Ranking, separation
+from scalabl.metrics.scores import Ranking, area_under
 
 DETECTION_METRICS: dict[str, bool] = {"auroc": True, "aupr": True, "fpr95": False}
 """The metrics of a score of scope, and whether higher is better."""
@@ -56,9 +56,12 @@ def detection_draws(score_in: Tensor, score_out: Tensor, bootstrap: int, seed: i
     def figures(out_counts: Tensor, in_counts: Tensor) -> dict[str, Tensor]:
         positives = torch.cat([out_counts, torch.zeros_like(in_counts)], dim=1)
         negatives = torch.cat([torch.zeros_like(out_counts), in_counts], dim=1)
-        area = separation(ranking, positives, negatives)
         found, flagged = ranking.through(positives), ranking.through(negatives)
-        return {"auroc": area, "aupr": _average_precision(found, flagged), "fpr95": _false_alarms(found, flagged)}
+        return {
+            "auroc": area_under(found, flagged),
+            "aupr": _average_precision(found, flagged),
+            "fpr95": _false_alarms(found, flagged),
+        }
 
     once = figures(torch.ones(1, len(shifted)).double(), torch.ones(1, len(known)).double())
     # a hundred resamples at a time: the pairs of counts are copied a few times over

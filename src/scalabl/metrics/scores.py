@@ -128,7 +128,11 @@ def auroc(rows: Rows, counts: Tensor) -> Tensor:
 
 def separation(ranking: Ranking, positives: Tensor, negatives: Tensor) -> Tensor:
     """Area under the ROC curve: P(positive scores above negative) + P(equal) / 2; counts (k, n) each."""
-    above, below = ranking.through(positives), ranking.through(negatives)
+    return area_under(ranking.through(positives), ranking.through(negatives))
+
+
+def area_under(above: Tensor, below: Tensor) -> Tensor:
+    """`separation` of the positives and negatives (k, groups) through each group of equal scores, highest first."""
     num_positive, num_negative = above[:, -1], below[:, -1]
     negatives_here = below.diff(dim=1, prepend=torch.zeros_like(below[:, :1]))
     positives_here = above.diff(dim=1, prepend=torch.zeros_like(above[:, :1]))

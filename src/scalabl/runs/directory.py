@@ -4,6 +4,7 @@ DIR/scalabl.json                 recipe, task, scoring, versions, status, sha256
 DIR/adapter_model.safetensors    the adapter, with adapter_config.json
 DIR/mean/                        a plain LoRA of the posterior mean (method scalabl)
 DIR/joint_covariance.safetensors    covariance between layers (scalabl bayesianize)
+DIR/features.safetensors         the distance to the training rows (a classification head)
 DIR/training_log.json            what the trainer logged
 DIR/checkpoints/                 while it runs
 

@@ -60,7 +60,7 @@ class RunRecord:
         bayesianized: how its posterior was fitted to a finished adapter, where it was.
         calibration: the posterior's scale and the temperature, fitted on held-out rows
             (`scalabl.inference.calibration`); None of an uncalibrated run.
-        adapter_sha256, joint_sha256: of the files, once they are written.
+        adapter_sha256, joint_sha256, features_sha256: of the files, once they are written, where there are such.
         scalabl, version: of the program, and of the record's form.
     """
 
@@ -87,6 +87,7 @@ class RunRecord:
     calibration: dict[str, Any] | None = None
     adapter_sha256: str | None = None
     joint_sha256: str | None = None
+    features_sha256: str | None = None
 
     @classmethod
     def read(cls, directory: Path) -> Self:

@@ -28,7 +28,7 @@ from scalabl.core.errors import UserError
 from scalabl.data.example import Example
 from scalabl.data.fields import rows_of
 from scalabl.inference.adapter import letters_of, refuse_unread
-from scalabl.inference.classifier import Answer, answer_of
+from scalabl.inference.answer import Answer, answer_of
 from scalabl.metrics.uncertainty import apply_temperature
 from scalabl.runs.models import load_tokenizer, saved_tokenizer
 from scalabl.scoring.base import Encoded, Scoring

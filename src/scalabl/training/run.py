@@ -36,6 +36,7 @@ from scalabl.scoring.scorer import Scorer
 from scalabl.scoring.trunk import Trunk
 from scalabl.scoring.trunk_store import with_stored_trunk
 from scalabl.training.choose_scoring import candidates, check_rows, choose_scoring, describe, takes_head
+from scalabl.training.features import fit_distance, write_features
 from scalabl.training.monitors import NonFiniteError, NonFiniteGuard, ProgressBar, StopOnInterrupt, finite
 from scalabl.training.ranks import SeparateNoise, check_launch, fit_checkpoint, has_dropout, require_rows
 from scalabl.training.refusals import require_optimizer
@@ -176,6 +177,7 @@ def _train(
     encoded = processes.first_on_each_machine(lambda: with_stored_trunk(Scorer(adapted, scoring, trunk), rows_of_run))
     log, beside = optimise(settings, output, adapted, scoring, trunk, encoded)
 
+    distance = None if processes.is_sharded() else fit_distance(Scorer(adapted, scoring, trunk), encoded)
     tensors = whole_adapter(adapted)
 
     def publish() -> RunRecord:
@@ -185,7 +187,10 @@ def _train(
         if beside:
             with writing(output / f"{settings.method}.safetensors") as unfinished:
                 save_file(beside, unfinished, metadata={"adapter_sha256": digest})
-        return replace(record, adapter_sha256=digest, warnings=cut + unconverged(log))
+        return replace(
+            record, adapter_sha256=digest, features_sha256=write_features(output, distance),
+            warnings=cut + unconverged(log),
+        )  # fmt: skip
 
     published = RunRecord.of_main(publish)
     calibration = None

@@ -210,11 +210,29 @@ def _mark(axes: Axes, index: int, method: str, probs: Tensor, risk: Tensor, thre
 
 def entropy_histograms(name: str, method: str, label: str, sets: list[tuple[str, Tensor]]) -> str:
     """An uncertainty (rows,) in nats in distribution (first, filled) and on each shifted set (a line)."""
+    top = max(1e-9, max(values.max().item() for _, values in sets))
+    means = ", ".join(f"{set_name} {values.mean().item():.3g}" for set_name, values in sets)
+    description = f"{label} of {method}; means in nats: {means}."
+    return _histograms(name, f"{label} (nats)", [values for _, values in sets], 0, top, description)
+
+
+def score_histograms(name: str, label: str, sets: list[tuple[str, Tensor]]) -> str:
+    """A score of scope (rows,), higher is further out, in distribution (first, filled) and on shifted sets (lines).
+
+    The highest hundredth of all rows stands in the last bar.
+    """
+    low = min(values.min().item() for _, values in sets)
+    high = max(low + 1e-9, max(values.double().quantile(0.99).item() for _, values in sets))
+    medians = ", ".join(f"{set_name} {values.median().item():.3g}" for set_name, values in sets)
+    values = [values.clamp(max=high) for _, values in sets]
+    return _histograms(name, label, values, low, high, f"{label}; medians: {medians}.")
+
+
+def _histograms(name: str, label: str, sets: list[Tensor], low: float, high: float, description: str) -> str:
     drawing = Drawing(3.4, 2.4)
     axes = drawing.axes[0]
-    top = max(1e-9, max(values.max().item() for _, values in sets))
-    edges = np.linspace(0, top, 26).tolist()
-    for i, (_, values) in enumerate(sets):
+    edges = np.linspace(low, high, 26).tolist()
+    for i, values in enumerate(sets):
         weights = np.full(len(values), 1 / len(values))
         if i == 0:
             axes.hist(values, edges, weights=weights, histtype="stepfilled", color=series(0), alpha=0.35)
@@ -227,12 +245,11 @@ def entropy_histograms(name: str, method: str, label: str, sets: list[tuple[str,
             linestyle=dashes(i),
             linewidth=1.5,
         )
-    axes.set(xlim=(0, top), xlabel=f"{label} (nats)", ylabel="share of rows")
+    axes.set(xlim=(low, high), xlabel=label, ylabel="share of rows")
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.yaxis.set_major_locator(MaxNLocator(4))
     axes.xaxis.set_major_locator(MaxNLocator(5))
-    means = ", ".join(f"{set_name} {values.mean().item():.3g}" for set_name, values in sets)
-    return drawing.svg(name, f"{label} of {method}; means in nats: {means}.")
+    return drawing.svg(name, description)
 
 
 def training_curves(name: str, training: dict[str, list[dict[str, float]]]) -> list[str]:

@@ -80,6 +80,9 @@ def render(report: Report, rows: list[dict[str, Any]]) -> str:
             )
         ),
         entropy=[picture for i, method in enumerate(report.methods) for picture in _entropy(i, method)],
+        scope=_scope(report, rows),
+        detection=text.DETECTION_NAMES,
+        detection_arrows=text.DETECTION_ARROWS,
         opened=max((i for i, row in enumerate(rows) if not row["collapsed"]), default=len(rows) - 1),
         training=[Markup(svg) for svg in figures.training_curves("training", report.training)],
         examples=[
@@ -100,6 +103,24 @@ def verdict(row: dict[str, Any], metric: str) -> str:
     if (difference["value"] > 0) != METRICS[metric]:
         return "worse"
     return "at chance" if row["collapsed"] else "better"
+
+
+def _scope(report: Report, rows: list[dict[str, Any]]) -> list[ReportPicture]:
+    """For each shifted set the score, of any method, that tells it best from the rows in distribution."""
+    pictures = []
+    for number, name in enumerate(ood_names(report)):
+        areas = [
+            (figures["auroc"]["value"], -i, score)
+            for i, row in enumerate(rows)
+            if name in row["ood"]
+            for score, figures in row["ood"][name]["scores"].items()
+        ]
+        area, i, score = max(areas)
+        method = report.methods[-i]
+        sets = [("in distribution", method.scope_scores()[score]), (name, method.scope_scores(name)[score])]
+        svg = figures.score_histograms(f"scope-{number}", score, sets)
+        pictures.append(ReportPicture(f"{name}: {score} of {method.name}, AUROC {area:.3f}", Markup(svg)))
+    return pictures
 
 
 def _entropy(index: int, method: MethodResult) -> list[ReportPicture]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from scalabl.core.errors import UserError
+from scalabl.inference.scope import scope_scores
 from scalabl.metrics.selective import Threshold
 from scalabl.metrics.uncertainty import average, decompose
 
@@ -25,6 +26,9 @@ class MethodResult:
         ood: name of a shifted data set -> (N, m, C') log-probabilities; may be empty.
         ood_labels: name of a shifted data set -> (m,) labels; a set without labels gets no accuracy.
         notes: remarks to print under the row ("temperature 1.56").
+        of_mean: scores of one pass at the posterior mean, energy and distance, (n,) each, higher is further out of
+            scope; may be empty.
+        ood_of_mean: name of a shifted data set -> the same of its rows, (m,) each.
         threshold: of the highest probability, chosen on held-out rows for a promised error rate.
     """
 
@@ -35,6 +39,14 @@ class MethodResult:
     ood_labels: dict[str, Tensor] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     threshold: Threshold | None = None
+    of_mean: dict[str, Tensor] = field(default_factory=dict)
+    ood_of_mean: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+
+    def scope_scores(self, other: str | None = None) -> dict[str, Tensor]:
+        """Every score of scope that there is of the rows (n,), or of a shifted set's (m,); higher is further out."""
+        log_probs = self.log_probs if other is None else self.ood[other]
+        of_mean = self.of_mean if other is None else self.ood_of_mean.get(other, {})
+        return {name: torch.from_numpy(values) for name, values in scope_scores(log_probs, of_mean).items()}
 
     def num_choices(self) -> Tensor:
         """(n,) how many choices each row has."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from scalabl.inference.report.results import MethodResult, Report, count_choices
 from scalabl.metrics import evaluate
 from scalabl.metrics.bootstrap import Metric
+from scalabl.metrics.detection import DETECTION_METRICS, judge_detection
 from scalabl.metrics.figures import METRICS, is_collapsed, ood_auroc, paired_difference
 from scalabl.metrics.per_class import per_class
 from scalabl.metrics.uncertainty import average, decompose, mean_particles
@@ -22,6 +23,8 @@ from scalabl.metrics.uncertainty import average, decompose, mean_particles
 NAMES = {"accuracy": "ACC", "nll": "NLL", "ece": "ECE", "brier": "Brier", "auroc": "AUROC", "aurc": "AURC"}
 PERCENT = ("accuracy", "ece")
 ARROWS = {"accuracy": "↑", "nll": "↓", "ece": "↓", "brier": "↓", "auroc": "↑", "aurc": "↓"}
+DETECTION_NAMES = {"auroc": "AUROC", "aupr": "AUPR", "fpr95": "FPR95 %"}
+DETECTION_ARROWS = {name: "↑" if higher else "↓" for name, higher in DETECTION_METRICS.items()}
 MINUS = "\N{MINUS SIGN}"
 
 
@@ -68,8 +71,9 @@ def table(report: Report, *, bootstrap: int = 1000, seed: int = 0) -> list[dict[
         best: names of the metrics in which this method is best, or not told apart from the best by the
             paired interval; a collapsed method is never best, and with one method there is no best
         versus_first: metric -> {value, low, high, reason} of this method minus the first; None in row one
-        ood: name -> {n, auroc_total, auroc_epistemic: {value, low, high, reason}} and, with labels, the
-            metrics, best and collapsed as above
+        ood: name -> {n, auroc_total, auroc_epistemic: {value, low, high, reason}, scores} and, with labels, the
+            metrics, best and collapsed as above; scores: probability, entropy, epistemic, energy, distance, those that
+            there are -> {auroc, aupr, fpr95: {value, low, high, reason}}, the shifted rows being what is to be found
         per_class: where rows share their labels, of each: {label, support, precision, recall, ece}, the last four as in
             `scalabl.metrics.per_class`
 
@@ -125,6 +129,15 @@ def _row(method: MethodResult, bootstrap: int, seed: int) -> dict[str, Any]:
             "n": log_probs.shape[1],
             "auroc_total": asdict(ood_auroc(known.total, shifted.total, bootstrap=bootstrap, seed=seed)),
             "auroc_epistemic": asdict(epistemic),
+        }
+        others = method.scope_scores(name)
+        row["ood"][name]["scores"] = {
+            score: {
+                figure: asdict(metric)
+                for figure, metric in judge_detection(values, others[score], bootstrap=bootstrap, seed=seed).items()
+            }
+            for score, values in method.scope_scores().items()
+            if score in others
         }
         if name in method.ood_labels:
             row["ood"][name] |= _figures(log_probs, method.ood_labels[name], bootstrap, seed)
@@ -215,6 +228,16 @@ def _print_shifted(name: str, rows: list[dict[str, Any]], console: Console) -> N
         grid.add_row(_name(row["method"], shifted), *cells, *auroc)
     console.print(grid)
     console.print(Text("told by ...: AUROC of that uncertainty between the two data sets; 0.5 is blind.", "dim"))
+    grid = _grid(None, ["score", *(f"{DETECTION_NAMES[m]} {DETECTION_ARROWS[m]}" for m in DETECTION_METRICS)])
+    for row in rows:
+        for score, figures in row["ood"][name]["scores"].items():
+            cells = [Text(plus_minus(figures[m], "ece" if m == "fpr95" else "auroc")) for m in DETECTION_METRICS]
+            grid.add_row(Text(row["method"]), Text(score), *cells)
+    console.print(grid)
+    sentence = (
+        "AUPR: shifted rows are to be found; FPR95: share of the others that is flagged where 95 % of them are found."
+    )
+    console.print(Text(sentence, "dim"))
 
 
 def _grid(title: str | None, columns: list[str], *, first: str = "method") -> Table:

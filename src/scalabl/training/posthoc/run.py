@@ -36,6 +36,7 @@ from scalabl.scoring.scorer import Scorer, make_scoring
 from scalabl.scoring.trunk import Trunk
 from scalabl.scoring.trunk_store import with_stored_trunk
 from scalabl.training.choose_scoring import candidates, choose_scoring
+from scalabl.training.features import fit_distance, write_features
 from scalabl.training.monitors import finite
 from scalabl.training.posthoc.laplace import fit_laplace, used_components
 from scalabl.training.posthoc.settings import PosthocSettings, SourceAdapter, refuse_options
@@ -128,7 +129,9 @@ def _build(
     begun = record_of(training, task, labels, counts, scoring, nll, model, config.base_fingerprint)
     fitted = fit(source, scorer, encoded, settings, directory)
     fitted["warnings"] = cut_rows_warning(encoded, scoring) + fitted.get("warnings", [])
-    record = replace(begun, **fitted, status="finished", adapter_sha256=sha256(directory / ADAPTER))
+    features = write_features(directory, fit_distance(scorer, encoded))
+    digest = sha256(directory / ADAPTER)
+    record = replace(begun, **fitted, status="finished", adapter_sha256=digest, features_sha256=features)
     if saved_tokenizer(source.directory) is not None:  # it is read beside the new adapter too
         tokenizer.save_pretrained(str(directory))
     if calibrate is not None:
