@@ -125,7 +125,7 @@ def test_from_the_command_line_to_answers(program: Program, rows: Path, tmp_path
     said = program("bayesianize", source, "--data", rows, "--output", run).sentence()
     assert "does not say what its labels are; pass labels=[...], or --labels" in said
     said = program("bayesianize", source, "--data", rows, "--output", run, "--labels", "red,blue,pink").sentence()
-    assert "has the labels red, blue, green" in said or "but the run was trained on red, blue, pink" in said
+    assert "but the run was trained on 'red', 'blue', 'pink'" in said
     said = program("bayesianize", source, "--data", rows, "--output", run, "--labels", ",".join(LABELS),
                    "--scoring", "letters").sentence()  # fmt: skip
     assert "has a classification head, which has no letters" in said and not run.exists()

@@ -1,12 +1,11 @@
-"""One pass at the posterior mean: how large a row's class logits are, and what a classification head's last layer sees.
+"""One pass at the posterior mean: how large a row's class logits are, and what a classifier's last layer makes of it.
 
-The features of a row are the input of the head's final linear layer: the pooled token behind the head's own
-transformations, in a decoder the hidden state of the last token.
+The features of a row are the hidden states behind the last layer, averaged over its tokens. What the head is given (a
+pooled token) is trained to tell labels apart and has forgotten much else: it tells rows of another kind less well.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,26 +17,10 @@ from scalabl.tuner.layers import decoder_layers, sequence_classifier
 from scalabl.tuner.threads import own
 
 
-def final_layers(model: nn.Module) -> list[nn.Linear]:
-    """The linear layers of a classification head with a logit a label; the one that a pass calls last is the final one.
-
-    There is a second one where a pooler is as wide as there are labels, and where PEFT keeps the untrained head.
-    """
+def feature_size(model: nn.Module) -> int:
+    """How many features a row has; 0 for a model without a classification head."""
     base = sequence_classifier(model)
-    if base is None:
-        return []
-    inside = {id(module) for module in decoder_layers(model).modules()}
-    return [
-        module
-        for module in base.modules()
-        if isinstance(module, nn.Linear) and module.out_features == base.config.num_labels and id(module) not in inside
-    ]
-
-
-def feature_size(model: nn.Module) -> int | None:
-    """How many features a row has; None for a model without a classification head that ends in a linear layer."""
-    layers = final_layers(model)
-    return layers[-1].in_features if layers else None
+    return 0 if base is None else int(base.config.get_text_config().hidden_size)
 
 
 class MeanPass:
@@ -46,25 +29,23 @@ class MeanPass:
     name = "mean pass"
 
     def __init__(self, model: nn.Module) -> None:
-        self.layers: Sequence[nn.Linear] = final_layers(model)
-        self.size = feature_size(model) or 0
+        self.size = feature_size(model)
+        self.last = decoder_layers(model)[-1] if self.size else None
 
     def __call__(self, scorer: Scorer, batch: Batch) -> Tensor:
         seen: list[Tensor] = []
 
-        def see(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            seen.append(args[0] if args else kwargs["input"])
+        def see(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+            seen.append(output[0] if isinstance(output, tuple) else output)
 
-        handles = [layer.register_forward_pre_hook(own(see), with_kwargs=True) for layer in self.layers]
+        handle = None if self.last is None else self.last.register_forward_hook(own(see))
         try:
             energy = -scorer.class_logits(batch).float().logsumexp(dim=-1)
         finally:
-            for handle in handles:
+            if handle is not None:
                 handle.remove()
-        if not self.layers:
+        if handle is None:
             return energy[None, :, None]
-        features = seen[-1].float()
-        if features.dim() == 3:  # a decoder's head is applied to every token, and the last one's logits are taken
-            last = (batch.segments >= 0).sum(dim=1) - 1
-            features = features[torch.arange(len(features), device=features.device), last]
+        real = (batch.segments >= 0)[..., None]
+        features = seen[-1].float().masked_fill(~real, 0).sum(dim=1) / real.sum(dim=1)
         return torch.cat([energy[:, None], features], dim=1)[None]
