@@ -95,7 +95,7 @@ def _record(directory: Path, config: dict[str, Any], labels: Sequence[str] | Non
     found = _labels(directory, named, labels)
     method = _METHODS[kind]
     return RunRecord(
-        recipe=DEFAULTS | own | {"model": as_recorded(named), "method": method, "scoring": HEAD},
+        recipe=DEFAULTS | own | {"model": as_recorded(named), "method": method, "scoring": HEAD, "steps": 0},
         status="finished",
         task=TaskFacts(name="rows that are not known", source="", licence="unknown", labels=list(found)),
         rows=RowCounts(train=0, validation=0),
