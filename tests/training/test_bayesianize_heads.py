@@ -12,6 +12,7 @@ from program import Program
 from safetensors.torch import load_file
 from tiny_base import tiny_encoder, write_jsonl, write_texts
 
+import scalabl
 from scalabl.core.errors import UserError
 from scalabl.core.files import ADAPTER
 from scalabl.predictive import LinearizedPredictive, MeanPredictive, MonteCarloPredictive, predict
@@ -114,8 +115,13 @@ def test_a_finished_run_with_a_head_and_variational_inference(rows: Path, progra
         ended = program(command[0], tmp_path / "vi", *command[1:])
         assert ended.code == 0, ended.err
     record = json.loads((tmp_path / "vi" / "scalabl.json").read_text())
-    of_source = json.loads((tmp_path / "mle" / "scalabl.json").read_text())["scoring"]
-    assert record["scoring"] == of_source and "class_weights" in of_source
+    of_source = json.loads((tmp_path / "mle" / "scalabl.json").read_text())
+    assert record["scoring"] == of_source["scoring"] and "class_weights" in of_source["scoring"]
+    assert record["class_counts"] == of_source["class_counts"]
+    named = scalabl.Classifier.from_pretrained(tmp_path / "vi", labels=record["task"]["labels"])
+    assert named.predictor.settings.raw is False  # its own labels: its own calibration holds
+    with pytest.raises(UserError, match="labels is the run's own"):
+        scalabl.Classifier.from_pretrained(tmp_path / "vi", labels=["a", "b", "c"])
     assert record["scoring_name"] == "head" and record["scoring"]["labels"] == record["task"]["labels"]
 
 

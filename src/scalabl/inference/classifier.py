@@ -151,6 +151,9 @@ class Classifier:
         record = record_of(path, labels=labels, max_length=max_length, model=model)
         if record is not None and is_stock(record):
             labels = max_length = None  # they are in its record now
+        if labels is not None and record is not None and record.scoring["scoring"] == HEAD:
+            refuse_unread(record.scoring, labels=list(labels))
+            labels = None
         if labels is None and record is None:
             raise UserError(f"{path} does not say what its labels are; pass labels=[...].")
         promise = Promise(max_error) if isinstance(max_error, float) else max_error
@@ -159,9 +162,6 @@ class Classifier:
             promise=promise, priors=None if priors is None else dict(priors), max_false_alarms=max_false_alarms,
             coverage=coverage, raw=raw or labels is not None or bool(prefix),
         )  # fmt: skip
-        if labels is not None and record is not None and record.scoring["scoring"] == HEAD:
-            refuse_unread(record.scoring, labels=list(labels))
-            labels = None
         if labels is None and record is not None:
             refuse_unread(record.scoring, chat=chat, max_length=max_length)
         if priors is not None and (record is None or labels is not None):

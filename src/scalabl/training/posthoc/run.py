@@ -127,6 +127,8 @@ def _build(
     fit = _laplace if settings.method == "laplace" else _variational
     counts = RowCounts(train=len(rows), validation=len(held_out))
     begun = record_of(training, task, labels, counts, scoring, nll, model, config.base_fingerprint)
+    if source.record:  # the priors that were learnt are those of its own rows
+        begun = replace(begun, class_counts=source.record.class_counts)
     fitted = fit(source, scorer, encoded, settings, directory)
     fitted["warnings"] = cut_rows_warning(encoded, scoring) + fitted.get("warnings", [])
     features = write_features(directory, fit_distance(scorer, encoded))
