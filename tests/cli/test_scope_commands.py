@@ -18,9 +18,9 @@ from scalabl import Classifier
 from scalabl.core.files import FEATURES
 from scalabl.inference.predictor import Predictor
 from scalabl.inference.promise import held_out_rows
-from scalabl.inference.scope import number_of
+from scalabl.inference.scope import number_of, row_scores
 from scalabl.inference.settings import PredictionSettings
-from scalabl.metrics.conformal import label_scores
+from scalabl.metrics.conformal import label_scores, label_sets, set_thresholds
 from scalabl.metrics.uncertainty import average
 from scalabl.runs.loading import load_run
 from scalabl.training.run import train
@@ -220,3 +220,21 @@ def test_an_altered_file_of_features_is_refused(program: Program, run: Path, row
     (other / FEATURES).write_bytes(content)
     said = program("predict", other, "--input", rows, "--output", tmp_path / "answers.jsonl").sentence()
     assert "features.safetensors was lost or altered" in said
+
+
+def test_sets_of_a_trained_run_have_their_coverage(run: Path, tmp_path: Path) -> None:
+    """Of 240 rows drawn alike, 39 at a time are held out: (39 + 1) 0.8 is whole, so that 0.8 is met and not passed."""
+    rows = list(predictor_rows(run, write_texts(tmp_path, validation=240) / "validation.jsonl"))
+    probs = average(Predictor(load_run(run), SETTINGS).log_probs(rows))
+    labels = np.array([row.answer for row in rows])
+    generator = np.random.default_rng(0)
+    for kind in ("lac", "aps", "raps"):
+        scores, bare, covered = row_scores(probs, rows, kind), [], []
+        for _ in range(200):
+            order = generator.permutation(240)
+            held, new = order[:39], order[39:]
+            found = set_thresholds(scores[held], labels[held], 0.8)
+            bare.append((scores[new, labels[new]] <= found[0]).mean())
+            covered.append(label_sets(probs.numpy()[new], scores[new], found)[np.arange(201), labels[new]].mean())
+        assert np.mean(bare) == pytest.approx(0.8, abs=0.02)
+        assert np.mean(covered) >= np.mean(bare)
