@@ -22,6 +22,14 @@ from scalabl.runs.settings import Settings
 from scalabl.training.run import train
 
 SCORES = ("probability", "entropy", "energy", "distance")
+CHOICE = (
+    "Features were compared on one run of seed 0: layers, first token or mean over tokens, what the head is "
+    "given, relative or not. On these rows the last layer's mean had an AUROC of .973, what the head is given "
+    ".963, lower layers less. With the test rows of Banking77 and TREC as rows out of scope and validation "
+    "rows as those in it, these had .940 and .929 on average, and the lowest layer, which is not run where it "
+    "is stored, .966. The last layer's mean was taken with both in view, so that its figure above is a little "
+    "optimistic."
+)
 FIGURES = ("auroc", "aupr", "fpr95")
 SPLITS = ("train", "validation", "test")
 
@@ -79,9 +87,18 @@ def page(runs: list[dict[str, Any]], facts: dict[str, str]) -> str:
             "brackets: 95 % bootstrap intervals over rows. FPR95: share of rows in scope that is flagged where 95 % of "
             "the others are found.",
             "",
+            CHOICE,
+            "",
             harness.markdown_facts(facts),
         ]
     )
+
+
+def command(parser: Any, a: Any) -> str:
+    """The command without places, and without what is at its default."""
+    given = {k: v for k, v in vars(a).items() if k not in ("data", "work", "output") and v != parser.get_default(k)}
+    words = [f"--{k.replace('_', '-')} {' '.join(map(str, v)) if isinstance(v, list) else v}" for k, v in given.items()]
+    return " ".join(["python benchmarks/out_of_scope.py --data CLINC150", *words])
 
 
 def main() -> None:
@@ -100,7 +117,7 @@ def main() -> None:
         f"learning rate {a.learning_rate:g}, prior mean {a.prior_mean:g}",
         seeds=", ".join(map(str, a.seeds)),
     )
-    facts["command"] = facts["command"].replace(a.data, "CLINC150")
+    facts["command"] = command(parser, a)
     harness.write_results(Path(a.output), "out_of_scope", {"facts": facts, "runs": runs}, page(runs, facts))
 
 
