@@ -1,4 +1,4 @@
-# make demo   bare machine -> environment -> plain LoRA and ScalaBL at the same budget -> table and report.html
+# make demo   bare machine -> environment -> LoRA, its rivals and ScalaBL at the same budget -> table and report.html
 # make test   bare machine -> environment -> the whole test suite
 # make check  lint and the tests that need no model: before every commit
 # make lint   ruff, the contract of the floors (import-linter), mypy

@@ -1,6 +1,7 @@
-"""The demo's table over several seeds: plain LoRA and ScalaBL at the same budget.
+"""A demo's table over several seeds: plain LoRA, ScalaBL and others at the same budget.
 
     python benchmarks/demo_seeds.py
+    python benchmarks/demo_seeds.py --task arc-easy --seeds 0 1 2 --name demo_arc_easy
 
 A seed changes initialisation, order of rows and draws, while training and test rows stay the same: two methods are
 compared seed by seed. Intervals are Student's. Resumable: runs that are finished are not trained again, and a seed
@@ -15,12 +16,13 @@ from typing import Any
 
 import harness
 
-from scalabl.core.files import ADAPTER, sha256
+from scalabl.core.files import ADAPTER, sha256, write_text
+from scalabl.inference.report.lead import as_file, lead_pictures
 from scalabl.inference.report.table import ARROWS, heading, number
 from scalabl.inference.report.table import table as figures_of
 from scalabl.metrics import METRICS
-from scalabl.study import demo
-from scalabl.study.demo import SAMPLES, STEPS, TEST_ROWS, run_demo
+from scalabl.study.demo import run_demo
+from scalabl.study.demos import DEMOS, ROUTING, SAMPLES, demo_settings
 
 TEST = "test"
 SHIFTED = ("accuracy", "nll", "ece")
@@ -30,19 +32,21 @@ Rows = Sequence[dict[str, Any]]  # of one seed, as the report's table gives them
 Methods = dict[str, dict[str, Any]]  # method -> its figures over seeds
 
 
-def of_seed(directory: Path, seed: int, settings: dict[str, int]) -> dict[str, Any]:
+def of_seed(directory: Path, seed: int, settings: dict[str, Any]) -> dict[str, Any]:
     """The facts and figures of one seed, kept in `directory` together with what they were made from."""
 
     def made_from() -> list[Any]:
+        task = settings["task"]
         recipes = [
-            demo.demo_settings(name, seed=seed, steps=settings["steps"]).as_dict() for name in ("mle", "scalabl")
+            demo_settings(task, name, seed=seed, steps=settings["steps"]).as_dict() for name in DEMOS[task].methods
         ]
         # figures are those of these very adapters
         adapters = {path.parent.name: sha256(path) for path in sorted(directory.glob(f"*/{ADAPTER}"))}
-        return [recipes, settings, demo.TASK, demo.SHIFTED_ROWS, adapters]
+        return [recipes, settings, DEMOS[task].shifted_rows, adapters]
 
     def make() -> dict[str, Any]:
         report = run_demo(directory, seed=seed, **settings)
+        write_text(directory / "lead.svg", as_file(lead_pictures(report)))
         return {"facts": report.facts, "methods": figures_of(report)}
 
     directory.mkdir(parents=True, exist_ok=True)
@@ -127,18 +131,23 @@ def _apart(difference: Mapping[str, float | None]) -> bool:
 
 
 def main() -> None:
-    """Run what is missing, and write demo.json, demo.md and demo.csv."""
+    """Run what is missing, and write NAME.json, NAME.md and NAME.csv."""
     parser = harness.options(
         __doc__,
-        seeds=[0, 1, 2],
-        steps=STEPS,
-        test_rows=TEST_ROWS,
+        task=(ROUTING, "which demo", tuple(DEMOS)),
+        seeds=[0, 1, 2, 3, 4],
+        steps=(0, "of each method; 0 for the demo's own"),
+        test_rows=(0, "likewise"),
         samples=SAMPLES,
         runs=(harness.ROOT / "runs" / "demo-seeds", "where the runs go"),
         output=(harness.RESULTS, "directory of the results"),
+        name=("demo", "of the files there"),
     )
     a = parser.parse_args()
-    settings = {name: getattr(a, name) for name in ("steps", "test_rows", "samples")}
+    own = DEMOS[a.task]
+    settings = {
+        "task": a.task, "steps": a.steps or own.steps, "test_rows": a.test_rows or own.test_rows, "samples": a.samples,
+    }  # fmt: skip
     seeds = {seed: of_seed(a.runs / f"seed{seed}", seed, settings) for seed in a.seeds}
     summary = summarize({seed: made["methods"] for seed, made in seeds.items()})
     content = {
@@ -147,7 +156,10 @@ def main() -> None:
         "notes": _notes(seeds),
         "seeds": {str(seed): made for seed, made in seeds.items()},
     }
-    harness.write_results(a.output, "demo", content, markdown(content), csv_of(summary, a.seeds))
+    harness.write_results(a.output, a.name, content, markdown(content), csv_of(summary, a.seeds))
+    first = a.runs / f"seed{a.seeds[0]}" / "lead.svg"
+    if first.exists():
+        write_text(a.output / f"{a.name}.svg", first.read_text(encoding="utf-8"))
 
 
 def _facts(seeds: dict[int, dict[str, Any]]) -> dict[str, str]:

@@ -33,7 +33,7 @@ from scalabl.runs.loading import load_run
 from scalabl.runs.method import Run
 from scalabl.runs.settings import KL_NORMALIZATIONS, Settings
 from scalabl.scoring.text import EncodedText
-from scalabl.study.demo import STEPS, TASK, demo_settings
+from scalabl.study.demos import DEMOS, LANGUAGE, demo_settings
 from scalabl.training.run import train
 from scalabl.tuner import mean, prior_of, stochastic_layers
 from scalabl.tuner.diagnostics import summarize, weights_of
@@ -52,14 +52,14 @@ The loss is the mean over trained tokens in both. Divided by trained tokens the 
 
 def with_unit_rows(a: argparse.Namespace, unit_rows: bool, seed: int) -> dict[str, Any]:
     """Train one run (or take it from `runs`) and measure it on validation rows."""
-    settings = demo_settings("scalabl", seed=seed, steps=a.steps).changed(unit_rows=unit_rows)
+    settings = demo_settings(LANGUAGE, "scalabl", seed=seed, steps=a.steps).changed(unit_rows=unit_rows)
     # the demo's own run where it is the same recipe
     directory = (
         a.runs / ("demo-seeds" if unit_rows else "free-rows") / f"seed{seed}" / f"scalabl-seed{seed}-steps{a.steps}"
     )
     train(settings, directory)
     run = load_run(directory)
-    rows = select_rows(load_task(TASK), settings.rows).validation
+    rows = select_rows(load_task(LANGUAGE), settings.rows).validation
     model = run.scorer.model
     layers = summarize(weights_of(model), prior_of(model))
     row: dict[str, Any] = {"rows of A": "unit length" if unit_rows else "free (paper)", "seed": seed}
@@ -149,11 +149,11 @@ def main() -> None:
     quiet()
     seeds = ",".join(map(str, a.seeds))
     if a.name == "unit_rows":
-        a.steps = a.steps or STEPS
+        a.steps = a.steps or DEMOS[LANGUAGE].steps
         rows = [with_unit_rows(a, unit, seed) for seed in a.seeds for unit in (True, False)]
-        settings = demo_settings("scalabl", seed=0, steps=a.steps)
+        settings = demo_settings(LANGUAGE, "scalabl", seed=0, steps=a.steps)
         own = settings.rows
-        data = f"{TASK}: {own.train_rows} training rows, {own.validation_rows} validation rows (measured on)"
+        data = f"{LANGUAGE}: {own.train_rows} training rows, {own.validation_rows} validation rows (measured on)"
         known = facts(model=settings.model, data=data, seeds=seeds)
     else:
         a.steps = a.steps or 60

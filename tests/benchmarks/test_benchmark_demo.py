@@ -3,8 +3,10 @@
 import csv
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import demo_seeds
 import pytest
@@ -14,6 +16,7 @@ from harness import excludes_zero, mean_with_interval
 
 from scalabl.inference.report.results import MethodResult, Report
 from scalabl.inference.report.table import table
+from scalabl.study.demos import DEMOS, ROUTING
 
 
 def test_student_interval() -> None:
@@ -83,7 +86,7 @@ def test_results_are_written_and_what_is_known_is_not_done_again(
 ) -> None:
     done: list[int] = []
 
-    def run(output: Path, *, seed: int, steps: int, test_rows: int, samples: int) -> Report:
+    def run(output: Path, *, task: str, seed: int, steps: int, test_rows: int, samples: int) -> Report:
         done.append(seed)
         (output / "mle").mkdir(exist_ok=True)
         (output / "mle" / "adapter_model.safetensors").write_bytes(bytes([seed]))
@@ -91,7 +94,19 @@ def test_results_are_written_and_what_is_known_is_not_done_again(
 
     monkeypatch.setattr(demo_seeds, "run_demo", run)
     results, runs = tmp_path / "results", tmp_path / "runs"
-    line = ["demo_seeds.py", "--test-rows", "12", "--output", str(results), "--runs", str(runs)]
+    line = [
+        "demo_seeds.py",
+        "--test-rows",
+        "12",
+        "--output",
+        str(results),
+        "--runs",
+        str(runs),
+        "--seeds",
+        "0",
+        "1",
+        "2",
+    ]
     monkeypatch.setattr("sys.argv", line)
     demo_seeds.main()
     assert done == [0, 1, 2]
@@ -101,6 +116,8 @@ def test_results_are_written_and_what_is_known_is_not_done_again(
     assert content["summary"]["test"]["ScalaBL, N = 3"]["accuracy"]["values"] == accuracy
     assert content["facts"]["model"] == "random predictions" and content["facts"]["seeds"] == "0, 1, 2"
     page = (results / "demo.md").read_text(encoding="utf-8")
+    picture = (results / "demo.svg").read_text(encoding="utf-8")
+    assert ElementTree.fromstring(picture).tag.endswith("svg") and "ScalaBL, N = 3" in picture
     assert "**at chance** in 3 of 3 seeds" in page and "## Shifted: other" in page and "seed 1: note 1" in page
     lines = list(csv.DictReader(io.StringIO((results / "demo.csv").read_text(encoding="utf-8"))))
     (epistemic,) = [x for x in lines if x["metric"] == "auroc_epistemic" and x["method"] == "ScalaBL, N = 3"]
@@ -111,6 +128,6 @@ def test_results_are_written_and_what_is_known_is_not_done_again(
     (runs / "seed1" / "mle" / "adapter_model.safetensors").write_bytes(b"trained anew")
     demo_seeds.main()
     assert done == [0, 1, 2, 1]
-    monkeypatch.setattr("scalabl.study.demo.SHIFTED_ROWS", 7)
+    monkeypatch.setitem(DEMOS, ROUTING, replace(DEMOS[ROUTING], shifted_rows=7))
     demo_seeds.main()
     assert done == [0, 1, 2, 1, 0, 1, 2]

@@ -135,7 +135,7 @@ def test_evaluate_writes_documented_keys(
     assert (found["n"], found["particles"]) == (12, 3)
     entropy = found["entropy"]
     assert entropy["total"] == pytest.approx(entropy["aleatoric"] + entropy["epistemic"])
-    assert found["ood"][str(shifted)].keys() == _FIGURES | {"n", "auroc_total", "auroc_epistemic"}
+    assert found["ood"][str(shifted)].keys() == _FIGURES | {"n", "auroc_total", "auroc_epistemic", "scores"}
     (tempered,) = found["further"]
     assert tempered.keys() == _ROW and any("temperature" in note for note in tempered["notes"])
     assert tempered["accuracy"]["value"] is not None
@@ -170,7 +170,7 @@ def test_evaluate_takes_labels_in_the_order_of_the_run(program: Program, task_di
     directory = evaluated(program, tmp_path, run, "--data", fewer.parent)
     assert one_file["nll"] == directory["nll"] and one_file["accuracy"] == directory["accuracy"]
     sentence = program("evaluate", run, "--data", task_directory).sentence()
-    assert "the run was trained on blue, no, yes" in sentence
+    assert "the run was trained on 'blue', 'no', 'yes'" in sentence
 
 
 def answers(path: Path) -> list[dict[str, Any]]:

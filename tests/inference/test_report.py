@@ -128,8 +128,8 @@ def test_full_report_has_every_section_and_needs_nothing_from_outside(tmp_path: 
     assert {reference[1:] for reference in found.references} <= set(found.ids)
     assert "http" not in html and "@import" not in html and "url(" not in re.sub(r"url\(#", "", html)
     assert not {"script", "link", "img", "iframe", "object"} & set(found.tags)
-    # 3 reliability diagrams, 1 risk-coverage, 3 + 1 entropy histograms, 1 of a score of scope, 4 training curves
-    assert html.count('role="img"') == 13
+    # 2 on top, 3 of reliability, 1 risk-coverage, 3 + 1 of entropy, 1 of a score of scope, 4 training curves
+    assert html.count('role="img"') == 15
     assert len(html) < 2_000_000
     assert "a note" in found.text and "scalabl evaluate out" in found.text
     assert not re.search(r"#0000[ab]\d", html)  # every stand-in colour became one of the page's

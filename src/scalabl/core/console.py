@@ -11,6 +11,7 @@ import errno
 import logging
 import os
 import sys
+import time
 import unicodedata
 import warnings
 from collections.abc import Iterable, Iterator
@@ -18,7 +19,15 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from scalabl.core.processes import is_main
 
@@ -29,8 +38,10 @@ def words_console(*, stderr: bool = False) -> Console:
 
 
 def progress_bar() -> Progress:
-    """A bar on standard error: what, how many of how many, time gone, time left."""
+    """A bar on standard error: what, how many of how many, time gone, time left. In a log: a line every ten seconds."""
     console = words_console(stderr=True)
+    if not console.is_terminal or not is_main():
+        return _Lines(shown=is_main())  # of several processes one shows it
     return Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(),
@@ -41,9 +52,44 @@ def progress_bar() -> Progress:
         TextColumn("{task.fields[detail]}", markup=False),
         console=console,
         transient=True,
-        # a log file would be left an empty line; of several processes one shows it
-        disable=not console.is_terminal or not is_main(),
     )
+
+
+SECONDS = 10.0  # between two lines of progress in a log
+
+
+class _Lines(Progress):
+    """Progress as whole lines, for a log: nothing of what is over sooner.
+
+    Args:
+        shown: whether lines are written at all.
+    """
+
+    def __init__(self, *, shown: bool) -> None:
+        super().__init__(disable=True)
+        self._shown = shown
+        self._last = time.monotonic()
+
+    def update(self, task_id: TaskID, **changed: Any) -> None:
+        super().update(task_id, **changed)
+        self._tell(task_id)
+
+    def advance(self, task_id: TaskID, advance: float = 1) -> None:
+        super().advance(task_id, advance)
+        self._tell(task_id)
+
+    def _tell(self, task_id: TaskID) -> None:
+        now = time.monotonic()
+        if not self._shown or now - self._last < SECONDS:
+            return
+        self._last = now
+        task = self._tasks[task_id]
+        total = "" if task.total is None else f" of {task.total:,.0f}"
+        detail = task.fields.get("detail")
+        print(
+            f"{task.description}: {task.completed:,.0f}{total}{f', {detail}' if detail else ''}",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
 
 
 # what they say while they are imported (kernels that are not there, deprecations of their own), before `quiet`

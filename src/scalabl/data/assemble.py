@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
@@ -91,10 +92,14 @@ def assemble(benchmark: Benchmark, official: Mapping[str, list[Example]]) -> dic
     - Where the official validation serves as test, 10 % (at most 500) as many rows as there are train rows
       become ``"validation"``: from XL's unused rows for WinoGrande, off the train rows otherwise.
 
+    - MMLU's subjects as labels: see `Benchmark.per_class`.
+
     Args:
         benchmark: the table row.
         official: official split name -> all its rows.
     """
+    if benchmark.per_class is not None:
+        return _by_class(official["test"], benchmark.per_class)
     splits: dict[str, tuple[Example, ...]] = {}
     later: set[tuple[str, tuple[str, ...]]] = set()
     for name in ("test", "validation", "train"):
@@ -115,6 +120,20 @@ def assemble(benchmark: Benchmark, official: Mapping[str, list[Example]]) -> dic
     elif benchmark.carves_validation:
         train, splits["validation"] = holdout(train, VALIDATION_FRACTION, SUBSET_SEED)
     return {"train": train, "validation": splits["validation"], "test": splits["test"]}
+
+
+def _by_class(rows: Sequence[Example], counts: tuple[int, int, int]) -> dict[str, tuple[Example, ...]]:
+    """So many rows of every class a split, of those whose text stands once."""
+    often = Counter(row.question.casefold() for row in rows)
+    taken: dict[str, list[Example]] = {"train": [], "validation": [], "test": []}
+    for answer in sorted({row.answer for row in rows if row.answer is not None}):
+        order = shuffled(
+            [row for row in rows if row.answer == answer and often[row.question.casefold()] == 1], SUBSET_SEED
+        )
+        for split, count in zip(taken, counts, strict=True):
+            taken[split] += order[:count]
+            order = order[count:]
+    return {split: tuple(chosen) for split, chosen in taken.items() if chosen}
 
 
 def _prompt(row: Example) -> tuple[str, tuple[str, ...]]:

@@ -19,6 +19,10 @@ Normaliser = Callable[[RawRow, str], Example]  # (raw row, the id it gets if it 
 NO_YES = ("no", "yes")
 
 
+def _spoken(subject: str) -> str:
+    return subject.replace("_", " ")
+
+
 def arc(row: RawRow, name: str) -> Example:
     """``{"id", "question", "choices": {"text", "label"}, "answerKey"}``; labels are A.. or 1.. ."""
     choices = row["choices"]
@@ -43,6 +47,13 @@ def winogrande(row: RawRow, name: str) -> Example:
 def mmlu(row: RawRow, name: str) -> Example:
     """``{"question", "choices", "answer": 0..3}``."""
     return _normalised(name, row["question"], row["choices"], int(row["answer"]))
+
+
+def mmlu_subject(row: RawRow, name: str) -> Example:
+    """MMLU's question as a text and its subject, the ``SUBJECT`` of the id ``SUBJECT-test-7``, as its label."""
+    subject = _spoken(name.rsplit("-", 2)[0])
+    labels = SUBJECT_LABELS if subject in SUBJECT_LABELS else OTHER_SUBJECT_LABELS
+    return Example(name, row["question"].strip(), labels, labels.index(subject))
 
 
 def _normalised(name: str, question: str, choices: Sequence[str], answer: int) -> Example:
@@ -72,11 +83,27 @@ MMLU_SUBJECTS: tuple[str, ...] = (
     "professional_psychology", "public_relations", "security_studies", "sociology", "us_foreign_policy", "virology",
     "world_religions",
 )
+
+# questions by their subject: the routing that the demo learns, and questions of subjects that it never saw. They were
+# chosen by their names, before anything was trained on them.
+IN_SCOPE: tuple[str, ...] = (
+    "anatomy", "astronomy", "clinical_knowledge", "computer_security", "conceptual_physics", "econometrics",
+    "electrical_engineering", "high_school_chemistry", "high_school_geography", "high_school_macroeconomics",
+    "high_school_statistics", "international_law", "machine_learning", "marketing", "nutrition", "philosophy",
+    "professional_accounting", "professional_psychology", "us_foreign_policy", "virology",
+)
+OUT_OF_SCOPE: tuple[str, ...] = (
+    "business_ethics", "elementary_mathematics", "formal_logic", "human_aging", "logical_fallacies",
+    "medical_genetics", "miscellaneous", "prehistory", "sociology", "world_religions",
+)
 # fmt: on
+SUBJECT_LABELS = tuple(map(_spoken, IN_SCOPE))
+OTHER_SUBJECT_LABELS = tuple(map(_spoken, OUT_OF_SCOPE))
 
 _ALL = {"train": "train", "validation": "validation", "test": "test"}
 _VALIDATION_IS_TEST = {"train": "train", "test": "validation"}  # the official test rows have no answers
 _NO_TRAIN = {"validation": "validation", "test": "test"}
+_ALL_OF_TEST = {"train": "test", "validation": "test", "test": "test"}
 
 
 @dataclass(frozen=True)
@@ -105,6 +132,8 @@ class Benchmark:
         normaliser: raw Hub row -> Example.
         labels: class words where every row has the same choices.
         train_rows: take a seeded subset of so many train rows; ``None``: all of them.
+        per_class: where one official split serves as all three: so many rows of every class are for training,
+            validation and test, a seeded subset of those whose text stands nowhere else.
         note: what a reader of a result has to know about the rows.
     """
 
@@ -116,11 +145,19 @@ class Benchmark:
     labels: tuple[str, ...] | None = None
     train_rows: int | None = None
     note: str = ""
+    per_class: tuple[int, int, int] | None = None
 
     @property
     def carves_validation(self) -> bool:
         """Whether the validation split is taken off the train rows, because the official one serves as test."""
         return "train" in self.splits and "validation" not in self.splits
+
+
+def _mmlu_parts(subjects: Sequence[str]) -> tuple[Part, ...]:
+    return tuple(
+        Part("cais/mmlu", subject, f"arrow:hf_datasets/hails/mmlu_no_train/{subject}", f"{subject}-")
+        for subject in subjects
+    )
 
 
 def _arc(name: str, config: str) -> Benchmark:
@@ -137,11 +174,16 @@ def _winogrande(size: str, rows: int) -> Benchmark:
 
 
 def _mmlu(name: str, *subjects: str) -> Benchmark:
-    parts = tuple(
-        Part("cais/mmlu", subject, f"arrow:hf_datasets/hails/mmlu_no_train/{subject}", f"{subject}-")
-        for subject in subjects
-    )
-    return Benchmark(f"mmlu-{name}", parts, _NO_TRAIN, mmlu, "MIT")
+    return Benchmark(f"mmlu-{name}", _mmlu_parts(subjects), _NO_TRAIN, mmlu, "MIT")
+
+
+def _subjects(name: str, subjects: tuple[str, ...], labels: tuple[str, ...], *per_class: int) -> Benchmark:
+    train, validation, test = per_class
+    note = f"{train} training, {validation} validation and {test} test rows a subject, all of the official test rows"
+    return Benchmark(
+        name, _mmlu_parts(subjects), _ALL_OF_TEST, mmlu_subject, "MIT", labels=labels, note=note,
+        per_class=(train, validation, test),
+    )  # fmt: skip
 
 
 _TABLE = (
@@ -167,6 +209,8 @@ _TABLE = (
     _mmlu("chemistry", "high_school_chemistry", "college_chemistry"),
     _mmlu("physics", "high_school_physics", "college_physics"),
     *(_mmlu(subject, subject) for subject in MMLU_SUBJECTS),
+    _subjects("mmlu-subjects", IN_SCOPE, SUBJECT_LABELS, 20, 15, 40),
+    _subjects("mmlu-other-subjects", OUT_OF_SCOPE, OTHER_SUBJECT_LABELS, 0, 0, 40),
 )
 BENCHMARKS: dict[str, Benchmark] = {benchmark.name: benchmark for benchmark in _TABLE}
 

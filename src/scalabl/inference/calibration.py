@@ -94,7 +94,7 @@ class Calibration:
     def in_words(self) -> str:
         """ "posterior's scale 1.4, temperature 0.91, fitted on 300 rows (mc, N = 10): NLL 0.823 -> 0.741"."""
         kind = f"mc, N = {self.samples}" if self.predictive == "mc" else self.predictive
-        scale = "" if self.predictive == "mean" else f"posterior's scale {self.scale:.3g}, "
+        scale = "" if self.scale == 1 else f"posterior's scale {self.scale:.3g}, "
         return (
             f"{scale}temperature {self.temperature:.3g}, fitted on {self.rows:,} rows ({kind}): NLL "
             f"{self.nll['before']:.4f} -> {self.nll['after']:.4f}"

@@ -52,14 +52,8 @@ def evaluate_run(
     predictor = Predictor.load(directory, settings, model=model, batch_size=batch_size)
     settings = predictor.resolve(rows)
     run, calibration = predictor.whole_run(), predictor.calibration
-    plain = predictor
-    if calibration is not None:
-        plain = predictor.as_learnt()
-        plain.resolve(rows)
-    methods = [method_result(plain, rows, shifted)]
-    methods[0].notes[:0] = [] if settings.why is None else [settings.why]
-    if calibration is not None:
-        methods.append(_calibrated(predictor, calibration, methods[0], rows, shifted))
+    plain = as_learnt(predictor, rows)
+    methods = results_of(predictor, plain, rows, shifted)
     if settings.promise is not None and settings.threshold is not None:
         methods[-1].threshold = settings.threshold
         methods[-1].notes.append(_kept(methods[-1], settings.promise, settings.threshold))
@@ -81,6 +75,26 @@ def evaluate_run(
         questions=[(row.text, row.choices) for row in rows],
         labels=run.record.labels,
     )
+
+
+def as_learnt(predictor: Predictor, rows: Sequence[Example]) -> Predictor:
+    """The predictor without its run's calibration, resolved for rows; itself where there is none."""
+    if predictor.calibration is None:
+        return predictor
+    plain = predictor.as_learnt()
+    plain.resolve(rows)
+    return plain
+
+
+def results_of(
+    predictor: Predictor, plain: Predictor, rows: Sequence[Example], shifted: Mapping[str, Sequence[Example]]
+) -> list[MethodResult]:
+    """A run as rows of a report: as learnt, and by its calibration where it has one; `plain` is of `as_learnt`."""
+    methods = [method_result(plain, rows, shifted)]
+    methods[0].notes[:0] = [] if predictor.settings.why is None else [predictor.settings.why]
+    if predictor.calibration is not None:
+        methods.append(_calibrated(predictor, predictor.calibration, methods[0], rows, shifted))
+    return methods
 
 
 def _calibrated(

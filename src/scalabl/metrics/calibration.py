@@ -24,7 +24,7 @@ SCALES = (
     0.0,
     0.5,
     2.0,
-)  # tried first beside 1; then by factors of 2 while the last one is best, then of sqrt(2) around it
+)  # tried first beside 1; where one gains, then by factors of 2 while the last one is best, of sqrt(2) around it
 LARGEST, SMALLEST = 8.0, 0.125
 _NO_GAIN = 1e-4  # nats a row, below which nobody sees a difference
 
@@ -70,12 +70,17 @@ def fit_calibration(predicted: Callable[[float], Tensor], labels: Tensor, *, has
     def best() -> float:
         return min(temperatures, key=lambda scale: (float(losses[scale].mean()), _from_one(scale)))
 
+    def gains(scale: float) -> bool:
+        gain = losses[1.0] - losses[scale]
+        return float(gain.mean()) > max(float(gain.std()) / len(labels) ** 0.5, _NO_GAIN)
+
     as_learnt = predicted(1.0)
     before = float(row_losses(as_learnt, labels, 1.0).mean())
     attempt(1.0, as_learnt)
     if has_scale:
         for scale in SCALES:
             attempt(scale, predicted(scale))
+    if has_scale and gains(best()):
         while best() == max(temperatures) < LARGEST:
             attempt(2 * best(), predicted(2 * best()))
         while best() == min(scale for scale in temperatures if scale > 0) > SMALLEST:
@@ -83,10 +88,7 @@ def fit_calibration(predicted: Callable[[float], Tensor], labels: Tensor, *, has
         centre = best()
         for scale in (centre / 2**0.5, centre * 2**0.5) if centre > 0 else ():
             attempt(scale, predicted(scale))
-    chosen = best()
-    gain = losses[1.0] - losses[chosen]
-    if not float(gain.mean()) > max(float(gain.std()) / len(labels) ** 0.5, _NO_GAIN):
-        chosen = 1.0
+    chosen = best() if gains(best()) else 1.0
     return CalibrationFit(
         chosen,
         temperatures[chosen],

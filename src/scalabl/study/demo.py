@@ -1,110 +1,137 @@
-"""The demo: plain LoRA and ScalaBL trained at the same budget, in and out of distribution. Imports no torch."""
+"""The demos: methods at the same budget on a real model and real rows, in and out of scope, as one report."""
 
 from __future__ import annotations
 
 import platform
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from scalabl.core.errors import UserError
+import torch
+
+from scalabl.data.assemble import select_rows
+from scalabl.data.example import Example
+from scalabl.data.load import load_task, rows_of, shifted_rows
+from scalabl.inference.calibrate import calibration_at_the_end
+from scalabl.inference.evaluation import as_learnt, method_result, results_of, tempered
+from scalabl.inference.predictor import Predictor, labels_of
+from scalabl.inference.report.results import MethodResult, Report
+from scalabl.inference.settings import PredictionSettings
+from scalabl.metrics.uncertainty import fit_temperature
+from scalabl.runs.loading import load_run
 from scalabl.runs.record import RunRecord
-from scalabl.runs.registry import BASELINE
+from scalabl.runs.registry import BASELINE, METHODS
 from scalabl.runs.settings import Settings
+from scalabl.study.demos import DEMOS, LANGUAGE, ROUTING, SAMPLES, demo_settings
+from scalabl.training.run import read_log, train
 
-if TYPE_CHECKING:
-    from scalabl.inference.report.results import Report
-
-TASK = "arc-easy"
-TRAIN_ROWS = 600
-VALIDATION_ROWS = 150
-TEST_ROWS = 300
-SHIFTED = "mmlu-chemistry"
-SHIFTED_ROWS = 100
-STEPS = 150
-SAMPLES = 10
-LAYERS = "last:6"
-TARGETS = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
-
-
-def demo_settings(method: str, *, seed: int, steps: int) -> Settings:
-    """The same budget for both methods: rows, steps, batch, learning rate, targets, rank."""
-    return Settings.flat(
-        data=TASK,
-        method=method,
-        steps=steps,
-        seed=seed,
-        train_rows=TRAIN_ROWS,
-        validation_rows=VALIDATION_ROWS,
-        layers=LAYERS,
-        target_modules=TARGETS,
-        # few steps: sigma needs a rate at which it can arrive, and B a head start before the KL counts in full
-        variational_learning_rate=5e-2,
-        schedule="warmup",
-        kl_warmup=0.5,
-        scoring="continuation",
-        max_length=256,
-    )
-
-
-def check_demo(output: Path, *, steps: int, test_rows: int, samples: int) -> None:
-    """Refuse what cannot work before anything is loaded.
-
-    Raises:
-        UserError: a number below 1, or a place that cannot be written.
-    """
-    for name, value in (("--steps", steps), ("--test-rows", test_rows), ("--samples", samples)):
-        if value < 1:
-            raise UserError(f"{name} is {value}; it must be at least 1.")
-    if output.is_file():
-        raise UserError(f"{output} is a file; choose another --output.")
+BATCH = 32  # rows at a time
+MEMBERS = 3  # of the ensemble
 
 
 def run_demo(
-    output: Path, *, seed: int = 0, steps: int = STEPS, test_rows: int = TEST_ROWS, samples: int = SAMPLES
+    output: Path,
+    *,
+    task: str = ROUTING,
+    seed: int = 0,
+    steps: int | None = None,
+    test_rows: int | None = None,
+    samples: int = SAMPLES,
 ) -> Report:
-    """Train both methods and gather their report; what an earlier call finished is not done again.
+    """Train every method and gather their report; what an earlier call finished is not done again.
 
     Args:
-        output: holds the runs `mle-<seed>` and `scalabl-<seed>`.
+        output: holds the runs.
+        task: which demo.
         seed: of initialisation, order of rows and draws.
-        steps: optimiser steps of each method.
-        test_rows: how many ARC-Easy test rows.
-        samples: N of the Monte Carlo predictive.
+        steps: optimiser steps of each method; None for the demo's own.
+        test_rows: how many rows it is tested on; None for the demo's own.
+        samples: N of the Monte Carlo predictives.
     """
-    from scalabl.data.assemble import select_rows
-    from scalabl.data.load import load_task, rows_of
-    from scalabl.inference.evaluation import method_result, tempered
-    from scalabl.inference.predictor import Predictor, labels_of
-    from scalabl.inference.report.results import MethodResult, Report
-    from scalabl.inference.settings import PredictionSettings
-    from scalabl.metrics.uncertainty import fit_temperature
-    from scalabl.runs.loading import load_run
-    from scalabl.training.run import read_log, train
-
-    test = rows_of(TASK, split="test", limit=test_rows)
-    shifted = {SHIFTED: rows_of(SHIFTED, split="test", limit=SHIFTED_ROWS)}
-    methods: list[MethodResult] = []
-    training = {}
-    for method in (BASELINE, Settings.method):
-        settings = demo_settings(method, seed=seed, steps=steps)
-        directory = output / f"{method}-seed{seed}-steps{steps}"
-        train(settings, directory)
-        run = load_run(directory)
-        held_out = select_rows(load_task(TASK), settings.rows).validation
-        predictives = ["mean", "mc"] if run.is_bayesian else ["mean"]
-        for name in predictives:
-            predictor = Predictor(run, PredictionSettings(predictive=name, samples=samples, seed=seed))
-            result = method_result(predictor, test, shifted)
-            validation = predictor.log_probs(held_out, dataset="temperature")
-            methods += [result, tempered(result, fit_temperature(validation, labels_of(held_out)))]
-        training[result.name.split(",")[0]] = read_log(directory)
-    return Report(
-        title="Plain LoRA and ScalaBL at the same budget",
-        facts=_facts(run.record, len(test), len(shifted[SHIFTED]), seed, steps) | {"training loss": _losses(training)},
-        methods=methods,
-        questions=[(row.question, row.choices) for row in test],
-        training=training,
+    demo = DEMOS[task]
+    steps, test_rows = steps or demo.steps, test_rows or demo.test_rows
+    known = load_task(task)
+    rows = _Rows(
+        test=rows_of(task, split="test", limit=test_rows),
+        shifted={demo.shifted: shifted_rows(demo.shifted, limit=demo.shifted_rows, labels=known.labels)},
+        held_out=select_rows(known, demo_settings(task, BASELINE, seed=seed, steps=steps).rows).validation,
     )
+
+    def trained(method: str, seed: int) -> Path:
+        directory = output / f"{method}-seed{seed}-steps{steps}"
+        # in the language demo every predictive has a temperature of its own, fitted below
+        calibrate = calibration_at_the_end if task == ROUTING else None
+        train(demo_settings(task, method, seed=seed, steps=steps), directory, calibrate=calibrate)
+        return directory
+
+    results: list[MethodResult] = []
+    training = {}
+    for method in demo.methods:
+        directory = trained(method, seed)
+        results += (_routing if task == ROUTING else _language)(directory, rows, samples, seed)
+        training[results[-1].name.split(",")[0]] = read_log(directory)
+    record = RunRecord.read(directory)
+    if task == ROUTING:
+        members = [trained(BASELINE, seed + 1000 * i) for i in range(MEMBERS)]
+        results += _ensemble(members, rows)
+    return Report(
+        title=_TITLES[task],
+        facts=_facts(task, record, rows, seed, steps) | {"training loss": _losses(training)},
+        methods=results,
+        questions=[(row.text, row.choices) for row in rows.test],
+        training=training,
+        lead=f"{METHODS[Settings.method].title}, " if task == ROUTING else None,
+    )
+
+
+@dataclass(frozen=True)
+class _Rows:
+    test: list[Example]
+    shifted: dict[str, list[Example]]
+    held_out: tuple[Example, ...]
+
+
+_TITLES = {
+    ROUTING: "Routing questions to 20 subjects, and telling which belong to none",
+    LANGUAGE: "Plain LoRA and ScalaBL at the same budget",
+}
+
+
+def _routing(directory: Path, rows: _Rows, samples: int, seed: int) -> list[MethodResult]:
+    """A run as learnt and calibrated, by the predictive that a user gets without asking."""
+    settings = PredictionSettings(samples=samples, seed=seed)
+    predictor = Predictor.load(directory, settings, batch_size=BATCH)
+    predictor.resolve(rows.test)
+    return results_of(predictor, as_learnt(predictor, rows.test), rows.test, rows.shifted)
+
+
+def _language(directory: Path, rows: _Rows, samples: int, seed: int) -> list[MethodResult]:
+    """A run by its mean and by N particles, each without and with a temperature of its own."""
+    run = load_run(directory)
+    made = []
+    for name in ["mean", "mc"] if run.is_bayesian else ["mean"]:
+        predictor = Predictor(run, PredictionSettings(predictive=name, samples=samples, seed=seed))
+        made.append(method_result(predictor, rows.test, rows.shifted))
+        held_out = predictor.log_probs(rows.held_out, dataset="temperature")
+        made.append(tempered(made[-1], fit_temperature(held_out, labels_of(rows.held_out))))
+    return made
+
+
+def _ensemble(directories: Sequence[Path], rows: _Rows) -> list[MethodResult]:
+    """M runs of other seeds, averaged [Lakshminarayanan et al. 2017], and with a temperature of their average."""
+    members, held_out = [], []
+    for directory in directories:
+        predictor = Predictor.load(directory, PredictionSettings(raw=True), batch_size=BATCH)
+        members.append(method_result(predictor, rows.test, rows.shifted))
+        held_out.append(predictor.log_probs(rows.held_out, dataset="temperature"))
+    made = replace(
+        members[0],
+        name=f"ensemble of {len(members)}",
+        log_probs=torch.cat([member.log_probs for member in members]),
+        ood={name: torch.cat([member.ood[name] for member in members]) for name in rows.shifted},
+        notes=[f"{len(members)} plain LoRAs, trained and run: {len(members)} times the cost"],
+    )
+    return [made, tempered(made, fit_temperature(torch.cat(held_out), labels_of(rows.held_out)))]
 
 
 def _losses(training: dict[str, list[dict[str, float]]]) -> str:
@@ -113,23 +140,25 @@ def _losses(training: dict[str, list[dict[str, float]]]) -> str:
     return ", ".join(f"{name} {values[0]:.3f} to {values[-1]:.3f}" for name, values in losses.items() if values)
 
 
-def _facts(record: RunRecord, test_rows: int, shifted: int, seed: int, steps: int) -> dict[str, str]:
-    recipe = record.recipe
+def _facts(task: str, record: RunRecord, rows: _Rows, seed: int, steps: int) -> dict[str, str]:
+    recipe, demo = record.recipe, DEMOS[task]
     nll = ", ".join(f"{name} {value:.3f}" for name, value in record.scoring_nll.items())
+    chosen = f", chosen by NLL on validation rows before training ({nll})" if len(record.scoring_nll) > 1 else ""
+    schedule = f" after a warm-up of the KL over {recipe['kl_warmup']:.0%} of the steps"
     return {
         "model": recipe["model"],
-        "data": f"ARC-Easy: {record.rows['train']} training, {record.rows['validation']} validation, "
-        f"{test_rows} test rows; shifted: {SHIFTED}, {shifted} rows",
-        "scoring": f"{record.scoring_name}, chosen by NLL on validation rows before training ({nll})",
+        "data": f"{task}: {record.rows['train']} training, {record.rows['validation']} validation, "
+        f"{len(rows.test)} test rows; shifted: {demo.shifted}, {len(rows.shifted[demo.shifted])} rows",
+        "scoring": f"{record.scoring_name}{chosen}",
         "adapters": f"r = {recipe['r']}, alpha = {recipe['lora_alpha']:g}, {recipe['target_modules']}, "
         f"{recipe['layers']} of the layers; {record.parameters['lora']:,} LoRA and "
         f"{record.parameters['variational']:,} variational parameters",
-        "steps": f"{steps} of {recipe['batch_size']} rows, AdamW {recipe['learning_rate']:g} for both",
-        "posterior": f"variational learning rate {recipe['variational_learning_rate']:g}, exact ELBO after a warm-up "
-        f"of the KL over {recipe['kl_warmup']:.0%} of the steps, prior N({recipe['prior_mean']:g}, "
+        "steps": f"{steps} of {recipe['batch_size']} rows, AdamW {recipe['learning_rate']:g} for all",
+        "posterior": f"variational learning rate {recipe['variational_learning_rate']:g}, exact ELBO"
+        f"{schedule if recipe['schedule'] == 'warmup' else ''}, prior N({recipe['prior_mean']:g}, "
         f"{recipe['prior_std']:g}^2)",
         "seed": str(seed),
         "versions": ", ".join(f"{name} {value}" for name, value in record.versions.items()),
         "device": f"{record.device} ({platform.machine()})",
-        "command": f"scalabl demo --seed {seed} --steps {steps} --test-rows {test_rows}",
+        "command": f"scalabl demo --task {task} --seed {seed} --steps {steps} --test-rows {len(rows.test)}",
     }

@@ -14,6 +14,7 @@ from scalabl.inference.report import figures
 from scalabl.inference.report import results as examples
 from scalabl.inference.report import table as text
 from scalabl.inference.report.figures import key
+from scalabl.inference.report.lead import lead_pictures
 from scalabl.inference.report.results import MethodResult, Report
 from scalabl.inference.report.table import ood_names, table
 from scalabl.metrics.figures import METRICS
@@ -65,6 +66,7 @@ def render(report: Report, rows: list[dict[str, Any]]) -> str:
         report=report,
         rows=rows,
         ood=ood_names(report),
+        lead=[ReportPicture(heading, Markup(svg)) for heading, svg in lead_pictures(report)],
         reliability=[
             ReportPicture(
                 method.name,

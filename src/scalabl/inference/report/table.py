@@ -228,11 +228,25 @@ def _print_shifted(name: str, rows: list[dict[str, Any]], console: Console) -> N
         grid.add_row(_name(row["method"], shifted), *cells, *auroc)
     console.print(grid)
     console.print(Text("told by ...: AUROC of that uncertainty between the two data sets; 0.5 is blind.", "dim"))
+    _print_scores([(row["method"], row["ood"][name]["scores"]) for row in rows], console)
+
+
+def _print_scores(rows: list[tuple[str, dict[str, Any]]], console: Console) -> None:
+    """How well each score tells shifted rows; of many methods the AUROC alone."""
+    if len(rows) > 2:
+        names = list(dict.fromkeys(score for _, scores in rows for score in scores))
+        grid = _grid(None, [f"by {name}" for name in names])
+        for method, scores in rows:
+            of_method = [plus_minus(scores[n]["auroc"], "auroc") if n in scores else "–" for n in names]
+            grid.add_row(Text(method), *map(Text, of_method))
+        console.print(grid)
+        console.print(Text("by ...: AUROC of that score between the two data sets; 0.5 is blind.", "dim"))
+        return
     grid = _grid(None, ["score", *(f"{DETECTION_NAMES[m]} {DETECTION_ARROWS[m]}" for m in DETECTION_METRICS)])
-    for row in rows:
-        for score, figures in row["ood"][name]["scores"].items():
+    for method, scores in rows:
+        for score, figures in scores.items():
             cells = [Text(plus_minus(figures[m], "ece" if m == "fpr95" else "auroc")) for m in DETECTION_METRICS]
-            grid.add_row(Text(row["method"]), Text(score), *cells)
+            grid.add_row(Text(method), Text(score), *cells)
     console.print(grid)
     sentence = (
         "AUPR: shifted rows are to be found; FPR95: share of the others that is flagged where 95 % of them are found."
