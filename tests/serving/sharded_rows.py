@@ -33,6 +33,11 @@ def write_shards(directory: Path, suffix: str, seed: int = 5) -> Path:
     return directory
 
 
+def address_of(path: Path) -> str:
+    """The same place as a store's, reached through pyarrow alone."""
+    return f"fsspec+file://{path}"
+
+
 def read_answers(path: Path) -> list[dict[str, Any]]:
     """Answers as they stand in a file, `probs` as a dictionary."""
     if path.suffix == ".parquet":

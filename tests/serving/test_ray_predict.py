@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
-from sharded_rows import SIZES, all_rows, answers_in, read_answers, titles, write_shards
+from sharded_rows import SIZES, address_of, all_rows, answers_in, read_answers, titles, write_shards
 from tiny_base import as_json, questions, tiny_base, write_jsonl
 
 import scalabl.cli.predict  # noqa: F401  (adds its command to the app)
@@ -37,7 +37,10 @@ from scalabl.training.run import train
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[str]:
-    """The address of a cluster of two cores; this process is connected to it."""
+    """The address of a cluster of two cores; this process is connected to it.
+
+    Every worker imports torch, which is most of what these tests take: two at a time only where it matters.
+    """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield ray.get_runtime_context().gcs_address
@@ -84,12 +87,8 @@ def times(output: Path) -> dict[str, int]:
 
 
 def parts(output: Path) -> list[Path]:
-    """What is answered already, a file a block; Ray Data writes in place."""
-    return [path for path in output.glob(".work/parts/*/*.parquet") if committed(output, path)]
-
-
-def committed(output: Path, part: Path) -> bool:
-    return (output / ".work" / "checkpoints" / f"{part.name.rpartition('-')[0]}.parquet").exists()
+    """What is answered already, a file a block; Ray Data writes in place, and its end last."""
+    return [path for path in output.glob(".work/parts/*/*.parquet") if path.read_bytes()[4:].endswith(b"PAR1")]
 
 
 def test_a_killed_worker_costs_nothing_but_its_block(cluster: str, run: Path, tmp_path: Path) -> None:
@@ -138,14 +137,16 @@ def test_a_killed_worker_costs_nothing_but_its_block(cluster: str, run: Path, tm
 def test_a_killed_driver_goes_on_with_what_is_missing(
     cluster: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The driver that is killed reaches rows and answers through a store's address, the one that goes on by paths."""
     shards, output = write_shards(tmp_path / "rows", "parquet"), tmp_path / "answers"
     layers = {"samples": 12, "seed": 3, "stochastic_layers": "last:1"}
     confidences = sorted(answer["confidence"] for answer in by_one_process(run, tmp_path, **layers, predictive="mc"))
     middle = round((confidences[11] + confidences[12]) / 2, 6)
     settings = {**layers, "abstain": middle, "sampling": Sampling(confidence=0.9)}
     arguments = [
-        "predict", run, "--input", shards, "--output", output, "--ray", cluster, "--block-rows", 2, "--samples", 12,
-        "--seed", 3, "--abstain", middle, "--stochastic-layers", "last:1", "--adaptive", "--confidence", 0.9,
+        "predict", run, "--input", address_of(shards), "--output", address_of(output), "--ray", cluster,
+        "--block-rows", 2, "--samples", 12, "--seed", 3, "--abstain", middle, "--stochastic-layers", "last:1",
+        "--adaptive", "--confidence", 0.9,
     ]  # fmt: skip
     program = "from scalabl.cli import main; main()"
     driver = subprocess.Popen([sys.executable, "-c", program, *map(str, arguments)], stderr=subprocess.PIPE)
@@ -171,6 +172,7 @@ def test_a_killed_driver_goes_on_with_what_is_missing(
         put_together(*arguments)
 
     monkeypatch.setattr(module, "_put_together", look)
+    monkeypatch.setattr(module, "_workers", lambda *_: 1)
     summary = predict_shards(run, shards, output, cluster, PredictionSettings(**settings), block_rows=2)
     (found,) = before
     assert found.items() >= done.items()
@@ -191,7 +193,9 @@ def test_a_killed_driver_goes_on_with_what_is_missing(
 def test_a_row_that_cannot_be_answered_is_named_and_its_mend_redoes_its_shard_alone(
     cluster: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Called by paths, and after the mend through a store's addresses."""
     monkeypatch.setattr(module, "FIRST", 8)
+    monkeypatch.setattr(module, "_workers", lambda *_: 1)
     shards, output = write_shards(tmp_path / "rows", "jsonl"), tmp_path / "answers"
     part = shards / "day=2" / "part-0.jsonl"
     lines = part.read_text().splitlines()
@@ -204,19 +208,19 @@ def test_a_row_that_cannot_be_answered_is_named_and_its_mend_redoes_its_shard_al
     def note(resolved: PredictionSettings) -> None:
         thresholds.append(resolved.threshold)
 
-    def answer() -> Summary:
+    def answer(place: Callable[[Path], str]) -> Summary:
         return predict_shards(
-            run, shards, output, cluster, PredictionSettings(**settings), block_rows=3, tell=note
+            run, place(shards), place(output), cluster, PredictionSettings(**settings), block_rows=3, tell=note
         )  # fmt: skip
 
     with pytest.raises(UserError, match=r"part-0\.jsonl:5: The choices of a row take .* All else is done; mend it"):
-        answer()
+        answer(str)
     before = times(output)
     assert {f"{name}.jsonl" for name in list(SIZES)[:2]} <= before.keys() and "day=2/part-0.jsonl" not in before
     part.write_text("\n".join(lines) + "\n")
     # whose answers are taken away although they are there
     (shards / "a.jsonl").write_text("\n".join([*reversed((shards / "a.jsonl").read_text().splitlines())]) + "\n")
-    answer()
+    answer(address_of)
     after = times(output)
     assert after["day=1/part-0.jsonl"] == before["day=1/part-0.jsonl"] and after["a.jsonl"] != before["a.jsonl"]
     turned = read_answers(output / "a.jsonl")[::-1]
@@ -228,7 +232,7 @@ def test_a_row_that_cannot_be_answered_is_named_and_its_mend_redoes_its_shard_al
 
 
 def test_what_kills_workers_again_and_again_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    setup = Setup("", tmp_path, tmp_path, None, PredictionSettings(), 8, {0: "rows.jsonl"})
+    setup = Setup("", tmp_path, tmp_path, None, PredictionSettings(), 8, {0: Path("rows.jsonl")})
     worker = Worker(setup)
     worker.predictor = object()  # type: ignore[assignment]
 
@@ -383,6 +387,9 @@ def test_options_that_do_not_go_together(run: Path, tmp_path: Path, monkeypatch:
     assert "A block of 0 rows is none" in refused("--ray", "local", "--block-rows", 0)
     assert "must be mean, mc or linearized" in refused("--ray", "local", "--predictive", "best")
     assert "is a directory" in refused()
+    elsewhere = ["predict", str(run), "--input", "s3://bucket/rows", "--output", str(tmp_path / "out")]
+    with pytest.raises(UserError, match=r"s3://bucket/rows is of a store; add --ray local"):
+        app(elsewhere, standalone_mode=False)
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "--ray shares the work by itself" in refused("--ray", "local")
     assert not (tmp_path / "out").exists()

@@ -9,16 +9,27 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from sharded_rows import SIZES, all_rows, read_answers, write_shards
+from sharded_rows import SIZES, address_of, all_rows, read_answers, write_shards
 from tiny_base import as_json, questions, write_jsonl
 
 from scalabl.core.errors import UserError
+from scalabl.core.locations import Location, locate
 from scalabl.data import load_rows
 from scalabl.inference.settings import PredictionSettings
 from scalabl.predictive.sampling import PLAIN
 from scalabl.serving.batch import write_answers
+from scalabl.serving.parts import answers_in, done
 from scalabl.serving.shard_manifest import Receipt, ShardManifest, count, open_output, survey
-from scalabl.serving.shards import Block, ShardSource, examine, find_sources, first_rows, key_of, place_of
+from scalabl.serving.shards import (
+    Block,
+    ShardSource,
+    examine,
+    find_sources,
+    first_rows,
+    key_of,
+    place_of,
+    searched,
+)
 
 
 def source_of(path: Path) -> ShardSource:
@@ -31,9 +42,11 @@ def blocks_of(source: ShardSource, block_rows: int, shard: int = 0) -> list[Bloc
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
-@pytest.mark.parametrize("block_rows", [1, 4, 5, 100])
-def test_blocks_together_are_the_shards_rows_in_their_order(tmp_path: Path, suffix: str, block_rows: int) -> None:
-    sources = find_sources(write_shards(tmp_path, suffix))
+@pytest.mark.parametrize(("block_rows", "given"), [(1, str), (4, str), (5, str), (100, str), (5, address_of)])
+def test_blocks_together_are_the_shards_rows_in_their_order(
+    tmp_path: Path, suffix: str, block_rows: int, given: Callable[[Path], str]
+) -> None:
+    sources = find_sources(given(write_shards(tmp_path, suffix)))
     assert [source.name for source in sources] == list(SIZES)
     found = []
     for i, source in enumerate(sources):
@@ -187,20 +200,23 @@ def answer(i: int, *, adaptive: bool = True) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("format", ["jsonl", "parquet"])
-@pytest.mark.parametrize("adaptive", [True, False])
-def test_answers_come_back_as_they_were_given(tmp_path: Path, format: str, adaptive: bool) -> None:
+@pytest.mark.parametrize(("adaptive", "given"), [(True, str), (False, str), (True, address_of)])
+def test_answers_come_back_as_they_were_given(
+    tmp_path: Path, format: str, adaptive: bool, given: Callable[[Path], str]
+) -> None:
     found = [answer(i, adaptive=adaptive) for i in range(7)]
     found[0]["label"] = None
     whole, receipt = tmp_path / "deep" / f"whole.{format}", Receipt(7, 4, 21 if adaptive else None)
-    assert write_answers([json.dumps(answer) for answer in found], whole, format) == receipt
+    place = locate(given(whole))
+    assert write_answers([json.dumps(answer) for answer in found], place, format) == receipt
     read = read_answers(whole)
     assert read == found and [list(a["probs"]) for a in read] == [["zebra", "ant"]] * 7
-    assert count(whole, format, 7) == receipt
+    assert count(place, format, 7) == receipt
     with pytest.raises(UserError, match="has 7 answers for 8 rows; delete it"):
-        count(whole, format, 8)
+        count(place, format, 8)
     whole.write_bytes(whole.read_bytes()[:-9])
     with pytest.raises(UserError, match="no longer what was written"):
-        count(whole, format, 7)
+        count(place, format, 7)
     assert [path.name for path in tmp_path.rglob(".*")] == []
 
 
@@ -264,3 +280,71 @@ def test_a_shard_that_has_changed_gets_another_index(tmp_path: Path) -> None:
     now, blocks = survey(tmp_path, "jsonl", manifest, find_sources(shards), None, 512)
     assert {shard.name: shard.index for shard in now.values()} == {"a": 0, "day=1/part-0": 3, "day=2/part-0": 2}
     assert [block.shard for block in blocks] == [0, 3, 2]
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "a.jsonl",
+        "",
+        "*.jsonl",
+        "day=?/*.jsonl",
+        "day=[12]/*.jsonl",
+        "**/*.jsonl",
+        "**/part-0.jsonl",
+        "*/part*",
+        "deep/**",
+    ],
+)
+def test_an_address_names_the_shards_that_the_path_names(tmp_path: Path, pattern: str) -> None:
+    write_shards(tmp_path, "jsonl")
+    for hidden in ("_temporary", ".cache", "day=1/.part"):
+        write_jsonl(tmp_path / hidden / "c.jsonl", [ROW])
+    write_jsonl(tmp_path / "deep" / "er" / ".d.jsonl", [ROW])
+    write_jsonl(tmp_path / "deep" / "er" / "d.jsonl", [ROW])
+    pattern = pattern.replace("?", "*") if "[" not in pattern else pattern  # behind a ? are an address's options
+    here, there = (find_sources(f"{base}/{pattern}") for base in (tmp_path, address_of(tmp_path)))
+    assert [source.name for source in there] == [source.name for source in here] != []
+    assert [str(source.path) for source in there] == [address_of(Path(str(source.path))) for source in here]
+    assert [source.stamp()[0] for source in there] == [source.stamp()[0] for source in here]
+    searches = [searched(f"{base}/{pattern}") for base in (tmp_path, address_of(tmp_path))]
+    assert searches[1] == (None if searches[0] is None else locate(address_of(Path(str(searches[0])))))
+
+
+def test_addresses_that_name_no_shards_or_no_place_for_answers(tmp_path: Path) -> None:
+    store = address_of(write_shards(tmp_path / "rows", "jsonl"))
+    for given, message in [
+        (f"{store}/none", "holds no .jsonl and no .parquet file"),
+        (f"{store}/none/*.jsonl", "No file matches"),
+        ("nowhere://rows", "cannot be opened"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            find_sources(given)
+    sources, wanted = find_sources(store), ShardManifest({}, {})
+    with pytest.raises(UserError, match="answers would be taken for shards"):
+        open_output(locate(f"{store}/answers"), wanted, store, sources)
+    assert open_output(locate(f"{store}/answers"), wanted, f"{store}/a.jsonl", sources) is wanted
+    with pytest.raises(UserError, match=r"is not empty and holds no manifest\.json"):
+        open_output(locate(f"{store}/day=1"), wanted, f"{store}/a.jsonl", sources)
+    write_jsonl(tmp_path / "rows" / "e.jsonl", [ROW | {"image": "a.png"}])
+    with pytest.raises(UserError, match=r"e\.jsonl:1: images are not read from a store; give the whole path of a\.png"):
+        first_rows(find_sources(f"{store}/e.jsonl"), None, 1)
+
+
+@pytest.mark.parametrize("given", [str, address_of])
+def test_halves_of_parts_are_taken_away_and_their_rows_are_not_done(
+    tmp_path: Path, given: Callable[[Path], str]
+) -> None:
+    """As a kill leaves them on a file system; what was answered twice counts once."""
+    parts: Location = locate(given(tmp_path / "parts"))
+    assert done(parts).tolist() == [] and answers_in(parts) == {}
+    for name, keys in {"1": [3, -4], "2": [2, 3], "3": [4, 5], "4": [6]}.items():
+        path = tmp_path / "parts" / "shard=0" / f"{name}.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.table({"key": pa.array(keys, pa.int64()), "answer": [f"{name}-{key}" for key in keys]}), path)
+    half = tmp_path / "parts" / "shard=0" / "3.parquet"
+    half.write_bytes(half.read_bytes()[:-1])
+    (tmp_path / "parts" / "shard=0" / "4.parquet").write_bytes(b"")
+    assert done(parts).tolist() == [2, 3]
+    assert sorted(path.name for path in tmp_path.rglob("*.parquet")) == ["1.parquet", "2.parquet"]
+    assert answers_in(parts / "shard=0") == {-4: "1--4", 2: "2-2", 3: "1-3"}

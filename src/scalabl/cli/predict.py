@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 @app.command()
 def predict(
     run: Annotated[Path, typer.Argument(metavar="DIR", help="A run directory.")],
-    input: Annotated[Path, typer.Option("--input", help="JSONL or Parquet rows; answers are ignored.")],
-    output: Annotated[Path, typer.Option("--output", help="JSONL answers, in the order of the rows.")],
+    input: Annotated[str, typer.Option("--input", metavar="PATH", help="JSONL or Parquet rows; answers are ignored.")],
+    output: Annotated[str, typer.Option("--output", metavar="PATH", help="JSONL answers, in the order of the rows.")],
     predictive: options.Predictive = None,
     samples: options.Samples = 10,
     seed: options.Seed = 0,
@@ -76,7 +76,8 @@ def predict(
     are predicted first.
 
     With --ray, --input is a file, a directory of shards or a pattern such as 'rows/*.parquet', and --output a directory
-    with a file of answers for each of them. The same command goes on after a kill, with what is missing.
+    with a file of answers for each of them; either may be an address of a store, such as s3://bucket/rows. The same
+    command goes on after a kill, with what is missing.
     """
     from scalabl.core.files import require_writable
     from scalabl.data.jsonl import load_rows
@@ -108,15 +109,16 @@ def predict(
         return
     if format is not None:
         raise UserError("--format is for --ray; without it the answers are JSONL.")
-    require_writable(output, unlike=(input,))
+    given, written = _on_this_machine(input), _on_this_machine(output)
+    require_writable(written, unlike=(given,))
     labels = record.labels
-    rows = with_labels(load_rows(input, labels=labels, require_answer=False), labels, input)
+    rows = with_labels(load_rows(given, labels=labels, require_answer=False), labels, given)
 
     from scalabl.core.console import quiet
     from scalabl.inference.batch_prediction import predict_file
 
     quiet()
-    done = predict_file(run, rows, output, settings, batch_size=batch_size, tell=_tell, model=model)
+    done = predict_file(run, rows, written, settings, batch_size=batch_size, tell=_tell, model=model)
     if not processes.is_main():
         return
     if done.cut is not None:
@@ -125,13 +127,24 @@ def predict(
         print(f"{len(rows):,} answers from {done.particles:.1f} of at most {samples} particles each, on average")
     if max_error is not None or max_false_alarms is not None:
         share = done.answered / len(rows)
-        print(f"answered   {done.answered:,} of {len(rows):,} rows ({share:.1%}) in {output}")
+        print(f"answered   {done.answered:,} of {len(rows):,} rows ({share:.1%}) in {written}")
+
+
+def _on_this_machine(text: str) -> Path:
+    from scalabl.core.locations import is_address, locate
+
+    if not is_address(text):
+        return Path(text)
+    location = locate(text)
+    if not isinstance(location, Path):
+        raise UserError(f"{text} is of a store; add --ray local, which works on shards and on stores.")
+    return location
 
 
 def _predict_shards(
     run: Path,
-    input: Path,
-    output: Path,
+    input: str,
+    output: str,
     address: str,
     settings: PredictionSettings,
     format: str | None,

@@ -12,6 +12,7 @@ import os
 import platform
 import re
 import shutil
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from scalabl.core.errors import UserError
+from scalabl.core.locations import Location, StorePath
 
 OTHER_CACHE = "set SCALABL_CACHE to a directory that you may write"
 ADAPTER = "adapter_model.safetensors"
@@ -26,7 +28,7 @@ JOINT = "joint_covariance.safetensors"
 FEATURES = "features.safetensors"
 
 
-def read_json(path: Path, *, missing: str, mend: str, expected: str, key: str | None = None) -> dict[str, Any]:
+def read_json(path: Location, *, missing: str, mend: str, expected: str, key: str | None = None) -> dict[str, Any]:
     """The mapping in a JSON file.
 
     Args:
@@ -100,7 +102,7 @@ def read_yaml(path: Path, *, missing: str, mend: str, expected: str, key: str | 
 
 
 def _read(
-    path: Path, parse: Callable[[str], Any], kind: str, missing: str, mend: str, expected: str, key: str | None
+    path: Location, parse: Callable[[str], Any], kind: str, missing: str, mend: str, expected: str, key: str | None
 ) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(missing)
@@ -108,6 +110,8 @@ def _read(
         content = parse(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); change its permissions.") from error
+    except UserError:  # of a store
+        raise
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not {kind} (it is not text); {mend}.") from error
     except RecursionError as error:
@@ -135,12 +139,18 @@ def cache_directory() -> Path:
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[Path]:
+def writing(path: Location) -> Iterator[Path]:
     """A temporary path beside `path`, for a file or a directory, that is put in its place when all is written.
 
     Whole or not at all: a file's bytes are on the disk before it gets its name, what fails within leaves nothing, and
-    two writers of one path do not meet. What a killed writer of this machine has left, the next one takes away.
+    two writers of one path do not meet. What a killed writer of this machine has left, the next one takes away. For a
+    store it is a file of this machine, sent as one object.
     """
+    if isinstance(path, StorePath):
+        with tempfile.TemporaryDirectory(prefix="scalabl-") as directory:
+            yield (whole := Path(directory, path.name))
+            path.write_bytes(whole.read_bytes())
+        return
     unfinished = _beside(path)
     try:
         yield unfinished
@@ -149,7 +159,7 @@ def writing(path: Path) -> Iterator[Path]:
                 os.fsync(written.fileno())
         os.replace(unfinished, path)
     finally:
-        _remove(unfinished)
+        remove(unfinished)
 
 
 def _beside(path: Path) -> Path:
@@ -163,34 +173,39 @@ def _beside(path: Path) -> Path:
 
             for name, found in left:
                 if not psutil.pid_exists(int(found[1])):
-                    _remove(path.with_name(name))
+                    remove(path.with_name(name))
     return path.with_name(f".{path.name}.{machine}.{os.getpid()}.{uuid.uuid4().hex[:8]}")
 
 
-def _remove(path: Path) -> None:
+def remove(path: Location) -> None:
+    """Take away a file or a directory, as far as it is there."""
+    if isinstance(path, StorePath):
+        path.remove_all()
+        path.unlink(missing_ok=True)
+        return
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     with suppress(OSError):
         path.unlink(missing_ok=True)
 
 
-def write_json(path: Path, content: Any) -> None:
+def write_json(path: Location, content: Any) -> None:
     """Write JSON whole or not at all."""
     write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
-def write_text(path: Path, content: str) -> None:
+def write_text(path: Location, content: str) -> None:
     """Write a text file whole or not at all."""
     write_bytes(path, content.encode())
 
 
-def write_bytes(path: Path, content: bytes) -> None:
+def write_bytes(path: Location, content: bytes) -> None:
     """Write a file whole or not at all."""
     with writing(path) as unfinished:
         unfinished.write_bytes(content)
 
 
-def require_place(directory: Path, *, named: Path | None = None, mend: str = "choose another --output") -> None:
+def require_place(directory: Location, *, named: Location | None = None, mend: str = "choose another --output") -> None:
     """Refuse a directory in which no file can be made, or, where it is missing, in the nearest of its parents.
 
     Args:
@@ -201,13 +216,18 @@ def require_place(directory: Path, *, named: Path | None = None, mend: str = "ch
     Raises:
         UserError: the operating system refuses.
     """
+    if isinstance(directory, StorePath):
+        probe = directory / f".probe.{uuid.uuid4().hex[:8]}"
+        probe.write_bytes(b"")
+        probe.unlink()
+        return
     place = directory.resolve()
     while not place.exists():
         place = place.parent
-    probe = _beside(place / "probe")
+    beside = _beside(place / "probe")
     try:
-        probe.touch()
-        probe.unlink()
+        beside.touch()
+        beside.unlink()
     except OSError as error:
         raise UserError(f"{named or directory} cannot be written ({error.strerror}); {mend}.") from error
 
@@ -236,7 +256,7 @@ def require_writable(*files: Path | None, unlike: Sequence[Path] = ()) -> None:
         require_place(parent, named=file, mend="choose another directory")
 
 
-def sha256(path: Path) -> str:
+def sha256(path: Location) -> str:
     """Hex digest of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

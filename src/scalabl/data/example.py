@@ -14,11 +14,12 @@ from typing import Any, Generic, TypeVar
 
 from scalabl.core.errors import UserError, one_line
 from scalabl.core.files import sha256
+from scalabl.core.locations import Location, StorePath
 
 KEY = "image"
 
 
-def images_of(raw: Any, folder: Path, where: str) -> tuple[str, ...]:
+def images_of(raw: Any, folder: Location, where: str) -> tuple[str, ...]:
     """The row's images as whole paths, none where it has no ``"image"``.
 
     Args:
@@ -35,7 +36,15 @@ def images_of(raw: Any, folder: Path, where: str) -> tuple[str, ...]:
     paths = named if isinstance(named, list) else [named]
     if not paths or not all(isinstance(path, str) and path.strip() for path in paths):
         raise UserError(f'{where}: "{KEY}" is {named!r}; write the path of an image, or a list of paths.')
-    return tuple(_checked(folder / Path(path).expanduser(), where) for path in paths)
+    return tuple(_checked(_whole(folder, Path(path).expanduser(), where), where) for path in paths)
+
+
+def _whole(folder: Location, path: Path, where: str) -> Path:
+    if path.is_absolute():
+        return path
+    if isinstance(folder, StorePath):
+        raise UserError(f"{where}: images are not read from a store; give the whole path of {path} on every machine.")
+    return folder / path
 
 
 def _checked(path: Path, where: str) -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from scalabl.core.errors import UserError
+from scalabl.core.locations import Location
 from scalabl.data.example import Example, Task, check, few, first_duplicate, images_of
 from scalabl.data.fields import PAIR, answer_index, check_keys, choices_of, is_text_row, label_of, row_id, text_of
 from scalabl.data.records import Ids, name_of, read_fields, split_files
@@ -73,7 +74,7 @@ class PlacedRow:
 
 
 def stream_rows(
-    path: Path, labels: Sequence[str] | None, *, name: str | None = None, place: int = 0, number: int = 1
+    path: Location, labels: Sequence[str] | None, *, name: str | None = None, place: int = 0, number: int = 1
 ) -> Iterator[PlacedRow]:
     """Read the prediction rows of a file one by one, from its beginning or from a row's place on.
 
@@ -123,7 +124,9 @@ def _parse_file(path: Path, require_answer: bool) -> list[_Row]:
     return [row for _, row in _parse(path, path.stem, require_answer)]
 
 
-def _parse(path: Path, name: str, require_answer: bool, *, place: int = 0, line: int = 1) -> Iterator[tuple[int, _Row]]:
+def _parse(
+    path: Location, name: str, require_answer: bool, *, place: int = 0, line: int = 1
+) -> Iterator[tuple[int, _Row]]:
     ids = Ids()
     first: _Row | None = None
     for at, number, raw in read_fields(path, place=place, line=line):
@@ -138,7 +141,7 @@ def _parse(path: Path, name: str, require_answer: bool, *, place: int = 0, line:
         yield at, row
 
 
-def _parse_row(raw: dict[str, Any], where: str, name: str, require_answer: bool, folder: Path) -> _Row:
+def _parse_row(raw: dict[str, Any], where: str, name: str, require_answer: bool, folder: Location) -> _Row:
     text_row = is_text_row(raw, where)
     check_keys(raw, where, text_row, require_answer)
     name = row_id(raw, where, name)

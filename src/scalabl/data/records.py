@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 from scalabl.core.errors import UserError
 from scalabl.core.files import RepeatedKeyError, each_key_once
+from scalabl.core.locations import Location, for_arrow
 
 SPLITS = ("train", "validation", "test")
 
@@ -70,7 +71,7 @@ def rows_in(path: Path) -> Iterator[tuple[str, str, dict[str, Any]]]:
         yield f"{path}:{number}", f"{path.stem}:{number}", raw
 
 
-def read_fields(path: Path, *, place: int = 0, line: int = 1) -> Iterator[tuple[int, int, dict[str, Any]]]:
+def read_fields(path: Location, *, place: int = 0, line: int = 1) -> Iterator[tuple[int, int, dict[str, Any]]]:
     """Yield (place, number, fields) of every row of a ``.jsonl`` or ``.parquet`` file, unchecked.
 
     Raises:
@@ -98,7 +99,7 @@ class Ids:
         self._place[name] = where
 
 
-def read_objects(path: Path, *, place: int = 0, line: int = 1) -> Iterator[tuple[int, int, dict[str, Any]]]:
+def read_objects(path: Location, *, place: int = 0, line: int = 1) -> Iterator[tuple[int, int, dict[str, Any]]]:
     """Yield (byte offset, line number, object) for every non-blank line.
 
     Args:
@@ -159,7 +160,7 @@ def _parse(text: str, where: str) -> dict[str, Any]:
 _AT_ONCE = 1000  # rows
 
 
-def read_parquet_objects(path: Path, *, place: int = 0) -> Iterator[tuple[int, int, dict[str, Any]]]:
+def read_parquet_objects(path: Location, *, place: int = 0) -> Iterator[tuple[int, int, dict[str, Any]]]:
     """Yield (0-based row, 1-based row, fields) for every row, one row group in memory at most.
 
     Args:
@@ -175,7 +176,7 @@ def read_parquet_objects(path: Path, *, place: int = 0) -> Iterator[tuple[int, i
     if not path.is_file():
         raise UserError(f"{path} does not exist or is no file; give the path of a .parquet file.")
     try:
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(for_arrow(path)) as file:
             if file.metadata.num_rows == 0:
                 raise UserError(f"{path} has no rows; give a Parquet file that has some.")
             # pandas writes the index of a filtered table as a column

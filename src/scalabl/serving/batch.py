@@ -3,14 +3,16 @@
     blocks of rows -> map_batches over a pool of predictors -> parts (Parquet) -> one file of answers a shard
 
 A block is a read task of a Ray Data source (`ShardRows`), so that rows keep the sentences of this package's own reader,
-their lines and their default ids. Beside every part Ray Data writes a checkpoint with the keys of its rows, in two
-phases: a part that its task did not finish is taken away before the next call reads which keys are done. A row that
-cannot be answered leaves its sentence under its negative key, which counts as not done. In the end the parts of a shard
-are put together in the order of its rows, each row once.
+their lines and their default ids. A part is its own mark: Parquet is whole or has no end, so that the next call takes
+away the halves that a kill has left, and answers the rows whose keys are in no part. A row that cannot be answered
+leaves its sentence under its negative key, which counts as not done. In the end the parts of a shard are put together
+in the order of its rows, each row once.
 
-Two things are not left to Ray Data. Its filter of rows that are done is a pool of actors, which take the processors
-that the predictors wait for (2.60: a cluster of two cores stands still); here the driver leaves the blocks out that are
-done. And it repeats what a dead worker was at for ever; here workers count (`batch_worker`).
+Three things are not left to Ray Data (2.60). Its checkpoints are marks beside the parts that are renamed when a part is
+written; a store copies and deletes instead, and a kill between the two leaves a mark of rows whose part is then taken
+away. Its filter of rows that are done is a pool of actors, which take the processors that the predictors wait for (a
+cluster of two cores stands still); here the driver leaves the rows out that are done. And it repeats what a dead worker
+was at for ever; here workers count (`batch_worker`).
 
 What has to be the same for all rows (the predictive that auto takes, the threshold that keeps a promise) is resolved
 once, before, by a task: that stands where the answers are made, while the driver may have no accelerator and no room
@@ -23,7 +25,6 @@ import contextlib
 import json
 import logging
 import os
-import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -34,18 +35,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from filelock import FileLock, Timeout
 from ray.data import ActorPoolStrategy, DataContext, Datasource, ReadTask, read_datasource
 from ray.data.block import BlockMetadata
-from ray.data.checkpoint import CheckpointConfig, IdColumnCheckpointManager
 from ray.exceptions import NodeDiedError, OutOfMemoryError, WorkerCrashedError
 
 from scalabl.core.errors import UserError
-from scalabl.core.files import writing
+from scalabl.core.files import remove, writing
+from scalabl.core.locations import Location, StorePath, locate
 from scalabl.inference.calibration import calibration_for
 from scalabl.inference.settings import PredictionSettings
 from scalabl.runs.record import RunRecord
+from scalabl.serving.alone import alone
 from scalabl.serving.batch_worker import ATTEMPTS, BEGUN, Setup, Worker, deadly, refusal, resolve
+from scalabl.serving.parts import answers_in, done
 from scalabl.serving.ray_address import connected, gpus_each
 from scalabl.serving.shard_manifest import (
     WORK,
@@ -68,8 +70,8 @@ FORMATS = ("jsonl", "parquet")
 BLOCK_ROWS = 512
 FIRST = 1000  # rows on which auto's choice is made
 _WORK_MEMORY = 1.5  # times the model's weights, what a worker on a CPU is given
-_PARTS, _CHECKPOINTS = "parts", "checkpoints"  # in WORK
-_CONTEXT = ("checkpoint_config", "enable_progress_bars", "raise_original_map_exception")  # of Ray Data, put back
+_PARTS = "parts"  # in WORK
+_CONTEXT = ("enable_progress_bars", "raise_original_map_exception")  # of Ray Data, put back
 
 
 @dataclass(frozen=True)
@@ -91,8 +93,8 @@ class Summary:
 
 def predict_shards(
     directory: Path,
-    given: Path,
-    output: Path,
+    given: str | Path,
+    output: str | Path,
     address: str,
     settings: PredictionSettings,
     *,
@@ -105,9 +107,9 @@ def predict_shards(
     """Answer every shard into a file of its own; the same call goes on after any kill.
 
     Args:
-        directory: a finished run, at the same path on every machine, as are the shards and the output.
-        given: a file, a directory of shards, or a glob pattern.
-        output: a directory; the answers to the shard a/b.jsonl are a/b.jsonl in it.
+        directory: a finished run, at the same path on every machine, as are the shards and the output that are paths.
+        given: a file, a directory of shards, or a glob pattern; a path, or an address such as s3://bucket/rows.
+        output: a directory, likewise; the answers to the shard a/b.jsonl are a/b.jsonl in it.
         address: of the cluster, "auto", or "local".
         settings: what decides the answers.
         format: "jsonl" or "parquet"; None is that of the shards.
@@ -128,28 +130,28 @@ def predict_shards(
     labels = record.labels
     sources = find_sources(given)
     format = format or sources[0].format
-    output = Path(os.path.abspath(output))
+    target = locate(output)
     named = settings.to_dict() | {"predictive": settings.predictive or "auto", "format": format}
     calibration = {} if calibration_for(record, settings) is None else {"calibration": record.calibration}
-    manifest = open_output(output, ShardManifest(_adapter_of(record) | calibration, named), given, sources)
-    shards, blocks = survey(output, format, manifest, sources, labels, block_rows)
+    manifest = open_output(target, ShardManifest(_adapter_of(record) | calibration, named), given, sources)
+    shards, blocks = survey(target, format, manifest, sources, labels, block_rows)
     if blocks:
         files = {shards[source.name].index: source.path for source in sources}
-        work, model = output / WORK, _absolute(model)
+        work, model = target / WORK, _absolute(model)
         setup = Setup(os.getcwd(), directory.resolve(), work, model, settings, batch_size, files)
         with connected(address) as ray:
             gpus = gpus_each(ray)
-            require_device(manifest, output, "GPU" if gpus else "CPU")
-            with _alone(output, manifest):
+            require_device(manifest, target, "GPU" if gpus else "CPU")
+            with _alone(target, manifest):
                 if manifest.resolved is None:
                     first = first_rows(sources, labels, FIRST)
                     manifest.resolved, manifest.weight_bytes = _resolve_remotely(ray, gpus, setup, first)
                 if tell is not None:
                     tell(manifest.resolved)
-                manifest.begin(output, format, shards, {block.source.name for block in blocks})
+                manifest.begin(target, format, shards, {block.source.name for block in blocks})
                 workers = min(_workers(ray, gpus, manifest.weight_bytes), len(blocks))
                 _answer(replace(setup, settings=manifest.resolved), blocks, labels, workers, gpus)
-                _put_together(output, format, manifest, {block.shard: block.source for block in blocks})
+                _put_together(target, format, manifest, {block.shard: block.source for block in blocks})
     elif tell is not None and manifest.resolved is not None:
         tell(manifest.resolved)
     receipts = manifest.receipts.values()
@@ -203,23 +205,6 @@ def _read(block: Block, labels: Sequence[str] | None, done: frozenset[int]) -> l
     ]
 
 
-class _Checkpoints(IdColumnCheckpointManager):
-    """Ray Data's checkpoints, read by the driver."""
-
-    def done(self, parts: Path) -> Keys:
-        """Sorted keys of the rows whose answers are written; parts that were not finished are taken away."""
-        directory = Path(self.checkpoint_path)
-        if any(directory.glob("*.pending.parquet")):
-            self._clean_pending_checkpoints(str(parts))
-        found = [pq.read_table(path, columns=["key"])["key"].to_numpy() for path in directory.glob("*.parquet")]
-        keys = np.unique(np.concatenate([np.empty(0, np.int64), *found]))
-        return keys[keys > 0]
-
-    def load_checkpoint(self, *_: Any, **__: Any) -> tuple[None, int]:
-        """Nothing for Ray Data's own filter: what is done is not read."""
-        return None, 0
-
-
 def _answer(setup: Setup, blocks: Sequence[Block], labels: Sequence[str] | None, workers: int, gpus: int) -> None:
     """Write the answers to all rows that have none into parts.
 
@@ -227,28 +212,28 @@ def _answer(setup: Setup, blocks: Sequence[Block], labels: Sequence[str] | None,
         UserError: the model cannot be loaded, a shard has changed, or workers die of some rows.
     """
     parts = setup.work / _PARTS
-    shutil.rmtree(setup.work / BEGUN, ignore_errors=True)
+    remove(setup.work / BEGUN)
     context = DataContext.get_current()
     before = {name: getattr(context, name) for name in _CONTEXT}
-    config = CheckpointConfig(
-        "key", str(setup.work / _CHECKPOINTS), delete_checkpoint_on_success=False, checkpoint_manager_cls=_Checkpoints
-    )
-    source = ShardRows(blocks, labels, _Checkpoints(config, context).done(parts))
+    source = ShardRows(blocks, labels, done(parts))
     if not source.tasks:
         return
     workers = min(workers, len(source.tasks))
     few = max(1, workers // 8)  # reading and writing take next to nothing, and no core that a predictor waits for
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what ends the work is raised here, as a sentence
     try:
-        context.checkpoint_config, context.enable_progress_bars = config, sys.stderr.isatty()
+        context.enable_progress_bars = sys.stderr.isatty()
         context.raise_original_map_exception = True
         rows = read_datasource(source, override_num_blocks=len(source.tasks), num_cpus=0, concurrency=few)
         answers = rows.map_batches(
             Worker, fn_constructor_args=(setup,), batch_size=None, batch_format="pyarrow",
             compute=ActorPoolStrategy(size=workers), num_cpus=1, num_gpus=gpus, scheduling_strategy="SPREAD",
         )  # fmt: skip
+        store = parts if isinstance(parts, StorePath) else None
         answers.write_parquet(
-            str(parts), partition_cols=["shard"], ray_remote_args={"num_cpus": 0}, concurrency=few
+            str(parts) if store is None else store.path, partition_cols=["shard"],
+            ray_remote_args={"num_cpus": 0}, concurrency=few,
+            filesystem=store and store.filesystem, try_create_dir=store is None or store.has_directories,
         )  # fmt: skip
     except Exception as error:
         raise refusal(error) from error
@@ -257,7 +242,7 @@ def _answer(setup: Setup, blocks: Sequence[Block], labels: Sequence[str] | None,
             setattr(context, name, value)
 
 
-def _put_together(output: Path, format: str, manifest: ShardManifest, sources: Mapping[int, ShardSource]) -> None:
+def _put_together(output: Location, format: str, manifest: ShardManifest, sources: Mapping[int, ShardSource]) -> None:
     """Make a file of answers of every open shard whose rows are all answered.
 
     Raises:
@@ -267,7 +252,7 @@ def _put_together(output: Path, format: str, manifest: ShardManifest, sources: M
     for shard in manifest.shards.values():
         if shard.index not in sources:
             continue
-        found = _answers_in(output / WORK / _PARTS / f"shard={shard.index}")
+        found = answers_in(output / WORK / _PARTS / f"shard={shard.index}")
         answers = [answer for key, answer in found.items() if key > 0]
         if len(answers) == shard.rows:
             manifest.receipts[shard.name] = write_answers(answers, answers_path(output, shard.name, format), format)
@@ -278,20 +263,10 @@ def _put_together(output: Path, format: str, manifest: ShardManifest, sources: M
     if failed:
         others = f" {len(failed) - 1} more shards have such rows." if len(failed) > 1 else ""
         raise UserError(f"{failed[0]}{others} All else is done; mend it and run the same command again.")
-    shutil.rmtree(output / WORK, ignore_errors=True)
+    remove(output / WORK)
 
 
-def _answers_in(parts: Path) -> dict[int, str]:
-    """Key -> answer in the parts of a shard, by ascending key; what two parts have is there once."""
-    files = sorted(parts.glob("*.parquet"))
-    if not files:
-        return {}
-    table = pa.concat_tables([pq.read_table(file, columns=["key", "answer"], partitioning=None) for file in files])
-    keys, at = np.unique(table["key"].to_numpy(), return_index=True)
-    return dict(zip(keys.tolist(), table["answer"].take(at).to_pylist(), strict=True))
-
-
-def write_answers(answers: Sequence[str], path: Path, format: str) -> Receipt:
+def write_answers(answers: Sequence[str], path: Location, format: str) -> Receipt:
     """Write the answers of a shard, given as JSON, into a file that appears whole or not at all."""
     made = [json.loads(answer) for answer in answers]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -336,23 +311,20 @@ def _absolute(model: str | None) -> str | None:
 
 
 @contextlib.contextmanager
-def _alone(output: Path, manifest: ShardManifest) -> Iterator[None]:
+def _alone(output: Location, manifest: ShardManifest) -> Iterator[None]:
     """Keep a second call out, which would do the work twice; leave nothing where nothing was resolved."""
     made = not output.exists()
     (output / WORK).mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(output / WORK / "lock", timeout=0):
-            try:
-                yield
-            except BaseException:
-                if manifest.resolved is None:
-                    shutil.rmtree(output if made else output / WORK, ignore_errors=True)
-                raise
-            finally:
-                if manifest.resolved is not None:
-                    manifest.write(output)  # with the receipts of what is done
-    except Timeout:
-        raise UserError(f"Another call writes into {output}; wait for its end, or choose another --output.") from None
+    with alone(output / WORK):
+        try:
+            yield
+        except BaseException:
+            if manifest.resolved is None:
+                remove(output if made else output / WORK)
+            raise
+        finally:
+            if manifest.resolved is not None:
+                manifest.write(output)  # with the receipts of what is done
 
 
 def _workers(ray: Any, gpus: int, weight_bytes: int) -> int:

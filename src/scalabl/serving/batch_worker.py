@@ -16,6 +16,7 @@ from ray import get_runtime_context
 from scalabl.core.console import quiet, quiet_imports
 from scalabl.core.errors import UserError, first_line
 from scalabl.core.files import write_text
+from scalabl.core.locations import Location
 from scalabl.data.example import Example
 from scalabl.inference.settings import PredictionSettings
 from scalabl.serving.shards import NamedRow, place_of
@@ -29,7 +30,7 @@ BEGUN = "begun"  # in the directory of work: how often what is under way was beg
 
 @dataclass(frozen=True)
 class Setup:
-    """What a worker needs to know; all paths are absolute.
+    """What a worker needs to know; all paths are absolute, or of a store.
 
     Attributes:
         cwd: of the driver; a run's record may name its data and its base model from there.
@@ -43,11 +44,11 @@ class Setup:
 
     cwd: str
     directory: Path
-    work: Path
+    work: Location
     model: str | None
     settings: PredictionSettings
     batch_size: int
-    files: dict[int, str]
+    files: dict[int, Location]
 
     def where(self, key: int) -> str:
         """ "file:line" of a row."""

@@ -11,7 +11,6 @@ are made anew; what was chosen stands, so that all shards are answered alike. Im
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from scalabl.core import __version__
 from scalabl.core.console import progress_bar
 from scalabl.core.errors import UserError
 from scalabl.core.files import read_json, require_place, sha256, write_json
+from scalabl.core.locations import Location, StorePath, for_arrow
 from scalabl.inference.settings import PredictionSettings
 from scalabl.serving.shards import Block, Shard, ShardSource, examine, searched
 
@@ -66,7 +66,7 @@ class ShardManifest:
     device: str | None = None
     receipts: dict[str, Receipt] = field(default_factory=dict)
 
-    def begin(self, output: Path, format: str, shards: dict[str, Shard], open_shards: Set[str]) -> None:
+    def begin(self, output: Location, format: str, shards: dict[str, Shard], open_shards: Set[str]) -> None:
         """Take away the answers of shards that have changed, then note what the shards are now."""
         for name in open_shards:
             answers_path(output, name, format).unlink(missing_ok=True)
@@ -74,7 +74,7 @@ class ShardManifest:
         self.shards = shards
         self.write(output)
 
-    def write(self, output: Path) -> None:
+    def write(self, output: Location) -> None:
         """Write it into the output directory."""
         write_json(
             output / MANIFEST,
@@ -91,12 +91,14 @@ class ShardManifest:
         )
 
 
-def answers_path(output: Path, name: str, format: str) -> Path:
+def answers_path(output: Location, name: str, format: str) -> Location:
     """The file of a shard's answers."""
     return output / f"{name}.{format}"
 
 
-def open_output(output: Path, wanted: ShardManifest, given: Path, sources: Sequence[ShardSource]) -> ShardManifest:
+def open_output(
+    output: Location, wanted: ShardManifest, given: str | Path | StorePath, sources: Sequence[ShardSource]
+) -> ShardManifest:
     """The manifest of an output directory, or a new one where nothing was begun; nothing is written.
 
     Args:
@@ -109,11 +111,9 @@ def open_output(output: Path, wanted: ShardManifest, given: Path, sources: Seque
         UserError: the directory cannot be written, holds other files or the answers of another adapter or of other
             settings, or lies among the shards.
     """
-    where = Path(os.path.abspath(output))
-    root = searched(given)
-    if root is not None and where.is_relative_to(root):
+    if _lies_in(output, root := searched(given)):
         raise UserError(f"{output} lies in {root}, where its answers would be taken for shards; {_OTHER}.")
-    require_place(where, named=output)
+    require_place(output, named=output)
     if not (output / MANIFEST).exists():
         if output.is_dir() and any(path.name != WORK for path in output.iterdir()):
             raise UserError(f"{output} is not empty and holds no {MANIFEST}; choose another --output.")
@@ -133,7 +133,13 @@ def open_output(output: Path, wanted: ShardManifest, given: Path, sources: Seque
     return made
 
 
-def require_device(manifest: ShardManifest, output: Path, device: str) -> None:
+def _lies_in(location: Location, root: Location | None) -> bool:
+    if isinstance(location, StorePath):
+        return isinstance(root, StorePath) and location.is_relative_to(root)
+    return isinstance(root, Path) and location.is_relative_to(root)
+
+
+def require_device(manifest: ShardManifest, output: Location, device: str) -> None:
     """Note the device, or refuse another than the one that the answers so far come from.
 
     Raises:
@@ -148,7 +154,7 @@ def require_device(manifest: ShardManifest, output: Path, device: str) -> None:
 
 
 def survey(
-    output: Path,
+    output: Location,
     format: str,
     manifest: ShardManifest,
     sources: Sequence[ShardSource],
@@ -171,7 +177,7 @@ def survey(
         files = progress.add_task("reading shards", total=len(sources), detail="")
         for source in sources:
             progress.update(files, detail=source.name)
-            stamp, digest, known = source.stamp(), sha256(Path(source.path)), manifest.shards.get(source.name)
+            stamp, digest, known = source.stamp(), sha256(source.path), manifest.shards.get(source.name)
             path = answers_path(output, source.name, format)
             if known is None and path.exists():
                 raise UserError(f"{path} was not written by this command; move it away.")
@@ -189,7 +195,7 @@ def survey(
     return shards, blocks
 
 
-def count(path: Path, format: str, rows: int) -> Receipt:
+def count(path: Location, format: str, rows: int) -> Receipt:
     """The receipt of a shard's answers.
 
     Args:
@@ -204,11 +210,14 @@ def count(path: Path, format: str, rows: int) -> Receipt:
         if format == "parquet":
             import pyarrow.parquet as pq
 
-            names = pq.read_schema(path).names
-            found = pq.read_table(path, columns=[name for name in ("label", "particles") if name in names]).to_pylist()
+            with pq.ParquetFile(for_arrow(path)) as file:
+                names = [name for name in ("label", "particles") if name in file.schema_arrow.names]
+                found = file.read(columns=names).to_pylist()
         else:
             with path.open(encoding="utf-8") as lines:
                 found = [{name: row.get(name) for name in ("label", "particles")} for row in map(json.loads, lines)]
+    except UserError:  # of a store
+        raise
     except (OSError, ValueError) as error:  # pyarrow's ArrowInvalid is a ValueError
         raise UserError(f"{path} is no longer what was written; delete it and run the same command again.") from error
     if len(found) != rows:
@@ -225,7 +234,7 @@ def receipt_of(answers: Sequence[Mapping[str, Any]]) -> Receipt:
     return Receipt(len(answers), sum(answer["label"] is not None for answer in answers), particles)
 
 
-def _read(output: Path) -> ShardManifest:
+def _read(output: Location) -> ShardManifest:
     mend = _OTHER
     missing = f"{output / MANIFEST} is no file; {mend}."
     made = read_json(

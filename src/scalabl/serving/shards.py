@@ -8,14 +8,17 @@ an integer made of its shard's index and its line. Imports no torch and no Ray.
 
 from __future__ import annotations
 
+import fnmatch
 import glob
 import itertools
 import os
+import posixpath
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from scalabl.core.errors import UserError
+from scalabl.core.locations import Location, StorePath, locate
 from scalabl.data.example import Example
 from scalabl.data.jsonl import PlacedRow, stream_rows
 from scalabl.data.load import with_labels
@@ -32,16 +35,16 @@ class ShardSource:
 
     Attributes:
         name: its path below the shards' common directory, without the suffix.
-        path: the file, absolute.
+        path: the file, absolute, or of a store.
     """
 
     name: str
-    path: str
+    path: Location
 
     @property
     def format(self) -> str:
         """ "parquet" or "jsonl"."""
-        return "parquet" if self.path.endswith(".parquet") else "jsonl"
+        return "parquet" if self.path.suffix == ".parquet" else "jsonl"
 
     def stamp(self) -> tuple[int, int]:
         """Size and time of the last change (ns): cheap to compare.
@@ -49,6 +52,11 @@ class ShardSource:
         Raises:
             UserError: the file is not there.
         """
+        if isinstance(self.path, StorePath):
+            info = self.path.info()
+            if not info.is_file:
+                raise UserError(f"{self.path} is no longer there; restore it, or run the same command again.")
+            return info.size, info.mtime_ns or 0
         try:
             found = os.stat(self.path)
         except OSError as error:
@@ -123,34 +131,37 @@ def place_of(key: int) -> tuple[int, int]:
     return key >> _LINE_BITS, key & ((1 << _LINE_BITS) - 1)
 
 
-def find_sources(given: str | Path) -> list[ShardSource]:
+def find_sources(given: str | Path | StorePath) -> list[ShardSource]:
     """The shards that a path names, in the order of their names.
 
     Args:
-        given: a file, a directory (its .jsonl or .parquet files at any depth; names that begin with a dot or an
-            underscore are left out), or a glob pattern, in which ** is any depth.
+        given: a path or an address of a file, of a directory (its .jsonl or .parquet files at any depth; names that
+            begin with a dot or an underscore are left out), or a glob pattern, in which ** is any depth.
 
     Raises:
         UserError: there are none, or they are of two kinds, or two have one name.
     """
-    text = os.path.abspath(os.path.expanduser(given))
-    if os.path.isfile(text):
-        files, root = [text], os.path.dirname(text)
+    location = locate(given)
+    text = str(location)
+    files: list[tuple[str, Location]]  # path below the common directory, file
+    if isinstance(location, StorePath):
+        files = _in_store(location)
+    elif os.path.isfile(text):
+        files = [(location.name, location)]
     elif os.path.isdir(text):
-        files = [str(path) for path in Path(text).rglob("*") if path.suffix in SUFFIXES and _is_data(path, Path(text))]
-        root = text
-        if not files:
-            raise UserError(f"{given} holds no .jsonl and no .parquet file; give the directory of the shards.")
+        found = [path for path in location.rglob("*") if path.suffix in SUFFIXES and path.is_file()]
+        files = [(str(path.relative_to(text)), path) for path in found if _is_data(path.relative_to(text).parts)]
     elif glob.has_magic(text):
-        files = [path for path in glob.glob(text, recursive=True) if os.path.isfile(path)]
-        if not files:
-            raise UserError(f"No file matches {given}; give a file, a directory of shards, or another pattern.")
-        root = os.path.commonpath([os.path.dirname(path) for path in files])
+        names = [path for path in glob.glob(text, recursive=True) if os.path.isfile(path)]
+        root = os.path.commonpath([os.path.dirname(path) for path in names]) if names else ""
+        files = [(os.path.relpath(name, root), Path(name)) for name in names]
     else:
         raise UserError(f"{given} does not exist; give a file, a directory of shards, or a pattern in quotes.")
-    sources = sorted(
-        (ShardSource(os.path.splitext(os.path.relpath(f, root))[0], f) for f in files), key=lambda s: s.name
-    )
+    if not files and (os.path.isdir(text) or (isinstance(location, StorePath) and not _split(location)[1])):
+        raise UserError(f"{given} holds no .jsonl and no .parquet file; give the directory of the shards.")
+    if not files:
+        raise UserError(f"No file matches {given}; give a file, a directory of shards, or another pattern.")
+    sources = sorted((ShardSource(os.path.splitext(name)[0], file) for name, file in files), key=lambda s: s.name)
     if len({source.format for source in sources}) > 1:
         raise UserError(f"{given} has JSONL and Parquet files; give a pattern for one kind, such as '*.parquet'.")
     for one, other in itertools.pairwise(sources):
@@ -159,17 +170,53 @@ def find_sources(given: str | Path) -> list[ShardSource]:
     return sources
 
 
-def searched(given: str | Path) -> Path | None:
+def _in_store(given: StorePath) -> list[tuple[str, Location]]:
+    """The files of a store that an address or a pattern names, each with its path below their common directory."""
+    root, pattern = _split(given)
+    if not pattern:
+        if given.is_file():
+            return [(given.name, given)]
+        below = [path for path in given.iterdir(recursive=True) if path.suffix in SUFFIXES]
+        return [(path.below, path) for path in below if _is_data(path.below.split("/"))]
+    found = [path for path in root.iterdir(recursive=True) if _matches(path.below.split("/"), pattern)]
+    common = posixpath.commonpath([posixpath.dirname(path.below) for path in found]) if found else ""
+    return [(posixpath.relpath(path.below, common or "."), path) for path in found]
+
+
+def _split(given: StorePath) -> tuple[StorePath, list[str]]:
+    """The directory in front of the first part that has a * or a [ in it, and the parts from there on."""
+    base, mark, options = given.address.partition("?")
+    parts = base.split("/")
+    first = next((i for i, part in enumerate(parts) if "*" in part or "[" in part), len(parts))
+    return StorePath("/".join(parts[:first]) + mark + options), parts[first:]
+
+
+def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
+    """Whether a path is of a pattern, as `glob` has it: ** is any depth, and a name that begins with a dot is meant."""
+    if not parts or not pattern:
+        return not parts and all(part == "**" for part in pattern)
+    hidden = parts[0].startswith(".") and not pattern[0].startswith(".")
+    if pattern[0] == "**":
+        return _matches(parts, pattern[1:]) or (not hidden and _matches(parts[1:], pattern))
+    return not hidden and fnmatch.fnmatchcase(parts[0], pattern[0]) and _matches(parts[1:], pattern[1:])
+
+
+def searched(given: str | Path | StorePath) -> Location | None:
     """The directory at any depth of which files are taken for shards; None where that is one directory alone."""
-    text = Path(os.path.abspath(os.path.expanduser(given)))
+    text = locate(given)
+    if isinstance(text, StorePath):
+        root, pattern = _split(text)
+        if not pattern:
+            return None if text.is_file() else text
+        return root if len(pattern) > 1 else None
     if text.is_dir():
         return text
     parts = [] if text.is_file() else [glob.has_magic(part) for part in text.parts[:-1]]
     return Path(*text.parts[: parts.index(True)]) if any(parts) else None
 
 
-def _is_data(path: Path, root: Path) -> bool:
-    return path.is_file() and not any(part.startswith((".", "_")) for part in path.relative_to(root).parts)
+def _is_data(parts: Sequence[str]) -> bool:
+    return not any(part.startswith((".", "_")) for part in parts)
 
 
 def read_rows(
@@ -180,7 +227,7 @@ def read_rows(
     Raises:
         UserError: a bad row, named by file and line, or a file that is empty, truncated or of another kind.
     """
-    for row in stream_rows(Path(source.path), labels, name=source.name, place=place, number=number):
+    for row in stream_rows(source.path, labels, name=source.name, place=place, number=number):
         (example,) = with_labels([row.example], labels, f"{source.path}:{row.number}")
         yield PlacedRow(row.place, row.number, example)
 
