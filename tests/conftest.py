@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from program import Output, Program
 
 
+os.environ.setdefault("RAY_worker_niceness", "0")  # with Ray's own, 15, its workers stand still beside other tests
+
+
 @pytest.fixture(scope="session")
 def base_directory() -> Path:
     """A tiny random Llama with its tokenizer."""

@@ -28,6 +28,14 @@ def recipe(tmp_path: Path, base_directory: Path, task_directory: Path, own_cache
     return write(tmp_path / "study.yaml", study)
 
 
+@pytest.fixture
+def short_recipe(recipe: Path) -> Path:
+    """The same in as few steps as a run needs, for what is not met at work."""
+    study = yaml.safe_load(recipe.read_text())
+    study["settings"] |= {"steps": 4, "save_steps": 2}
+    return write(recipe, study)
+
+
 def start(recipe: Path, output: Path, *options: str) -> OwnProcess:
     """`scalabl benchmark` in a process of its own, which writes its standard error to `errors(recipe)`."""
     return OwnProcess(program, "benchmark", recipe, "--output", output, *options, stderr=errors(recipe))
@@ -101,8 +109,8 @@ def test_an_interrupted_benchmark_saves_and_says_how_to_go_on(recipe: Path, tmp_
     assert any(finished(output, address) is None for address in started)
 
 
-def test_the_lock_of_a_dead_process_is_free(recipe: Path, tmp_path: Path) -> None:
-    cell = next(iter(make_plan(read_study(recipe)).cells.values()))
+def test_the_lock_of_a_dead_process_is_free(short_recipe: Path, tmp_path: Path) -> None:
+    cell = next(iter(make_plan(read_study(short_recipe)).cells.values()))
     directory = cell.directory(tmp_path)
     directory.mkdir(parents=True)
     code = (
@@ -121,11 +129,11 @@ def test_the_lock_of_a_dead_process_is_free(recipe: Path, tmp_path: Path) -> Non
 
 
 def test_a_failure_stops_what_needs_it_and_nothing_else(
-    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    short_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from scalabl.study import work
 
-    plan, tried, do = make_plan(read_study(recipe)), [], work.do
+    plan, tried, do = make_plan(read_study(short_recipe)), [], work.do
 
     def sometimes(cell: Cell, output: Path) -> dict[str, object]:
         tried.append(cell.label.split(" on ")[0])

@@ -191,11 +191,14 @@ def run_ray(plan: StudyPlan, output: Path, address: str, *, report: Report = _no
         UserError: Ray is not installed, or the cluster cannot be reached.
     """
     output, invocation = output.resolve(), uuid.uuid4().hex
+    cells = open_cells(plan, output, invocation)
+    if not cells:
+        return
     with connected(address) as ray:
         task = ray.remote(num_cpus=1, num_gpus=gpus_each(ray), max_retries=2)(_task)
         # a task whose needs were lost does nothing, so that every order of failures comes to an end
         submitted: dict[str, Any] = {}
-        for cell in open_cells(plan, output, invocation):
+        for cell in cells:
             needs = [submitted[need] for need in cell.needs if need in submitted]
             submitted[cell.address] = task.remote(cell, output, invocation, *needs)
         waiting = list(submitted.values())
