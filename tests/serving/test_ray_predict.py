@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
-from sharded_rows import SIZES, address_of, all_rows, answers_in, read_answers, titles, write_shards
+from sharded_rows import SIZES, all_rows, answers_in, read_answers, titles, write_shards
 from tiny_base import as_json, questions, tiny_base, write_jsonl
 
 import scalabl.cli.predict  # noqa: F401  (adds its command to the app)
@@ -137,16 +137,14 @@ def test_a_killed_worker_costs_nothing_but_its_block(cluster: str, run: Path, tm
 def test_a_killed_driver_goes_on_with_what_is_missing(
     cluster: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The driver that is killed reaches rows and answers through a store's address, the one that goes on by paths."""
     shards, output = write_shards(tmp_path / "rows", "parquet"), tmp_path / "answers"
     layers = {"samples": 12, "seed": 3, "stochastic_layers": "last:1"}
     confidences = sorted(answer["confidence"] for answer in by_one_process(run, tmp_path, **layers, predictive="mc"))
     middle = round((confidences[11] + confidences[12]) / 2, 6)
     settings = {**layers, "abstain": middle, "sampling": Sampling(confidence=0.9)}
     arguments = [
-        "predict", run, "--input", address_of(shards), "--output", address_of(output), "--ray", cluster,
-        "--block-rows", 2, "--samples", 12, "--seed", 3, "--abstain", middle, "--stochastic-layers", "last:1",
-        "--adaptive", "--confidence", 0.9,
+        "predict", run, "--input", shards, "--output", output, "--ray", cluster, "--block-rows", 2, "--samples", 12,
+        "--seed", 3, "--abstain", middle, "--stochastic-layers", "last:1", "--adaptive", "--confidence", 0.9,
     ]  # fmt: skip
     program = "from scalabl.cli import main; main()"
     driver = subprocess.Popen([sys.executable, "-c", program, *map(str, arguments)], stderr=subprocess.PIPE)
@@ -193,7 +191,6 @@ def test_a_killed_driver_goes_on_with_what_is_missing(
 def test_a_row_that_cannot_be_answered_is_named_and_its_mend_redoes_its_shard_alone(
     cluster: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Called by paths, and after the mend through a store's addresses."""
     monkeypatch.setattr(module, "FIRST", 8)
     monkeypatch.setattr(module, "_workers", lambda *_: 1)
     shards, output = write_shards(tmp_path / "rows", "jsonl"), tmp_path / "answers"
@@ -208,19 +205,19 @@ def test_a_row_that_cannot_be_answered_is_named_and_its_mend_redoes_its_shard_al
     def note(resolved: PredictionSettings) -> None:
         thresholds.append(resolved.threshold)
 
-    def answer(place: Callable[[Path], str]) -> Summary:
+    def answer() -> Summary:
         return predict_shards(
-            run, place(shards), place(output), cluster, PredictionSettings(**settings), block_rows=3, tell=note
+            run, shards, output, cluster, PredictionSettings(**settings), block_rows=3, tell=note
         )  # fmt: skip
 
     with pytest.raises(UserError, match=r"part-0\.jsonl:5: The choices of a row take .* All else is done; mend it"):
-        answer(str)
+        answer()
     before = times(output)
     assert {f"{name}.jsonl" for name in list(SIZES)[:2]} <= before.keys() and "day=2/part-0.jsonl" not in before
     part.write_text("\n".join(lines) + "\n")
     # whose answers are taken away although they are there
     (shards / "a.jsonl").write_text("\n".join([*reversed((shards / "a.jsonl").read_text().splitlines())]) + "\n")
-    answer(address_of)
+    answer()
     after = times(output)
     assert after["day=1/part-0.jsonl"] == before["day=1/part-0.jsonl"] and after["a.jsonl"] != before["a.jsonl"]
     turned = read_answers(output / "a.jsonl")[::-1]
