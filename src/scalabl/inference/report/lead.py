@@ -4,13 +4,15 @@ import re
 from collections.abc import Sequence
 from html import escape
 from importlib.resources import files
+from typing import TypeAlias
 
 from scalabl.inference.report import figures
 from scalabl.inference.report.results import MethodResult, Report
 from scalabl.metrics.detection import judge_detection
 from scalabl.metrics.uncertainty import average
 
-Heading, SVG = str, str
+Heading: TypeAlias = str
+SVG: TypeAlias = str
 _SCORES = ("distance", "entropy")  # of scope, the first that there is
 
 
