@@ -29,6 +29,7 @@ from scalabl.metrics.uncertainty import apply_priors, apply_temperature, average
 from scalabl.predictive.adaptive import AdaptivePredictive, with_sampling
 from scalabl.predictive.auto import AutoPredictive, with_scale
 from scalabl.predictive.base import Predictive, predict
+from scalabl.predictive.linearized import LinearizedPredictive
 from scalabl.runs.loading import load_features, load_run
 from scalabl.runs.method import Run, load_post_hoc
 from scalabl.runs.record import RunRecord
@@ -196,17 +197,20 @@ class Predictor:
             return self.settings
 
     def _choose(self, auto: AutoPredictive, encoded: Sequence[Encoded]) -> None:
-        def choice() -> tuple[str, str | None, str]:
+        def choice() -> tuple[str, str | None, int | None, str]:
             with progress_bar() as progress:
                 progress.add_task("choosing a predictive", total=None, detail="")
                 made: Any = auto.chosen(self.run.scorer, encoded, batch_size=self.batch_size)
             assert auto.choice is not None
-            return made.name, made.stochastic_layers, auto.choice.sentence
+            top = getattr(made, "top_classes", None)
+            return made.name, made.stochastic_layers, top, auto.choice.sentence
 
-        name, layers, why = self._once(choice)
+        name, layers, top, why = self._once(choice)
         why = why if self.settings.why is None else f"{why} {self.settings.why}"
-        self.strategy = auto.made(name, layers)
-        self.settings = replace(self.settings, predictive=name, stochastic_layers=layers, chosen=self.name, why=why)
+        self.strategy = auto.made(name, layers, top)
+        self.settings = replace(
+            self.settings, predictive=name, stochastic_layers=layers, top_classes=top, chosen=self.name, why=why
+        )
         if self.calibration is not None:
             self.settings = self.calibration.applied(self.settings, kind_of(self.strategy), by_auto=True)
 
@@ -362,7 +366,9 @@ def make_strategy(run: Predictable, settings: PredictionSettings) -> Predictive:
 
 
 def _drawn(strategy: Predictive, settings: PredictionSettings) -> Predictive:
-    """With the posterior's scale and the kind of draws that settings ask for."""
+    """With the posterior's scale, the classes and the kind of draws that settings ask for."""
+    if isinstance(strategy, LinearizedPredictive) and settings.top_classes is not None:
+        strategy.top_classes = settings.top_classes
     scaled = with_scale(strategy, 1.0 if settings.scale is None else settings.scale)
     return with_sampling(scaled, settings.drawn(), settings.temperature or 1.0)
 
@@ -422,6 +428,7 @@ def describe_method(run: Run, predictive: Predictive, post_hoc: str | None = Non
     number = getattr(predictive, "samples", None)
     kind = getattr(predictive, "draws", "independent")
     suffix = "" if kind == "independent" else f", {kind}"
-    layers = getattr(predictive, "stochastic_layers", None)
+    top, layers = getattr(predictive, "top_classes", None), getattr(predictive, "stochastic_layers", None)
+    suffix += "" if top is None else f", top {top} of the classes"
     suffix += "" if layers is None else f", s in {layers}"
     return f"{title}, {predictive.name if number is None else f'N = {number}'}{suffix}"

@@ -16,7 +16,7 @@ from scalabl.predictive.sampling import PLAIN, PREDICTIVES, Sampling
 
 _YOUNGER: dict[str, Any] = {  # with their defaults
     "scale": None, "raw": False, "priors": None, "max_false_alarms": None, "oos_score": None, "oos_above": None,
-    "coverage": None, "set_score": "lac", "per_class": False, "set_thresholds": None,
+    "coverage": None, "set_score": "lac", "per_class": False, "set_thresholds": None, "top_classes": None,
 }  # fmt: skip
 
 
@@ -32,6 +32,8 @@ class PredictionSettings:
         sampling: the kind of draws, and adaptive N; `abstain` is the threshold of adaptive N.
         stochastic_layers: draw s in the top layers alone: "last:K", a fraction "last:0.25", or "variance:0.9", the
             fewest that carry so much of the predictive variance on the run's validation rows.
+        top_classes: linearised, so many of a row's most probable classes are uncertain each on its own and the others
+            as one; None is all, or what auto takes.
         method: a post-hoc method that was fitted on the run, in place of the run's own.
         temperature: T on the class logits of every particle. T and tau are a calibrated run's own where neither is
             given here; given are both, the other one 1.
@@ -78,6 +80,7 @@ class PredictionSettings:
     set_score: str = "lac"
     per_class: bool = False
     set_thresholds: tuple[float, ...] | None = None
+    top_classes: int | None = None
 
     def __post_init__(self) -> None:
         if self.predictive not in (None, *PREDICTIVES):
@@ -88,6 +91,11 @@ class PredictionSettings:
             raise UserError("samples is 0, the posterior mean, but predictive is linearized; leave out one of the two.")
         if self.method is not None and (self.predictive is not None or self.stochastic_layers is not None):
             raise UserError(f"{self.method} has a predictive of its own; leave out predictive and stochastic_layers.")
+        if self.top_classes is not None and (self.predictive != "linearized" or self.top_classes < 1):
+            raise UserError(
+                f"top_classes is {self.top_classes}, with the predictive {self.predictive or 'auto'}; it must be at "
+                "least 1, and is for linearized alone."
+            )
         if self.temperature is not None and not 0 < self.temperature < math.inf:
             raise UserError(f"The temperature is {self.temperature}; it must be above 0.")
         if self.scale is not None and not 0 <= self.scale < math.inf:

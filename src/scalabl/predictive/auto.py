@@ -16,6 +16,12 @@ The gap contains the reference's own error, which is of the even part of p alone
 with large noise the test fails on both accounts. An error of that size in well calibrated probabilities raises the
 NLL in second order, as the error of N particles does.
 
+A head may have many classes. Of its linearised predictives the candidate is the one of the fewest K top classes
+(`scalabl.predictive.top_classes`) that leave out no more of the epistemic part than N particles are wrong about it.
+With d = (log p+ - log p-) / 2 of a pair, u = Var_p d / 2 and u_K the part of it that K classes and a rest leave out,
+
+    sqrt mean_rows (mean_d u_K)^2   <=   sqrt mean_rows Var_d[u] / N
+
 Fewer antithetic or quasi-random particles would average the probabilities as well at less cost. They are no candidates:
 they look in fewer directions, so that the epistemic part of the uncertainty is estimated worse.
 
@@ -25,7 +31,8 @@ R rows of t tokens and m read positions, from decoder layer l of L on, takes
     pass(R, l) = (L - l) w (S + R t) + o (S + R m)          w, o: weights of a decoder layer, of the output layer
 
 multiply-adds, where S is how many tokens a device computes in the time in which it reads the weights: one row more is
-not free, but costs less than the first. With B rows a batch, N particles that differ from layer l on, and C classes:
+not free, but costs less than the first. With B rows a batch, N particles that differ from layer l on, and C classes
+(K + 1 of K top classes and the rest):
 
     mean         1
     mc           [pass(B, 0) - pass(B, l) + pass(N B, l)] / pass(B, 0)
@@ -52,10 +59,11 @@ from scalabl.predictive.base import MeanPredictive, Predictive, predict
 from scalabl.predictive.linearized import LinearizedPredictive, logit_covariance, logit_jacobian, summed_variances
 from scalabl.predictive.monte_carlo import MonteCarloPredictive, drawn_layers
 from scalabl.predictive.sampling import PREDICTIVES
+from scalabl.predictive.top_classes import left_out
 from scalabl.scoring.base import Batch, Encoded
 from scalabl.scoring.prefix import shared_prefix
 from scalabl.scoring.scorer import Scorer
-from scalabl.tuner.layers import active_adapters, decoder_layers, unwrap
+from scalabl.tuner.layers import active_adapters, decoder_layers, sequence_classifier, unwrap
 
 # S. CPU: from N = 10 at batch 1 and 4 of SmolLM2-135M in one batch, 6.4 and 8.5 forwards. CUDA: an H100's arithmetic
 # beside its memory's bandwidth in bfloat16
@@ -70,7 +78,7 @@ class Cost:
 
     Attributes:
         layers: L, its decoder layers.
-        layer, output: weights of one of them and of the output layer.
+        layer, output: weights of one of them and of the output layer, or of a classification head.
         saturation: S, in tokens.
         tokens, positions: of a mean row; positions are those whose logits are read.
         classes: C, of the row with most.
@@ -97,9 +105,10 @@ class Cost:
         below = self._pass(self.batch, 0, tokens) - self._pass(self.batch, start, tokens)
         return (below + self._pass(samples * self.batch, start, tokens)) / self._plain
 
-    def linearized(self, start: int) -> float:
-        """One forward pass, and C - 1 backward passes that stop at decoder layer `start`."""
-        backward = (self.classes - 1) * BACKWARD * self._pass(self.batch, start, self.tokens)
+    def linearized(self, start: int, top: int | None = None) -> float:
+        """One forward pass, and C - 1 backward passes, or one a top class, that stop at decoder layer `start`."""
+        passes = self.classes - 1 if top is None else top
+        backward = passes * BACKWARD * self._pass(self.batch, start, self.tokens)
         return 1 + backward / self._plain
 
     @property
@@ -122,11 +131,12 @@ def cost_of(scorer: Scorer, rows: Sequence[Encoded], batch_size: int, prefix: in
     """
     layers = decoder_layers(scorer.model)
     config = scorer.model.config.get_text_config()
+    outputs = config.vocab_size if sequence_classifier(scorer.model) is None else config.num_labels
     few = scorer.scoring.collate(rows[:64])
     return Cost(
         layers=len(layers),
         layer=sum(p.numel() for p in layers.parameters()) / len(layers),
-        output=config.vocab_size * config.hidden_size,
+        output=outputs * config.hidden_size,
         saturation=SATURATION.get(scorer.device.type, SATURATION["cuda"]),
         tokens=sum(len(row.input_ids) for row in rows) / len(rows),
         positions=len(scorer.scoring.positions(few)[0]) / len(few),
@@ -209,15 +219,15 @@ class AutoPredictive:
             self._made_for = present if len(rows) >= TRIAL_ROWS else ()
         return self.choice.predictive
 
-    def made(self, name: str, layers: str | None) -> Predictive:
-        """What this or another process has chosen, by the predictive's name and the layers that it draws."""
+    def made(self, name: str, layers: str | None, top: int | None = None) -> Predictive:
+        """What this or another process has chosen, by the predictive's name, its layers and its top classes."""
         if self.choice is not None:
             return self.choice.predictive
-        return self._mc if name == self._mc.name else self.linearized(layers)
+        return self._mc if name == self._mc.name else self.linearized(layers, top)
 
-    def linearized(self, layers: str | None = None) -> LinearizedPredictive:
-        """The linearised candidate that draws these layers."""
-        return LinearizedPredictive(seed=self.seed, stochastic_layers=layers, scale=self.scale)
+    def linearized(self, layers: str | None = None, top: int | None = None) -> LinearizedPredictive:
+        """The linearised candidate that draws these layers, of so many top classes or all."""
+        return LinearizedPredictive(seed=self.seed, stochastic_layers=layers, scale=self.scale, top_classes=top)
 
     def _choose(self, scorer: Scorer, rows: Sequence[Encoded], batch_size: int) -> Choice:
         drawn = drawn_layers(scorer.model, self.stochastic_layers)
@@ -226,19 +236,32 @@ class AutoPredictive:
         start = min(drawn.values())
         prefix = shared_prefix(scorer, rows) if len(rows) >= TRIAL_ROWS else None
         cost = cost_of(scorer, rows, batch_size, 0 if prefix is None else prefix.length)
-        sampled, linearized = f"mc, N = {self.samples}", self._name(self.stochastic_layers)
+        sampled, linearized = f"mc, N = {self.samples}", _name(self.stochastic_layers)
         costs = {sampled: cost.mc(self.samples, start), linearized: cost.linearized(start)}
         price = f"{costs[sampled]:.1f} plain forwards a batch"
 
         def by_mc(why: str) -> Choice:
             return Choice(self._mc, sampled, f"auto chose {sampled} ({price}): {why}.", costs)
 
-        if costs[linearized] >= costs[sampled]:
-            return by_mc(f"linearised, {cost.classes} choices would take {costs[linearized]:.1f}")
+        # of a head alone: the choices of a question are few, and not every row has as many
+        grouped = cost.classes > 2 and sequence_classifier(scorer.model) is not None
+        least = cost.linearized(start, 1) if grouped else costs[linearized]
+        if least >= costs[sampled]:
+            return by_mc(f"linearised, {cost.classes} choices would take {least:.1f}{' or more' if grouped else ''}")
         if len(rows) < TRIAL_ROWS:
             return by_mc(f"{len(rows)} rows are too few to test the linearised predictive on, it takes {TRIAL_ROWS}")
+        few = [rows[i * len(rows) // TRIAL_ROWS] for i in range(TRIAL_ROWS)]
         try:
-            trial = _Trial(scorer, [rows[i * len(rows) // TRIAL_ROWS] for i in range(TRIAL_ROWS)], self, batch_size)
+            trial = _Trial(scorer, few, self, batch_size)
+            top = trial.top_classes() if grouped else None
+            name = _name(self.stochastic_layers, top)
+            costs[name] = cost.linearized(start, top)
+            if costs[name] >= costs[sampled]:
+                return by_mc(
+                    f"linearised, it takes {'all' if top is None else f'{top} of'} the {cost.classes} classes to keep "
+                    f"the epistemic part, {costs[name]:.1f}"
+                )
+            trial.linearize(top)
         except torch.OutOfMemoryError:
             return by_mc(
                 f"the backward passes of the linearised predictive do not fit into memory, {batch_size} a batch"
@@ -246,29 +269,30 @@ class AutoPredictive:
         layers, gap = self.stochastic_layers, trial.gap(drawn)
         if gap > trial.noise:
             return by_mc(
-                f"on {TRIAL_ROWS} of the rows the linearised predictive ({costs[linearized]:.1f}) is {gap:.2g} off in "
+                f"on {TRIAL_ROWS} of the rows the linearised predictive ({costs[name]:.1f}) is {gap:.2g} off in "
                 f"probability, more than the noise of N = {self.samples}, {trial.noise:.2g}"
             )
         if layers is None:
             spec = holding_variance(drawn, trial.variances(), SHARE)
             fewer = {name: drawn[name] for name in top_layers(drawn, spec)}
             if len(fewer) < len(drawn):
-                costs[self._name(spec)] = cost.linearized(min(fewer.values()))
+                costs[_name(spec, top)] = cost.linearized(min(fewer.values()), top)
                 if trial.gap(fewer) <= trial.noise:
                     layers, gap = spec, trial.gap(fewer)
-        name = self._name(layers)
+        name = _name(layers, top)
         return Choice(
-            self.linearized(layers),
+            self.linearized(layers, top),
             name,
             f"auto chose {name} ({costs[name]:.1f} plain forwards a batch; mc with N = {self.samples} takes "
             f"{costs[sampled]:.1f}): on {TRIAL_ROWS} of the rows it is {gap:.2g} off in probability, no more than the "
-            f"noise of N = {self.samples}, {trial.noise:.2g}.",
+            f"noise of N = {self.samples}, {trial.noise:.2g}{'' if top is None else trial.says_of(top)}.",
             costs,
         )
 
-    @staticmethod
-    def _name(layers: str | None) -> str:
-        return "linearized" if layers is None else f"linearized, s in {layers}"
+
+def _name(layers: str | None, top: int | None = None) -> str:
+    classes = "" if top is None else f", top {top} of the classes"
+    return f"linearized{classes}" + ("" if layers is None else f", s in {layers}")
 
 
 class _Trial:
@@ -283,17 +307,44 @@ class _Trial:
             2 * TRIAL_PAIRS, seed=auto.seed, draws="antithetic", stochastic_layers=auto.stochastic_layers,
             scale=auto.scale,
         )  # fmt: skip
-        particles = predict(scorer, rows, pairs, batch_size=batch_size).double().exp()
-        self._present = torch.arange(particles.shape[-1]) < torch.tensor([row.num_choices for row in rows])[:, None]
-        self._reference, variance = reference_and_variance(particles)
+        log_probs = predict(scorer, rows, pairs, batch_size=batch_size).double()
+        self._present = torch.arange(log_probs.shape[-1]) < torch.tensor([row.num_choices for row in rows])[:, None]
+        self._reference, variance = reference_and_variance(log_probs.exp())
         self.noise = float((variance[self._present].mean() / auto.samples).sqrt())
-        self._scorer = scorer
+        self._deviations = (log_probs[0::2] - log_probs[1::2]) / 2  # (M, n, C)
+        self._scorer, self._rows, self._auto, self._batch_size = scorer, rows, auto, batch_size
         self._linear = auto.linearized()
-        self._parts = []
+        self._parts: list[tuple[list[int], Tensor, dict[str, Tensor]]] = []
+
+    def top_classes(self) -> int | None:
+        """The fewest top classes that keep the epistemic part as well as N particles; None where it takes all."""
+        classes = self._reference.shape[-1]
+        return next((top for top in range(1, classes - 1) if self._left_out(top) <= self._epistemic_noise), None)
+
+    def says_of(self, top: int) -> str:
+        """What so many classes leave out, for a sentence."""
+        return (
+            f", and the other classes together leave out {self._left_out(top):.2g} nats of the epistemic part, whose "
+            f"noise is {self._epistemic_noise:.2g}"
+        )
+
+    def _left_out(self, top: int) -> float:
+        """RMS over rows of the epistemic part that is left out, in nats."""
+        return float(left_out(self._reference, self._deviations, top)[0].mean(dim=0).square().mean().sqrt())
+
+    @property
+    def _epistemic_noise(self) -> float:
+        """RMSE over rows of the epistemic part of N particles, in nats."""
+        _, whole = left_out(self._reference, self._deviations, 1)
+        return float((whole.var(dim=0).mean() / self._auto.samples).sqrt())
+
+    def linearize(self, top: int | None) -> None:
+        """Compute the Jacobians of so many top classes, or of all."""
+        scorer = self._scorer
         with eval_mode(scorer.model):
-            for indices, chunk in scorer.batches(rows, batch_size):
+            for indices, chunk in scorer.batches(self._rows, self._batch_size):
                 batch = scorer.with_trunk(scorer.scoring.collate(chunk).to(scorer.device))
-                self._parts.append((indices, *logit_jacobian(scorer, batch, auto.stochastic_layers)))
+                self._parts.append((indices, *logit_jacobian(scorer, batch, self._auto.stochastic_layers, top)))
 
     def gap(self, layers: dict[str, int]) -> float:
         """RMSE over rows and choices of the predictive that is linearised in these layers, to the reference."""

@@ -1,4 +1,5 @@
-"""The linearised predictive: logits Gaussian in s, from one forward pass and C - 1 backward passes to s alone.
+"""The linearised predictive: logits Gaussian in s, from one forward pass and C - 1 backward passes to s alone, or K of
+the K most probable classes and the rest.
 
     f(x, s) ~ f(x, s_mu) + J (s - s_mu),   J = df/ds at s_mu    =>    f(x, s) ~ N(f(x, s_mu), J Sigma J^T)
 
@@ -27,6 +28,7 @@ from scalabl.core.errors import UserError
 from scalabl.core.modules import check_spec, eval_mode
 from scalabl.posterior.draws import standard_normal
 from scalabl.predictive.monte_carlo import drawn_layers
+from scalabl.predictive.top_classes import Groups
 from scalabl.scoring.base import Batch, Encoded
 from scalabl.scoring.scorer import Scorer
 from scalabl.tuner.joint import joint_of
@@ -45,16 +47,24 @@ class LinearizedPredictive:
         seed: scrambles the points.
         stochastic_layers: the top layers alone are uncertain, "last:K" or a fraction "last:0.25", the others known.
         scale: tau, by which the posterior's standard deviations are multiplied: tau^2 J Sigma J^T.
+        top_classes: K, so many of a row's classes are uncertain each on its own, the others as one
+            (`scalabl.predictive.top_classes`), which takes K backward passes; None for all classes.
 
     Raises:
-        UserError: points is below 1, or there are no such layers.
+        UserError: points or top_classes is below 1, or there are no such layers.
     """
 
     name = "linearized"
     has_scale = True
 
     def __init__(
-        self, points: int = 128, *, seed: int = 0, stochastic_layers: str | None = None, scale: float = 1.0
+        self,
+        points: int = 128,
+        *,
+        seed: int = 0,
+        stochastic_layers: str | None = None,
+        scale: float = 1.0,
+        top_classes: int | None = None,
     ) -> None:
         if points < 1:
             raise UserError(f"points is {points}; it must be at least 1.")
@@ -64,20 +74,28 @@ class LinearizedPredictive:
             check_spec(stochastic_layers)
         self.stochastic_layers = stochastic_layers
         self.scale = scale
+        if top_classes is not None and top_classes < 1:
+            raise UserError(f"top_classes is {top_classes}; it must be at least 1.")
+        self.top_classes = top_classes
 
     def __call__(self, scorer: Scorer, batch: Batch) -> Tensor:
-        return self.log_probs(*logit_gaussian(scorer, batch, self.stochastic_layers))
+        logits, jacobians = logit_jacobian(scorer, batch, self.stochastic_layers, self.top_classes)
+        return self.log_probs(logits, logit_covariance(scorer, jacobians))
 
     def log_probs(self, mean: Tensor, covariance: Tensor) -> Tensor:
         """The softmax of Gaussian logits at the points: (points, B, C).
 
         Args:
             mean: (B, C), -inf where a row has no such choice.
-            covariance: (B, C - 1, C - 1) of the differences to the first, at tau = 1.
+            covariance: (B, C - 1, C - 1) of the differences to the first, at tau = 1; or (B, K, K) of the groups of
+                K < C - 1 top classes.
         """
         contrasts = covariance.shape[-1]
         if contrasts == 0:
             return mean.log_softmax(dim=-1)[None]
+        if contrasts < mean.shape[-1] - 1:
+            groups = Groups.of(mean, contrasts)
+            return groups.spread(self.log_probs(groups.mean, covariance))
         noise = gaussian_points(self.points, contrasts, self.seed).to(covariance)
         shift = torch.einsum("pk,bck->pbc", noise, self.scale * matrix_root(covariance))
         # the first class is the reference: only differences of logits matter
@@ -124,20 +142,23 @@ def logit_covariance(scorer: Scorer, jacobians: dict[str, Tensor]) -> Tensor:
     return torch.stack(parts).sum(dim=0)
 
 
-def logit_jacobian(scorer: Scorer, batch: Batch, drawn: str | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-    """The class logits at the posterior mean, and the Jacobian of their differences to the first in every layer's s.
+def logit_jacobian(
+    scorer: Scorer, batch: Batch, drawn: str | None = None, top: int | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The class logits at the posterior mean, and the Jacobian of their differences to the first in every layer's s; of
+    K < C - 1 `top` classes, that of the differences of groups (`scalabl.predictive.top_classes`).
 
     The backward passes stop at the lowest of the layers: below it, the rows are run without gradient.
 
     Returns:
-        logits (B, C), -inf where a row has no such choice; the layer's name -> (B, C - 1, r), zero there.
+        logits (B, C), -inf where a row has no such choice; the layer's name -> (B, C - 1, r), or (B, K, r), zero there.
 
     Raises:
         UserError: the model was loaded under `torch.inference_mode()`, so that nothing can be differentiated.
     """
     if torch.is_inference_mode_enabled():
         with torch.inference_mode(False):  # tensors that were made under it are copied: none of them is differentiable
-            return logit_jacobian(scorer, batch.select(torch.arange(len(batch), device=scorer.device)), drawn)
+            return logit_jacobian(scorer, batch.select(torch.arange(len(batch), device=scorer.device)), drawn, top)
     if any(parameter.is_inference() for parameter in scorer.model.parameters()):
         raise UserError(
             "The linearised predictive differentiates, but this model was loaded under torch.inference_mode(); load "
@@ -150,13 +171,13 @@ def logit_jacobian(scorer: Scorer, batch: Batch, drawn: str | None = None) -> tu
         logits = scorer.class_logits(batch)
         inputs = [s for s, _ in layers.values()]
         rows, classes = logits.shape
-        present = torch.arange(classes, device=logits.device) < batch.num_choices[:, None]
+        if top is not None and top < classes - 1:
+            contrasts = list(Groups.of(logits.detach(), top).contrasts.unbind(dim=1))
+        else:
+            contrasts = _to_first(logits, batch.num_choices)
         columns: list[list[Tensor]] = [[] for _ in inputs]
-        for c in range(1, classes):
-            weights = torch.zeros_like(logits)
-            weights[:, c] = present[:, c].to(logits.dtype)
-            weights[:, 0] = -weights[:, c]
-            gradients = torch.autograd.grad(logits, inputs, weights, retain_graph=c < classes - 1)
+        for number, weights in enumerate(contrasts, start=1):
+            gradients = torch.autograd.grad(logits, inputs, weights, retain_graph=number < len(contrasts))
             for store, gradient in zip(columns, gradients, strict=True):
                 store.append(gradient.detach().float())
     jacobians = {
@@ -164,6 +185,17 @@ def logit_jacobian(scorer: Scorer, batch: Batch, drawn: str | None = None) -> tu
         for store, (name, (s, _)) in zip(columns, layers.items(), strict=True)
     }
     return logits.detach(), jacobians
+
+
+def _to_first(logits: Tensor, num_choices: Tensor) -> list[Tensor]:
+    """(B, C) weights of each class's difference to the first, for all but that; zero where a row has no such choice."""
+    found = []
+    for c in range(1, logits.shape[1]):
+        weights = torch.zeros_like(logits)
+        weights[:, c] = (c < num_choices).to(logits.dtype)
+        weights[:, 0] = -weights[:, c]
+        found.append(weights)
+    return found
 
 
 def matrix_root(covariance: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from scalabl.core.modules import check_spec, top_layers
 from scalabl.posterior.draws import noise
 from scalabl.scoring.base import Batch
 from scalabl.scoring.scorer import Scorer
-from scalabl.tuner.layers import depths, stochastic_layers
+from scalabl.tuner.layers import depths, sequence_classifier, stochastic_layers
 from scalabl.tuner.state import noise_particles, only, particles
 
 
@@ -71,7 +71,8 @@ def bytes_per_particle(model: nn.Module, batch: Batch) -> int:
     head_size = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
     # the particle's own keys and values of the prefix in every layer, and their copies for the rows in one
     prefix = before * 2 * heads * head_size * width * (config.num_hidden_layers + rows)
-    logits = rows * batch.keep * config.vocab_size * (width + 4)
+    read = rows * batch.keep * config.vocab_size if sequence_classifier(model) is None else rows * config.num_labels
+    logits = read * (width + 4)
     return activations + mask + prefix + logits
 
 
