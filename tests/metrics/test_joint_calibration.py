@@ -53,6 +53,10 @@ def test_it_finds_what_a_search_of_everything_finds(scale: float, temperature: f
 def test_the_mean_is_a_candidate() -> None:
     world = World(1000, scale=0.0, temperature=1.0)
     fit = fit_calibration(world, world.labels)
+    # a width that cannot be told from none is kept: its particles still disagree
+    assert fit.scale < 0.2 and 0.0 in fit.tried and fit.temperature == pytest.approx(1.0, abs=0.1)
+    world.noise *= 8  # now the smallest width that is tried is too wide
+    fit = fit_calibration(world, world.labels)
     assert fit.scale == 0 and fit.temperature == pytest.approx(1.0, abs=0.1)
 
 
@@ -71,10 +75,13 @@ def test_a_gain_has_to_exceed_its_standard_error() -> None:
     for world in _worlds(60):
         fit = fit_calibration(world, world.labels)
         nll = {scale: row_losses(world(scale), world.labels, t) for scale, (t, _) in fit.tried.items()}
-        best = min(nll, key=lambda scale: float(nll[scale].mean()))
-        gain = nll[1.0] - nll[best]
-        wins = float(gain.mean()) > max(float(gain.std()) / 60**0.5, 1e-4)
-        assert fit.scale == (best if wins else 1.0)
+        best = min(nll.keys() - {0.0}, key=lambda scale: float(nll[scale].mean()))
+
+        def wins(gain: Tensor) -> bool:
+            return float(gain.mean()) > max(float(gain.std()) / 60**0.5, 1e-4)
+
+        best = 0.0 if wins(nll[best] - nll[0.0]) else best
+        assert fit.scale == (best if wins(nll[1.0] - nll[best]) else 1.0)
         assert fit.after <= fit.before + 1e-12
 
 

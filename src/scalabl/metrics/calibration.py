@@ -4,7 +4,8 @@
 
 tau = 0 is the posterior mean. Particles are draws by number, so that every tau is tried with the same ones. On few rows
 the best of several tau is often luck: another one than 1 is taken only where it gains more, in NLL a row, than the
-standard error of that gain over the rows, each tau with the T that suits it best (a paired comparison).
+standard error of that gain over the rows, each tau with the T that suits it best (a paired comparison). The mean has to
+beat the best width so too: it has no particles, whose disagreement says what the model never learnt.
 """
 
 from __future__ import annotations
@@ -20,11 +21,8 @@ from scalabl.metrics.uncertainty import apply_temperature, average, fit_temperat
 # A number that is fitted on n rows costs new ones 1 / (2 n) nats on average (Akaike 1974): at 20 rows 0.025 nats, about
 # what a calibration gains.
 ROWS_NEEDED = 20
-SCALES = (
-    0.0,
-    0.5,
-    2.0,
-)  # tried first beside 1; where one gains, then by factors of 2 while the last one is best, of sqrt(2) around it
+# tried first beside 1; where one gains, then by factors of 2 while the last one is best, then of sqrt(2) around it
+SCALES = (0.0, 0.5, 2.0)
 LARGEST, SMALLEST = 8.0, 0.125
 _NO_GAIN = 1e-4  # nats a row, below which nobody sees a difference
 
@@ -67,12 +65,11 @@ def fit_calibration(predicted: Callable[[float], Tensor], labels: Tensor, *, has
         temperatures[scale] = bounded_temperature(log_probs, labels)
         losses[scale] = row_losses(log_probs, labels, temperatures[scale])
 
-    def best() -> float:
-        return min(temperatures, key=lambda scale: (float(losses[scale].mean()), _from_one(scale)))
+    def widths() -> list[float]:
+        return sorted(scale for scale in temperatures if scale > 0)
 
-    def gains(scale: float) -> bool:
-        gain = losses[1.0] - losses[scale]
-        return float(gain.mean()) > max(float(gain.std()) / len(labels) ** 0.5, _NO_GAIN)
+    def best() -> float:
+        return min(widths(), key=lambda scale: (float(losses[scale].mean()), _from_one(scale)))
 
     as_learnt = predicted(1.0)
     before = float(row_losses(as_learnt, labels, 1.0).mean())
@@ -80,15 +77,20 @@ def fit_calibration(predicted: Callable[[float], Tensor], labels: Tensor, *, has
     if has_scale:
         for scale in SCALES:
             attempt(scale, predicted(scale))
-    if has_scale and gains(best()):
-        while best() == max(temperatures) < LARGEST:
+    # where none of them is told apart from 1, finer ones are not either
+    if has_scale and any(told_apart(losses[scale], losses[1.0]) for scale in SCALES):
+        while best() == widths()[-1] < LARGEST:
             attempt(2 * best(), predicted(2 * best()))
-        while best() == min(scale for scale in temperatures if scale > 0) > SMALLEST:
+        while best() == widths()[0] > SMALLEST:
             attempt(best() / 2, predicted(best() / 2))
         centre = best()
-        for scale in (centre / 2**0.5, centre * 2**0.5) if centre > 0 else ():
+        for scale in (centre / 2**0.5, centre * 2**0.5):
             attempt(scale, predicted(scale))
-    chosen = best() if gains(best()) else 1.0
+    chosen = best()
+    if has_scale and told_apart(losses[0.0], losses[chosen]):
+        chosen = 0.0
+    if not told_apart(losses[chosen], losses[1.0]):
+        chosen = 1.0
     return CalibrationFit(
         chosen,
         temperatures[chosen],
@@ -96,6 +98,12 @@ def fit_calibration(predicted: Callable[[float], Tensor], labels: Tensor, *, has
         float(losses[chosen].mean()),
         {scale: (temperatures[scale], float(losses[scale].mean())) for scale in temperatures},
     )
+
+
+def told_apart(lower: Tensor, higher: Tensor) -> bool:
+    """Whether losses (n,) are lower than others of the same rows by more than the standard error of the difference."""
+    gain = higher - lower
+    return float(gain.mean()) > max(float(gain.std()) / len(gain) ** 0.5, _NO_GAIN)
 
 
 def _from_one(scale: float) -> float:
