@@ -10,7 +10,7 @@ import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
 from peft import get_peft_model
-from tiny_base import adapted, loaded
+from tiny_base import adapted, loaded, tiny_base, tiny_encoder
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import TrainingArguments
@@ -22,7 +22,7 @@ from scalabl.core.errors import UserError
 from scalabl.core.files import write_json
 from scalabl.predictive.base import share
 from scalabl.runs.directory import claim
-from scalabl.training.ranks import check_launch, fit_checkpoint, has_dropout, require_rows
+from scalabl.training.ranks import check_launch, fit_checkpoint, has_dropout, refuse_sharded_encoder, require_rows
 from scalabl.training.refusals import refuse_hidden_gradients
 from scalabl.tuner import stochastic_layers
 
@@ -80,6 +80,15 @@ def test_deepspeed_is_refused_where_it_is_missing_and_where_it_would_hide_the_kl
     check_launch(settings_of(tmp_path, method="mle"))
     with pytest.raises(UserError, match="keeps gradients to itself, so the KL of scalabl cannot"):
         check_launch(settings_of(tmp_path))
+
+
+def test_an_encoder_is_not_sharded(two: pytest.MonkeyPatch) -> None:
+    refuse_sharded_encoder(str(tiny_encoder()))
+    for name, value in FSDP.items():
+        two.setenv(name, value)
+    refuse_sharded_encoder(str(tiny_base()))
+    with pytest.raises(UserError, match="is an encoder, which FSDP does not shard here; launch with ddp.yaml"):
+        refuse_sharded_encoder(str(tiny_encoder()))
 
 
 def test_a_batch_over_all_processes_needs_as_many_rows(two: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 from scalabl.core import processes
 from scalabl.core.errors import UserError
+from scalabl.runs.models import is_encoder
 from scalabl.runs.registry import METHODS
 from scalabl.runs.settings import Settings
 from scalabl.tuner.projection import StochasticProjection
@@ -64,6 +65,16 @@ def check_launch(settings: Settings) -> None:
         raise UserError("A base of 4 or 8 bits is not sharded; leave out --bits, or launch with ddp.yaml.")
     if not METHODS[settings.method].shardable:
         raise UserError(f"{settings.method} was not tried with FSDP; launch with recipes/accelerate/ddp.yaml.")
+
+
+def refuse_sharded_encoder(model: str) -> None:
+    """Refuse to shard an encoder: FSDP 2 meets weights of its there that are shards already.
+
+    Raises:
+        UserError: FSDP was asked for, and the base model is one.
+    """
+    if processes.is_sharded() and is_encoder(model):
+        raise UserError(f"{model} is an encoder, which FSDP does not shard here; launch with ddp.yaml.")
 
 
 def require_rows(settings: Settings, rows: int) -> None:

@@ -38,7 +38,14 @@ from scalabl.scoring.trunk_store import with_stored_trunk
 from scalabl.training.choose_scoring import candidates, check_rows, choose_scoring, describe, takes_head
 from scalabl.training.features import fit_distance, write_features
 from scalabl.training.monitors import NonFiniteError, NonFiniteGuard, ProgressBar, StopOnInterrupt, finite
-from scalabl.training.ranks import SeparateNoise, check_launch, fit_checkpoint, has_dropout, require_rows
+from scalabl.training.ranks import (
+    SeparateNoise,
+    check_launch,
+    fit_checkpoint,
+    has_dropout,
+    refuse_sharded_encoder,
+    require_rows,
+)
 from scalabl.training.refusals import require_optimizer
 from scalabl.training.trainer import token_counts, trainer_of, weighing_the_kl, whole_adapter
 from scalabl.tuner.diagnostics import unconverged
@@ -140,6 +147,7 @@ def _train(
     if settings.model == EMBEDDED:
         processes.first_on_each_machine(embedded_directory)
     tokenizer = tokenizer or load_tokenizer(settings.model)
+    refuse_sharded_encoder(settings.model)
     head = takes_head(settings, task, tokenizer)
     set_seed(settings.seed)  # a new head is drawn
     of_base = _placed(settings.machine.of_base) | ({"labels": task.labels} if head else {})
