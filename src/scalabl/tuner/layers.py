@@ -163,7 +163,7 @@ def learnt_positions(model: nn.Module) -> int | None:
     base: Any = base_model(model)
     config = base.config.get_text_config() if hasattr(base.config, "get_text_config") else base.config
     room = getattr(config, "max_position_embeddings", None)
-    for name, module in base.named_modules():
+    for name, module in language_side(base).named_modules():  # an image side has positions of its own
         last = name.rpartition(".")[2]
         if room is not None and isinstance(module, nn.Embedding) and ("position" in last or last == "wpe"):
             # RoBERTa's positions are counted from behind that of the padding; some have a few rows more than positions
