@@ -56,6 +56,8 @@ def recorded(model: nn.Module) -> Iterator[dict[str, Recorded]]:
 
     def hook_of(name: str) -> Any:
         def hook(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            if not torch.is_grad_enabled():  # how the model reads rows is being tried
+                return
             if name in found:
                 raise UserError(f"{name} is applied twice in a pass, so that its curvature is not known here; fit tfb.")
             found[name] = Recorded(inputs[0].detach(), output)

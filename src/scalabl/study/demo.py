@@ -21,7 +21,7 @@ from scalabl.metrics.uncertainty import fit_temperature
 from scalabl.runs.loading import load_run
 from scalabl.runs.record import RunRecord
 from scalabl.runs.registry import BASELINE, METHODS
-from scalabl.runs.settings import Settings
+from scalabl.runs.settings import ALL_LINEAR, Settings
 from scalabl.study.demos import DEMOS, LANGUAGE, ROUTING, SAMPLES, demo_settings
 from scalabl.training.run import read_log, train
 
@@ -144,13 +144,15 @@ def _facts(task: str, record: RunRecord, rows: _Rows, seed: int, steps: int) -> 
     recipe, demo = record.recipe, DEMOS[task]
     nll = ", ".join(f"{name} {value:.3f}" for name, value in record.scoring_nll.items())
     chosen = f", chosen by NLL on validation rows before training ({nll})" if len(record.scoring_nll) > 1 else ""
+    # an encoder's default
+    targets = ALL_LINEAR if task == ROUTING else recipe["target_modules"]
     schedule = f" after a warm-up of the KL over {recipe['kl_warmup']:.0%} of the steps"
     return {
         "model": recipe["model"],
         "data": f"{task}: {record.rows['train']} training, {record.rows['validation']} validation, "
         f"{len(rows.test)} test rows; shifted: {demo.shifted}, {len(rows.shifted[demo.shifted])} rows",
         "scoring": f"{record.scoring_name}{chosen}",
-        "adapters": f"r = {recipe['r']}, alpha = {recipe['lora_alpha']:g}, {recipe['target_modules']}, "
+        "adapters": f"r = {recipe['r']}, alpha = {recipe['lora_alpha']:g}, {targets}, "
         f"{recipe['layers']} of the layers; {record.parameters['lora']:,} LoRA and "
         f"{record.parameters['variational']:,} variational parameters",
         "steps": f"{steps} of {recipe['batch_size']} rows, AdamW {recipe['learning_rate']:g} for all",

@@ -32,7 +32,7 @@ def _scope(method: MethodResult, other: str) -> tuple[Heading, SVG]:
     score = next(score for score in _SCORES if score in inside and score in outside)
     area = judge_detection(inside[score], outside[score], bootstrap=1)["auroc"].value
     svg = figures.score_histograms("lead-scope", score, [("in distribution", inside[score]), (other, outside[score])])
-    return f"{other} (dashed), told by {score}: AUROC {area:.3f}", svg
+    return f"{other} (dashed): AUROC {area:.3f}", svg
 
 
 _WIDTH, _GAP, _TITLE = 330, 24, 34  # of one picture in a file, in pixels
@@ -48,7 +48,7 @@ def as_file(pictures: Sequence[tuple[Heading, SVG]]) -> str:
         assert box is not None
         height = _WIDTH * float(box[2]) / float(box[1])
         tallest, left = max(tallest, height), i * (_WIDTH + _GAP)
-        parts.append(f'<text x="{left}" y="20">{escape(heading)}</text>')
+        parts.append(f'<text x="{left + 8}" y="20">{escape(heading)}</text>')
         place = f'x="{left}" y="{_TITLE}" width="{_WIDTH}" height="{height:.1f}"'
         parts.append(svg.replace("<svg ", f"<svg {place} ", 1))
     width, height = len(pictures) * (_WIDTH + _GAP) - _GAP, tallest + _TITLE
