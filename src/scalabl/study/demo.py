@@ -20,7 +20,7 @@ from scalabl.inference.settings import PredictionSettings
 from scalabl.metrics.uncertainty import fit_temperature
 from scalabl.runs.loading import load_run
 from scalabl.runs.record import RunRecord
-from scalabl.runs.registry import BASELINE, METHODS
+from scalabl.runs.registry import BASELINE, METHODS, OVER_S
 from scalabl.runs.settings import ALL_LINEAR, Settings
 from scalabl.study.demos import DEMOS, LANGUAGE, ROUTING, SAMPLES, demo_settings
 from scalabl.training.run import read_log, train
@@ -98,10 +98,10 @@ _TITLES = {
 
 
 def _routing(directory: Path, rows: _Rows, samples: int, seed: int) -> list[MethodResult]:
-    """A run as learnt and calibrated, by the predictive that a user gets without asking."""
-    settings = PredictionSettings(samples=samples, seed=seed)
+    """A run as learnt and calibrated, by as many particles for every method that has any."""
+    predictive = "mc" if RunRecord.read(directory).method in OVER_S else None
+    settings = PredictionSettings(predictive=predictive, samples=samples, seed=seed)
     predictor = Predictor.load(directory, settings, batch_size=BATCH)
-    predictor.resolve(rows.test)
     return results_of(predictor, as_learnt(predictor, rows.test), rows.test, rows.shifted)
 
 
