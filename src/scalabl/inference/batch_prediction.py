@@ -23,7 +23,7 @@ from scalabl.inference.calibration import calibration_for
 from scalabl.inference.predictor import Predictor
 from scalabl.inference.promise import held_out_rows
 from scalabl.inference.settings import PredictionSettings
-from scalabl.runs.record import RunRecord
+from scalabl.runs.record import RECORD, RunRecord
 from scalabl.scoring.base import cut_rows_sentence
 from scalabl.scoring.scorer import longest_first
 
@@ -116,10 +116,11 @@ def _identity(directory: Path, rows: Sequence[Example], settings: PredictionSett
         decisive += [sha256(path) for path in sorted((directory / "posthoc" / settings.method).glob("*.*"))]
     if (directory / FEATURES).is_file():
         decisive.append(sha256(directory / FEATURES))
-    record = RunRecord.read_finished(directory)
-    if calibration_for(record, settings) is not None:
+    # an adapter of another trainer has none, and so neither a calibration nor held-out rows
+    record = RunRecord.read_finished(directory) if (directory / RECORD).is_file() else None
+    if record is not None and calibration_for(record, settings) is not None:
         decisive.append(record.calibration)
-    if settings.has_promise:
+    if record is not None and settings.has_promise:
         held_out = held_out_rows(record)
         decisive += [[r.question, r.choices, r.answer, *r.content[2:]] for r in held_out]
     whole = json.dumps([decisive, [[r.id, *r.content] for r in rows]])
