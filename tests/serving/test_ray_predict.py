@@ -236,7 +236,8 @@ def test_what_kills_workers_again_and_again_is_named(tmp_path: Path, monkeypatch
     def die(*_: Any) -> list[tuple[int, str]]:
         raise SystemExit
 
-    batch = pa.table({"key": [5, 6], "id": ["a", "b"], "question": ["?", "?"], "choices": [[], []], "images": [[], []]})
+    texts = {"id": ["a", "b"], "question": ["?", "?"], "pair": [None, None]}
+    batch = pa.table({"key": [5, 6], **texts, "choices": [[], []], "images": [[], []]})
     with monkeypatch.context() as patch:
         patch.setattr(worker, "_answers", die)
         for _ in range(ATTEMPTS):
