@@ -1,7 +1,8 @@
 """What each of two processes does for test_two_processes.py, one thing after the other in one launch: starting takes
 longer than all of it.
 
-one_launch.py WORK: WORK holds base, task and the unfinished run "grown" of one process. Ends by a failure of rank 1.
+one_launch.py WORK: WORK holds base, task, encoder, texts and the unfinished run "grown" of one process. Ends by a
+failure of rank 1.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from two_processes import killed_after, settings_of
+from two_processes import head_settings_of, killed_after, settings_of
 
 from scalabl.core import processes
 from scalabl.core.errors import UserError
 from scalabl.data.load import rows_of
 from scalabl.inference.batch_prediction import predict_file
+from scalabl.inference.calibrate import calibration_at_the_end
 from scalabl.inference.predictor import Predictor, log_probabilities
 from scalabl.inference.settings import PredictionSettings
 from scalabl.predictive import LinearizedPredictive, MeanPredictive, MonteCarloPredictive, Predictive
@@ -116,6 +118,7 @@ def main(work: Path) -> None:
     with killed_after(7):
         train(half, work / "left")
     train(half, work / "grown")
+    train(head_settings_of(work, batch_size=4), work / "head", calibrate=calibration_at_the_end)
 
     StochasticProjection.draw = first_draws  # type: ignore[method-assign]
     train(settings_of(work, batch_size=4, lora_dropout=0.1, steps=2), work / "dropout")

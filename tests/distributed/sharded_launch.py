@@ -1,6 +1,7 @@
 """What each of two processes under FSDP 2 does for test_sharded.py: the command line, then a Trainer of one's own.
 
-sharded_launch.py OUTPUT ARGUMENTS...: `scalabl ARGUMENTS...`, then `own_trainer` into OUTPUT.
+sharded_launch.py OUTPUT ARGUMENTS...: `scalabl ARGUMENTS...`, then `own_trainer` into OUTPUT, and an encoder with a
+classification head into "head" beside it.
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ from pathlib import Path
 import torch
 from tiny_base import adapted, tiny_base
 from transformers import Trainer, TrainingArguments
+from two_processes import head_settings_of
 
 from scalabl import ELBOCallback
 from scalabl.core import processes
+from scalabl.training.run import train
 
 
 def own_trainer(output: Path, batch_size: int) -> list[dict[str, float]]:
@@ -50,6 +53,7 @@ def main(output: Path) -> None:
         if ended.code:
             raise
     own_trainer(output, batch_size=2)
+    train(head_settings_of(output.parent, batch_size=2, layers="all"), output.parent / "head")
 
 
 if __name__ == "__main__":

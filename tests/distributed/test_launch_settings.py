@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
+from head_bases import body_of, stock_head
 from peft import get_peft_model
-from tiny_base import adapted, loaded, tiny_base, tiny_encoder
+from tiny_base import adapted, loaded
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import TrainingArguments
@@ -22,7 +24,7 @@ from scalabl.core.errors import UserError
 from scalabl.core.files import write_json
 from scalabl.predictive.base import share
 from scalabl.runs.directory import claim
-from scalabl.training.ranks import check_launch, fit_checkpoint, has_dropout, refuse_sharded_encoder, require_rows
+from scalabl.training.ranks import check_launch, fit_checkpoint, has_dropout, require_rows, shard_by_layers
 from scalabl.training.refusals import refuse_hidden_gradients
 from scalabl.tuner import stochastic_layers
 
@@ -82,13 +84,19 @@ def test_deepspeed_is_refused_where_it_is_missing_and_where_it_would_hide_the_kl
         check_launch(settings_of(tmp_path))
 
 
-def test_an_encoder_is_not_sharded(two: pytest.MonkeyPatch) -> None:
-    refuse_sharded_encoder(str(tiny_encoder()))
-    for name, value in FSDP.items():
-        two.setenv(name, value)
-    refuse_sharded_encoder(str(tiny_base()))
-    with pytest.raises(UserError, match="is an encoder, which FSDP does not shard here; launch with ddp.yaml"):
-        refuse_sharded_encoder(str(tiny_encoder()))
+@pytest.mark.parametrize(
+    ("name", "blocks"), [("bert", {"BertLayer"}), ("mpnet", {"MPNetLayer"}), ("llama", {"LlamaDecoderLayer"})]
+)
+def test_a_model_is_sharded_by_its_layers_and_never_its_embeddings_twice(
+    name: str, blocks: set[str], tmp_path: Path
+) -> None:
+    model = stock_head(tmp_path / "adapter", body_of(name, tmp_path / "body"))
+    plugin = SimpleNamespace(transformer_cls_names_to_wrap=None)
+    shard_by_layers(plugin, model)
+    assert set(plugin.transformer_cls_names_to_wrap) == blocks
+    plugin.transformer_cls_names_to_wrap = ["Mine"]
+    shard_by_layers(plugin, model)
+    assert plugin.transformer_cls_names_to_wrap == ["Mine"]
 
 
 def test_a_batch_over_all_processes_needs_as_many_rows(two: pytest.MonkeyPatch, tmp_path: Path) -> None:

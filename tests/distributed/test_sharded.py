@@ -17,7 +17,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from sharded_launch import own_trainer
 from tiny_base import tiny_base, write_task
-from two_processes import HERE, command, environment, launch, settings_of
+from two_processes import HERE, command, environment, head_settings_of, launch, settings_of, write_head
 
 from scalabl.data.load import rows_of
 from scalabl.inference.predictor import log_probabilities
@@ -49,6 +49,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("sharded")
     shutil.copytree(tiny_base(), path / "base")
     write_task(path / "task")
+    write_head(path)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SCALABL_CACHE", str(path / "cache"))
         train(settings_of(path, batch_size=4, **CHANGES), path / "one")
@@ -58,6 +59,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
         kill_a_rank(subprocess.Popen(command("fsdp2", *program), env=environment(), stderr=subprocess.PIPE), path)
         ended = launch("fsdp2", str(HERE / "sharded_launch.py"), str(path / "own"), *program[2:])
         own_trainer(path / "own_one", batch_size=4)
+        train(head_settings_of(path, batch_size=4, layers="all"), path / "head one")
     assert ended.returncode == 0, "\n".join(line for line in ended.stderr.splitlines() if line.startswith("[rank"))
     assert ended.stdout.count("LoRA") == 1  # the main process alone prints
     return path
@@ -94,6 +96,14 @@ def test_the_adapter_is_one_process_s_in_whole_tensors(work: Path) -> None:
         torch.testing.assert_close(two[name], tensor, rtol=0, atol=1e-4, msg=name)
     moved = [name for name, tensor in one.items() if "lora_B" in name and tensor.abs().max() > 0.01]
     assert any("lm_head" in name for name in moved) and any("layers.0" in name for name in moved)
+
+
+def test_an_encoder_with_a_classification_head_is_one_process_s(work: Path) -> None:
+    one, two = (load_file(work / run / "adapter_model.safetensors") for run in ("head one", "head"))
+    assert one.keys() == two.keys() and any("classifier" in name for name in one)
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=0, atol=1e-4, msg=name)
+    assert max(tensor.abs().max().item() for name, tensor in one.items() if "lora_B" in name) > 0.01
 
 
 def test_the_loss_and_the_kl_are_one_process_s(work: Path) -> None:

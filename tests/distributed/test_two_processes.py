@@ -14,9 +14,12 @@ from one_launch import SAMPLING, answer, evaluate, predictions
 from safetensors.torch import load_file
 from tiny_base import tiny_base, write_task
 from torch import Tensor
-from two_processes import HERE, killed_after, launch, settings_of
+from two_processes import HERE, head_settings_of, killed_after, launch, settings_of, write_head
 
 from scalabl.core.errors import UserError
+from scalabl.core.files import FEATURES
+from scalabl.inference.calibrate import calibration_at_the_end
+from scalabl.inference.calibration import Calibration
 from scalabl.runs.loading import load_run
 from scalabl.runs.record import RunRecord
 from scalabl.training.run import train
@@ -49,6 +52,8 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Work:
         write_task(path / "task")
         whole = settings_of(path, batch_size=8)
         train(whole, path / "one")
+        write_head(path)
+        train(head_settings_of(path, batch_size=8), path / "head one", calibrate=calibration_at_the_end)
         with killed_after(7):
             train(whole, path / "grown")
         patch.setenv("SCALABL_CACHE", str(path / "cache of two"))
@@ -74,6 +79,21 @@ def test_the_adapter_and_its_mean_are_one_process_s(work: Work, run: str) -> Non
         torch.testing.assert_close(mean[name], tensor, **CLOSE, msg=name)
     # twelve steps went somewhere: B was zero
     assert max(tensor.abs().max().item() for name, tensor in one.items() if "lora_B" in name) > 0.01
+
+
+def test_a_classification_head_is_one_process_s(work: Work) -> None:
+    one, two = work.adapter("head one"), work.adapter("head")
+    assert one.keys() == two.keys() and any("classifier" in name for name in one)
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, **CLOSE, msg=name)
+    # what belongs to a run: the distance to its rows, and the calibration
+    features = [load_file(work.path / run / FEATURES) for run in ("head one", "head")]
+    assert features[0].keys() == features[1].keys()
+    for name, tensor in features[0].items():
+        torch.testing.assert_close(features[1][name], tensor, rtol=1e-3, atol=1e-3, msg=name)
+    made = [Calibration.of(RunRecord.read(work.path / run)) for run in ("head one", "head")]
+    assert made[0] is not None and made[1] is not None and made[0].scale == made[1].scale
+    assert made[0].temperatures == pytest.approx(made[1].temperatures, rel=1e-3)
 
 
 def test_killed_and_resumed_in_two_processes_is_bit_for_bit_never_killed(work: Work) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from tiny_base import tiny_encoder, write_texts
 
 import scalabl
 from scalabl.runs.settings import Settings
@@ -32,6 +36,20 @@ def settings_of(work: Path, **changes: Any) -> Settings:
         "layers": "last:2",
     }
     return Settings.flat(**{**settings, **changes})
+
+
+def head_settings_of(work: Path, **changes: Any) -> Settings:
+    """The same of a classification head on `work`/encoder and `work`/texts, which `write_head` has written."""
+    return settings_of(work, model=str(work / "encoder"), data=str(work / "texts"), **changes)
+
+
+def write_head(work: Path) -> None:
+    """An encoder without dropout, whose masks several processes draw otherwise than one."""
+    shutil.copytree(tiny_encoder(), work / "encoder")
+    config = json.loads((work / "encoder" / "config.json").read_text())
+    without = dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), 0.0)
+    (work / "encoder" / "config.json").write_text(json.dumps(config | without))
+    write_texts(work / "texts")
 
 
 def command(config: str, *program: str) -> list[str]:

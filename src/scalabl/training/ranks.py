@@ -20,9 +20,9 @@ from transformers import TrainerCallback, TrainingArguments
 
 from scalabl.core import processes
 from scalabl.core.errors import UserError
-from scalabl.runs.models import is_encoder
 from scalabl.runs.registry import METHODS
 from scalabl.runs.settings import Settings
+from scalabl.tuner.layers import decoder_layers, unwrap
 from scalabl.tuner.projection import StochasticProjection
 
 # a prime far apart from the small seeds that people give: the streams of two ranks and two runs never meet
@@ -67,14 +67,21 @@ def check_launch(settings: Settings) -> None:
         raise UserError(f"{settings.method} was not tried with FSDP; launch with recipes/accelerate/ddp.yaml.")
 
 
-def refuse_sharded_encoder(model: str) -> None:
-    """Refuse to shard an encoder: FSDP 2 meets weights of its there that are shards already.
+def shard_by_layers(plugin: Any, model: nn.Module) -> None:
+    """Let FSDP 2 gather a model layer by layer, where the launcher names no classes of its own.
 
-    Raises:
-        UserError: FSDP was asked for, and the base model is one.
+    Transformers counts an encoder's embeddings among its blocks, or names no blocks. Accelerate shards input embeddings
+    by themselves, and torch refuses to shard a weight twice.
+
+    Args:
+        plugin: Accelerate's settings of FSDP, before the model is sharded.
+        model: to be sharded.
     """
-    if processes.is_sharded() and is_encoder(model):
-        raise UserError(f"{model} is an encoder, which FSDP does not shard here; launch with ddp.yaml.")
+    if plugin.transformer_cls_names_to_wrap is None:
+        blocks = {type(layer).__name__ for layer in decoder_layers(model)} | set(unwrap(model)._no_split_modules or ())
+        inputs = unwrap(model).get_input_embeddings()
+        holding = {type(m).__name__ for m in model.modules() if any(part is inputs for part in m.modules())}
+        plugin.transformer_cls_names_to_wrap = sorted(blocks - holding)
 
 
 def require_rows(settings: Settings, rows: int) -> None:

@@ -43,8 +43,8 @@ from scalabl.training.ranks import (
     check_launch,
     fit_checkpoint,
     has_dropout,
-    refuse_sharded_encoder,
     require_rows,
+    shard_by_layers,
 )
 from scalabl.training.refusals import require_optimizer
 from scalabl.training.trainer import token_counts, trainer_of, weighing_the_kl, whole_adapter
@@ -147,7 +147,6 @@ def _train(
     if settings.model == EMBEDDED:
         processes.first_on_each_machine(embedded_directory)
     tokenizer = tokenizer or load_tokenizer(settings.model)
-    refuse_sharded_encoder(settings.model)
     head = takes_head(settings, task, tokenizer)
     set_seed(settings.seed)  # a new head is drawn
     of_base = _placed(settings.machine.of_base) | ({"labels": task.labels} if head else {})
@@ -314,6 +313,8 @@ def optimise(
     )
     if trainer.is_fsdp_enabled != processes.is_sharded():
         raise UserError("FSDP was asked for, but Accelerate does not shard on this machine; launch with ddp.yaml.")
+    if trainer.is_fsdp_enabled:
+        shard_by_layers(trainer.accelerator.state.fsdp_plugin, model)
     trainer.remove_callback(PrinterCallback)
     last = processes.on_main(lambda: _checkpoint_to_resume(output, has_dropout(model)))
     try:
