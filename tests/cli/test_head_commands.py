@@ -7,13 +7,20 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from head_bases import classifier_on, own_probs
+from peft import PeftModel
 from program import Program
 from safetensors.torch import load_file
 from tiny_base import _WORDS, tiny_base, tiny_encoder, write_jsonl, write_task, write_texts
 
 from scalabl import Classifier
+from scalabl.core.errors import UserError
 from scalabl.core.files import ADAPTER, FEATURES
+from scalabl.serving.manifest import read_manifest, vllm_command
+from scalabl.serving.vllm import VLLMClassifier
 
 OPTIONS = ("--steps", 20, "--rank", 4, "--learning-rate", 0.02, "--layers", "last:2", "--batch-size", 8)
 
@@ -77,8 +84,26 @@ def test_what_a_head_cannot_have_is_refused(program: Program, texts: Path, run: 
     assert program("evaluate", run, "--data", questions / "test.jsonl").code == 2
     said = program("generate", run, "--prompt", "red").sentence()
     assert "a classification head, which writes no text; use scalabl predict" in said
-    said = program("export", run, "--particles", 2, "--output", tmp_path / "out").sentence()
-    assert "a classification head, and vLLM serves no adapter with one" in said and not (tmp_path / "out").exists()
+
+
+def test_particles_are_classifiers_of_stock_peft(program: Program, run: Path, tmp_path: Path) -> None:
+    """Each with the trained head; nothing serves them, so that no line is printed that would."""
+    exported = program("export", run, "--particles", 3, "--output", tmp_path / "out", "--raw")
+    assert exported.code == 0, exported.err
+    assert "vLLM serves no adapter with a classification head" in exported.out and "vllm serve" not in exported.out
+    manifest = read_manifest(tmp_path / "out")
+    with pytest.raises(UserError, match="vLLM serves no adapter with a classification head"):
+        vllm_command(manifest, tmp_path)
+    with pytest.raises(UserError, match="vLLM serves no adapter with a classification head"):
+        VLLMClassifier.from_export(tmp_path / "out")
+    texts = ["red is w1 w2", "blue", "w3 green w4 w5"]
+    found = [
+        own_probs(PeftModel.from_pretrained(classifier_on(tiny_encoder()), str(particle)).eval(), texts)
+        for particle in (tmp_path / "out" / "particles" / str(k) for k in range(3))
+    ]
+    ours = Classifier.from_pretrained(run, predictive="mc", samples=3, raw=True)(texts)
+    np.testing.assert_allclose(torch.stack(found), np.exp(ours.particle_log_probs), atol=1e-5)
+    assert (found[0] - found[1]).abs().max() > 1e-4
 
 
 def test_labels_of_several_tokens_are_a_decoder_s_head(program: Program, texts: Path, tmp_path: Path) -> None:

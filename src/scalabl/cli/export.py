@@ -25,7 +25,7 @@ def export(
     host: Annotated[str, typer.Option(help="Of the printed command: where the server listens.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Of the printed command.")] = 8000,
 ) -> None:
-    """Write N particles as plain LoRAs into OUT/particles, and print the vllm serve line for them.
+    """Write N particles as plain LoRAs into OUT/particles, and print the vllm serve line for those of language models.
 
     The same call again writes nothing and prints the line.
     """
@@ -44,5 +44,5 @@ def export(
     print(f"{particles:,} particles in {directory}")
     for warning in manifest.warnings:
         print(f"warning: {warning}")
-    if (model or manifest.base_model) and manifest.rank <= MAX_LORA_RANKS[-1]:
+    if not manifest.head and (model or manifest.base_model) and manifest.rank <= MAX_LORA_RANKS[-1]:
         print(as_shell(vllm_command(manifest, directory, base=model, host=host, port=port)))

@@ -154,6 +154,7 @@ def _manifest(
         scoring=record.scoring if record else None,
         temperature=_temperature(directory, identity) if temperature is None else temperature,
         calibrated=temperature is not None,
+        head=config.get("task_type") == "SEQ_CLS",
         labels=labels or None,
         warnings=limits_of(config, record, rank, output_layer),
     )

@@ -71,6 +71,7 @@ class ParticleManifest:
         labels: the class words of every row, None where rows have choices of their own.
         warnings: what a server will not do with them as this program does.
         calibrated: whether scale and temperature are those of the run's calibration, so that a client tempers.
+        head: whether they are classifiers with a head of their own each, which PEFT loads and vLLM does not.
     """
 
     format_version: int
@@ -91,12 +92,15 @@ class ParticleManifest:
     labels: tuple[str, ...] | None
     warnings: tuple[str, ...] = ()
     calibrated: bool = False
+    head: bool = False
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-able; of an uncalibrated run what older versions read too."""
+        """JSON-able; of an uncalibrated run without a head what older versions read too."""
         values = asdict(self)
         if not self.calibrated:
             del values["calibrated"], values["identity"]["scale"]
+        if not self.head:
+            del values["head"]
         return values
 
     @property
@@ -127,9 +131,11 @@ def read_manifest(output: Path) -> ParticleManifest:
     try:
         of_identity = Identity(**content["identity"])
         lists = {name: _tuple(content[name]) for name in ("sha256", "labels", "target_modules", "warnings")}
+        later = {name: content.get(name, False) for name in ("calibrated", "head")}  # older files lack them
         return ParticleManifest(
-            **{f.name: content[f.name] for f in fields(ParticleManifest) if f.name != "calibrated"}
-            | {"identity": of_identity, "calibrated": content.get("calibrated", False)}
+            **{f.name: content[f.name] for f in fields(ParticleManifest) if f.name not in later}
+            | {"identity": of_identity}
+            | later
             | lists
         )
     except (KeyError, TypeError) as error:
@@ -177,10 +183,6 @@ def prepare(
         raise UserError(
             f"{directory} is a plain LoRA without a posterior, so it has no particles: serve it as it is, or make it "
             "Bayesian first with scalabl bayesianize."
-        )
-    if config.get("task_type") == "SEQ_CLS":
-        raise UserError(
-            f"{directory} has a classification head, and vLLM serves no adapter with one; use scalabl predict."
         )
     record = RunRecord.read_finished(directory) if (directory / RECORD).is_file() else None
     joint = directory / JOINT
@@ -250,8 +252,9 @@ def vllm_command(
         port: likewise.
 
     Raises:
-        UserError: the base model is not named, or the rank is above what vLLM takes.
+        UserError: the base model is not named, the rank is above what vLLM takes, or there is a classification head.
     """
+    refuse_head(manifest)
     base = base or manifest.base_model
     if base is None:
         raise UserError("The particles do not name their base model; give it with --model.")
@@ -284,8 +287,19 @@ def as_shell(arguments: Sequence[str]) -> str:
     return " \\\n    ".join(" ".join(line) for line in lines)
 
 
+_HEAD_LIMIT = "vLLM serves no adapter with a classification head; PEFT loads the particles, whose softmax is averaged"
 # LoRA on the output layer: its part is dropped from prompt logprobs; generated tokens' are right
 OUTPUT_LAYER_ISSUE = "vLLM issue 51594"
+
+
+def refuse_head(manifest: ParticleManifest) -> None:
+    """Refuse to serve classifiers with a head.
+
+    Raises:
+        UserError: the particles are such.
+    """
+    if manifest.head:
+        raise UserError(f"{_HEAD_LIMIT}.")
 
 
 def limits_of(
@@ -309,7 +323,9 @@ def limits_of(
         found.append(f"the rank is {rank}, but vLLM serves at most {MAX_LORA_RANKS[-1]}")
     if config.get("rank_pattern") or config.get("alpha_pattern"):
         found.append("ranks or scalings differ by layer, which older versions of vLLM ignore; 0.32 does not")
-    if config.get("modules_to_save"):
+    if config.get("task_type") == "SEQ_CLS":
+        found.append(_HEAD_LIMIT)
+    elif config.get("modules_to_save"):
         found.append("whole modules were trained (modules_to_save), which vLLM refuses to load")
     if config.get("bias", "none") != "none":
         found.append("biases were trained, which vLLM refuses to load")

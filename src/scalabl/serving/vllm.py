@@ -42,6 +42,7 @@ from scalabl.serving.manifest import (
     ParticleManifest,
     particles_directory,
     read_manifest,
+    refuse_head,
 )
 from scalabl.serving.requests import BY, By, log_probs_of, requests_of
 
@@ -68,7 +69,7 @@ class VLLMClassifier:
         api_key: sent as a bearer token; the environment's VLLM_API_KEY by default.
 
     Raises:
-        UserError: a value out of range, or log-probabilities that vLLM would get wrong.
+        UserError: a value out of range, a classification head, or log-probabilities that vLLM would get wrong.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class VLLMClassifier:
         temperature: float | None = None,
         api_key: str | None = None,
     ) -> None:
+        refuse_head(manifest)
         if concurrency < 1:
             raise UserError(f"concurrency is {concurrency}; it must be at least 1.")
         if temperature is not None and not temperature > 0:
@@ -135,9 +137,11 @@ class VLLMClassifier:
             options: of `VLLMClassifier`; a calibrated run's temperature by default, where its own rows are asked.
 
         Raises:
-            UserError: no exported particles, no tokenizer, a label of several tokens, or as `VLLMClassifier`.
+            UserError: no exported particles, or those of a head; no tokenizer, a label of several tokens, or as
+                `VLLMClassifier`.
         """
         manifest = read_manifest(Path(directory))
+        refuse_head(manifest)
         if labels is None and manifest.scoring is None:
             raise UserError(f"{directory} does not say how rows are scored; pass labels=[...].")
         if labels is None and manifest.scoring is not None:
