@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
-from sharded_rows import SIZES, all_rows, answers_in, read_answers, titles, write_shards
+from sharded_rows import SIZES, address_of, all_rows, answers_in, read_answers, titles, write_shards
 from tiny_base import as_json, questions, tiny_base, write_jsonl
 
 import scalabl.cli.predict  # noqa: F401  (adds its command to the app)
@@ -138,12 +138,13 @@ def test_a_killed_driver_goes_on_with_what_is_missing(
     cluster: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shards, output = write_shards(tmp_path / "rows", "parquet"), tmp_path / "answers"
+    source, target = address_of(shards), address_of(output)  # through the store's own file system alone
     layers = {"samples": 12, "seed": 3, "stochastic_layers": "last:1"}
     confidences = sorted(answer["confidence"] for answer in by_one_process(run, tmp_path, **layers, predictive="mc"))
     middle = round((confidences[11] + confidences[12]) / 2, 6)
     settings = {**layers, "abstain": middle, "sampling": Sampling(confidence=0.9)}
     arguments = [
-        "predict", run, "--input", shards, "--output", output, "--ray", cluster, "--block-rows", 2, "--samples", 12,
+        "predict", run, "--input", source, "--output", target, "--ray", cluster, "--block-rows", 2, "--samples", 12,
         "--seed", 3, "--abstain", middle, "--stochastic-layers", "last:1", "--adaptive", "--confidence", 0.9,
     ]  # fmt: skip
     program = "from scalabl.cli import main; main()"
@@ -171,7 +172,7 @@ def test_a_killed_driver_goes_on_with_what_is_missing(
 
     monkeypatch.setattr(module, "_put_together", look)
     monkeypatch.setattr(module, "_workers", lambda *_: 1)
-    summary = predict_shards(run, shards, output, cluster, PredictionSettings(**settings), block_rows=2)
+    summary = predict_shards(run, source, target, cluster, PredictionSettings(**settings), block_rows=2)
     (found,) = before
     assert found.items() >= done.items()
     assert len(found) == 13
