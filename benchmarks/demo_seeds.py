@@ -46,8 +46,9 @@ def of_seed(directory: Path, seed: int, settings: dict[str, Any]) -> dict[str, A
 
     def make() -> dict[str, Any]:
         report = run_demo(directory, seed=seed, **settings)
-        write_text(directory / "lead.svg", as_file(lead_pictures(report)))
-        return {"facts": report.facts, "methods": figures_of(report)}
+        methods = figures_of(report)
+        write_text(directory / "lead.svg", as_file(lead_pictures(report, methods)))
+        return {"facts": report.facts, "methods": methods}
 
     directory.mkdir(parents=True, exist_ok=True)
     return harness.kept(directory / "figures.json", made_from, make)

@@ -43,8 +43,8 @@ from scalabl.inference.variance import run_variance, top_holding
 from scalabl.predictive import AutoPredictive, LinearizedPredictive, MeanPredictive, MonteCarloPredictive, Predictive
 from scalabl.predictive import predict as predict_rows
 from scalabl.predictive.adaptive import AdaptivePredictive
-from scalabl.predictive.auto import cost_of
 from scalabl.predictive.base import chosen
+from scalabl.predictive.cost import cost_of
 from scalabl.predictive.monte_carlo import first_difference
 from scalabl.runs.loading import load_run
 from scalabl.runs.method import Run

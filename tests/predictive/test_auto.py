@@ -10,7 +10,8 @@ from tiny_base import adapted, loaded, questions
 from scalabl.core.errors import UserError
 from scalabl.metrics.uncertainty import average
 from scalabl.predictive import AutoPredictive, LinearizedPredictive, MonteCarloPredictive, predict
-from scalabl.predictive.auto import BACKWARD, TRIAL_ROWS, Cost, cost_of, make_predictive, reference_and_variance
+from scalabl.predictive.auto import TRIAL_ROWS, make_predictive, reference_and_variance
+from scalabl.predictive.cost import BACKWARD, Cost, cost_of
 from scalabl.scoring import Continuation, Encoded, Letters, Scorer
 from scalabl.scoring.trunk import Trunk
 from scalabl.tuner import stochastic_layers

@@ -7,7 +7,7 @@ from tiny_base import perturb, tiny_encoder
 from scalabl.data import Example
 from scalabl.metrics.uncertainty import average, decompose
 from scalabl.predictive import AutoPredictive, LinearizedPredictive, MonteCarloPredictive, predict
-from scalabl.predictive.auto import cost_of
+from scalabl.predictive.cost import cost_of
 from scalabl.predictive.linearized import gaussian_points
 from scalabl.predictive.top_classes import Groups, left_out
 from scalabl.runs.models import load_base

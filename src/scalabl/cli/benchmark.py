@@ -138,10 +138,7 @@ def demo(
     samples: Annotated[int, typer.Option(help="Particles.")] = SAMPLES,
     json: Annotated[Path | None, typer.Option(help="Write the figures here.")] = None,
 ) -> None:
-    """Train plain LoRA and its rivals at one budget, compare them in and out of scope, and write report.html.
-
-    About three minutes on 2 cores; arc-easy takes ten.
-    """
+    """Train plain LoRA and its rivals at one budget, compare them in and out of scope, and write report.html."""
     check_demo(task, output, steps=steps, test_rows=test_rows, samples=samples)
     require_writable(report, json)
 

@@ -270,9 +270,7 @@ def _told(path: StorePath, doing: str) -> Iterator[None]:
 
     try:
         yield
-    except FileNotFoundError:
-        raise
-    except UserError:
+    except (FileNotFoundError, UserError):
         raise
     except (OSError, ArrowException, ValueError, ImportError, AttributeError) as error:
         raise UserError(

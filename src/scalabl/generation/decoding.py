@@ -19,7 +19,7 @@ from transformers.generation import StoppingCriteria, StoppingCriteriaList, Stop
 from scalabl.core.errors import UserError
 from scalabl.core.modules import eval_mode
 from scalabl.generation.fan_out import Draws, averaged, can_share, honours_padding, left_padded, shared_prompts
-from scalabl.scoring.base import begun_tokens
+from scalabl.scoring.conversation import begun_tokens
 from scalabl.tuner.threads import alone
 
 

@@ -111,7 +111,7 @@ def _calibrated(
     if settings.scale == 1 and temperature is not None and not settings.is_adaptive and settings.priors is None:
         made = tempered(plain, temperature, name)
     else:
-        made = replace(method_result(predictor, rows, shifted), name=name)
+        made = replace(method_result(predictor, rows, shifted, plain), name=name)
     made.notes[:] = [calibration.in_words(), *adaptive_notes(made.log_probs, predictor.strategy)]
     return made
 
@@ -125,24 +125,37 @@ def _kept(result: MethodResult, promise: Promise, threshold: Threshold) -> str:
 
 
 def method_result(
-    predictor: Predictor, rows: Sequence[Example], shifted: Mapping[str, Sequence[Example]]
+    predictor: Predictor,
+    rows: Sequence[Example],
+    shifted: Mapping[str, Sequence[Example]],
+    other: MethodResult | None = None,
 ) -> MethodResult:
-    """One row of a report."""
+    """One row of a report.
+
+    Args:
+        predictor: resolved.
+        rows: labelled rows.
+        shifted: rows of other data sets, by name.
+        other: the same run's under another tau, whose pass at the posterior mean is this one's too.
+    """
     name = predictor.name
     encoded = predictor.run.encode(list(rows))
     log_probs = predictor.log_probs(rows, encoded, dataset=name)
-    known = {other: others for other, others in shifted.items() if all(row.answer is not None for row in others)}
+    known = {of: others for of, others in shifted.items() if all(row.answer is not None for row in others)}
     cut = cut_rows_sentence(encoded, predictor.run.scorer.scoring)
+    if other is not None:
+        of_mean, ood_of_mean = other.of_mean, other.ood_of_mean
+    else:
+        of_mean = predictor.mean_scores(rows, encoded, dataset="scope") if shifted else {}
+        ood_of_mean = {of: predictor.mean_scores(others, dataset=f"scope: {of}") for of, others in shifted.items()}
     return MethodResult(
         name=name,
         log_probs=log_probs,
         labels=labels_of(rows),
-        ood={other: predictor.log_probs(others, dataset=f"{name}: {other}") for other, others in shifted.items()},
-        ood_labels={other: labels_of(others) for other, others in known.items()},
-        of_mean=predictor.mean_scores(rows, encoded, dataset="scope") if shifted else {},
-        ood_of_mean={
-            other: predictor.mean_scores(others, dataset=f"scope: {other}") for other, others in shifted.items()
-        },
+        ood={of: predictor.log_probs(others, dataset=f"{name}: {of}") for of, others in shifted.items()},
+        ood_labels={of: labels_of(others) for of, others in known.items()},
+        of_mean=of_mean,
+        ood_of_mean=ood_of_mean,
         notes=[
             *([] if cut is None else [cut]),
             *posterior_warnings(predictor.whole_run()),

@@ -30,7 +30,7 @@ from scalabl.predictive.adaptive import AdaptivePredictive, with_sampling
 from scalabl.predictive.auto import AutoPredictive, with_scale
 from scalabl.predictive.base import Predictive, predict
 from scalabl.predictive.linearized import LinearizedPredictive
-from scalabl.runs.loading import load_features, load_run
+from scalabl.runs.loading import load_run
 from scalabl.runs.method import Run, load_post_hoc
 from scalabl.runs.record import RunRecord
 from scalabl.runs.registry import METHODS
@@ -99,7 +99,7 @@ class Predictor:
             layers = self._once(lambda: as_top_layers(self.whole_run(), spec))
             self.settings = replace(self.settings, stochastic_layers=layers)
         self.strategy = make_strategy(run, self.settings)
-        self.distance = load_features(run.directory, run.record) if isinstance(run, Run) else None
+        self.distance = run.distance if isinstance(run, Run) else None
         priors = self.settings.priors
         self.prior_ratios = None if priors is None else priors_over_training(self.whole_run().record, priors)
         self.calibration = calibration_for(getattr(run, "record", None), self.settings)

@@ -252,6 +252,21 @@ def adapter_config(directory: Path, made_by: str) -> dict[str, Any]:
     return config
 
 
+def saved_shapes(directory: Path) -> dict[str, list[int]]:
+    """The shape of every tensor of an adapter's file, by its name there.
+
+    Raises:
+        UserError: the file is lost, truncated or altered.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(directory / ADAPTER, framework="numpy") as file:
+            return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{directory / ADAPTER} is truncated or altered ({error}); restore the file.") from error
+
+
 def describe_adapter(directory: Path) -> dict[str, Any]:
     """What `scalabl inspect` shows.
 

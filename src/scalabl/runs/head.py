@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
@@ -16,7 +15,8 @@ from transformers import (
 )
 
 from scalabl.core.errors import UserError
-from scalabl.core.files import ADAPTER
+from scalabl.core.modules import base_name
+from scalabl.runs.directory import saved_shapes
 from scalabl.tuner.layers import head_parts
 
 
@@ -63,11 +63,7 @@ def require_trained(loaded: dict[str, Any], adapter: Path, name: str) -> None:
         UserError: there are some, as where a pooler was trained, but not saved.
     """
     drawn = [*loaded["missing_keys"], *(each[0] for each in loaded["mismatched_keys"])]
-    try:
-        with safe_open(adapter / ADAPTER, framework="pt") as file:
-            saved = {key.removeprefix("base_model.model.") for key in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{adapter / ADAPTER} is truncated or altered ({error}); restore the file.") from error
+    saved = {base_name(name) for name in saved_shapes(adapter)}
     lost = sorted({key.rpartition(".")[0] for key in drawn if key not in saved})
     if lost:
         raise UserError(

@@ -8,14 +8,11 @@ from typing import Any
 
 from peft import PeftModel
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from scalabl.core import processes
 from scalabl.core.errors import UserError
-from scalabl.core.files import FEATURES, sha256
-from scalabl.metrics.distance import FeatureDistance
 from scalabl.runs.directory import find_base, reading_config
 from scalabl.runs.method import Run
 from scalabl.runs.models import load_base
@@ -122,20 +119,3 @@ def load_run(directory: Path, *, model: str | None = None, generating: bool = Fa
     adapted, tokenizer = load_adapted(directory, record, model)
     scoring = scoring_of(record, adapted, tokenizer)
     return Run(record, Scorer(adapted, scoring, Trunk(adapted)), tokenizer, directory)
-
-
-def load_features(directory: Path | None, record: RunRecord) -> FeatureDistance | None:
-    """The distance to a run's training rows; None for a run that keeps no features of them.
-
-    Raises:
-        UserError: the file that holds them was lost or altered.
-    """
-    if directory is None or record.features_sha256 is None:
-        return None
-    path = directory / FEATURES
-    if not path.is_file() or sha256(path) != record.features_sha256:
-        raise UserError(
-            f"{path} was lost or altered (its sha256 is not the one in the run's record); restore the file or train "
-            "the run again."
-        )
-    return FeatureDistance(**load_file(path))

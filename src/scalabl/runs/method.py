@@ -11,16 +11,20 @@ import importlib
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig, PeftModel
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 
 from scalabl.core.errors import UserError
+from scalabl.core.files import FEATURES, sha256
 from scalabl.data.example import Example
+from scalabl.metrics.distance import FeatureDistance
 from scalabl.predictive.auto import AutoPredictive
 from scalabl.predictive.base import MeanPredictive, Predictive
 from scalabl.predictive.linearized import LinearizedPredictive
@@ -231,6 +235,23 @@ class Run:
         if stochastic_layers is not None:
             return MonteCarloPredictive(samples, seed=seed, stochastic_layers=stochastic_layers)
         return load_method(self.record.method).predictive(self, samples=samples, seed=seed)
+
+    @cached_property
+    def distance(self) -> FeatureDistance | None:
+        """To the run's training rows; None for a run that keeps no features of them.
+
+        Raises:
+            UserError: the file that holds them was lost or altered.
+        """
+        if self.directory is None or self.record.features_sha256 is None:
+            return None
+        path = self.directory / FEATURES
+        if not path.is_file() or sha256(path) != self.record.features_sha256:
+            raise UserError(
+                f"{path} was lost or altered (its sha256 is not the one in the run's record); restore the file or "
+                "train the run again."
+            )
+        return FeatureDistance(**load_file(path))
 
     def encode(self, rows: list[Example]) -> list[Encoded]:
         """Rows as tokens."""

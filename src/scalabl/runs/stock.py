@@ -12,11 +12,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
 from scalabl.core.errors import UserError
 from scalabl.core.files import ADAPTER, read_if_whole, sha256
-from scalabl.runs.directory import CONFIG, adapter_config, as_recorded, find_base
+from scalabl.runs.directory import CONFIG, adapter_config, as_recorded, find_base, saved_shapes
 from scalabl.runs.record import HEAD, RECORD, RowCounts, RunRecord, TaskFacts
 from scalabl.runs.settings import DEFAULTS, typed_setting
 
@@ -130,11 +128,7 @@ def _labels(directory: Path, base: str, given: Sequence[str] | None) -> tuple[st
 
 def _outputs(directory: Path) -> int | None:
     """How many outputs the head in an adapter's file has; None where it has no layer by a known name."""
-    try:
-        with safe_open(directory / ADAPTER, framework="numpy") as file:
-            shapes = [file.get_slice(n).get_shape() for n in file.keys() if _OUTPUTS.search(n)]  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{directory / ADAPTER} is truncated or altered ({error}); restore the file.") from error
+    shapes = [shape for name, shape in saved_shapes(directory).items() if _OUTPUTS.search(name)]
     if shapes and shapes[0][0] == 1:
         raise UserError(f"The head of {directory} has one output, a regression's, which has no classes.")
     return shapes[0][0] if shapes else None

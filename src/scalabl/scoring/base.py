@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from scalabl.core.errors import UserError, first_line
+from scalabl.core.errors import UserError
 from scalabl.data.example import Example
+from scalabl.scoring.conversation import Opening, begun_tokens, opening, through_template, tokens_behind
 from scalabl.scoring.images import BatchImages, ImageReader, RowImages, batch_images, image_reader
 
 
@@ -272,81 +273,6 @@ def require_single(example: Example) -> None:
         )
 
 
-def through_template(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], what: str, *, generation: bool = True
-) -> str:
-    """Messages as the tokenizer's chat template writes them.
-
-    Args:
-        tokenizer: with a chat template.
-        messages: the turns.
-        what: how a refusal names them.
-        generation: end with the beginning of the assistant's turn.
-
-    Raises:
-        UserError: the template refuses the messages, or is none that can be read.
-    """
-    try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation))
-    except Exception as error:  # a program of the model's: it may raise anything
-        raise UserError(
-            f"{what}: the model's chat template cannot write this conversation ({first_line(error)}); give turns that "
-            "it knows, or a tokenizer with another template."
-        ) from error
-
-
-def begun_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """The tokens of a text that goes on: with what the tokenizer puts in front of one, without what it puts behind.
-
-    Raises:
-        UserError: there are none, so that nothing could be read behind them.
-    """
-    ids = list(tokenizer(text)["input_ids"])
-    if ids and ids[-1] in (tokenizer.eos_token_id, tokenizer.sep_token_id):
-        framed = list(tokenizer("a")["input_ids"])
-        bare = list(tokenizer("a", add_special_tokens=False)["input_ids"])
-        ends = (n for n in range(len(framed)) if framed[: len(framed) - n][-len(bare) :] == bare)
-        behind = next(ends, 0)
-        ids = ids[: len(ids) - behind]
-    if not ids:
-        raise UserError(f"The prompt {text!r} is empty for this tokenizer; write what is asked.")
-    return ids
-
-
-@dataclass(frozen=True)
-class Opening:
-    """What a chat template writes between the beginning of an assistant's turn and what the assistant says.
-
-    Attributes:
-        before: what the prompt has more, as an empty block of thoughts.
-        lead: white space in front of the answer's first word, which its first token may hold.
-        anchor: what stands before that, for tokens of the answer alone.
-    """
-
-    before: str = ""
-    lead: str = ""
-    anchor: str = "\n"
-
-
-def opening(tokenizer: PreTrainedTokenizerBase) -> Opening:
-    """How a tokenizer's template opens what the assistant says, as training on conversations has it: read off a turn
-    that the template writes. A template that writes no such turn, or in another way than it begins one, has none."""
-    said, question = "a0said0a", {"role": "user", "content": "a0asked0a"}
-    answered = [question, {"role": "assistant", "content": said}]
-    try:
-        begun = through_template(tokenizer, [question], "The prompt")
-        whole = through_template(tokenizer, answered, "The answer", generation=False)
-    except UserError:  # it knows no assistant's turn
-        return Opening()
-    head, found, _ = whole.partition(said)
-    if not found or not head.startswith(begun):
-        return Opening()
-    more = head[len(begun) :]
-    if more.strip():
-        return Opening(before=more, anchor=more[-1])
-    return Opening(lead=more, anchor=begun[-1:] or "\n")
-
-
 def cut_rows_sentence(rows: Sequence[Encoded], scoring: Scoring, kind: str = "rows") -> str | None:
     """How many rows were cut, and the mend; None where none was."""
     whole = [len(row.input_ids) + row.dropped for row in rows if row.dropped]
@@ -356,16 +282,6 @@ def cut_rows_sentence(rows: Sequence[Encoded], scoring: Scoring, kind: str = "ro
         f"{len(whole):,} of {len(rows):,} {kind} are longer than {scoring.max_length} tokens and were read without "
         f"their {scoring.loses}; --max-length {max(whole)} (max_length in Python) keeps all of them whole."
     )
-
-
-def tokens_behind(tokenizer: PreTrainedTokenizerBase, anchor: str, text: str) -> list[int]:
-    """The tokens of a text that follows another one, of which `anchor` is the end; the two share no token."""
-    # behind what ends the prompt: SentencePiece tokenizers put a space of their own in front of a lone text
-    before = list(tokenizer(anchor, add_special_tokens=False)["input_ids"])
-    together = list(tokenizer(anchor + text, add_special_tokens=False)["input_ids"])
-    if together[: len(before)] == before and len(together) > len(before):
-        return together[len(before) :]
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def attention_mask(batch: Batch, dtype: torch.dtype, window: int | None = None, chunk: int | None = None) -> Tensor:

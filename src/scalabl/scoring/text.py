@@ -13,8 +13,8 @@ from torch import Tensor
 
 from scalabl.core.errors import UserError
 from scalabl.data.text_rows import ASSISTANT, Message, TextRow, Words
-from scalabl.scoring.base import Batch, Encoded, Opening, Scoring, tokens_behind
-from scalabl.scoring.conversation import conversation_tokens, rendered, require_template
+from scalabl.scoring.base import Batch, Encoded, Scoring
+from scalabl.scoring.conversation import Opening, conversation_tokens, rendered, require_template, tokens_behind
 
 IGNORED = -100  # the label of a token that is not trained on
 

@@ -20,8 +20,8 @@ from scalabl.inference.settings import PredictionSettings
 from scalabl.metrics.uncertainty import fit_temperature
 from scalabl.runs.loading import load_run
 from scalabl.runs.record import RunRecord
-from scalabl.runs.registry import BASELINE, METHODS, OVER_S
-from scalabl.runs.settings import ALL_LINEAR, Settings
+from scalabl.runs.registry import BASELINE, OVER_S
+from scalabl.runs.settings import ALL_LINEAR
 from scalabl.study.demos import DEMOS, LANGUAGE, ROUTING, SAMPLES, demo_settings
 from scalabl.training.run import read_log, train
 
@@ -70,17 +70,17 @@ def run_demo(
         directory = trained(method, seed)
         results += (_routing if task == ROUTING else _language)(directory, rows, samples, seed)
         training[results[-1].name.split(",")[0]] = read_log(directory)
-    record = RunRecord.read(directory)
+    record, lead = RunRecord.read(directory), len(results) - 1
     if task == ROUTING:
         members = [trained(BASELINE, seed + 1000 * i) for i in range(MEMBERS)]
-        results += _ensemble(members, rows)
+        results += _ensemble(results[0], members, rows)
     return Report(
         title=_TITLES[task],
         facts=_facts(task, record, rows, seed, steps) | {"training loss": _losses(training)},
         methods=results,
         questions=[(row.text, row.choices) for row in rows.test],
         training=training,
-        lead=f"{METHODS[Settings.method].title}, " if task == ROUTING else None,
+        lead=lead,
     )
 
 
@@ -117,19 +117,24 @@ def _language(directory: Path, rows: _Rows, samples: int, seed: int) -> list[Met
     return made
 
 
-def _ensemble(directories: Sequence[Path], rows: _Rows) -> list[MethodResult]:
-    """M runs of other seeds, averaged [Lakshminarayanan et al. 2017], and with a temperature of their average."""
-    members, held_out = [], []
-    for directory in directories:
+def _ensemble(first: MethodResult, directories: Sequence[Path], rows: _Rows) -> list[MethodResult]:
+    """M runs of other seeds, averaged [Lakshminarayanan et al. 2017], and with a temperature of their average; `first`
+    is the first one's raw predictions."""
+    name, held_out = f"ensemble of {len(directories)}", []
+    test, shifted = [first.log_probs], {other: [log_probs] for other, log_probs in first.ood.items()}
+    for i, directory in enumerate(directories):
         predictor = Predictor.load(directory, PredictionSettings(raw=True), batch_size=BATCH)
-        members.append(method_result(predictor, rows.test, rows.shifted))
         held_out.append(predictor.log_probs(rows.held_out, dataset="temperature"))
+        if i > 0:
+            test.append(predictor.log_probs(rows.test, dataset=name))
+            for other, others in rows.shifted.items():
+                shifted[other].append(predictor.log_probs(others, dataset=f"{name}: {other}"))
     made = replace(
-        members[0],
-        name=f"ensemble of {len(members)}",
-        log_probs=torch.cat([member.log_probs for member in members]),
-        ood={name: torch.cat([member.ood[name] for member in members]) for name in rows.shifted},
-        notes=[f"{len(members)} plain LoRAs, trained and run: {len(members)} times the cost"],
+        first,
+        name=name,
+        log_probs=torch.cat(test),
+        ood={other: torch.cat(log_probs) for other, log_probs in shifted.items()},
+        notes=[f"{len(directories)} plain LoRAs, trained and run: {len(directories)} times the cost"],
     )
     return [made, tempered(made, fit_temperature(torch.cat(held_out), labels_of(rows.held_out)))]
 

@@ -1,14 +1,13 @@
 """The pictures on top of a report, in the page or as one file: is a confidence true, are rows out of scope told."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from importlib.resources import files
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from scalabl.inference.report import figures
 from scalabl.inference.report.results import MethodResult, Report
-from scalabl.metrics.detection import judge_detection
 from scalabl.metrics.uncertainty import average
 
 Heading: TypeAlias = str
@@ -16,23 +15,27 @@ SVG: TypeAlias = str
 _SCORES = ("distance", "entropy")  # of scope, the first that there is
 
 
-def lead_pictures(report: Report) -> list[tuple[Heading, SVG]]:
-    """Reliability of the first method and of the one that leads beside it; in scope against the first shifted set."""
+def lead_pictures(report: Report, rows: Sequence[dict[str, Any]]) -> list[tuple[Heading, SVG]]:
+    """Reliability of the first method and of the one that leads beside it; in scope against the first shifted set.
+
+    Args:
+        report: with its methods.
+        rows: what `table(report)` gave.
+    """
+    leads = range(len(report.methods))[report.lead]
     found = []
-    for i in report.led():
+    for i in sorted({0, leads}):
         method = report.methods[i]
         svg = figures.reliability_diagram(f"lead-{i}", method.name, average(method.log_probs), method.labels)
         found.append((method.name, svg))
-    method = report.methods[report.led()[-1]]
-    return found + [_scope(method, name) for name in list(method.ood)[:1]]
+    return found + [_scope(report.methods[leads], name, of["scores"]) for name, of in [*rows[leads]["ood"].items()][:1]]
 
 
-def _scope(method: MethodResult, other: str) -> tuple[Heading, SVG]:
-    inside, outside = method.scope_scores(), method.scope_scores(other)
-    score = next(score for score in _SCORES if score in inside and score in outside)
-    area = judge_detection(inside[score], outside[score], bootstrap=1)["auroc"].value
-    svg = figures.score_histograms("lead-scope", score, [("in distribution", inside[score]), (other, outside[score])])
-    return f"{other} (dashed): AUROC {area:.3f}", svg
+def _scope(method: MethodResult, other: str, scores: Mapping[str, Any]) -> tuple[Heading, SVG]:
+    score = next(score for score in _SCORES if score in scores)
+    sets = [("in distribution", method.scope_scores()[score]), (other, method.scope_scores(other)[score])]
+    svg = figures.score_histograms("lead-scope", score, sets)
+    return f"{other} (dashed): AUROC {scores[score]['auroc']['value']:.3f}", svg
 
 
 _WIDTH, _GAP, _TITLE = 330, 24, 34  # of one picture in a file, in pixels

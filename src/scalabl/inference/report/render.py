@@ -66,7 +66,7 @@ def render(report: Report, rows: list[dict[str, Any]]) -> str:
         report=report,
         rows=rows,
         ood=ood_names(report),
-        lead=[ReportPicture(heading, Markup(svg)) for heading, svg in lead_pictures(report)],
+        lead=[ReportPicture(heading, Markup(svg)) for heading, svg in lead_pictures(report, rows)],
         reliability=[
             ReportPicture(
                 method.name,

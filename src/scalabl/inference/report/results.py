@@ -64,7 +64,7 @@ class Report:
         questions: (question, choices) of the n rows, or empty: then no questions are shown.
         labels: the C labels that all rows share, for figures of each; None for questions with choices of their own.
         training: name of a run -> its logged records (step; nll or loss, kl, sigma_mean, s_mean).
-        lead: how the name of the method begins that stands on top beside the first; None: the last.
+        lead: which method stands on top beside the first; the last by default.
     """
 
     title: str
@@ -73,12 +73,7 @@ class Report:
     questions: list[tuple[str, tuple[str, ...]]] = field(default_factory=list)
     training: dict[str, list[dict[str, float]]] = field(default_factory=dict)
     labels: tuple[str, ...] | None = None
-    lead: str | None = None
-
-    def led(self) -> list[int]:
-        """The methods that stand on top of the page: the first, and the last whose name begins with `lead`."""
-        named = [i for i, method in enumerate(self.methods) if method.name.startswith(self.lead or "")]
-        return sorted({0, named[-1]}) if named else [0]
+    lead: int = -1
 
     def check(self) -> None:
         """Raises UserError unless there are methods, with distinct names, on the same rows."""
