@@ -40,7 +40,7 @@ def settings_of(work: Path, **changes: Any) -> Settings:
 
 def head_settings_of(work: Path, **changes: Any) -> Settings:
     """The same of a classification head on `work`/encoder and `work`/texts, which `write_head` has written."""
-    return settings_of(work, model=str(work / "encoder"), data=str(work / "texts"), **changes)
+    return settings_of(work, model=str(work / "encoder"), data=str(work / "texts"), validation_rows=20, **changes)
 
 
 def write_head(work: Path) -> None:
@@ -49,7 +49,7 @@ def write_head(work: Path) -> None:
     config = json.loads((work / "encoder" / "config.json").read_text())
     without = dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), 0.0)
     (work / "encoder" / "config.json").write_text(json.dumps(config | without))
-    write_texts(work / "texts")
+    write_texts(work / "texts", validation=24)
 
 
 def command(config: str, *program: str) -> list[str]:
