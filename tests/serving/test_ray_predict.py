@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
+from head_bases import LABELS, body_of, stock_head
 from sharded_rows import SIZES, address_of, all_rows, answers_in, read_answers, titles, write_shards
 from tiny_base import as_json, questions, tiny_base, write_jsonl
 
@@ -24,6 +25,7 @@ import scalabl.serving.batch as module
 from scalabl.cli.app import app
 from scalabl.core.errors import UserError
 from scalabl.data import load_rows
+from scalabl.data.load import with_labels
 from scalabl.inference.batch_prediction import predict_file
 from scalabl.inference.promise import Promise
 from scalabl.inference.settings import PredictionSettings
@@ -187,6 +189,22 @@ def test_a_killed_driver_goes_on_with_what_is_missing(
     words = " ".join(capsys.readouterr().out.split())
     assert words.startswith("24 answers to 3 shards in") and "answered 12 of 24 rows (50.0%)" in words
     assert f"from {summary.particles:.1f} of at most 12 particles each" in words
+
+
+def test_another_trainer_s_head_answers_as_in_one_process(cluster: str, tmp_path: Path) -> None:
+    stock_head(tmp_path / "adapter", body_of("bert", tmp_path / "body"))
+    rows = [{"id": f"t{i}", "text": f"red w{i} w{i + 1}"} for i in range(3)]
+    (tmp_path / "rows").mkdir()
+    shard = write_jsonl(tmp_path / "rows" / "a.jsonl", rows)
+    names = {str(i): label for i, label in enumerate(LABELS)}
+    (tmp_path / "adapter" / "config.json").write_text(json.dumps({"id2label": names}))
+    predict_shards(tmp_path / "adapter", tmp_path / "rows", tmp_path / "answers", cluster, PredictionSettings())
+    alone = write_jsonl(tmp_path / "alone.jsonl", [])
+    given = with_labels(load_rows(shard, labels=LABELS, require_answer=False), LABELS, shard)
+    predict_file(tmp_path / "adapter", given, alone, PredictionSettings())
+    for one, other in zip(read_answers(tmp_path / "answers" / "a.jsonl"), read_answers(alone), strict=True):
+        assert (one["id"], one["label"]) == (other["id"], other["label"])
+        assert one["probs"] == pytest.approx(other["probs"], abs=1e-5) and list(one["probs"]) == list(LABELS)
 
 
 def test_a_row_that_cannot_be_answered_is_named_and_its_mend_redoes_its_shard_alone(

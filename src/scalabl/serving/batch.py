@@ -45,6 +45,7 @@ from scalabl.core.locations import Location, StorePath, locate
 from scalabl.inference.calibration import calibration_for
 from scalabl.inference.settings import PredictionSettings
 from scalabl.runs.record import RunRecord
+from scalabl.runs.stock import read_classifier
 from scalabl.serving.alone import alone
 from scalabl.serving.batch_worker import ATTEMPTS, BEGUN, Setup, Worker, deadly, refusal, resolve
 from scalabl.serving.parts import answers_in, done
@@ -107,7 +108,8 @@ def predict_shards(
     """Answer every shard into a file of its own; the same call goes on after any kill.
 
     Args:
-        directory: a finished run, at the same path on every machine, as are the shards and the output that are paths.
+        directory: a finished run, or another trainer's adapter with a classification head, at the same path on every
+            machine, as are the shards and the output that are paths.
         given: a file, a directory of shards, or a glob pattern; a path, or an address such as s3://bucket/rows.
         output: a directory, likewise; the answers to the shard a/b.jsonl are a/b.jsonl in it.
         address: of the cluster, "auto", or "local".
@@ -126,7 +128,7 @@ def predict_shards(
         raise UserError(f"The format is {format!r}; it must be {' or '.join(FORMATS)}.")
     if block_rows < 1:
         raise UserError(f"A block of {block_rows} rows is none; it must be at least 1.")
-    record = RunRecord.read_classifier(directory)
+    record = read_classifier(directory, model=model)
     labels = record.labels
     sources = find_sources(given)
     format = format or sources[0].format
