@@ -91,7 +91,8 @@ def evaluate(
     require_writable(json, report)
     labels = record.labels
     rows = rows_of(data, split=split, limit=limit, labels=labels)
-    shifted = {name: shifted_rows(name, limit=limit, labels=labels) for name in ood or []}
+    several = record.several
+    shifted = {name: shifted_rows(name, limit=limit, labels=labels, several=several) for name in ood or []}
     options.refuse_unread(
         evaluate, "for open questions; leave it out for questions with choices", measure=measure,
         max_new_tokens=max_new_tokens, answers=answers, equivalence=equivalence,

@@ -121,9 +121,11 @@ def prediction_settings(
     """
     from scalabl.inference.promise import Promise, held_out_rows
     from scalabl.inference.scope import require_coverage, require_scope
-    from scalabl.inference.settings import PredictionSettings
+    from scalabl.inference.settings import PredictionSettings, refuse_of_one_label
 
     method = record.method
+    if record.several:
+        refuse_of_one_label(**{"--adaptive": adaptive, "--priors": priors, "--coverage": coverage})
     if predictive not in (None, *PREDICTIVES):
         raise UserError(f"--predictive is {predictive!r}; it must be mean, mc or linearized, or auto, the default.")
     if predictive == "linearized" and method not in OVER_S:

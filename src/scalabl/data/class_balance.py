@@ -22,7 +22,8 @@ SUM_TOLERANCE = 1e-6  # of priors around one
 
 def label_counts(rows: Sequence[Example], labels: Sequence[str]) -> dict[str, int]:
     """How many rows each label has, in the labels' order; 0 where it has none."""
-    found = Counter(labels[row.answer] for row in rows if row.answer is not None)
+    several = Counter(labels[i] for row in rows for i in row.answers or ())
+    found = several + Counter(labels[row.answer] for row in rows if row.answer is not None)
     return {label: found[label] for label in labels}
 
 

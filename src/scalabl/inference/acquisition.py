@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 STRATEGIES = ("bald", "entropy", "random")
 
 
-def informativeness(log_probs: Tensor, by: str = "bald") -> Tensor:
-    """log_probs (N, n, C) of N particles -> (n,) float64 in nats, higher is more informative.
+def informativeness(log_probs: Tensor, by: str = "bald", per_row: int = 1) -> Tensor:
+    """log_probs (N, n, C) of N particles -> (n,) float64 in nats, higher is more informative; of `per_row` questions a
+    row, as of several labels, their sum.
 
     Raises:
         UserError: no such strategy, or BALD of a single particle.
@@ -37,7 +38,7 @@ def informativeness(log_probs: Tensor, by: str = "bald") -> Tensor:
         raise UserError(f"by is {by!r}; predictions rank rows by bald or entropy.")
     if by == "bald" and log_probs.shape[0] == 1:
         raise UserError("A single prediction has no epistemic part for BALD to rank by; use entropy.")
-    uncertainty = decompose(log_probs)
+    uncertainty = decompose(log_probs, per_row)
     return uncertainty.epistemic if by == "bald" else uncertainty.total
 
 
@@ -100,5 +101,5 @@ def acquire(
         settings = PredictionSettings(predictive, samples, seed, raw=True)  # what the posterior learnt is asked for
         predictor = Predictor.load(directory, settings, model=model, batch_size=batch_size)
         log_probs = predictor.log_probs(rows, dataset="ranking the pool")
-        scores = informativeness(log_probs, by)
+        scores = informativeness(log_probs, by, predictor.per_row)
     return [(i, scores[i].item()) for i in most_informative(scores, k)]

@@ -19,7 +19,7 @@ from scalabl.predictive.lora_particles import DropoutPredictive, blob_draws
 from scalabl.runs.directory import find_base, reading_config
 from scalabl.runs.loading import longest_row
 from scalabl.runs.models import load_base, require_vocabulary, saved_tokenizer
-from scalabl.runs.record import HEAD, RunRecord
+from scalabl.runs.record import HEAD, SEVERAL_LABELS, RunRecord
 from scalabl.runs.stock import UNNAMED, find_record, is_stock
 from scalabl.scoring.base import Encoded
 from scalabl.scoring.head import Head
@@ -104,15 +104,16 @@ def head_of(model: PeftModel | PreTrainedModel, tokenizer: PreTrainedTokenizerBa
     if base is None:
         kind = type(base_model(model)).__name__
         raise UserError(f"A {kind} has no classification head; give a scoring, Letters(tokenizer, labels=[...]).")
-    if base.config.problem_type in ("regression", "multi_label_classification"):
-        raise UserError(f"This head is of a {base.config.problem_type}, whose outputs are not one label of several.")
+    if base.config.problem_type == "regression":
+        raise UserError("This head is of a regression, whose outputs are no labels.")
     pad = base.config.get_text_config().pad_token_id
     if hasattr(base, "score") and (pad is None or pad != tokenizer.pad_token_id):
         raise UserError(
             f"The model's head looks behind its pad token {pad}, but the tokenizer pads with {tokenizer.pad_token_id}; "
             "set model.config.pad_token_id to tokenizer.pad_token_id."
         )
-    return Head(tokenizer, labels=_named(base), max_length=longest_row(base), pairs=None)
+    several = base.config.problem_type == SEVERAL_LABELS
+    return Head(tokenizer, labels=_named(base), max_length=longest_row(base), pairs=None, several=several)
 
 
 def _named(model: PreTrainedModel) -> list[str]:
@@ -135,15 +136,17 @@ def record_of(
     Raises:
         UserError: as `scalabl.runs.stock.find_record`.
     """
+    several = isinstance(model, PreTrainedModel) and model.config.problem_type == SEVERAL_LABELS
     if isinstance(model, PreTrainedModel):
         own = _named(model)
         named = sequence_classifier(model) is not None and not all(map(UNNAMED.fullmatch, own))
         labels = own if named and labels is None else labels
         model = model.name_or_path or type(model).__name__
     record = find_record(directory, labels=labels, model=model)
-    if record is not None and is_stock(record) and max_length is not None:
-        return replace(record, scoring=record.scoring | {"max_length": max_length})
-    return record
+    if record is None or not is_stock(record):
+        return record
+    known = {"max_length": max_length, "several": several or None}
+    return replace(record, scoring=record.scoring | {name: v for name, v in known.items() if v is not None})
 
 
 def base_of(

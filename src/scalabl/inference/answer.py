@@ -12,21 +12,27 @@ from torch import Tensor
 from scalabl.data.example import Example
 from scalabl.inference.settings import PredictionSettings
 from scalabl.inference.thresholds import reasons_of, sets_under
-from scalabl.metrics.uncertainty import average, decompose
+from scalabl.metrics.several_labels import label_probs
+from scalabl.metrics.uncertainty import decompose
 
 
 @dataclass(frozen=True)
 class Answer:
     """Predictions for n questions with C classes (zeros in `probs` where a question has fewer choices).
 
+    Where rows may have several of C labels, the three parts of the uncertainty are sums over labels, each for itself.
+
     Attributes:
-        probs: (n, C) class probabilities, averaged over the particles.
+        probs: (n, C) class probabilities, averaged over the particles; of several labels, that a row has each.
         entropy: (n,) total uncertainty H[mean p], in nats.
         aleatoric: (n,) mean of H[p_i]: what the data leaves open, in nats.
         epistemic: (n,) entropy - aleatoric, the mutual information: what the model never learnt, in nats.
-        label: the n most probable labels (or choice texts); None where the classifier abstains.
+        label: the n most probable labels (or choice texts); None where the classifier abstains. Empty where rows may
+            have several.
         particle_log_probs: (N, n, C) log class probabilities of each particle; -inf where adaptive N drew none. A
             linearised predictive has draws of the logits in their place.
+        labels: of rows that may have several, those whose probability is above 1/2; None where the classifier
+            abstains. None where rows have one label.
         distance: (n,) to the training rows, higher is further out of scope; None for a run that keeps no features.
         sets: of each row the labels that hold the right one at the coverage that was asked for, None where it has every
             label; None where no coverage was.
@@ -42,6 +48,17 @@ class Answer:
     distance: NDArray[np.float32] | None = None
     sets: list[list[str] | None] | None = None
     reason: list[str | None] = field(default_factory=list)
+    labels: list[list[str] | None] | None = None
+
+
+def likeliest(row: Example, probs: Sequence[float]) -> str:
+    """The choice of the highest probability, the first of equal ones; probs (C,) of the row's choices, or more."""
+    return row.choices[probs.index(max(probs))]
+
+
+def those_above_half(row: Example, probs: Sequence[float]) -> list[str]:
+    """The labels that a row which may have several is given; probs (C,) that it has each."""
+    return [label for label, p in zip(row.choices, probs, strict=True) if p > 0.5]
 
 
 def answer_of(
@@ -49,29 +66,33 @@ def answer_of(
     log_probs: Tensor,
     settings: PredictionSettings | None = None,
     of_mean: Mapping[str, Tensor] | None = None,
+    per_row: int = 1,
 ) -> Answer:
     """log_probs (N, n, C) of N particles for n questions -> their average, its uncertainty and the labels.
 
     Args:
         rows: the n questions.
-        log_probs: of their choices.
+        log_probs: of their choices; of several labels (N, n per_row, 2).
         settings: with their thresholds, which say where there is no label, and of sets; None: every row has one.
         of_mean: the rows' energy and distance (n,), those that are known.
+        per_row: questions of a row.
 
     Raises:
         UserError: as `scalabl.metrics.uncertainty.average`; a threshold is not known.
     """
     settings, known = settings or PredictionSettings(), of_mean or {}
-    probs, uncertainty = average(log_probs), decompose(log_probs)
-    reasons = reasons_of(settings, log_probs, known)
-    best = probs.argmax(dim=-1).tolist()
+    probs, uncertainty = label_probs(log_probs, per_row), decompose(log_probs, per_row)
+    reasons = reasons_of(settings, log_probs, known, per_row)
+    of_rows = list(zip(rows, probs.tolist(), reasons, strict=True))
+    several = per_row > 1
     return Answer(
         probs=probs.float().numpy(),
         entropy=uncertainty.total.float().numpy(),
         aleatoric=uncertainty.aleatoric.float().numpy(),
         epistemic=uncertainty.epistemic.float().numpy(),
-        label=[row.choices[i] if why is None else None for row, i, why in zip(rows, best, reasons, strict=True)],
-        particle_log_probs=log_probs.float().numpy(),
+        label=[] if several else [None if why else likeliest(row, p) for row, p, why in of_rows],
+        labels=[None if why else those_above_half(row, p) for row, p, why in of_rows] if several else None,
+        particle_log_probs=(log_probs[..., 1].unflatten(1, (-1, per_row)) if several else log_probs).float().numpy(),
         distance=known["distance"].float().numpy() if "distance" in known else None,
         sets=sets_under(settings, probs, rows),
         reason=reasons,

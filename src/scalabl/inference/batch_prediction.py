@@ -22,7 +22,7 @@ from scalabl.data.example import Example
 from scalabl.inference.calibration import calibration_for
 from scalabl.inference.predictor import Predictor
 from scalabl.inference.promise import held_out_rows
-from scalabl.inference.settings import PredictionSettings
+from scalabl.inference.settings import PredictionSettings, is_answered
 from scalabl.runs.record import RECORD, RunRecord
 from scalabl.scoring.base import cut_rows_sentence
 from scalabl.scoring.scorer import longest_first
@@ -122,7 +122,7 @@ def _identity(directory: Path, rows: Sequence[Example], settings: PredictionSett
         decisive.append(record.calibration)
     if record is not None and settings.has_promise:
         held_out = held_out_rows(record)
-        decisive += [[r.question, r.choices, r.answer, *r.content[2:]] for r in held_out]
+        decisive += [[r.question, r.choices, r.target, *r.content[2:]] for r in held_out]
     whole = json.dumps([decisive, [[r.id, *r.content] for r in rows]])
     return hashlib.sha256(whole.encode()).hexdigest()[:12]
 
@@ -152,6 +152,6 @@ def _finish(unfinished: Path, output: Path, order: Sequence[int], is_adaptive: b
     unfinished.unlink()
     answers = [json.loads(line) for line in lines]  # of a call that was killed too
     return FileSummary(
-        answered=sum(answer["label"] is not None for answer in answers),
+        answered=sum(is_answered(answer) for answer in answers),
         particles=statistics.fmean(answer["particles"] for answer in answers) if is_adaptive else None,
     )

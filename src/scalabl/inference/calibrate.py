@@ -47,16 +47,19 @@ def fit_run(
     strategy, labels, encoded = predictor.strategy, labels_of(rows), run.encode(list(rows))
 
     def predicted(strategy: Predictive, what: str) -> Tensor:
-        return log_probabilities(
+        log_probs = log_probabilities(
             run, rows, strategy, batch_size=batch_size, description=f"calibrating, {what}", encoded=encoded
         )
+        return run.scorer.scoring.likelihood.questions(log_probs)
 
     def at(scale: float) -> Tensor:
         scaled = MeanPredictive() if scale == 0 else with_scale(strategy, scale)
         return predicted(scaled, f"tau = {scale:.3g}")
 
     kind = kind_of(strategy)
-    fit = fit_calibration(at, labels, has_scale=getattr(strategy, "has_scale", False))
+    fit = fit_calibration(
+        at, labels, has_scale=getattr(strategy, "has_scale", False), per_row=predictor.per_row
+    )
     temperatures = {kind: fit.temperature}
     if kind != "mean":
         known = fit.tried.get(0.0)

@@ -122,5 +122,5 @@ def calibration_in_words(record: RunRecord) -> str:
 
 def rows_digest(rows: Sequence[Example]) -> str:
     """SHA-256 of rows with their ids and labels, in their order."""
-    whole = json.dumps([[row.id, row.answer, *row.content] for row in rows])
+    whole = json.dumps([[row.id, row.target, *row.content] for row in rows])
     return hashlib.sha256(whole.encode()).hexdigest()

@@ -22,7 +22,7 @@ from scalabl.inference.answer import Answer, answer_of
 from scalabl.inference.predictor import Predictor
 from scalabl.inference.promise import Promise
 from scalabl.inference.scope import require_coverage, require_scope
-from scalabl.inference.settings import PredictionSettings
+from scalabl.inference.settings import PredictionSettings, refuse_of_one_label
 from scalabl.predictive.base import Predictive, chosen
 from scalabl.predictive.sampling import PLAIN, Sampling
 from scalabl.runs.loading import load_adapter, require_base, scoring_of
@@ -162,6 +162,8 @@ class Classifier:
             promise=promise, priors=None if priors is None else dict(priors), max_false_alarms=max_false_alarms,
             coverage=coverage, raw=raw or labels is not None or bool(prefix),
         )  # fmt: skip
+        if record is not None and record.several:
+            refuse_of_one_label(priors=priors, coverage=coverage, sampling=settings.is_adaptive)
         if labels is None and record is not None:
             refuse_unread(record.scoring, chat=chat, max_length=max_length)
         if priors is not None and (record is None or labels is not None):
@@ -226,7 +228,7 @@ class Classifier:
                 self.predictor.prefix = self._shared_prefix if getattr(used, "shares_prefix", False) else None
             log_probs = self.predictor.log_probs(rows, encoded)
             of_mean = self.predictor.mean_scores(rows, encoded) if self.predictor.needs_mean_pass else {}
-        return answer_of(rows, log_probs, self.predictor.settings, of_mean)
+        return answer_of(rows, log_probs, self.predictor.settings, of_mean, self.predictor.per_row)
 
     @cached_property
     def _shared_prefix(self) -> SharedPrefix | None:

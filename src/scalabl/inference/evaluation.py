@@ -16,7 +16,8 @@ from scalabl.inference.promise import Promise
 from scalabl.inference.report.results import MethodResult, Report
 from scalabl.inference.settings import PredictionSettings
 from scalabl.metrics.selective import Threshold
-from scalabl.metrics.uncertainty import apply_temperature, average, fit_temperature, mean_particles
+from scalabl.metrics.several_labels import wrong_rows
+from scalabl.metrics.uncertainty import apply_temperature, fit_temperature, mean_particles
 from scalabl.predictive.adaptive import AdaptivePredictive
 from scalabl.predictive.base import Predictive
 from scalabl.runs.method import Run
@@ -55,7 +56,8 @@ def evaluate_run(
     plain = as_learnt(predictor, rows)
     methods = results_of(predictor, plain, rows, shifted)
     if settings.promise is not None and settings.threshold is not None:
-        methods[-1].threshold = settings.threshold
+        # a curve of several labels is of questions, the threshold of rows
+        methods[-1].threshold = settings.threshold if predictor.per_row == 1 else None
         methods[-1].notes.append(_kept(methods[-1], settings.promise, settings.threshold))
     if held_out and not (calibration is not None and calibration.rows_sha256 == rows_digest(held_out)):
         validation = plain.log_probs(held_out, dataset="temperature")
@@ -72,9 +74,16 @@ def evaluate_run(
             "device": run.record.device,
         },
         methods=methods,
-        questions=[(row.text, row.choices) for row in rows],
+        questions=_questions(rows),
         labels=run.record.labels,
     )
+
+
+def _questions(rows: Sequence[Example]) -> list[tuple[str, tuple[str, ...]]]:
+    """What a report shows of each prediction: its text and its choices; of several labels each one, or not."""
+    if rows[0].answers is None:
+        return [(row.text, row.choices) for row in rows]
+    return [(row.text, (f"not {label}", label)) for row in rows for label in row.choices]
 
 
 def as_learnt(predictor: Predictor, rows: Sequence[Example]) -> Predictor:
@@ -118,8 +127,8 @@ def _calibrated(
 
 def _kept(result: MethodResult, promise: Promise, threshold: Threshold) -> str:
     """What a threshold promises, and what became of it on the rows of the report."""
-    given = torch.from_numpy(promise.answered(threshold, result.log_probs))
-    wrong = (average(result.log_probs).argmax(dim=1) != result.labels) & given
+    given = torch.from_numpy(promise.answered(threshold, result.log_probs, result.per_row))
+    wrong = wrong_rows(result.log_probs, result.labels, result.per_row) & given
     found = f"{int(given.sum()):,} of {len(given):,} rows answered, {int(wrong.sum()):,} of them wrong"
     return f"{promise.describe(threshold)}: {found}. {threshold.sentence}"
 
@@ -141,7 +150,7 @@ def method_result(
     name = predictor.name
     encoded = predictor.run.encode(list(rows))
     log_probs = predictor.log_probs(rows, encoded, dataset=name)
-    known = {of: others for of, others in shifted.items() if all(row.answer is not None for row in others)}
+    known = {of: others for of, others in shifted.items() if all(row.target is not None for row in others)}
     cut = cut_rows_sentence(encoded, predictor.run.scorer.scoring)
     if other is not None:
         of_mean, ood_of_mean = other.of_mean, other.ood_of_mean
@@ -152,6 +161,7 @@ def method_result(
         name=name,
         log_probs=log_probs,
         labels=labels_of(rows),
+        per_row=predictor.per_row,
         ood={of: predictor.log_probs(others, dataset=f"{name}: {of}") for of, others in shifted.items()},
         ood_labels={of: labels_of(others) for of, others in known.items()},
         of_mean=of_mean,
@@ -170,6 +180,7 @@ def tempered(result: MethodResult, temperature: float, name: str | None = None) 
         name=name or f"{result.name} + T",
         log_probs=apply_temperature(result.log_probs, temperature),
         labels=result.labels,
+        per_row=result.per_row,
         ood={name: apply_temperature(log_probs, temperature) for name, log_probs in result.ood.items()},
         ood_labels=result.ood_labels,
         of_mean=result.of_mean,

@@ -20,12 +20,15 @@ from scalabl.core.console import progress_bar
 from scalabl.core.errors import UserError
 from scalabl.data.class_balance import prior_ratios
 from scalabl.data.example import Example
+from scalabl.inference.answer import likeliest, those_above_half
 from scalabl.inference.calibration import Calibration, calibration_for
 from scalabl.inference.promise import held_out_rows
-from scalabl.inference.settings import PredictionSettings
+from scalabl.inference.settings import PredictionSettings, refuse_of_one_label
 from scalabl.inference.thresholds import lacks_threshold, reasons_of, sets_under, with_thresholds
 from scalabl.inference.variance import as_top_layers
-from scalabl.metrics.uncertainty import apply_priors, apply_temperature, average, decompose, particles_used
+from scalabl.metrics.selective import confidence_score
+from scalabl.metrics.several_labels import label_probs
+from scalabl.metrics.uncertainty import apply_priors, apply_temperature, decompose, particles_used
 from scalabl.predictive.adaptive import AdaptivePredictive, with_sampling
 from scalabl.predictive.auto import AutoPredictive, with_scale
 from scalabl.predictive.base import Predictive, predict
@@ -94,6 +97,9 @@ class Predictor:
         self.batch_size = batch_size
         self.over_ranks = over_ranks
         self.prefix: SharedPrefix | None = None
+        if self.per_row > 1:
+            s = self.settings
+            refuse_of_one_label(**{"adaptive N": s.is_adaptive, "priors": s.priors, "coverage": s.coverage})
         spec = self.settings.stochastic_layers
         if spec is not None and run.is_bayesian and self.settings.predictive != "mean":
             layers = self._once(lambda: as_top_layers(self.whole_run(), spec))
@@ -152,6 +158,11 @@ class Predictor:
         return cls(load_run(directory, model=model), settings, batch_size=batch_size)
 
     @property
+    def per_row(self) -> int:
+        """Questions of a row: C where it may have several of C labels, else 1."""
+        return self.run.scorer.scoring.per_row
+
+    @property
     def name(self) -> str:
         """As in a table: "ScalaBL, N = 10"; with a post-hoc method, its title."""
         return describe_method(self.whole_run(), self.strategy, self.settings.method)
@@ -188,12 +199,14 @@ class Predictor:
             if lacks_threshold(self.settings):
                 record = self.whole_run().record
                 held_out = held_out_rows(record)
-                log_probs = self.log_probs(held_out, dataset="held-out rows")
+                log_probs, labels = self.log_probs(held_out, dataset="held-out rows"), labels_of(held_out)
 
                 def of_mean() -> dict[str, Tensor]:
                     return self.mean_scores(held_out, dataset="held-out rows")
 
-                self.settings = with_thresholds(self.settings, record, held_out, log_probs, of_mean)
+                self.settings = with_thresholds(
+                    self.settings, record, held_out, labels, log_probs, of_mean, self.per_row
+                )
             return self.settings
 
     def _choose(self, auto: AutoPredictive, encoded: Sequence[Encoded]) -> None:
@@ -225,7 +238,8 @@ class Predictor:
     def log_probs(
         self, rows: Sequence[Example], encoded: Sequence[Encoded] | None = None, *, dataset: str | None = None
     ) -> Tensor:
-        """(N, n, C) log class probabilities of n rows; several processes share the work and all get them.
+        """(N, n, C) log class probabilities of n rows, (N, n C, 2) where they may have several of C labels: no and yes
+        of each; several processes share the work and all get them.
 
         Args:
             rows: n questions.
@@ -250,6 +264,7 @@ class Predictor:
                     over_ranks=self.over_ranks,
                 )  # fmt: skip
             temperature = self._temperature()
+        log_probs = scorer.scoring.likelihood.questions(log_probs)
         if temperature != 1:
             log_probs = apply_temperature(log_probs, temperature)
         # behind the temperature, which is of the training rows' priors
@@ -267,6 +282,9 @@ class Predictor:
     def answers(self, rows: Sequence[Example], encoded: Sequence[Encoded] | None = None) -> Iterator[dict[str, Any]]:
         """One answer a row: id, label, probs (choice -> probability), confidence, entropy, aleatoric, epistemic (nats).
 
+        Of a row that may have several labels `labels`, those whose probability is above 1/2; the confidence is that
+        none of them is wrong or missing, were they independent, and the entropies are sums over labels, each for itself.
+
         Where the run keeps its features, `distance`; where a coverage is asked for, `set`, None where it has every
         label; under max_false_alarms `reason`, why the label is None: "out of scope", "unsure" (abstain) or "promise".
         Under adaptive N also `particles`, how many the answer is averaged over; where auto chose, `predictive`; of a
@@ -278,19 +296,21 @@ class Predictor:
         """
         encoded = self.run.encode(list(rows)) if encoded is None else encoded
         log_probs = self.log_probs(rows, encoded)
-        probs, uncertainty, used = average(log_probs), decompose(log_probs), particles_used(log_probs)
+        several = self.per_row > 1
+        probs, uncertainty = label_probs(log_probs, self.per_row), decompose(log_probs, self.per_row)
+        sure, used = confidence_score(log_probs, per_row=self.per_row), particles_used(log_probs)
         settings = self.settings
         of_mean = self.mean_scores(rows, encoded) if self.needs_mean_pass else {}
-        reasons = reasons_of(settings, log_probs, of_mean)
+        reasons = reasons_of(settings, log_probs, of_mean, self.per_row)
         sets = sets_under(settings, probs, rows)
         for i, row in enumerate(rows):
             of_row = probs[i, : len(row.choices)].tolist()
-            confidence = max(of_row)
+            given: Any = those_above_half(row, of_row) if several else likeliest(row, of_row)
             yield {
                 "id": row.id,
-                "label": row.choices[of_row.index(confidence)] if reasons[i] is None else None,
+                "labels" if several else "label": given if reasons[i] is None else None,
                 "probs": dict(zip(row.choices, of_row, strict=True)),
-                "confidence": confidence,
+                "confidence": float(sure[i]),
                 "entropy": uncertainty.total[i].item(),
                 "aleatoric": uncertainty.aleatoric[i].item(),
                 "epistemic": uncertainty.epistemic[i].item(),
@@ -414,7 +434,9 @@ def log_probabilities(
 
 
 def labels_of(rows: Sequence[Example]) -> Tensor:
-    """(n,) the right choices."""
+    """(n,) the right choices; of rows that may have several of C labels (n C,), 1 for yes and 0 for no."""
+    if rows and rows[0].answers is not None:
+        return torch.tensor([row.marks for row in rows]).flatten()
     return torch.tensor([row.answer for row in rows])
 
 

@@ -79,19 +79,20 @@ class Promise:
                 "run with a posterior (--predictive mc)."
             )
 
-    def threshold(self, log_probs: Tensor, labels: Tensor) -> Threshold:
-        """The threshold from held-out rows: log_probs (N, n, C) of their particles, labels (n,)."""
-        from scalabl.metrics.uncertainty import average
+    def threshold(self, log_probs: Tensor, labels: Tensor, per_row: int = 1) -> Threshold:
+        """The threshold from held-out rows: log_probs (N, n, C) of their particles, labels (n,); of several labels,
+        `per_row` questions a row, a row is wrong where one of them is."""
+        from scalabl.metrics.several_labels import wrong_rows
 
-        score = confidence_score(log_probs, self.score)
-        wrong = (average(log_probs).argmax(dim=1) != labels.cpu()).numpy()
+        score = confidence_score(log_probs, self.score, per_row)
+        wrong = wrong_rows(log_probs, labels, per_row).numpy()
         if self.guarantee == "conformal":
             return conformal_threshold(score, wrong, self.max_error)
         return exact_threshold(score, wrong, self.max_error, confidence=self.confidence)
 
-    def answered(self, threshold: Threshold, log_probs: Tensor) -> NDArray[np.bool_]:
-        """(n,) whether a row is answered; log_probs (N, n, C)."""
-        answered: NDArray[np.bool_] = confidence_score(log_probs, self.score) > threshold.above
+    def answered(self, threshold: Threshold, log_probs: Tensor, per_row: int = 1) -> NDArray[np.bool_]:
+        """(n,) whether a row is answered; log_probs (N, n, C), or (N, n per_row, C) of several labels."""
+        answered: NDArray[np.bool_] = confidence_score(log_probs, self.score, per_row) > threshold.above
         return answered
 
     def describe(self, threshold: Threshold) -> str:

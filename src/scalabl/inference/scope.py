@@ -44,7 +44,9 @@ def default_score(record: RunRecord) -> str:
     return "entropy" if record.features_sha256 is None else "distance"
 
 
-def scope_scores(log_probs: Tensor, of_mean: Mapping[str, Tensor]) -> dict[str, NDArray[np.float64]]:
+def scope_scores(
+    log_probs: Tensor, of_mean: Mapping[str, Tensor], per_row: int = 1
+) -> dict[str, NDArray[np.float64]]:
     """Every score that there is of n rows, (n,) each, higher is further out.
 
     probability: minus the highest probability; entropy and epistemic (of several particles), in nats.
@@ -52,9 +54,10 @@ def scope_scores(log_probs: Tensor, of_mean: Mapping[str, Tensor]) -> dict[str, 
     Args:
         log_probs: (N, n, C) of N particles.
         of_mean: energy and distance (n,), those that are known.
+        per_row: questions of a row, of which log_probs then has n per_row.
     """
     known = OF_PREDICTIONS if log_probs.shape[0] > 1 else OF_PREDICTIONS[:2]
-    found = {name: -confidence_score(log_probs, name) for name in known}
+    found = {name: -confidence_score(log_probs, name, per_row) for name in known}
     return found | {name: np.asarray(values, dtype=np.float64) for name, values in of_mean.items()}
 
 

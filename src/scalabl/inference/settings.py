@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -18,6 +19,27 @@ _YOUNGER: dict[str, Any] = {  # with their defaults
     "scale": None, "raw": False, "priors": None, "max_false_alarms": None, "oos_score": None, "oos_above": None,
     "coverage": None, "set_score": "lac", "per_class": False, "set_thresholds": None, "top_classes": None,
 }  # fmt: skip
+
+
+def is_answered(answer: Mapping[str, Any]) -> bool:
+    """Whether a row's answer, as `predict` writes it, gives its label or its labels."""
+    return answer.get("label", answer.get("labels")) is not None
+
+
+def refuse_of_one_label(**given: Any) -> None:
+    """Refuse settings that are about the one right label of a row, for rows that may have several.
+
+    Args:
+        given: settings by name; None, False and no priors are none.
+
+    Raises:
+        UserError: the first that is given.
+    """
+    for name, value in given.items():
+        if value:
+            raise UserError(
+                f"{name} is about the one right label of a row, and rows of this run may have several; leave it out."
+            )
 
 
 @dataclass(frozen=True)

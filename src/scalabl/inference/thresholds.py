@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
-import torch
 from torch import Tensor
 
 from scalabl.core.errors import UserError
@@ -14,6 +13,7 @@ from scalabl.data.example import Example
 from scalabl.inference.scope import OF_MEAN, default_score, row_scores, scope_scores, scope_threshold, sets_of
 from scalabl.inference.settings import PredictionSettings
 from scalabl.metrics.conformal import set_thresholds
+from scalabl.metrics.selective import confidence_score
 from scalabl.metrics.uncertainty import average
 from scalabl.runs.record import RunRecord
 
@@ -34,8 +34,10 @@ def with_thresholds(
     settings: PredictionSettings,
     record: RunRecord,
     held_out: Sequence[Example],
+    labels: Tensor,
     log_probs: Tensor,
     of_mean: Callable[[], Mapping[str, Tensor]],
+    per_row: int = 1,
 ) -> PredictionSettings:
     """The settings with every threshold that they lack.
 
@@ -43,18 +45,19 @@ def with_thresholds(
         settings: what is promised.
         record: of the run.
         held_out: its n held-out rows, all in scope.
+        labels: (n,) the right ones.
         log_probs: (N, n, C) as predicted under the settings.
         of_mean: gives the rows' energy and distance, where they are needed.
+        per_row: questions of a row; labels are then (n per_row,) and log_probs (N, n per_row, C).
 
     Raises:
         UserError: too few rows, or a score that the run does not have.
     """
-    labels = torch.tensor([row.answer for row in held_out])
     if settings.promise is not None and settings.threshold is None:
-        settings = replace(settings, threshold=settings.promise.threshold(log_probs, labels))
+        settings = replace(settings, threshold=settings.promise.threshold(log_probs, labels, per_row))
     if settings.max_false_alarms is not None and settings.oos_above is None:
         score = settings.oos_score or default_score(record)
-        known = scope_scores(log_probs, of_mean() if score in OF_MEAN else {})
+        known = scope_scores(log_probs, of_mean() if score in OF_MEAN else {}, per_row)
         above = scope_threshold(known[score], settings.max_false_alarms)
         settings = replace(settings, oos_score=score, oos_above=above)
     if settings.coverage is not None and settings.set_thresholds is None:
@@ -65,27 +68,30 @@ def with_thresholds(
     return settings
 
 
-def reasons_of(settings: PredictionSettings, log_probs: Tensor, of_mean: Mapping[str, Tensor]) -> list[str | None]:
+def reasons_of(
+    settings: PredictionSettings, log_probs: Tensor, of_mean: Mapping[str, Tensor], per_row: int = 1
+) -> list[str | None]:
     """Why each of n rows has no label: "out of scope", "unsure" or "promise"; None for one that has.
 
     Args:
         settings: with their thresholds.
         log_probs: (N, n, C) of the rows' choices.
         of_mean: their energy and distance (n,), those that are needed.
+        per_row: questions of a row, of which log_probs then has n per_row.
 
     Raises:
         UserError: a threshold is not known.
     """
     promise = settings.promise
     if promise is None:
-        sure = (average(log_probs).amax(dim=1) >= (settings.abstain or 0.0)).tolist()
+        sure = (confidence_score(log_probs, per_row=per_row) >= (settings.abstain or 0.0)).tolist()
         reasons = [None if given else "unsure" for given in sure]
     else:
-        kept = promise.answered(resolved(settings.threshold), log_probs)
+        kept = promise.answered(resolved(settings.threshold), log_probs, per_row)
         reasons = [None if given else "promise" for given in kept]
     if settings.max_false_alarms is None:
         return reasons
-    scores = scope_scores(log_probs, of_mean)[resolved(settings.oos_score)]
+    scores = scope_scores(log_probs, of_mean, per_row)[resolved(settings.oos_score)]
     above = resolved(settings.oos_above)
     return ["out of scope" if score > above else why for score, why in zip(scores, reasons, strict=True)]
 

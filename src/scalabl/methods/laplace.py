@@ -75,15 +75,16 @@ class LinearizedLaplacePredictive:
 
     def __call__(self, scorer: Scorer, batch: Batch) -> Tensor:
         mean, covariance = self.logit_distribution(scorer, batch)
+        likelihood = scorer.scoring.likelihood
         if self.link == "probit":
             variance = covariance.diagonal(dim1=1, dim2=2)
-            return (mean / (1 + math.pi / 8 * variance).sqrt()).log_softmax(dim=-1)[None]
+            return likelihood.log_probs(mean / (1 + math.pi / 8 * variance).sqrt())[None]
         classes = mean.shape[1]
         size = covariance.diagonal(dim1=1, dim2=2).mean(dim=1).clamp_min(1e-12)
         jitter = _JITTER * size[:, None, None] * torch.eye(classes, device=mean.device)
         root = torch.linalg.cholesky(covariance.double() + jitter.double()).float()
         noise = self._noise(classes)[:, :classes].to(mean.device)
-        return (mean + torch.einsum("bcd,nd->nbc", root, noise)).log_softmax(dim=-1)
+        return likelihood.log_probs(mean + torch.einsum("bcd,nd->nbc", root, noise))
 
     def _noise(self, classes: int) -> Tensor:
         """(N, C) standard normal noise, the same for every row; a head has the same number of classes in all."""

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from scalabl.core.errors import UserError
 from scalabl.data.example import Example
+from scalabl.inference.predictor import labels_of
 from scalabl.methods.saved import SavedMethod
 from scalabl.metrics.uncertainty import apply_temperature, fit_temperature
 from scalabl.predictive.base import Predictive, predict
@@ -40,7 +40,10 @@ class TemperedPredictive:
         self.shares_prefix = getattr(inner, "shares_prefix", False)
 
     def __call__(self, scorer: Scorer, batch: Batch) -> Tensor:
-        return apply_temperature(self.inner(scorer, batch), self.temperature)
+        log_probs = self.inner(scorer, batch)
+        # of several labels, of each by itself
+        tempered = apply_temperature(scorer.scoring.likelihood.questions(log_probs), self.temperature)
+        return tempered.reshape(log_probs.shape)
 
 
 class Temperature(SavedMethod):
@@ -67,7 +70,7 @@ class Temperature(SavedMethod):
         inner = run.predictive(samples=samples, seed=seed)
         encoded = with_stored_trunk(run.scorer, run.encode(list(validation_rows)), batch_size=batch_size)
         log_probs = predict(run.scorer, encoded, inner, batch_size=batch_size)
-        temperature = fit_temperature(log_probs, torch.tensor([row.answer for row in validation_rows]))
+        temperature = fit_temperature(run.scorer.scoring.likelihood.questions(log_probs), labels_of(validation_rows))
         return self.save(run, {"temperature": temperature, "rows": len(validation_rows), "samples": samples})
 
     def predictive(self, run: Run, *, samples: int = 10, seed: int = 0) -> Predictive:

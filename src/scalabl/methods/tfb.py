@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from scalabl.data.example import Example
+from scalabl.inference.predictor import labels_of
 from scalabl.methods.saved import SavedMethod
 from scalabl.metrics.uncertainty import negative_log_likelihood
 from scalabl.predictive.base import MeanPredictive, Predictive, predict
@@ -54,11 +55,12 @@ class TFB(SavedMethod):
         if anchor_rows < len(anchor):
             anchor = random.Random(0).sample(anchor, anchor_rows)
         encoded = self.encoded(run, anchor, batch_size=batch_size)
-        labels = torch.tensor([row.answer for row in anchor])
+        labels, likelihood = labels_of(anchor), run.scorer.scoring.likelihood
         mixers = noise_mixers({name: parts.b for name, parts in lora_parts(run.scorer.model).items()})
 
         def nll(strategy: Predictive) -> float:
-            return negative_log_likelihood(predict(run.scorer, encoded, strategy, batch_size=batch_size), labels).item()
+            log_probs = predict(run.scorer, encoded, strategy, batch_size=batch_size)
+            return negative_log_likelihood(likelihood.questions(log_probs), labels).item()
 
         without = nll(MeanPredictive())
         tried: dict[float, float] = {}

@@ -96,6 +96,26 @@ def judged(
     return {name: found[name] for name in figures}
 
 
+def by_rows(figure: Callable[[Tensor], Tensor], per_row: int) -> Callable[[Tensor], Tensor]:
+    """A figure of questions as one of rows with `per_row` questions each, which are drawn together.
+
+    Args:
+        figure: counts (k, n per_row) -> (k,).
+        per_row: questions of a row, behind each other.
+
+    Returns:
+        counts (k, n) -> (k,).
+    """
+    if per_row == 1:
+        return figure
+
+    def grouped(counts: Tensor) -> Tensor:
+        at_once = max(1, _CHUNK // (counts.shape[1] * per_row))
+        return torch.cat([figure(part.repeat_interleave(per_row, dim=1)) for part in counts.split(at_once)])
+
+    return grouped
+
+
 def check_settings(bootstrap: int = 1, confidence: float = 0.95, num_bins: int = 1) -> None:
     """Raises UserError unless there is at least one resample and one bin, and 0 < confidence < 1."""
     if bootstrap < 1:

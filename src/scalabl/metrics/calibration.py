@@ -46,24 +46,27 @@ class CalibrationFit:
     tried: dict[float, tuple[float, float]]
 
 
-def fit_calibration(predicted: Callable[[float], Tensor], labels: Tensor, *, has_scale: bool = True) -> CalibrationFit:
+def fit_calibration(
+    predicted: Callable[[float], Tensor], labels: Tensor, *, has_scale: bool = True, per_row: int = 1
+) -> CalibrationFit:
     """tau and T together, by the NLL of held-out rows.
 
     Args:
         predicted: tau -> log class probabilities (N, n, C) of the rows, with the same draws for every tau.
         labels: (n,) their right answers.
         has_scale: whether there is a posterior; else tau stays 1.
+        per_row: so many of the n are questions of one row, whose losses are compared as one.
 
     Raises:
         UserError: fewer than `ROWS_NEEDED` rows, or probabilities that are not finite.
     """
-    require_rows(len(labels))
+    require_rows(len(labels) // per_row)
     losses: dict[float, Tensor] = {}
     temperatures: dict[float, float] = {}
 
     def attempt(scale: float, log_probs: Tensor) -> None:
         temperatures[scale] = bounded_temperature(log_probs, labels)
-        losses[scale] = row_losses(log_probs, labels, temperatures[scale])
+        losses[scale] = row_losses(log_probs, labels, temperatures[scale]).unflatten(0, (-1, per_row)).mean(dim=1)
 
     def widths() -> list[float]:
         return sorted(scale for scale in temperatures if scale > 0)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from scalabl.core.errors import UserError
 from scalabl.metrics import scores
-from scalabl.metrics.bootstrap import Metric, check_settings, interval, judged
+from scalabl.metrics.bootstrap import Metric, by_rows, check_settings, interval, judged
 from scalabl.metrics.detection import detection_draws
 from scalabl.metrics.scores import checked
 
@@ -64,13 +64,15 @@ def evaluate(
     bootstrap: int = 1000,
     seed: int = 0,
     confidence: float = 0.95,
+    per_row: int = 1,
 ) -> dict[str, Metric]:
     """Every metric of probs (n, C) and labels (n,), with bootstrap intervals over rows.
 
     accuracy, nll (nats), ece (share, not percent), brier (sum over choices, 0 to 2), auroc (of being right,
     by confidence), aurc (area under risk against coverage); `metrics/scores.py` defines them, with sources.
     Columns of probability zero (choices a row lacks) change nothing. auroc is None, with the reason, when all
-    rows are right or all are wrong. Methods evaluated on the same rows with one seed share their resamples.
+    rows are right or all are wrong. Methods evaluated on the same rows with one seed share their resamples. Of
+    `per_row` questions a row (`scalabl.metrics.several_labels`) the figures are of questions, the resamples of rows.
 
     Raises:
         UserError: for probabilities or labels that are none, or settings out of range.
@@ -81,8 +83,8 @@ def evaluate(
     if rows.correct.min() == rows.correct.max():
         side = "right" if rows.correct[0] == 1 else "wrong"
         undefined["auroc"] = f"every answer is {side}, so there is nothing to tell apart"
-    figures = {name: partial(score, rows) for name, score in _FUNCTIONS.items()}
-    return judged(figures, len(rows.correct), bootstrap, seed, confidence, _BOUNDS, undefined)
+    figures = {name: by_rows(partial(score, rows), per_row) for name, score in _FUNCTIONS.items()}
+    return judged(figures, len(rows.correct) // per_row, bootstrap, seed, confidence, _BOUNDS, undefined)
 
 
 def paired_difference(
@@ -95,6 +97,7 @@ def paired_difference(
     bootstrap: int = 1000,
     seed: int = 0,
     confidence: float = 0.95,
+    per_row: int = 1,
 ) -> Metric:
     """metric(a) - metric(b) on the same rows, (n, C) and (n,), with the interval of the paired bootstrap.
 
@@ -115,7 +118,8 @@ def paired_difference(
 
     defined = not difference(torch.ones(1, len(a.correct), dtype=torch.float64)).isnan()
     undefined = {} if defined else {metric: f"{metric} is undefined for one of the two methods"}
-    return judged({metric: difference}, len(a.correct), bootstrap, seed, confidence, {}, undefined)[metric]
+    rows, figures = len(a.correct) // per_row, {metric: by_rows(difference, per_row)}
+    return judged(figures, rows, bootstrap, seed, confidence, {}, undefined)[metric]
 
 
 def ood_auroc(

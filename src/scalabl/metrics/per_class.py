@@ -36,11 +36,25 @@ def per_class(probs: Tensor, labels: Tensor, num_bins: int = 15) -> list[ClassFi
     check_settings(num_bins=num_bins)
     probs, labels = checked(probs, labels)
     answers = probs.argmax(dim=1)
-    found = []
-    for c in range(probs.shape[1]):
-        of_class, answered = labels == c, answers == c
-        support, number, right = int(of_class.sum()), int(answered.sum()), int((of_class & answered).sum())
-        gaps = gap_by_bin(probs[:, c].contiguous(), of_class.double(), num_bins).sum(dim=0)
-        precision, recall = right / number if number else None, right / support if support else None
-        found.append(ClassFigures(support, precision, recall, gaps.abs().sum().item() / len(labels)))
-    return found
+    return [_figures(p, labels == c, answers == c, num_bins) for c, p in enumerate(probs.unbind(dim=1))]
+
+
+def per_label(probs: Tensor, marks: Tensor, num_bins: int = 15) -> list[ClassFigures]:
+    """The figures of each of C labels of rows that may have several; a row is given those above 1/2.
+
+    Args:
+        probs: (n, C) of each label to be there.
+        marks: (n, C) 1 where a row has the label, else 0.
+        num_bins: of the calibration error.
+    """
+    check_settings(num_bins=num_bins)
+    columns = zip(probs.double().unbind(dim=1), (marks == 1).unbind(dim=1), strict=True)
+    return [_figures(p, there, p > 0.5, num_bins) for p, there in columns]
+
+
+def _figures(probs: Tensor, of_class: Tensor, answered: Tensor, num_bins: int) -> ClassFigures:
+    """Of one label: its probabilities, which rows have it and which are answered with it, (n,) each."""
+    support, number, right = int(of_class.sum()), int(answered.sum()), int((of_class & answered).sum())
+    gaps = gap_by_bin(probs.contiguous(), of_class.double(), num_bins).sum(dim=0)
+    precision, recall = right / number if number else None, right / support if support else None
+    return ClassFigures(support, precision, recall, gaps.abs().sum().item() / len(probs))

@@ -67,11 +67,12 @@ class Threshold:
         return self.answered / self.rows
 
 
-def confidence_score(log_probs: Tensor, name: str = "probability") -> NDArray[np.float64]:
+def confidence_score(log_probs: Tensor, name: str = "probability", per_row: int = 1) -> NDArray[np.float64]:
     """log_probs (N, n, C) of N particles -> (n,), higher is surer.
 
     probability: the highest of the averaged prediction; entropy: minus its entropy, in nats; epistemic: minus the
-    mutual information of answer and parameters, in nats.
+    mutual information of answer and parameters, in nats. Of `per_row` questions a row (N, n per_row, C), as of several
+    labels: the product of their highest probabilities, and sums.
 
     Raises:
         UserError: no such score; epistemic of a single particle, which is the same for every row.
@@ -81,12 +82,12 @@ def confidence_score(log_probs: Tensor, name: str = "probability") -> NDArray[np
     if name not in SCORES:
         raise UserError(f"there is no score {name!r}; choose one of {', '.join(SCORES)}.")
     if name == "probability":
-        return np.asarray(average(log_probs).amax(dim=1))
+        return np.asarray(average(log_probs).amax(dim=1).unflatten(0, (-1, per_row)).prod(dim=1))
     if name == "entropy":
-        return np.asarray(-decompose(log_probs).total)
+        return np.asarray(-decompose(log_probs, per_row).total)
     if log_probs.shape[0] == 1:
         raise UserError("A single prediction has no epistemic part; take the score probability or entropy.")
-    return np.asarray(-decompose(log_probs).epistemic)
+    return np.asarray(-decompose(log_probs, per_row).epistemic)
 
 
 def error_bound(wrong: ArrayLike, answered: ArrayLike, confidence: float = 0.95) -> NDArray[np.float64]:

@@ -38,7 +38,7 @@ def average(log_probs: Tensor) -> Tensor:
     return _log_mean(_checked(log_probs)).exp()
 
 
-def decompose(log_probs: Tensor) -> Uncertainty:
+def decompose(log_probs: Tensor, per_row: int = 1) -> Uncertainty:
     """Split the predictive entropy of log_probs (N, n, C) into what data and what parameters leave open.
 
     total     = H[1/N sum_i p_i]        entropy of the averaged prediction
@@ -47,6 +47,12 @@ def decompose(log_probs: Tensor) -> Uncertainty:
 
     Sources: Houlsby et al. 2011 (BALD, eq. 2); Depeweg et al. 2018 (eq. 1); Malinin and Gales 2018 (eq. 17).
 
+    Args:
+        log_probs: of the questions.
+        per_row: so many of them behind each other are one row's, of several labels, over which its parts are summed.
+            Given the parameters they are independent, so that aleatoric is that of all together; total and epistemic
+            are those of each label by itself, which are at least as much and leave out what labels share.
+
     Raises:
         UserError: as `average`.
     """
@@ -54,6 +60,8 @@ def decompose(log_probs: Tensor) -> Uncertainty:
     total = _entropy(_log_mean(log_probs))
     # Rounding may leave the difference at -1e-16; kept at zero, the three numbers still add up.
     aleatoric = torch.minimum(_entropy(log_probs).sum(dim=0) / particles_used(log_probs), total)
+    if per_row > 1:
+        total, aleatoric = (part.unflatten(0, (-1, per_row)).sum(dim=1) for part in (total, aleatoric))
     return Uncertainty(total=total, aleatoric=aleatoric, epistemic=total - aleatoric)
 
 

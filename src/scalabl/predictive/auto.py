@@ -150,7 +150,8 @@ class AutoPredictive:
             return Choice(self._mc, sampled, f"auto chose {sampled} ({price}): {why}.", costs)
 
         # of a head alone: the choices of a question are few, and not every row has as many
-        grouped = cost.classes > 2 and sequence_classifier(scorer.model) is not None
+        one_label = scorer.scoring.per_row == 1
+        grouped = one_label and cost.classes > 2 and sequence_classifier(scorer.model) is not None
         least = cost.linearized(start, 1) if grouped else costs[linearized]
         if least >= costs[sampled]:
             return by_mc(f"linearised, {cost.classes} choices would take {least:.1f}{' or more' if grouped else ''}")
@@ -214,7 +215,7 @@ class _Trial:
             scale=auto.scale,
         )  # fmt: skip
         log_probs = predict(scorer, rows, pairs, batch_size=batch_size).double()
-        self._present = torch.arange(log_probs.shape[-1]) < torch.tensor([row.num_choices for row in rows])[:, None]
+        self._present = (log_probs > -torch.inf).any(dim=0)  # choices that a row has
         self._reference, variance = reference_and_variance(log_probs.exp())
         self.noise = float((variance[self._present].mean() / auto.samples).sqrt())
         self._deviations = (log_probs[0::2] - log_probs[1::2]) / 2  # (M, n, C)
@@ -257,7 +258,9 @@ class _Trial:
         found = torch.zeros_like(self._reference)
         for indices, logits, jacobians in self._parts:
             covariance = logit_covariance(self._scorer, {name: jacobians[name] for name in layers})
-            probs = average(self._linear.log_probs(logits, covariance))
+            likelihood = self._scorer.scoring.likelihood
+            log_probs = self._linear.log_probs(logits, covariance, likelihood)
+            probs = average(likelihood.questions(log_probs)).reshape(len(indices), -1)
             found[torch.tensor(indices), : probs.shape[1]] = probs
         return float((found - self._reference)[self._present].square().mean().sqrt())
 

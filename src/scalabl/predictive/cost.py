@@ -41,6 +41,7 @@ class Cost:
         saturation: S, in tokens.
         tokens, positions: of a mean row; positions are those whose logits are read.
         classes: C, of the row with most.
+        several: whether a row may have several of the classes, each of which takes a backward pass.
         batch: B, rows at a time.
         shared: tokens of a mean row that are encoded once a particle for all rows (a shared prompt).
         stored: whether what lies below the first difference is run once; else every layer is run for every particle.
@@ -56,6 +57,7 @@ class Cost:
     batch: int
     shared: float = 0.0
     stored: bool = True
+    several: bool = False
 
     def mc(self, samples: int, start: int) -> float:
         """N particles that differ from decoder layer `start` on (L: in the output layer alone)."""
@@ -65,8 +67,9 @@ class Cost:
         return (below + self._pass(samples * self.batch, start, tokens)) / self._plain
 
     def linearized(self, start: int, top: int | None = None) -> float:
-        """One forward pass, and C - 1 backward passes, or one a top class, that stop at decoder layer `start`."""
-        passes = self.classes - 1 if top is None else top
+        """One forward pass, and C - 1 backward passes (of several labels C), or one a top class, that stop at decoder
+        layer `start`."""
+        passes = self.classes - (not self.several) if top is None else top
         backward = passes * BACKWARD * self._pass(self.batch, start, self.tokens)
         return 1 + backward / self._plain
 
@@ -100,6 +103,7 @@ def cost_of(scorer: Scorer, rows: Sequence[Encoded], batch_size: int, prefix: in
         tokens=sum(len(row.input_ids) for row in rows) / len(rows),
         positions=len(scorer.scoring.positions(few)[0]) / len(few),
         classes=max(row.num_choices for row in rows),
+        several=scorer.scoring.per_row > 1,
         batch=min(batch_size, len(rows)),
         shared=prefix * (1 - 1 / len(rows)),
         stored=scorer.trunk is not None,

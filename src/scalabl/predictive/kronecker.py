@@ -1,6 +1,7 @@
 """The Kronecker-factored Gauss-Newton matrix of class logits in LoRA's weights (Martens and Grosse 2015, 1503.05671).
 
-With J_n the Jacobian of row n's class logits in one weight matrix W, and Lambda_n = diag(p_n) - p_n p_n^T,
+With J_n the Jacobian of row n's class logits in one weight matrix W, and Lambda_n = diag(p_n) - p_n p_n^T (of several
+labels a row diag(p_n (1 - p_n))),
 
     H = sum_n J_n^T Lambda_n J_n  ~  (sum_nk,t g g^T) (x) (1/N sum_n,t a a^T)               [Yang et al. 2024]
 
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from scalabl.core.errors import UserError
 from scalabl.predictive.lora_particles import lora_matrices, removed_after
 from scalabl.scoring.base import Batch, Encoded
+from scalabl.scoring.likelihood import log_likelihood
 from scalabl.scoring.reading import reads_packed
 from scalabl.scoring.scorer import Scorer
 from scalabl.tuner.threads import own
@@ -105,13 +107,6 @@ def jacobians(class_logits: Tensor, passed: dict[str, Recorded]) -> dict[str, Te
     each = torch.eye(classes, device=class_logits.device).expand(rows, -1, -1)
     gradients = output_gradients(class_logits, each, passed)
     return {name: torch.einsum("kbto,bti->bkoi", g, passed[name].inputs.float()) for name, g in gradients.items()}
-
-
-def likelihood_root(class_logits: Tensor) -> Tensor:
-    """(B, C, C) M with M M^T = diag(p) - p p^T, the curvature of -log softmax in the logits."""
-    p = class_logits.softmax(dim=-1)
-    root = p.sqrt()
-    return torch.diag_embed(root) - p[:, :, None] * root[:, None, :]
 
 
 class Factor:
@@ -221,16 +216,16 @@ def gauss_newton(
     device = scorer.device
     inputs = {name: Factor(module.weight.shape[1], rank, device) for name, module in modules.items()}
     outputs = {name: Factor(module.weight.shape[0], rank, device) for name, module in modules.items()}
-    log_likelihood = 0.0
+    likelihood, total = scorer.scoring.likelihood, 0.0
     scorer.model.eval()
     for indices, chunk in scorer.batches(rows, batch_size):
         batch = scorer.with_trunk(scorer.scoring.collate(chunk).to(device))
         require_one_pass(scorer.model, batch)
         with torch.enable_grad(), recorded(scorer.model) as passed:
             class_logits = scorer.class_logits(batch)
-            gradients = output_gradients(class_logits, likelihood_root(class_logits.detach()), passed)
-        log_probs = class_logits.detach().log_softmax(dim=-1)
-        log_likelihood += log_probs.gather(1, batch.answers[:, None]).sum().item()
+            root = likelihood.curvature_root(class_logits.detach())
+            gradients = output_gradients(class_logits, root, passed)
+        total += log_likelihood(likelihood, class_logits.detach(), batch.answers).item()
         for name, record in passed.items():
             real = is_real(batch, record.inputs.shape[1])
             inputs[name].add(record.inputs[real].float())
@@ -241,7 +236,7 @@ def gauss_newton(
     for name in modules:
         (out_vectors, out_values), (in_vectors, in_values) = outputs[name].eigen(), inputs[name].eigen()
         blocks[name] = KroneckerBlock(out_vectors, out_values, in_vectors, in_values / len(rows))
-    return KroneckerCurvature(blocks, log_likelihood)
+    return KroneckerCurvature(blocks, total)
 
 
 def is_real(batch: Batch, length: int) -> Tensor:

@@ -4,7 +4,8 @@ the K most probable classes and the rest.
     f(x, s) ~ f(x, s_mu) + J (s - s_mu),   J = df/ds at s_mu    =>    f(x, s) ~ N(f(x, s_mu), J Sigma J^T)
 
 [Immer et al. 2021, 2008.08400, eq. of the GLM predictive; here with respect to the r numbers of each layer only.]
-The softmax of that Gaussian is averaged over (quasi-)Monte Carlo points: its cost does not grow with the model.
+The softmax of that Gaussian is averaged over (quasi-)Monte Carlo points: its cost does not grow with the model. Of several
+labels a row it is the sigmoid of each logit, from C backward passes.
 
 How much of the variance of f comes from each layer's s is the same sum layer by layer,
 
@@ -30,6 +31,7 @@ from scalabl.posterior.draws import standard_normal
 from scalabl.predictive.monte_carlo import drawn_layers
 from scalabl.predictive.top_classes import Groups
 from scalabl.scoring.base import Batch, Encoded
+from scalabl.scoring.likelihood import Likelihood, OneLabel
 from scalabl.scoring.scorer import Scorer
 from scalabl.tuner.joint import joint_of
 from scalabl.tuner.layers import stochastic_layers
@@ -80,26 +82,27 @@ class LinearizedPredictive:
 
     def __call__(self, scorer: Scorer, batch: Batch) -> Tensor:
         logits, jacobians = logit_jacobian(scorer, batch, self.stochastic_layers, self.top_classes)
-        return self.log_probs(logits, logit_covariance(scorer, jacobians))
+        return self.log_probs(logits, logit_covariance(scorer, jacobians), scorer.scoring.likelihood)
 
-    def log_probs(self, mean: Tensor, covariance: Tensor) -> Tensor:
-        """The softmax of Gaussian logits at the points: (points, B, C).
+    def log_probs(self, mean: Tensor, covariance: Tensor, likelihood: Likelihood | None = None) -> Tensor:
+        """The probabilities of Gaussian logits at the points: (points, B, C), or (points, B, 2 C) of several labels.
 
         Args:
             mean: (B, C), -inf where a row has no such choice.
             covariance: (B, C - 1, C - 1) of the differences to the first, at tau = 1; or (B, K, K) of the groups of
-                K < C - 1 top classes.
+                K < C - 1 top classes; or (B, C, C) of the logits of several labels.
+            likelihood: what they are the logits of; one label if left out.
         """
         contrasts = covariance.shape[-1]
+        likelihood = likelihood or OneLabel()
         if contrasts == 0:
-            return mean.log_softmax(dim=-1)[None]
+            return likelihood.log_probs(mean)[None]
         if contrasts < mean.shape[-1] - 1:
             groups = Groups.of(mean, contrasts)
             return groups.spread(self.log_probs(groups.mean, covariance))
         noise = gaussian_points(self.points, contrasts, self.seed).to(covariance)
         shift = torch.einsum("pk,bck->pbc", noise, self.scale * matrix_root(covariance))
-        # the first class is the reference: only differences of logits matter
-        return torch.cat([mean[None, :, :1].expand(self.points, -1, -1), mean[None, :, 1:] + shift], -1).log_softmax(-1)
+        return likelihood.log_probs(likelihood.moved(mean, shift))
 
 
 @functools.lru_cache(maxsize=8)
@@ -148,13 +151,15 @@ def logit_jacobian(
     """The class logits at the posterior mean, and the Jacobian of their differences to the first in every layer's s; of
     K < C - 1 `top` classes, that of the differences of groups (`scalabl.predictive.top_classes`).
 
-    The backward passes stop at the lowest of the layers: below it, the rows are run without gradient.
+    Of several labels a row it is the Jacobian of the C logits themselves, (B, C, r). The backward passes stop at the
+    lowest of the layers: below it, the rows are run without gradient.
 
     Returns:
         logits (B, C), -inf where a row has no such choice; the layer's name -> (B, C - 1, r), or (B, K, r), zero there.
 
     Raises:
-        UserError: the model was loaded under `torch.inference_mode()`, so that nothing can be differentiated.
+        UserError: the model was loaded under `torch.inference_mode()`, so that nothing can be differentiated; top
+            classes of rows that have several labels.
     """
     if torch.is_inference_mode_enabled():
         with torch.inference_mode(False):  # tensors that were made under it are copied: none of them is differentiable
@@ -171,10 +176,12 @@ def logit_jacobian(
         logits = scorer.class_logits(batch)
         inputs = [s for s, _ in layers.values()]
         rows, classes = logits.shape
+        if top is not None and not isinstance(scorer.scoring.likelihood, OneLabel):
+            raise UserError("top_classes is of one label out of many, and here rows have several; leave it out.")
         if top is not None and top < classes - 1:
             contrasts = list(Groups.of(logits.detach(), top).contrasts.unbind(dim=1))
         else:
-            contrasts = _to_first(logits, batch.num_choices)
+            contrasts = scorer.scoring.likelihood.contrasts(logits, batch.num_choices)
         columns: list[list[Tensor]] = [[] for _ in inputs]
         for number, weights in enumerate(contrasts, start=1):
             gradients = torch.autograd.grad(logits, inputs, weights, retain_graph=number < len(contrasts))
@@ -185,17 +192,6 @@ def logit_jacobian(
         for store, (name, (s, _)) in zip(columns, layers.items(), strict=True)
     }
     return logits.detach(), jacobians
-
-
-def _to_first(logits: Tensor, num_choices: Tensor) -> list[Tensor]:
-    """(B, C) weights of each class's difference to the first, for all but that; zero where a row has no such choice."""
-    found = []
-    for c in range(1, logits.shape[1]):
-        weights = torch.zeros_like(logits)
-        weights[:, c] = (c < num_choices).to(logits.dtype)
-        weights[:, 0] = -weights[:, c]
-        found.append(weights)
-    return found
 
 
 def matrix_root(covariance: Tensor) -> Tensor:

@@ -132,7 +132,8 @@ def begin(directory: Path, record: RunRecord, *, goes_on: bool) -> None:
     """
     if goes_on:
         begun = RunRecord.read(directory).scoring
-        for name, words in (("labels", "labels"), ("class_weights", "class weights")):
+        of_head = {"labels": "labels", "several": "numbers of labels a row", "class_weights": "class weights"}
+        for name, words in of_head.items():
             if begun.get(name) != record.scoring.get(name):
                 raise UserError(
                     f"{directory} was begun with other {words}, with which a head of these cannot go on; restore the "

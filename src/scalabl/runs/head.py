@@ -17,20 +17,27 @@ from transformers import (
 from scalabl.core.errors import UserError
 from scalabl.core.modules import base_name
 from scalabl.runs.directory import saved_shapes
+from scalabl.runs.record import SEVERAL_LABELS
 from scalabl.tuner.layers import head_parts
 
 
 def head_options(
-    config: Any, labels: Sequence[str], tokenizer: PreTrainedTokenizerBase, adapter: Path | None
+    config: Any,
+    labels: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    adapter: Path | None,
+    several: bool = False,
 ) -> dict[str, Any]:
-    """What a classification head over these labels is loaded with: its size, its names, and the token that a decoder's
-    head looks behind. An adapter's own head may be of another size than the base's.
+    """What a classification head over these labels is loaded with: its size, its names, the token that a decoder's head
+    looks behind, and whether a pipeline takes sigmoids of its outputs. An adapter's own head may be of another size
+    than the base's.
 
     Args:
         config: the base model's.
         labels: in the order of the head's outputs.
         tokenizer: which the rows are padded with.
         adapter: the adapter's directory, where there is one.
+        several: whether a row may have several of the labels.
 
     Raises:
         UserError: the model has no form with a head, or has one of another size.
@@ -53,6 +60,7 @@ def head_options(
         "label2id": {label: i for i, label in names.items()},
         "pad_token_id": tokenizer.pad_token_id,
         "ignore_mismatched_sizes": adapter is not None,
+        **({"problem_type": SEVERAL_LABELS} if several else {}),
     }
 
 

@@ -57,6 +57,7 @@ def load_base(
     tokenizer: PreTrainedTokenizerBase | None = None,
     adapter: Path | None = None,
     labels: Sequence[str] | None = None,
+    several: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model, or one with a classification head, and its tokenizer.
 
@@ -71,6 +72,7 @@ def load_base(
         adapter: a directory whose tokenizer, where one was saved there, is in the place of its own.
         labels: of its classification head, whose weights are drawn anew where the model has none; None for a language
             model.
+        several: whether a row may have several of the labels.
 
     Raises:
         UserError: it cannot be found, has no tokenizer, or is not a causal language model (with labels: has no form
@@ -98,7 +100,7 @@ def load_base(
         quantized = quantization_config(quantization, bits, DTYPES[dtype], whole)
         options |= {"quantization_config": quantized, "device_map": {"": device}}
     if labels is not None:
-        options |= head_options(config, labels, tokenizer, adapter)
+        options |= head_options(config, labels, tokenizer, adapter, several)
     try:
         has_image_side = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
         kind: Any = AutoModelForImageTextToText if has_image_side else AutoModelForCausalLM

@@ -18,6 +18,7 @@ from scalabl.runs.settings import DEFAULTS, Settings
 RECORD = "scalabl.json"
 VERSION = 1  # of the record's form; records without one are of the first
 HEAD = "head"  # the scoring by a classification head
+SEVERAL_LABELS = "multi_label_classification"  # Transformers' problem_type of a head whose rows may have several
 CHOICES, LANGUAGE = "choices", "language"  # kinds of runs: questions with choices, rows of text
 _MEND = "train the run again or restore the file"
 
@@ -212,4 +213,11 @@ class RunRecord:
     def base_options(self) -> dict[str, Any]:
         """How the base model was loaded: keywords of `load_base`."""
         options = {name: self.recipe[name] for name in ("dtype", "bits", "quantization")}
-        return options | ({"labels": self.scoring["labels"]} if self.scoring.get("scoring") == HEAD else {})
+        if self.scoring.get("scoring") != HEAD:
+            return options
+        return options | {"labels": self.scoring["labels"], "several": self.several}
+
+    @property
+    def several(self) -> bool:
+        """Whether a row may have several of the labels, or none."""
+        return bool(self.scoring.get("several"))

@@ -1,8 +1,8 @@
 """An adapter with a classification head that another trainer has saved, read as a run.
 
 PEFT's `save_pretrained` and Transformers' Trainer leave no record. What one would say is in the adapter's own files:
-its kind, its base model and the head's size; the names of the head's labels where a configuration beside it, or the
-base's own, has them. Imports no torch.
+its kind, its base model and the head's size; the names of the head's labels, and whether a row may have several, where a
+configuration beside it, or the base's own, says so. Imports no torch.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from scalabl.core.errors import UserError
 from scalabl.core.files import ADAPTER, read_if_whole, sha256
 from scalabl.runs.directory import CONFIG, adapter_config, as_recorded, find_base, saved_shapes
-from scalabl.runs.record import HEAD, RECORD, RowCounts, RunRecord, TaskFacts
+from scalabl.runs.record import HEAD, RECORD, SEVERAL_LABELS, RowCounts, RunRecord, TaskFacts
 from scalabl.runs.settings import DEFAULTS, typed_setting
 
 # the layer whose outputs are the labels, by the names that Transformers and PEFT's SEQ_CLS know
@@ -90,14 +90,15 @@ def _record(directory: Path, config: dict[str, Any], labels: Sequence[str] | Non
         raise UserError(f"{directory / CONFIG}: {str(error).rstrip('.')}; restore the file.") from error
     targets = config.get("target_modules") or "all-linear"
     own["target_modules"] = targets if isinstance(targets, str) else ",".join(sorted(targets))
-    found = _labels(directory, named, labels)
+    found, several = _labels(directory, named, labels), _several(directory, named)
     method = _METHODS[kind]
     return RunRecord(
         recipe=DEFAULTS | own | {"model": as_recorded(named), "method": method, "scoring": HEAD, "steps": 0},
         status="finished",
         task=TaskFacts(name="rows that are not known", source="", licence="unknown", labels=list(found)),
         rows=RowCounts(train=0, validation=0),
-        scoring={"scoring": HEAD, "labels": list(found), "pairs": None},
+        scoring={"scoring": HEAD, "labels": list(found), "pairs": None}
+        | ({} if several is None else {"several": several}),
         scoring_name=HEAD,
         base_fingerprint=config.get("base_fingerprint"),
         adapter_sha256=sha256(directory / ADAPTER),
@@ -126,6 +127,15 @@ def _labels(directory: Path, base: str, given: Sequence[str] | None) -> tuple[st
     return found
 
 
+def _several(directory: Path, base: str) -> bool | None:
+    """Whether a row may have several labels; None where no configuration says it."""
+    for place in (directory, Path(base).expanduser()):
+        config = read_if_whole(place / "config.json")
+        if isinstance(config, dict) and config.get("problem_type") is not None:
+            return bool(config["problem_type"] == SEVERAL_LABELS)
+    return None
+
+
 def _outputs(directory: Path) -> int | None:
     """How many outputs the head in an adapter's file has; None where it has no layer by a known name."""
     shapes = [shape for name, shape in saved_shapes(directory).items() if _OUTPUTS.search(name)]
@@ -140,8 +150,8 @@ def _named_labels(path: Path, number: int | None) -> tuple[str, ...] | None:
     names = config.get("id2label") if isinstance(config, dict) else None
     if not isinstance(names, dict) or not names or len(names) != (number or len(names)):
         return None
-    if config.get("problem_type") in ("regression", "multi_label_classification"):
-        raise UserError(f"{path} is of a {config['problem_type']}, whose outputs are not one label out of several.")
+    if config.get("problem_type") == "regression":
+        raise UserError(f"{path} is of a regression, whose outputs are no labels.")
     try:
         found = tuple(str(names[str(i)]) for i in range(len(names)))
     except KeyError:

@@ -17,6 +17,7 @@ from scalabl.core.errors import UserError
 from scalabl.data.example import Example
 from scalabl.scoring.conversation import Opening, begun_tokens, opening, through_template, tokens_behind
 from scalabl.scoring.images import BatchImages, ImageReader, RowImages, batch_images, image_reader
+from scalabl.scoring.likelihood import Likelihood, OneLabel
 
 
 class Prefix(Protocol):
@@ -43,6 +44,12 @@ class Encoded:
     images: RowImages | None = None
     dropped: int = 0  # tokens that did not fit, of its beginning or, before a classification head, of its end
     token_types: list[int] | None = None  # of a pair of texts: which of them each token is of
+    marks: tuple[int, ...] | None = None  # of a labelled row of several labels: 1 for each that it has, else 0
+
+    @property
+    def is_labelled(self) -> bool:
+        """Whether the right answer is known, or all labels of the row are."""
+        return self.answer is not None or self.marks is not None
 
     def part(self, where: slice | list[int]) -> Self:
         """The row with some of its tokens alone."""
@@ -61,8 +68,8 @@ class Encoded:
 class Batch:
     """Rows padded to a common length, on the left but for a classification head.
 
-    Shapes: input_ids, position_ids, segments (B, T), with segment -1 where padded; num_choices, answers (B,),
-    answers -100 where unknown; trunk (B, T, d) or None; token_types (B, T), of pairs of texts alone. `keep` is how many
+    Shapes: input_ids, position_ids, segments (B, T), with segment -1 where padded; num_choices, answers (B,), of
+    several labels a row answers (B, C) of 0 and 1; -100 where unknown; trunk (B, T, d) or None; token_types (B, T), of pairs of texts alone. `keep` is how many
     last positions need logits.
 
     `start` is the decoder layer that `trunk` enters, None for the one below which everything is frozen. `prefix` is
@@ -111,7 +118,7 @@ class Batch:
 
 
 class Scoring(ABC):
-    """How a model's logits become one number a choice.
+    """How a model's logits become one number a choice, and what that is a distribution of.
 
     Args:
         tokenizer: the base model's.
@@ -125,6 +132,7 @@ class Scoring(ABC):
     padding_side = "left"
     shares_prefix = True  # whether rows may stand behind what they all begin with, encoded once
     loses = "beginning"  # of a row that is too long
+    likelihood: Likelihood = OneLabel()
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, *, chat: bool = False, max_length: int = 512, turn: str = "template"
@@ -162,8 +170,8 @@ class Scoring(ABC):
 
     @abstractmethod
     def class_logits(self, logits: Tensor, batch: Batch) -> Tensor:
-        """logits (M, V) at `positions` -> class logits (B, C), -inf where a row has no such choice; softmax over C
-        gives p(choice | question)."""
+        """logits (M, V) at `positions` -> class logits (B, C), -inf where a row has no such choice; `likelihood` says
+        what they are the logits of."""
 
     def collate(self, rows: Sequence[Encoded]) -> Batch:
         """Pad rows on the scoring's side into a batch."""
@@ -188,12 +196,21 @@ class Scoring(ABC):
             position_ids=padded([row.position_ids for row in rows], 0),
             segments=padded([row.segments for row in rows], -1),
             num_choices=torch.tensor([row.num_choices for row in rows]),
-            answers=torch.tensor([-100 if row.answer is None else row.answer for row in rows]),
+            answers=self.answers(rows),
             keep=max(1 + sum(segment > 0 for segment in row.segments) for row in rows),
             trunk=trunk,
             images=batch_images([row.images for row in rows], input_ids),
             token_types=None if rows[0].token_types is None else padded([row.token_types or [] for row in rows], 0),
         )
+
+    @property
+    def per_row(self) -> int:
+        """Questions of a row: C where it may have several of C labels, else 1."""
+        return 1
+
+    def answers(self, rows: Sequence[Encoded]) -> Tensor:
+        """(B,) the right choices, -100 where unknown."""
+        return torch.tensor([-100 if row.answer is None else row.answer for row in rows])
 
     def images_of(self, example: Example) -> RowImages | None:
         """The row's images and how they are read; None for a row of text.

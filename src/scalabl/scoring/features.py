@@ -24,7 +24,8 @@ def feature_size(model: nn.Module) -> int:
 
 
 class MeanPass:
-    """A predictive whose (1, B, 1 + d) holds no probabilities but -log sum_c exp(logit_c), then the d features."""
+    """A predictive whose (1, B, 1 + d) holds no probabilities but the energy of the class logits, -log sum_c
+    exp(logit_c), then the d features."""
 
     name = "mean pass"
 
@@ -40,7 +41,7 @@ class MeanPass:
 
         handle = None if self.last is None else self.last.register_forward_hook(own(see))
         try:
-            energy = -scorer.class_logits(batch).float().logsumexp(dim=-1)
+            energy = scorer.scoring.likelihood.energy(scorer.class_logits(batch).float())
         finally:
             if handle is not None:
                 handle.remove()

@@ -2,7 +2,8 @@
 
 What most classifiers are: an encoder, or a decoder with a `score` layer, whose head is trained with the adapter. Rows
 are padded on the right under Transformers' own two-dimensional mask, as these models are trained and served. A row is a
-text, or a pair of texts (a premise and its hypothesis), which the tokenizer puts together in its model's own way.
+text, or a pair of texts (a premise and its hypothesis), which the tokenizer puts together in its model's own way. It has
+one of the labels, or any number of them (`scalabl.scoring.likelihood`).
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ from transformers import BatchEncoding, PreTrainedTokenizerBase
 from scalabl.core.errors import UserError
 from scalabl.data.example import Example
 from scalabl.scoring.base import Batch, Encoded, Scoring
+from scalabl.scoring.likelihood import SeveralLabels
 
 
 class Head(Scoring):
-    """p(label | text) over C labels, one logit of the head each.
+    """p(label | text) over C labels, one logit of the head each; of each label for itself where a row may have several.
 
     Args:
         tokenizer: the base model's.
@@ -29,9 +31,10 @@ class Head(Scoring):
         pairs: whether rows are pairs of texts; None where that is not known, so that both are read.
         class_weights: w of each label, under which the head was trained (`scalabl.data.class_balance`): its logits are
             those of p_w, and the class logits here those of p(y | x), in proportion to p_w(y | x) / w_y.
+        several: whether a row may have several of the labels, or none; then it has no class weights.
 
     Raises:
-        UserError: fewer than two labels.
+        UserError: fewer than two labels; class weights where rows have several labels.
     """
 
     name = "head"
@@ -47,6 +50,7 @@ class Head(Scoring):
         max_length: int = 512,
         pairs: bool | None = False,
         class_weights: Mapping[str, float] | None = None,
+        several: bool = False,
     ) -> None:
         if chat:
             raise UserError("A classification head reads the text as it is; leave out --chat.")
@@ -54,6 +58,13 @@ class Head(Scoring):
         self.labels = tuple(labels)
         self.pairs = pairs
         self.class_weights = None if class_weights is None else {label: class_weights[label] for label in self.labels}
+        self.several = several
+        if several:
+            if class_weights is not None:
+                raise UserError(
+                    "class_weights weigh rows by their one label, and here rows have several; leave them out."
+                )
+            self.likelihood = SeveralLabels()
         self.loses = "beginning" if tokenizer.truncation_side == "left" else "end"
         if len(self.labels) < 2:
             raise UserError(f"A classification head needs at least two labels, but there is {len(self.labels)}.")
@@ -61,14 +72,16 @@ class Head(Scoring):
     def settings(self) -> dict[str, Any]:
         pairs = {} if self.pairs is False else {"pairs": self.pairs}  # records of older runs do not name it
         weights = {} if self.class_weights is None else {"class_weights": self.class_weights}
-        return {"scoring": self.name, "labels": list(self.labels), "max_length": self.max_length, **pairs, **weights}
+        several = {"several": True} if self.several else {}
+        common = {"scoring": self.name, "labels": list(self.labels), "max_length": self.max_length}
+        return {**common, **pairs, **weights, **several}
 
     def encode(self, example: Example) -> Encoded:
         """Tokens of one row, as the tokenizer frames a text or a pair.
 
         Raises:
             UserError: choices other than the labels, an image, no text, a pair where the run has none or the other way
-                round, or no room beside the tokens that frame a text.
+                round, likewise several labels, or no room beside the tokens that frame a text.
         """
         if tuple(example.choices) != self.labels:
             raise UserError(
@@ -81,6 +94,9 @@ class Head(Scoring):
             of_run, mend = ("pairs of texts", "give it one") if self.pairs else ("single texts", "leave it out")
             has = "no" if self.pairs else "a"
             raise UserError(f'Row {example.id} has {has} "text_pair", but the run was trained on {of_run}; {mend}.')
+        if example.target is not None and (example.answers is not None) != self.several:
+            has, of_run = ('one "label"', 'several "labels" a row') if self.several else ('"labels"', 'one "label" a row')
+            raise UserError(f"Row {example.id} has {has}, but the run has {of_run}; write it so, or train another run.")
         texts = [self.prefix + example.question, *([] if example.pair is None else [example.pair])]
         tokens: BatchEncoding = self.tokenizer(*texts, return_special_tokens_mask=True, verbose=False)
         whole, frame = len(tokens["input_ids"]), sum(tokens["special_tokens_mask"])
@@ -103,7 +119,19 @@ class Head(Scoring):
             example.answer,
             dropped=whole - len(ids),
             token_types=None if types is None else list(types),
+            marks=None if example.answers is None else example.marks,
         )
+
+    @property
+    def per_row(self) -> int:
+        return len(self.labels) if self.several else 1
+
+    def answers(self, rows: Sequence[Encoded]) -> Tensor:
+        """(B,) the right labels; of several labels a row (B, C), 1 for those that it has; -100 where unknown."""
+        if not self.several:
+            return super().answers(rows)
+        unknown = [-100] * len(self.labels)
+        return torch.tensor([unknown if row.marks is None else list(row.marks) for row in rows])
 
     def positions(self, batch: Batch) -> tuple[Tensor, Tensor]:
         rows = torch.arange(len(batch), device=batch.input_ids.device)

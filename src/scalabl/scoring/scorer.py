@@ -69,8 +69,8 @@ class Scorer:
         return self.scoring.class_logits(self.logits(batch), batch)
 
     def class_log_probs(self, batch: Batch) -> Tensor:
-        """(B, C) log p(choice | question), float32."""
-        return self.class_logits(batch).log_softmax(dim=-1)
+        """(B, K) log p(choice | question), float32; what K is of several labels, `scalabl.scoring.likelihood` says."""
+        return self.scoring.likelihood.log_probs(self.class_logits(batch))
 
     @torch.no_grad()
     def with_trunk(self, batch: Batch, start: int | None = None) -> Batch:

@@ -275,7 +275,7 @@ def write_answers(answers: Sequence[str], path: Location, format: str) -> Receip
     with writing(path) as unfinished:
         if format == "parquet":
             types = {
-                "id": pa.string(), "label": pa.string(), "probs": pa.map_(pa.string(), pa.float64()),
+                "id": pa.string(), "label": pa.string(), "labels": pa.list_(pa.string()), "probs": pa.map_(pa.string(), pa.float64()),
                 "particles": pa.int64(), "predictive": pa.string(), "truncated": pa.bool_(),
             }  # fmt: skip
             names = dict.fromkeys(name for answer in made for name in answer)  # not every row is truncated

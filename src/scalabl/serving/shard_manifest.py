@@ -21,7 +21,7 @@ from scalabl.core.console import progress_bar
 from scalabl.core.errors import UserError
 from scalabl.core.files import read_json, require_place, sha256, write_json
 from scalabl.core.locations import Location, StorePath, for_arrow
-from scalabl.inference.settings import PredictionSettings
+from scalabl.inference.settings import PredictionSettings, is_answered
 from scalabl.serving.shards import Block, Shard, ShardSource, examine, searched
 
 MANIFEST = "manifest.json"
@@ -231,7 +231,7 @@ def receipt_of(answers: Sequence[Mapping[str, Any]]) -> Receipt:
     """The receipt of answers, at least one."""
     adaptive = answers[0].get("particles") is not None
     particles = sum(answer["particles"] for answer in answers) if adaptive else None
-    return Receipt(len(answers), sum(answer["label"] is not None for answer in answers), particles)
+    return Receipt(len(answers), sum(map(is_answered, answers)), particles)
 
 
 def _read(output: Location) -> ShardManifest:

@@ -52,6 +52,10 @@ def _question(row: Example) -> tuple[Any, ...]:
 
 def _labelled(rows: list[Example], task: str) -> list[Example]:
     for row in rows:
+        if row.answers is not None:
+            raise UserError(
+                f"Row {row.id} of {task} may have several labels, which a benchmark does not judge; use train and evaluate."
+            )
         if row.answer is None:
             raise UserError(f"Row {row.id} of {task} has no answer; a benchmark needs answers in every row.")
     return rows

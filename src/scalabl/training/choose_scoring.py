@@ -55,15 +55,22 @@ def check_rows(settings: Settings, task: Task | TextTask) -> None:
 
 def takes_head(settings: Settings, task: Task | TextTask, tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether a run trains a classification head: it was chosen, the model is an encoder, rows are pairs of texts, or
-    label words are no single tokens or too many to be told apart by one.
+    label words are no single tokens or too many to be told apart by one, or a row may have several.
 
     Raises:
         UserError: rows that a head cannot have, or a scoring that an encoder cannot have.
     """
     scoring, labels = settings.rows.scoring, task.labels
+    if has_several(task) and scoring not in ("auto", "head"):
+        raise UserError(
+            f'The rows of {settings.data} have several "labels" each, which only a classification head learns; leave '
+            "out --scoring."
+        )
     encoder = is_encoder(settings.model)
     if not encoder and scoring != "head":
         plain = scoring == "auto" and settings.rows.normalization == "auto" and not settings.rows.chat
+        if has_several(task):
+            return True  # what is not plain is refused by the head
         pairs = any(getattr(rows[0], "pair", None) is not None for rows in task.splits.values())
         return plain and labels is not None and (pairs or not _single_tokens(labels, tokenizer))
     if labels is None:
@@ -75,6 +82,11 @@ def takes_head(settings: Settings, task: Task | TextTask, tokenizer: PreTrainedT
     if scoring not in ("auto", "head"):
         raise UserError(f"{settings.model} is an encoder, which has no {scoring}; leave out --scoring.")
     return True
+
+
+def has_several(task: Task | TextTask) -> bool:
+    """Whether a row of the task may have several labels, or none."""
+    return any(getattr(rows[0], "answers", None) is not None for rows in task.splits.values())
 
 
 def _single_tokens(labels: tuple[str, ...], tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -122,8 +134,9 @@ def candidates(
         assert labels is not None
         of_labels = None if weights is None or counts is None else class_weights(weights, counts)
         pairs, longest = rows[0].pair is not None, settings.rows.max_length
+        several = rows[0].answers is not None
         common_head: dict[str, Any] = {"chat": settings.rows.chat, "max_length": longest, "pairs": pairs}
-        return [Head(tokenizer, labels=labels, class_weights=of_labels, **common_head)]
+        return [Head(tokenizer, labels=labels, class_weights=of_labels, several=several, **common_head)]
     common: dict[str, Any] = {"chat": settings.rows.chat, "max_length": settings.rows.max_length}
     found: list[Scoring] = []
     if settings.rows.scoring in ("auto", "letters"):

@@ -18,14 +18,26 @@ from scalabl.scoring.scorer import Scorer
 
 def fit_distance(scorer: Scorer, rows: Sequence[Encoded]) -> FeatureDistance | None:
     """The distance to training rows in the features of a classification head, from one pass at the posterior mean; None
-    where there is no such head, or rows have no single label.
+    where there is no such head, or rows have no label.
+
+    A row with several labels is a row of each of these classes, and those without any are a class of their own.
     """
     mean_pass = MeanPass(scorer.model)
-    labels = [row.answer for row in rows]
-    if not mean_pass.size or not all(isinstance(label, int) for label in labels):
+    if not mean_pass.size or not all(row.is_labelled for row in rows):
         return None
     found = predict(scorer, rows, mean_pass, batch_size=32)
-    return FeatureDistance.fit(found[0, :, 1 : 1 + mean_pass.size], torch.tensor(labels))
+    of_rows = [_classes(row) for row in rows]
+    place = [i for i, classes in enumerate(of_rows) for _ in classes]
+    labels = torch.tensor([label for classes in of_rows for label in classes])
+    return FeatureDistance.fit(found[0, place, 1 : 1 + mean_pass.size], labels)
+
+
+def _classes(row: Encoded) -> list[int]:
+    """The classes that a row is of; one behind the labels where it has none of them."""
+    if row.marks is None:
+        assert row.answer is not None
+        return [row.answer]
+    return [label for label, has in enumerate(row.marks) if has] or [len(row.marks)]
 
 
 def write_features(output: Path, distance: FeatureDistance | None) -> str | None:

@@ -35,7 +35,7 @@ from scalabl.scoring.reading import remember_reading
 from scalabl.scoring.scorer import Scorer
 from scalabl.scoring.trunk import Trunk
 from scalabl.scoring.trunk_store import with_stored_trunk
-from scalabl.training.choose_scoring import candidates, check_rows, choose_scoring, describe, takes_head
+from scalabl.training.choose_scoring import candidates, check_rows, choose_scoring, describe, has_several, takes_head
 from scalabl.training.features import fit_distance, write_features
 from scalabl.training.monitors import NonFiniteError, NonFiniteGuard, ProgressBar, StopOnInterrupt, finite
 from scalabl.training.ranks import (
@@ -149,7 +149,8 @@ def _train(
     tokenizer = tokenizer or load_tokenizer(settings.model)
     head = takes_head(settings, task, tokenizer)
     set_seed(settings.seed)  # a new head is drawn
-    of_base = _placed(settings.machine.of_base) | ({"labels": task.labels} if head else {})
+    of_head = {"labels": task.labels, "several": has_several(task)} if head else {}
+    of_base = _placed(settings.machine.of_base) | of_head
     model, tokenizer = load_base(settings.model, **of_base, tokenizer=tokenizer)
     labels = task.labels
     balance = None if labels is None else label_counts(rows.train, labels)

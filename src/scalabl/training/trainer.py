@@ -1,6 +1,7 @@
 """The Hugging Face Trainer with another loss: that of the class, or of a text's trained tokens.
 
-Questions with choices: mean of -log p(answer | question) over the questions of a batch.
+Questions with choices: mean of -log p(answer | question) over the questions of a batch; of several labels a row, of the
+sum over them (`scalabl.scoring.likelihood`).
 
 Under class weights (a classification head): mean of -w_y log p_w(y | x), with w of mean 1 over the training rows. The
 ELBO is then that of as many rows in which label y is w_y times as often; likelihood and KL keep their sizes:
@@ -133,7 +134,7 @@ class ChoiceTrainer(Trainer):
 
     def loss_of(self, class_logits: Tensor, batch: Batch) -> Tensor:
         """The loss of class logits (B, C): -log p(answer | question), the mean over the batch."""
-        return F.cross_entropy(class_logits, batch.answers)
+        return self.scoring.likelihood.loss(class_logits, batch.answers)
 
 
 class WeightedTrainer(ChoiceTrainer):

@@ -18,7 +18,7 @@ from scalabl.inference.report.lead import lead_pictures
 from scalabl.inference.report.results import MethodResult, Report
 from scalabl.inference.report.table import ood_names, table
 from scalabl.metrics.figures import METRICS
-from scalabl.metrics.uncertainty import average, decompose
+from scalabl.metrics.uncertainty import average
 
 SHIFTED = ("accuracy", "nll", "ece")
 
@@ -58,7 +58,8 @@ def render(report: Report, rows: list[dict[str, Any]]) -> str:
     environment.globals.update(
         metrics=list(METRICS), shifted_metrics=SHIFTED, heading=text.heading, arrows=text.ARROWS,
         number=text.number, span=text.span, verdict=verdict, key=key, first_rows=figures.FIRST_ROWS,
-        num_bins=figures.NUM_BINS, share=text.share, worst_first=text.worst_first,
+        num_bins=figures.NUM_BINS, share=text.share, worst_first=text.worst_first, in_words=text.in_words, set_names=text.SET_NAMES,
+        plus_minus=text.plus_minus,
     )  # fmt: skip
     source = files("scalabl.inference.report").joinpath("template.html").read_text(encoding="utf-8")
     probs = [average(method.log_probs) for method in report.methods]
@@ -126,8 +127,8 @@ def _scope(report: Report, rows: list[dict[str, Any]]) -> list[ReportPicture]:
 
 
 def _entropy(index: int, method: MethodResult) -> list[ReportPicture]:
-    parts = [("in distribution", decompose(method.log_probs))]
-    parts += [(name, decompose(log_probs)) for name, log_probs in method.ood.items()]
+    parts = [("in distribution", method.uncertainty())]
+    parts += [(name, method.uncertainty(name)) for name in method.ood]
     pictures = []
     for part, label in (("total", "total entropy"), ("epistemic", "epistemic part")):
         if part == "epistemic" and method.log_probs.shape[0] == 1:

@@ -11,7 +11,7 @@ from torch import Tensor
 from scalabl.core.errors import UserError
 from scalabl.inference.scope import scope_scores
 from scalabl.metrics.selective import Threshold
-from scalabl.metrics.uncertainty import average, decompose
+from scalabl.metrics.uncertainty import Uncertainty, average, decompose
 
 
 @dataclass
@@ -30,6 +30,8 @@ class MethodResult:
             scope; may be empty.
         ood_of_mean: name of a shifted data set -> the same of its rows, (m,) each.
         threshold: of the highest probability, chosen on held-out rows for a promised error rate.
+        per_row: how many predictions behind each other are of one row, which may have several of so many labels: the
+            answers to the question whether it has a label, (N, n per_row, 2), 0 for no and 1 for yes.
     """
 
     name: str
@@ -41,12 +43,23 @@ class MethodResult:
     threshold: Threshold | None = None
     of_mean: dict[str, Tensor] = field(default_factory=dict)
     ood_of_mean: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    per_row: int = 1
+
+    def uncertainty(self, other: str | None = None) -> Uncertainty:
+        """That of the rows (n,), or of a shifted set's (m,)."""
+        return decompose(self.log_probs if other is None else self.ood[other], self.per_row)
 
     def scope_scores(self, other: str | None = None) -> dict[str, Tensor]:
         """Every score of scope that there is of the rows (n,), or of a shifted set's (m,); higher is further out."""
         log_probs = self.log_probs if other is None else self.ood[other]
         of_mean = self.of_mean if other is None else self.ood_of_mean.get(other, {})
-        return {name: torch.from_numpy(values) for name, values in scope_scores(log_probs, of_mean).items()}
+        scores = scope_scores(log_probs, of_mean, self.per_row)
+        return {name: torch.from_numpy(values) for name, values in scores.items()}
+
+    @property
+    def num_labels(self) -> int:
+        """The labels that the rows share, where they do."""
+        return self.log_probs.shape[2] if self.per_row == 1 else self.per_row
 
     def num_choices(self) -> Tensor:
         """(n,) how many choices each row has."""
@@ -61,7 +74,7 @@ class Report:
         title: the heading.
         facts: model, data, seeds, steps, versions, device, command ...: name -> text.
         methods: the rows of the table; the first one is what the others are compared with.
-        questions: (question, choices) of the n rows, or empty: then no questions are shown.
+        questions: (question, choices) of the n predictions, or empty: then no questions are shown.
         labels: the C labels that all rows share, for figures of each; None for questions with choices of their own.
         training: name of a run -> its logged records (step; nll or loss, kl, sigma_mean, s_mean).
         lead: which method stands on top beside the first; the last by default.
@@ -94,7 +107,7 @@ class Report:
                 f"there are {len(self.questions)} questions but {len(first.labels)} predictions; pass one "
                 "question for each row, or none."
             )
-        if self.labels is not None and any(m.log_probs.shape[2] != len(self.labels) for m in self.methods):
+        if self.labels is not None and any(m.num_labels != len(self.labels) for m in self.methods):
             raise UserError(f"there are {len(self.labels)} labels, but predictions for other numbers; pass their own.")
         width = min(method.log_probs.shape[2] for method in self.methods)
         for row, (_, choices) in enumerate(self.questions):

@@ -3,6 +3,7 @@
 Figures as text: names, units, digits.
 """
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -17,8 +18,9 @@ from scalabl.metrics import evaluate
 from scalabl.metrics.bootstrap import Metric
 from scalabl.metrics.detection import DETECTION_METRICS, judge_detection
 from scalabl.metrics.figures import METRICS, is_collapsed, ood_auroc, paired_difference
-from scalabl.metrics.per_class import per_class
-from scalabl.metrics.uncertainty import average, decompose, mean_particles
+from scalabl.metrics.per_class import ClassFigures, per_class, per_label
+from scalabl.metrics.several_labels import evaluate_sets, label_probs
+from scalabl.metrics.uncertainty import average, mean_particles
 
 NAMES = {"accuracy": "ACC", "nll": "NLL", "ece": "ECE", "brier": "Brier", "auroc": "AUROC", "aurc": "AURC"}
 PERCENT = ("accuracy", "ece")
@@ -63,7 +65,10 @@ def table(report: Report, *, bootstrap: int = 1000, seed: int = 0) -> list[dict[
     """One row of figures a method, made of plain dicts, lists, strings and numbers (ready for JSON).
 
     Keys of a row:
-        method, n, notes
+        method, n, notes; n counts rows
+        labels_per_row: C, where rows may have several of C labels: accuracy to aurc are then those of n C questions,
+            whether a row has a label, with intervals over rows
+        sets: of such rows: subset_accuracy, micro_f1, macro_f1 (`scalabl.metrics.several_labels`), likewise
         particles: N; under adaptive N, the mean number that a row took
         accuracy, nll, ece, brier, auroc, aurc: {value, low, high, reason}; value None where undefined
         entropy: {total, aleatoric, epistemic}: means over the rows, in nats
@@ -83,23 +88,23 @@ def table(report: Report, *, bootstrap: int = 1000, seed: int = 0) -> list[dict[
     report.check()
     rows = [_row(method, bootstrap, seed) for method in report.methods]
     probs = [average(method.log_probs) for method in report.methods]
-    labels = report.methods[0].labels
+    labels, per_row = report.methods[0].labels, report.methods[0].per_row
     if report.labels is not None:
-        for row, p in zip(rows, probs, strict=True):
-            figures = zip(report.labels, per_class(p, labels), strict=True)
+        for row, method in zip(rows, report.methods, strict=True):
+            figures = zip(report.labels, _of_labels(method), strict=True)
             row["per_class"] = [{"label": label, **asdict(of_label)} for label, of_label in figures]
-    _mark_best(rows, probs, labels, bootstrap, seed)
+    compared: dict[str, Any] = {"bootstrap": bootstrap, "seed": seed, "per_row": per_row}
+    _mark_best(rows, probs, labels, compared)
     for row, p in zip(rows[1:], probs[1:], strict=True):
         row["versus_first"] = {
-            metric: asdict(paired_difference(p, probs[0], labels, metric, bootstrap=bootstrap, seed=seed))
-            for metric in METRICS
+            metric: asdict(paired_difference(p, probs[0], labels, metric, **compared)) for metric in METRICS
         }
     for name in ood_names(report):
         chosen = [i for i, method in enumerate(report.methods) if name in method.ood and name in method.ood_labels]
         if chosen:
             shifted = [average(report.methods[i].ood[name]) for i in chosen]
             ood_labels = report.methods[chosen[0]].ood_labels[name]
-            _mark_best([rows[i]["ood"][name] for i in chosen], shifted, ood_labels, bootstrap, seed)
+            _mark_best([rows[i]["ood"][name] for i in chosen], shifted, ood_labels, compared)
     return rows
 
 
@@ -108,25 +113,36 @@ def ood_names(report: Report) -> list[str]:
     return list(dict.fromkeys(name for method in report.methods for name in method.ood))
 
 
+def _of_labels(method: MethodResult) -> list[ClassFigures]:
+    if method.per_row == 1:
+        return per_class(average(method.log_probs), method.labels)
+    return per_label(label_probs(method.log_probs, method.per_row), method.labels.unflatten(0, (-1, method.per_row)))
+
+
 def _row(method: MethodResult, bootstrap: int, seed: int) -> dict[str, Any]:
-    known = decompose(method.log_probs)
+    known, per_row = method.uncertainty(), method.per_row
     row: dict[str, Any] = {
         "method": method.name,
-        "n": len(method.labels),
+        "n": len(method.labels) // per_row,
+        **({"labels_per_row": per_row} if per_row > 1 else {}),
         "particles": mean_particles(method.log_probs),
-        **_figures(method.log_probs, method.labels, bootstrap, seed),
+        **_figures(method.log_probs, method.labels, bootstrap, seed, per_row),
         "entropy": {part: getattr(known, part).mean().item() for part in ("total", "aleatoric", "epistemic")},
         "versus_first": None,
         "notes": list(method.notes),
         "ood": {},
     }
+    if per_row > 1:
+        marks = method.labels.unflatten(0, (-1, per_row))
+        sets = evaluate_sets(label_probs(method.log_probs, per_row), marks, bootstrap=bootstrap, seed=seed)
+        row["sets"] = {name: asdict(metric) for name, metric in sets.items()}
     for name, log_probs in method.ood.items():
-        shifted = decompose(log_probs)
+        shifted = method.uncertainty(name)
         epistemic = Metric(None, None, None, "a single prediction has no epistemic part")
         if method.log_probs.shape[0] > 1:
             epistemic = ood_auroc(known.epistemic, shifted.epistemic, bootstrap=bootstrap, seed=seed)
         row["ood"][name] = {
-            "n": log_probs.shape[1],
+            "n": log_probs.shape[1] // per_row,
             "auroc_total": asdict(ood_auroc(known.total, shifted.total, bootstrap=bootstrap, seed=seed)),
             "auroc_epistemic": asdict(epistemic),
         }
@@ -140,18 +156,20 @@ def _row(method: MethodResult, bootstrap: int, seed: int) -> dict[str, Any]:
             if score in others
         }
         if name in method.ood_labels:
-            row["ood"][name] |= _figures(log_probs, method.ood_labels[name], bootstrap, seed)
+            row["ood"][name] |= _figures(log_probs, method.ood_labels[name], bootstrap, seed, per_row)
     return row
 
 
-def _figures(log_probs: Tensor, labels: Tensor, bootstrap: int, seed: int) -> dict[str, Any]:
-    metrics = evaluate(average(log_probs), labels, bootstrap=bootstrap, seed=seed)
+def _figures(log_probs: Tensor, labels: Tensor, bootstrap: int, seed: int, per_row: int) -> dict[str, Any]:
+    metrics = evaluate(average(log_probs), labels, bootstrap=bootstrap, seed=seed, per_row=per_row)
     collapsed = is_collapsed(metrics["accuracy"], labels, count_choices(log_probs))
     return {name: asdict(metric) for name, metric in metrics.items()} | {"collapsed": collapsed, "best": []}
 
 
-def _mark_best(rows: list[dict[str, Any]], probs: list[Tensor], labels: Tensor, bootstrap: int, seed: int) -> None:
-    """Enter in row["best"] the metrics in which a method is best, or tied with the best."""
+def _mark_best(
+    rows: list[dict[str, Any]], probs: list[Tensor], labels: Tensor, compared: Mapping[str, Any]
+) -> None:
+    """Enter in row["best"] the metrics in which a method is best, or tied with the best, `compared` so."""
     if len(rows) < 2:
         return
     for metric, higher in METRICS.items():
@@ -161,12 +179,13 @@ def _mark_best(rows: list[dict[str, Any]], probs: list[Tensor], labels: Tensor, 
         sign = 1 if higher else -1
         best = max(standing, key=lambda i: sign * rows[i][metric]["value"])
         for i in standing:
-            gap = paired_difference(probs[i], probs[best], labels, metric, bootstrap=bootstrap, seed=seed)
+            gap = paired_difference(probs[i], probs[best], labels, metric, **compared)
             tied = gap.low is not None and gap.high is not None and gap.low <= 0 <= gap.high
             if i == best or tied:
                 rows[i]["best"].append(metric)
 
 
+SET_NAMES = {"subset_accuracy": "all right %", "micro_f1": "micro-F1 %", "macro_f1": "macro-F1 %"}
 _SHIFTED = ("accuracy", "nll", "ece")
 WORST = 10  # labels that the terminal shows
 
@@ -176,10 +195,15 @@ def print_table(rows: list[dict[str, Any]], console: Console) -> None:
 
     Below stand a warning for each collapsed method, the notes, and one table for each shifted data set.
     """
-    grid = _grid(f"{rows[0]['n']:,} rows" if rows else None, [f"{heading(m)} {ARROWS[m]}" for m in METRICS])
+    grid = _grid(in_words(rows[0]) if rows else None, [f"{heading(m)} {ARROWS[m]}" for m in METRICS])
     for row in rows:
         grid.add_row(_name(row["method"], row), *(_cell(row, metric) for metric in METRICS))
     console.print(grid)
+    if rows and "sets" in rows[0]:
+        sets = _grid("the labels of a row together", [f"{name} ↑" for name in SET_NAMES.values()])
+        for row in rows:
+            sets.add_row(Text(row["method"]), *(Text(plus_minus(row["sets"][m], "accuracy")) for m in SET_NAMES))
+        console.print(sets)
     if rows and "per_class" in rows[0]:
         _print_labels(rows[0], console)
     for name in dict.fromkeys(name for row in rows for name in row["ood"]):
@@ -193,6 +217,12 @@ def print_table(rows: list[dict[str, Any]], console: Console) -> None:
             console.print(Text(f"warning: {row['method']}: {sentence}", style="bold yellow"))
         for note in row["notes"]:
             console.print(Text(f"note: {row['method']}: {note}", style="dim"))
+
+
+def in_words(row: dict[str, Any]) -> str:
+    """ "300 rows", or "300 rows, each of 6 labels a question": what a row of figures is over."""
+    rows = f"{row['n']:,} {'row' if row['n'] == 1 else 'rows'}"
+    return f"{rows}, each of {row['labels_per_row']} labels a question" if "labels_per_row" in row else rows
 
 
 def worst_first(per_class: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -4,6 +4,8 @@ H is the exact Gauss-Newton matrix of the class logits,
 
     H = sum_n J_n^T Lambda_n J_n,   J_n (C, D) the Jacobian of row n's class logits,   Lambda_n = diag(p_n) - p_n p_n^T
 
+and Lambda_n = diag(p_n (1 - p_n)) where each of C labels is for itself.
+
 No factor, block or diagonal stands for it: D is the number of s, so that H is D x D. Memory: 8 D^2 bytes for H, and
 4 times as many while it is decomposed (8 MB in all at D = 500, 3.2 GB at D = 10,000), whatever the number of rows.
 
@@ -32,9 +34,9 @@ from scalabl.core.errors import UserError
 from scalabl.core.modules import eval_mode
 from scalabl.posterior.evidence import best_precision, log_evidence
 from scalabl.posterior.joint import JointGaussian
-from scalabl.predictive.kronecker import likelihood_root
 from scalabl.predictive.linearized import logit_jacobian
 from scalabl.scoring.base import Encoded
+from scalabl.scoring.likelihood import log_likelihood
 from scalabl.scoring.scorer import Scorer
 from scalabl.tuner.diagnostics import weights_of
 from scalabl.tuner.layers import stochastic_layers
@@ -75,25 +77,26 @@ def gauss_newton(
     Raises:
         UserError: no rows, a row without an answer, or more numbers than fit into memory.
     """
-    if not rows or any(row.answer is None for row in rows):
+    if not rows or not all(row.is_labelled for row in rows):
         raise UserError("The curvature is taken over labelled rows, but there are none or some have no answer.")
     ranks = {name: leaf.out_features for name, leaf in stochastic_layers(scorer.model).items()}
     size = sum(ranks.values())
     _require_memory(size)
-    matrix, log_likelihood = torch.zeros(size, size, dtype=torch.float64), 0.0
+    matrix, total = torch.zeros(size, size, dtype=torch.float64), 0.0
+    likelihood = scorer.scoring.likelihood
     with eval_mode(scorer.model):
         for indices, chunk in scorer.batches(rows, batch_size):
             batch = scorer.with_trunk(scorer.scoring.collate(chunk).to(scorer.device))
             logits, jacobians = logit_jacobian(scorer, batch)
             jacobian = torch.cat(list(jacobians.values()), dim=-1).double()
-            # the Jacobian is that of differences to the first class, whose column of Lambda follows from the others
-            root = likelihood_root(logits.double())[:, 1:]
+            # the Jacobian may be that of differences to the first class, whose row of M follows from the others
+            root = likelihood.curvature_root(logits.double())[:, -jacobian.shape[1] :]
             weighted = torch.einsum("bck,bcd->bkd", root, jacobian).flatten(0, 1).cpu()
             matrix.addmm_(weighted.T, weighted)
-            log_likelihood += logits.double().log_softmax(-1).gather(-1, batch.answers[:, None]).sum().item()
+            total += log_likelihood(likelihood, logits.double(), batch.answers).item()
             if advance is not None:
                 advance(len(indices))
-    return JointCurvature(matrix, ranks, log_likelihood, len(rows))
+    return JointCurvature(matrix, ranks, total, len(rows))
 
 
 def _require_memory(size: int) -> None:

@@ -98,7 +98,10 @@ def _build(
     training = settings.training
     config, plain = _source(source, training)
     of_head = source.record.labels if source.record and source.has_head else None
-    base, tokenizer = load_base(training.model, **training.machine.of_base, adapter=source.directory, labels=of_head)
+    several = of_head is not None and rows[0].answers is not None
+    base, tokenizer = load_base(
+        training.model, **training.machine.of_base, adapter=source.directory, labels=of_head, several=several
+    )
     tensors = scalabl_tensors(plain, config, without_rows(base))
     if source.record:
         require_base(base, source.record)
@@ -176,6 +179,13 @@ def _scoring(
 ) -> tuple[Scoring, dict[str, float]]:
     """The run's own scoring, or the one under which the adapter itself has the lowest NLL, with every option's."""
     if source.has_head and source.record and is_stock(source.record):
+        stated = source.record.scoring.get("several")
+        if stated is not None and stated != (rows[0].answers is not None):
+            kind, others = ('several "labels"', 'one "label"') if stated else ('one "label"', 'several "labels"')
+            raise UserError(
+                f"The configuration of {source.directory} or its base says {kind} a row (problem_type), but the rows "
+                f"have {others}; give rows of its kind."
+            )
         length = min(settings.training.rows.max_length, longest_row(model))
         return candidates(settings.training.changed(max_length=length), tokenizer, rows, labels, head=True)[0], {}
     if source.record and not settings.scoring_given:

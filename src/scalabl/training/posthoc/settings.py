@@ -126,7 +126,7 @@ def rows_for(
     every = [row for rows in task.splits.values() for row in rows]
     rows = with_labels(task.splits.get("train", tuple(every)), labels, data)
     held_out = with_labels(task.splits.get("validation", ()), labels, data)
-    if any(row.answer is None for row in rows):
+    if any(row.target is None for row in rows):
         raise UserError(f"{data} has rows without an answer; a posterior is fitted on labelled rows.")
     if train_rows is not None and train_rows < len(rows):
         rows = random.Random(0).sample(rows, train_rows)
