@@ -96,8 +96,12 @@ def classifier_on(body: Path, labels: int = len(LABELS)) -> Any:
 
 
 @torch.no_grad()
+def own_logits(model: Any, texts: list[str]) -> Tensor:
+    """(n, C) the logits that a model gives texts by itself, one by one."""
+    tokenizer = tiny_tokenizer()
+    return torch.cat([model(**tokenizer(t, return_tensors="pt", return_token_type_ids=False)).logits for t in texts])
+
+
 def own_probs(model: Any, texts: list[str]) -> Tensor:
     """(n, C) what a model says of texts by itself, one by one."""
-    tokenizer = tiny_tokenizer()
-    found = [model(**tokenizer(text, return_tensors="pt", return_token_type_ids=False)).logits for text in texts]
-    return torch.cat(found).softmax(dim=-1)
+    return own_logits(model, texts).softmax(dim=-1)

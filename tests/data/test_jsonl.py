@@ -1,6 +1,7 @@
 """The user's own rows: what is read, and that each bad row is refused with its place and its mend."""
 
 import json
+import re
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -8,6 +9,8 @@ import pytest
 
 from scalabl.core.errors import UserError
 from scalabl.data import Example, load_rows, load_task
+from scalabl.data.class_balance import label_counts
+from scalabl.data.load import rows_of, shifted_rows
 from scalabl.data.store import read_task, write_task
 
 QUESTION = {"question": "What is wet?", "choices": ["fire", "water", "sand"], "answer": "water"}
@@ -235,7 +238,11 @@ TWO = ({"text": "bad", "label": "no"}, {"text": "good", "label": "yes"})
         ({"text": "a", "textpair": "b", "label": "no"}, 'did you mean "text_pair"?'),
         ({"text": "a", "text_pair": "b", "label": "no"}, 'rows with and without "text_pair" in one file'),
         ({**QUESTION, "text_pair": "b"}, "unknown key 'text_pair'"),
-        ({"text": "a", "labels": ["no"], "label": "no"}, '"labels", several to a row, is not read; give each row one'),
+        ({"text": "a", "labels": ["no"], "label": "no"}, '"label" and "labels" in one row; write one of them.'),
+        ({"text": "a", "labels": ["no"]}, 'rows with "label" and rows with "labels" in one file; keep to one of them.'),
+        ({"text": "a", "labels": "no"}, '"labels" is text, not a list; write ["first", "second"], or [] for none.'),
+        ({"text": "a", "labels": ["no", "no "]}, "the label 'no' is there twice; name each label of a row once."),
+        ({"text": "a", "labels": ["no", 7]}, "label 1 is a number, not a text"),
     ],
 )
 def test_bad_text_rows_are_refused(tmp_path, row, said):
@@ -243,6 +250,59 @@ def test_bad_text_rows_are_refused(tmp_path, row, said):
     with pytest.raises(UserError, match="own.jsonl:3: ") as caught:
         load_rows(path)
     assert said in str(caught.value)
+
+
+SEVERAL = (
+    {"text": "late and broken", "labels": ["delivery", "damage"]},
+    {"text": "thank you", "labels": []},
+    {"text": "broken", "labels": ["damage"]},
+)
+
+
+def test_rows_of_several_labels_or_none(tmp_path):
+    path = write(tmp_path / "own.jsonl", *SEVERAL)
+    labels = ("damage", "delivery")
+    rows = load_rows(path)
+    assert [(row.choices, row.answer, row.answers) for row in rows] == [
+        (labels, None, (0, 1)), (labels, None, ()), (labels, None, (0,)),
+    ]  # fmt: skip
+    assert [row.marks for row in rows] == [(1, 1), (0, 0), (1, 0)]
+    assert [row.target for row in rows] == [(0, 1), (), (0,)]
+    pq.write_table(pa.Table.from_pylist([dict(row) for row in SEVERAL]), tmp_path / "own.parquet")
+    assert load_rows(tmp_path / "own.parquet") == rows
+    # in a run's order of labels
+    assert [row.answers for row in load_rows(path, labels=("other", "delivery", "damage"))] == [(1, 2), (), (2,)]
+    assert [row.answers for row in rows_of(str(path), labels=("delivery", "damage", "x"))] == [(0, 1), (), (1,)]
+    unlabelled = write(tmp_path / "new.jsonl", {"text": "a"}, SEVERAL[0])
+    assert [row.answers for row in load_rows(unlabelled, labels, require_answer=False)] == [None, (0, 1)]
+    assert label_counts(rows, labels) == {"damage": 2, "delivery": 1}
+    foreign = write(tmp_path / "shifted.jsonl", {"text": "a", "labels": ["damage", "what"]}, SEVERAL[2])
+    assert [row.answers for row in shifted_rows(str(foreign), labels=labels, several=True)] == [None, (0,)]
+    assert [row.target for row in shifted_rows(str(foreign), labels=labels)] == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("rows", "labels", "said"),
+    [
+        ([{"text": "a", "labels": []}] * 2, None, 'no row has a label, every "labels" is empty; give rows that have'),
+        ([{"text": "a", "labels": ["damage"]}, *SEVERAL[1:]], None, "only one label, 'damage'"),
+        (
+            [{"text": "a", "labels": ["what"]}],
+            ("damage", "delivery"),
+            "label 'what' is none of 'damage', 'delivery'; mend",
+        ),
+    ],
+)
+def test_bad_files_of_several_labels_are_refused(tmp_path, rows, labels, said):
+    with pytest.raises(UserError, match=re.escape(said)):
+        load_rows(write(tmp_path / "own.jsonl", *rows), labels)
+
+
+def test_splits_of_one_label_and_of_several_are_refused(tmp_path):
+    write(tmp_path / "train.jsonl", *SEVERAL)
+    write(tmp_path / "test.jsonl", {"text": "a", "label": "damage"}, {"text": "b", "label": "delivery"})
+    with pytest.raises(UserError, match='has splits with "label" and with "labels"; keep to one of them in all.'):
+        load_task(str(tmp_path))
 
 
 def test_splits_with_and_without_pairs_are_refused(tmp_path):

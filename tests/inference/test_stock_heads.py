@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from head_bases import LABELS, body_of, classifier_on, own_probs, stock_head
+from head_bases import LABELS, body_of, classifier_on, own_logits, own_probs, stock_head
 from peft import LoraConfig
 from program import Program
 from safetensors.torch import load_file, save_file
@@ -158,9 +158,40 @@ def test_what_cannot_be_read_is_refused(bert: Path, tmp_path: Path) -> None:
     named = altered("named")
     (named / "config.json").write_text(json.dumps({"id2label": {"0": "b", "1": "a", "2": "c"}}))
     refused("in the order of the head's outputs, which is b, a, c", named, labels=["a", "b", "c"])
-    multi = {"id2label": {"0": "b", "1": "a", "2": "c"}, "problem_type": "multi_label_classification"}
-    (named / "config.json").write_text(json.dumps(multi))
-    refused("not one label out of several", named)
+    numbers = {"id2label": {"0": "b", "1": "a", "2": "c"}, "problem_type": "regression"}
+    (named / "config.json").write_text(json.dumps(numbers))
+    refused("is of a regression, whose outputs are no labels", named)
+
+
+def test_a_head_of_several_labels_says_so_in_its_configuration(program: Program, bert: Path, tmp_path: Path) -> None:
+    copy, rows = tmp_path / "copy", tmp_path / "rows.jsonl"
+    shutil.copytree(bert / "adapter", copy)
+    several = {"id2label": dict(enumerate(LABELS)), "problem_type": "multi_label_classification"}
+    (copy / "config.json").write_text(json.dumps(several))
+    found = scalabl.Classifier.from_pretrained(copy)
+    model = found.scorer.model
+    assert model.config.problem_type == "multi_label_classification"
+    logits = own_logits(model, TEXTS)
+    answer = found(TEXTS)
+    np.testing.assert_allclose(answer.probs, logits.sigmoid(), atol=1e-5)
+    assert answer.labels == [[LABELS[i] for i in range(3) if z[i] > 0] for z in logits] and answer.label == []
+    in_memory = scalabl.Classifier(model, tiny_tokenizer())
+    np.testing.assert_allclose(in_memory(TEXTS).probs, answer.probs, atol=1e-6)
+
+    # bayesianize: the kind of the rows is that of the head, and the linearised mean is the adapter's own
+    write_jsonl(rows, [{"text": text, "labels": list(LABELS[: i % 3])} for i, text in enumerate(TEXTS * 3)])
+    output = program("bayesianize", copy, "--data", rows, "--output", tmp_path / "run")
+    assert output.code == 0, output.err
+    again = scalabl.Classifier.from_pretrained(tmp_path / "run", predictive="mean", raw=True)(TEXTS)
+    np.testing.assert_allclose(again.probs, answer.probs, atol=1e-4)
+    (copy / "config.json").unlink()  # nothing says it: the rows do
+    output = program("bayesianize", copy, "--data", rows, "--output", tmp_path / "more", "--labels", ",".join(LABELS))
+    assert output.code == 0, output.err
+    assert json.loads((tmp_path / "more" / "scalabl.json").read_text())["scoring"]["several"] is True
+    one = {"id2label": dict(enumerate(LABELS)), "problem_type": "single_label_classification"}
+    (copy / "config.json").write_text(json.dumps(one))
+    said = program("bayesianize", copy, "--data", rows, "--output", tmp_path / "x").sentence()
+    assert 'says one "label" a row (problem_type), but the rows have several "labels"; give rows of its kind.' in said
 
 
 def test_commands_read_it_where_its_labels_are_named(program: Program, bert: Path, tmp_path: Path) -> None:

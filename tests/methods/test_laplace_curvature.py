@@ -10,9 +10,10 @@ from tiny_base import loaded, questions
 from torch import Tensor
 from torch.func import functional_call
 
-from scalabl.predictive.kronecker import Factor, KroneckerBlock, gauss_newton, jacobians, likelihood_root, recorded
+from scalabl.predictive.kronecker import Factor, KroneckerBlock, gauss_newton, jacobians, recorded
 from scalabl.predictive.lora_particles import lora_matrices
 from scalabl.scoring import Batch, Encoded, Scorer
+from scalabl.scoring.likelihood import OneLabel
 from scalabl.scoring.scorer import make_scoring
 
 LETTERS = {"scoring": "letters", "num_letters": 4}
@@ -98,7 +99,7 @@ def test_jacobians_are_autograds_for_every_row_of_a_batch(settings: dict[str, An
 
 def test_the_root_of_the_likelihoods_curvature() -> None:
     logits = torch.tensor([[0.3, -1.0, 2.0], [1.0, 0.0, -torch.inf]])
-    root = likelihood_root(logits)
+    root = OneLabel().curvature_root(logits)
     for one, p in zip(root, logits.softmax(-1), strict=True):
         torch.testing.assert_close(one @ one.T, torch.diag(p) - torch.outer(p, p))
 

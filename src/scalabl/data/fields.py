@@ -79,7 +79,9 @@ def several_of(raw: dict[str, Any], where: str) -> tuple[str, ...]:
     """The labels of a text row that may have several, or none."""
     labels = raw[SEVERAL]
     if not isinstance(labels, list):
-        raise UserError(f'{where}: "{SEVERAL}" is {_kind(labels)}, not a list; write ["first", "second"], or [] for none.')
+        raise UserError(
+            f'{where}: "{SEVERAL}" is {_kind(labels)}, not a list; write ["first", "second"], or [] for none.'
+        )
     found = tuple(_text(label, f"label {i}", where) for i, label in enumerate(labels))
     twice = first_duplicate(found)
     if twice is not None:

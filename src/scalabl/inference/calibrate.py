@@ -57,9 +57,7 @@ def fit_run(
         return predicted(scaled, f"tau = {scale:.3g}")
 
     kind = kind_of(strategy)
-    fit = fit_calibration(
-        at, labels, has_scale=getattr(strategy, "has_scale", False), per_row=predictor.per_row
-    )
+    fit = fit_calibration(at, labels, has_scale=getattr(strategy, "has_scale", False), per_row=predictor.per_row)
     temperatures = {kind: fit.temperature}
     if kind != "mean":
         known = fit.tried.get(0.0)

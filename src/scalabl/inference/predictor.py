@@ -282,8 +282,9 @@ class Predictor:
     def answers(self, rows: Sequence[Example], encoded: Sequence[Encoded] | None = None) -> Iterator[dict[str, Any]]:
         """One answer a row: id, label, probs (choice -> probability), confidence, entropy, aleatoric, epistemic (nats).
 
-        Of a row that may have several labels `labels`, those whose probability is above 1/2; the confidence is that
-        none of them is wrong or missing, were they independent, and the entropies are sums over labels, each for itself.
+        Of a row that may have several labels `labels`, those whose probability is above 1/2; the confidence is the
+        probability that none of them is wrong or missing, were they independent, and the entropies are sums over
+        labels, each for itself.
 
         Where the run keeps its features, `distance`; where a coverage is asked for, `set`, None where it has every
         label; under max_false_alarms `reason`, why the label is None: "out of scope", "unsure" (abstain) or "promise".

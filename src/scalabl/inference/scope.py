@@ -44,9 +44,7 @@ def default_score(record: RunRecord) -> str:
     return "entropy" if record.features_sha256 is None else "distance"
 
 
-def scope_scores(
-    log_probs: Tensor, of_mean: Mapping[str, Tensor], per_row: int = 1
-) -> dict[str, NDArray[np.float64]]:
+def scope_scores(log_probs: Tensor, of_mean: Mapping[str, Tensor], per_row: int = 1) -> dict[str, NDArray[np.float64]]:
     """Every score that there is of n rows, (n,) each, higher is further out.
 
     probability: minus the highest probability; entropy and epistemic (of several particles), in nats.

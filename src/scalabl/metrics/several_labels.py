@@ -1,8 +1,8 @@
 """Rows that may have several labels, or none: a row with a label is a question that is answered no or yes.
 
-Every metric here holds for questions: probabilities (n C, 2) and answers (n C,) of n rows and C labels, a row's questions
-behind each other. What is about a row as a whole stands in this file: is the set of its labels right, and how good are
-these sets over rows and labels. Intervals are over rows, since a row's questions are no independent ones.
+All other metrics are of such questions: probabilities (n C, 2) and answers (n C,) of n rows and C labels, a row's
+questions behind each other. What is about a row as a whole stands in this file: is the set of its labels right, and how
+good are these sets over rows and labels. Intervals are over rows, since a row's questions are no independent ones.
 
     subset accuracy   share of rows whose labels are all right and none missing
     micro-F1          2 TP / (2 TP + FP + FN) of all questions together
@@ -15,7 +15,6 @@ Source: Tsoumakas et al. 2010 (Mining multi-label data, section 7.1).
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from scalabl.core.errors import UserError

@@ -4,8 +4,8 @@ the K most probable classes and the rest.
     f(x, s) ~ f(x, s_mu) + J (s - s_mu),   J = df/ds at s_mu    =>    f(x, s) ~ N(f(x, s_mu), J Sigma J^T)
 
 [Immer et al. 2021, 2008.08400, eq. of the GLM predictive; here with respect to the r numbers of each layer only.]
-The softmax of that Gaussian is averaged over (quasi-)Monte Carlo points: its cost does not grow with the model. Of several
-labels a row it is the sigmoid of each logit, from C backward passes.
+The softmax of that Gaussian is averaged over (quasi-)Monte Carlo points: its cost does not grow with the model. Of
+several labels a row it is the sigmoid of each logit, from C backward passes.
 
 How much of the variance of f comes from each layer's s is the same sum layer by layer,
 

@@ -69,8 +69,8 @@ class Batch:
     """Rows padded to a common length, on the left but for a classification head.
 
     Shapes: input_ids, position_ids, segments (B, T), with segment -1 where padded; num_choices, answers (B,), of
-    several labels a row answers (B, C) of 0 and 1; -100 where unknown; trunk (B, T, d) or None; token_types (B, T), of pairs of texts alone. `keep` is how many
-    last positions need logits.
+    several labels a row answers (B, C) of 0 and 1; -100 where unknown; trunk (B, T, d) or None; token_types (B, T), of
+    pairs of texts alone. `keep` is how many last positions need logits.
 
     `start` is the decoder layer that `trunk` enters, None for the one below which everything is frozen. `prefix` is
     what stands before every row; it is encoded once for each of `particles`, which equal parts of the rows carry in

@@ -2,8 +2,8 @@
 
 What most classifiers are: an encoder, or a decoder with a `score` layer, whose head is trained with the adapter. Rows
 are padded on the right under Transformers' own two-dimensional mask, as these models are trained and served. A row is a
-text, or a pair of texts (a premise and its hypothesis), which the tokenizer puts together in its model's own way. It has
-one of the labels, or any number of them (`scalabl.scoring.likelihood`).
+text, or a pair of texts (a premise and its hypothesis), which the tokenizer puts together in its model's own way. It
+has one of the labels, or any number of them (`scalabl.scoring.likelihood`).
 """
 
 from __future__ import annotations
@@ -95,7 +95,9 @@ class Head(Scoring):
             has = "no" if self.pairs else "a"
             raise UserError(f'Row {example.id} has {has} "text_pair", but the run was trained on {of_run}; {mend}.')
         if example.target is not None and (example.answers is not None) != self.several:
-            has, of_run = ('one "label"', 'several "labels" a row') if self.several else ('"labels"', 'one "label" a row')
+            has, of_run = (
+                ('one "label"', 'several "labels" a row') if self.several else ('"labels"', 'one "label" a row')
+            )
             raise UserError(f"Row {example.id} has {has}, but the run has {of_run}; write it so, or train another run.")
         texts = [self.prefix + example.question, *([] if example.pair is None else [example.pair])]
         tokens: BatchEncoding = self.tokenizer(*texts, return_special_tokens_mask=True, verbose=False)

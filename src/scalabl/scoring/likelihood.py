@@ -107,5 +107,5 @@ class SeveralLabels:
         return logits + shift
 
     def energy(self, logits: Tensor) -> Tensor:
-        """The sum of the labels' own [Wang et al. 2021, JointEnergy, 2112.00787]."""
+        """The sum of the labels' own [Wang et al. 2021, JointEnergy, 2109.14162]."""
         return -F.softplus(logits).sum(dim=-1)

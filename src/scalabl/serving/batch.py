@@ -275,8 +275,9 @@ def write_answers(answers: Sequence[str], path: Location, format: str) -> Receip
     with writing(path) as unfinished:
         if format == "parquet":
             types = {
-                "id": pa.string(), "label": pa.string(), "labels": pa.list_(pa.string()), "probs": pa.map_(pa.string(), pa.float64()),
-                "particles": pa.int64(), "predictive": pa.string(), "truncated": pa.bool_(),
+                "id": pa.string(), "label": pa.string(), "labels": pa.list_(pa.string()),
+                "probs": pa.map_(pa.string(), pa.float64()), "particles": pa.int64(),
+                "predictive": pa.string(), "truncated": pa.bool_(),
             }  # fmt: skip
             names = dict.fromkeys(name for answer in made for name in answer)  # not every row is truncated
             schema = pa.schema([(name, types.get(name, pa.float64())) for name in names])

@@ -58,8 +58,8 @@ def render(report: Report, rows: list[dict[str, Any]]) -> str:
     environment.globals.update(
         metrics=list(METRICS), shifted_metrics=SHIFTED, heading=text.heading, arrows=text.ARROWS,
         number=text.number, span=text.span, verdict=verdict, key=key, first_rows=figures.FIRST_ROWS,
-        num_bins=figures.NUM_BINS, share=text.share, worst_first=text.worst_first, in_words=text.in_words, set_names=text.SET_NAMES,
-        plus_minus=text.plus_minus,
+        num_bins=figures.NUM_BINS, share=text.share, worst_first=text.worst_first, in_words=text.in_words,
+        set_names=text.SET_NAMES, plus_minus=text.plus_minus,
     )  # fmt: skip
     source = files("scalabl.inference.report").joinpath("template.html").read_text(encoding="utf-8")
     probs = [average(method.log_probs) for method in report.methods]

@@ -166,9 +166,7 @@ def _figures(log_probs: Tensor, labels: Tensor, bootstrap: int, seed: int, per_r
     return {name: asdict(metric) for name, metric in metrics.items()} | {"collapsed": collapsed, "best": []}
 
 
-def _mark_best(
-    rows: list[dict[str, Any]], probs: list[Tensor], labels: Tensor, compared: Mapping[str, Any]
-) -> None:
+def _mark_best(rows: list[dict[str, Any]], probs: list[Tensor], labels: Tensor, compared: Mapping[str, Any]) -> None:
     """Enter in row["best"] the metrics in which a method is best, or tied with the best, `compared` so."""
     if len(rows) < 2:
         return
