@@ -1,7 +1,7 @@
 """An adapter with a classification head that another trainer has saved, read as a run.
 
 PEFT's `save_pretrained` and Transformers' Trainer leave no record. What one would say is in the adapter's own files:
-its kind, its base model and the head's size; the names of the head's labels, and whether a row may have several of them,
+its kind, its base model and the head's size; the names of the head's labels, and whether a row may have several,
 where a configuration beside it, or the base's own, says so. Imports no torch.
 """
 

@@ -54,7 +54,7 @@ def _labelled(rows: list[Example], task: str) -> list[Example]:
     for row in rows:
         if row.answers is not None:
             raise UserError(
-                f"Row {row.id} of {task} may have several labels, which a benchmark does not judge; use scalabl evaluate."
+                f"Row {row.id} of {task} may have several labels, which no benchmark judges; use scalabl evaluate."
             )
         if row.answer is None:
             raise UserError(f"Row {row.id} of {task} has no answer; a benchmark needs answers in every row.")
