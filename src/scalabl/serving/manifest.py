@@ -287,7 +287,7 @@ def as_shell(arguments: Sequence[str]) -> str:
     return " \\\n    ".join(" ".join(line) for line in lines)
 
 
-_HEAD_LIMIT = "vLLM serves no adapter with a classification head; PEFT loads the particles, whose probabilities are averaged"
+_HEAD_LIMIT = "vLLM serves no adapter with a classification head; PEFT loads the particles; average their probabilities"
 # LoRA on the output layer: its part is dropped from prompt logprobs; generated tokens' are right
 OUTPUT_LAYER_ISSUE = "vLLM issue 51594"
 
