@@ -59,6 +59,7 @@ def test_counts_are_the_real_models(architecture: str, changes: dict[str, Any]) 
 @pytest.mark.parametrize(("bits", "library"), [(4, "bitsandbytes"), (8, "bitsandbytes"), (8, "torchao")])
 @pytest.mark.parametrize("architecture", ["llama", "gemma3"])
 def test_quantised_bytes_are_the_real_models(architecture: str, bits: int, library: str) -> None:
+    pytest.importorskip(library)
     settings = settings_of(architecture, bits=bits, quantization=library, dtype="bfloat16")
     model, counts = build(settings, read_config(settings.model), "cpu")
     real = real_model(settings)

@@ -56,6 +56,7 @@ def test_torchs_own(name: str, tmp_path: Path) -> None:
     ],
 )
 def test_bitsandbytes(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
     optimizer, parameters = made(name, tmp_path)
     (group,) = optimizer.param_groups
     for index, parameter in enumerate(parameters):

@@ -54,6 +54,7 @@ def test_other_methods_and_precisions(changes: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("changes", [{"bits": 4}, {"bits": 8}, {"bits": 8, "quantization": "torchao"}])
 def test_quantised_layers_save_what_the_real_ones_do(changes: dict[str, Any]) -> None:
+    pytest.importorskip(changes.get("quantization", "bitsandbytes"))
     settings = settings_of(dtype="bfloat16", **changes)
     real = saved_by_the_real_step(settings, ROWS)
     run = meta_run(settings)

@@ -23,12 +23,17 @@ from transformers import (
     Qwen2_5_VLConfig,
     Qwen3VLConfig,
 )
-from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import scalabl
 from scalabl.data import Example, load_task
 from scalabl.runs.models import load_base
+
+try:
+    from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+except ImportError:  # older Transformers: those without torchvision have the plain names
+    from transformers import Gemma3ImageProcessor as Gemma3ImageProcessorPil
+    from transformers import Qwen2VLImageProcessor as Qwen2VLImageProcessorPil
 
 COLOURS = {"red": (220, 30, 30), "blue": (30, 30, 220), "green": (30, 200, 30)}
 # as the models' own tokenizers have them, behind the tiny tokenizer's words

@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import bitsandbytes as bnb
 import pytest
 import torch
 from formats import saved_base
@@ -17,6 +16,7 @@ from scalabl.training.refusals import require_optimizer
 from scalabl.training.run import train
 from scalabl.tuner import StochasticProjection
 
+bnb = pytest.importorskip("bitsandbytes")
 RATE, OWN = 1e-3, 2e-2
 
 
@@ -97,8 +97,7 @@ def test_groups_are_the_native_ones_between_steps_and_a_saved_state_goes_on() ->
 
 
 def test_torchao_keeps_its_rate_as_a_tensor_and_the_group_goes_with_it() -> None:
-    from torchao.optim import AdamW8bit
-
+    AdamW8bit = pytest.importorskip("torchao.optim").AdamW8bit
     module = leaf()
     optimizer = AdamW8bit(module.parameters(), lr=RATE)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)

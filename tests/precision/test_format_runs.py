@@ -146,7 +146,7 @@ def test_a_library_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatc
 
 def test_4_bit_weights_are_not_packed_by_a_pass_that_only_predicts() -> None:
     """bitsandbytes' packed product has no gradient: what follows a first evaluation could not be trained."""
-    model, _ = load_base(str(saved_base()), bits=4)
+    model, _ = load_base(str(saved_base()), **FORMATS[3].held)
     ids = torch.arange(3, 9)[None]
     with torch.no_grad():
         model(input_ids=ids)
@@ -154,4 +154,3 @@ def test_4_bit_weights_are_not_packed_by_a_pass_that_only_predicts() -> None:
     layer = model.get_submodule("model.layers.0.self_attn.q_proj")
     layer(embedded).sum().backward()
     assert embedded.grad is not None and embedded.grad.abs().sum() > 0
-    assert FORMATS[3].held["bits"] == 4

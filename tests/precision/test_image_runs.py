@@ -82,6 +82,7 @@ def test_continuation_is_trained_with_checkpointing(architecture: str, images: P
 
 
 def test_images_are_read_on_a_4_bit_base(architecture: str, images: Path, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
     train(settings_of(architecture, images, steps=2, bits=4), tmp_path / "run")
     made = load_run(tmp_path / "run")
     weight = made.scorer.model.get_submodule("base_model.model.model.language_model.layers.0.mlp.down_proj").weight

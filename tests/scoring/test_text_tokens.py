@@ -8,7 +8,6 @@ import torch
 from chat_base import FORGETFUL, MARKED, OPEN, PLAIN, conversation, pairs, said, with_template
 from datasets import Dataset
 from tiny_base import adapted, loaded, tiny_tokenizer
-from trl import SFTConfig, SFTTrainer
 
 from scalabl.core.errors import UserError
 from scalabl.data import Message, TextRow
@@ -33,9 +32,10 @@ def first_trained(row: EncodedText) -> int:
 
 def trl_rows(tmp_path: Path, tokenizer: Any, rows: list[dict[str, Any]], **options: Any) -> list[dict[str, Any]]:
     """What SFTTrainer makes of the rows."""
+    trl = pytest.importorskip("trl")
     model, _ = loaded()
-    arguments = SFTConfig(output_dir=str(tmp_path), report_to=[], use_cpu=True, bf16=False, **options)
-    trainer = SFTTrainer(model, arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+    arguments = trl.SFTConfig(output_dir=str(tmp_path), report_to=[], use_cpu=True, bf16=False, **options)
+    trainer = trl.SFTTrainer(model, arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
     return list(trainer.train_dataset)
 
 

@@ -1,5 +1,6 @@
 """Shards answered by a local Ray: every row once and as one process answers it, whoever is killed on the way."""
 
+# ruff: noqa: E402  (what is tested imports ray)
 import json
 import os
 import shutil
@@ -15,11 +16,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import ray
 from head_bases import LABELS, body_of, stock_head
 from sharded_rows import SIZES, address_of, all_rows, answers_in, read_answers, titles, write_shards
 from tiny_base import as_json, questions, tiny_base, write_jsonl
 
+ray = pytest.importorskip("ray")
 import scalabl.cli.predict  # noqa: F401  (adds its command to the app)
 import scalabl.serving.batch as module
 from scalabl.cli.app import app

@@ -18,6 +18,7 @@ from scalabl.study.work import read_predictions
 def test_a_local_ray_does_every_cell_once(
     base_directory: Path, task_directory: Path, tmp_path: Path, own_cache: Path, done: Done
 ) -> None:
+    pytest.importorskip("ray")
     study = make_study(content(base_directory, task_directory, methods=["mle", "tfb"], seeds=[0]), "tiny")
     plan, looks = make_plan(study), []
     run_ray(plan, tmp_path, "local", report=lambda: looks.append(len(finished_addresses(plan, tmp_path))))
@@ -41,5 +42,6 @@ def test_without_ray_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_cluster_that_is_not_there_is_named(done: Done, tmp_path: Path) -> None:
+    pytest.importorskip("ray")
     with pytest.raises(UserError, match="The Ray cluster 127.0.0.1:1 cannot be reached"):
         run_ray(done.plan, tmp_path, "127.0.0.1:1")

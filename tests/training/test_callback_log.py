@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_run import arguments, rows, tiny_model, trainer
 from transformers import TrainerCallback
 from transformers.trainer_callback import CallbackHandler
@@ -52,11 +51,12 @@ def test_values_reach_the_history_and_the_reporters_alike(tmp_path: Path) -> Non
 
 
 def test_values_are_in_tensorboards_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
     args = arguments(tmp_path, logging_strategy="steps", logging_steps=1, report_to=["tensorboard"])
     run = trainer(tiny_model(), args, [ELBOCallback(8)])
     run.train()
-    events = EventAccumulator(str(tmp_path / "events")).Reload()
+    events = reader.EventAccumulator(str(tmp_path / "events")).Reload()
     for key in KEYS:
         written = [scalar.value for scalar in events.Scalars(f"train/{key}")]
         assert written == pytest.approx([entry[key] for entry in run.state.log_history[:4]], rel=1e-6)

@@ -8,16 +8,17 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from tiny_run import tiny_model, tiny_tokenizer
-from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, KTOConfig, KTOTrainer, RLOOConfig
-from trl.experimental.gmpo import GMPOConfig
-from trl.experimental.online_dpo import OnlineDPOConfig
-from trl.trainer.utils import use_adapter
 
 import scalabl
 from scalabl.core.errors import UserError
 from scalabl.training.callback import ELBOCallback
 from scalabl.training.refusals import refuse_ratios_of_draws
 from scalabl.tuner import stochastic_layers
+
+trl = pytest.importorskip("trl")
+GMPOConfig = pytest.importorskip("trl.experimental.gmpo").GMPOConfig
+OnlineDPOConfig = pytest.importorskip("trl.experimental.online_dpo").OnlineDPOConfig
+use_adapter = pytest.importorskip("trl.trainer.utils").use_adapter
 
 IDS = torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])
 OPTIONS: dict[str, Any] = {
@@ -53,7 +54,7 @@ def preferences(kind: str) -> Dataset:
 
 
 def trainer_of(kind: str, directory: Path, model: PeftModel, **options: Any) -> Any:
-    trainer, config = {"dpo": (DPOTrainer, DPOConfig), "kto": (KTOTrainer, KTOConfig)}[kind]
+    trainer, config = {"dpo": (trl.DPOTrainer, trl.DPOConfig), "kto": (trl.KTOTrainer, trl.KTOConfig)}[kind]
     return trainer(
         model,
         args=config(output_dir=str(directory), **OPTIONS, **options),
@@ -119,10 +120,10 @@ def test_a_reference_read_before_training_is_refused_of_a_model_that_draws(tmp_p
 
 
 def test_grpo_is_refused(tmp_path: Path) -> None:
-    trainer = GRPOTrainer(
+    trainer = trl.GRPOTrainer(
         tiny_model(),
         reward_funcs=lambda completions, **_: [float(len(text)) for text in completions],
-        args=GRPOConfig(output_dir=str(tmp_path), num_generations=2, max_completion_length=4, **OPTIONS),
+        args=trl.GRPOConfig(output_dir=str(tmp_path), num_generations=2, max_completion_length=4, **OPTIONS),
         train_dataset=Dataset.from_list([{"prompt": f"w{i}"} for i in range(1, 9)]),
         processing_class=tiny_tokenizer(),
         callbacks=[ELBOCallback(8)],
@@ -134,7 +135,7 @@ def test_grpo_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "options", "name"),
     [
-        (RLOOConfig, {"num_generations": 2}, "RLOO"),
+        (trl.RLOOConfig, {"num_generations": 2}, "RLOO"),
         (GMPOConfig, {"num_generations": 2}, "GRPO"),
         (OnlineDPOConfig, {}, "OnlineDPO"),
     ],

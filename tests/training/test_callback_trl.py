@@ -7,11 +7,12 @@ import pytest
 import torch
 from datasets import Dataset
 from tiny_run import Recorder, posterior_ids, tiny_model, tiny_tokenizer
-from trl import SFTConfig, SFTTrainer
 
 import scalabl
 from scalabl.core.errors import UserError
 from scalabl.training.callback import ELBOCallback
+
+trl = pytest.importorskip("trl")
 
 
 def prompts() -> Dataset:
@@ -20,7 +21,7 @@ def prompts() -> Dataset:
     )
 
 
-def config(directory: Path, **options: Any) -> SFTConfig:
+def config(directory: Path, **options: Any) -> Any:
     settings: dict[str, Any] = {
         "output_dir": str(directory),
         "per_device_train_batch_size": 4,
@@ -35,12 +36,12 @@ def config(directory: Path, **options: Any) -> SFTConfig:
         "gradient_checkpointing": False,
         "seed": 3,
     }
-    return SFTConfig(**{**settings, **options})
+    return trl.SFTConfig(**{**settings, **options})
 
 
 def test_sft_adds_the_kl_and_logs_it(tmp_path: Path) -> None:
     model, recorder = tiny_model(), Recorder()
-    trainer = SFTTrainer(
+    trainer = trl.SFTTrainer(
         model,
         config(tmp_path, gradient_accumulation_steps=2, max_grad_norm=1e-7),
         train_dataset=prompts(),
@@ -69,7 +70,7 @@ def test_sft_adds_the_kl_and_logs_it(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("option", "max_length"), [("packing", 32), ("padding_free", None)])
 def test_sft_with_packed_rows_is_refused(tmp_path: Path, option: str, max_length: int | None) -> None:
-    trainer = SFTTrainer(
+    trainer = trl.SFTTrainer(
         tiny_model(),
         config(tmp_path, **{option: True}, max_length=max_length),
         train_dataset=prompts(),

@@ -12,7 +12,6 @@ from peft import PeftModel
 from tiny_base import adapted, tiny_tokenizer
 from torch import Tensor
 from transformers import TrainerCallback, TrainingArguments
-from trl import SFTConfig, SFTTrainer
 
 import scalabl
 from scalabl.core.errors import UserError
@@ -117,6 +116,7 @@ def test_an_epoch_of_ours_is_the_elbo_however_it_is_cut(
 @pytest.mark.parametrize("kind", ["completion_only_loss", "assistant_only_loss"])
 @pytest.mark.parametrize(("batch", "accumulation"), [(8, 1), (4, 2), (1, 8)])
 def test_a_step_of_trl_is_the_elbo_however_it_is_cut(tmp_path: Path, kind: str, batch: int, accumulation: int) -> None:
+    trl = pytest.importorskip("trl")
     model, seen = model_without_noise(), MeanGradient()
     if kind == "completion_only_loss":
         tokenizer, rows = tiny_tokenizer(), Dataset.from_list(pairs(8))
@@ -128,7 +128,7 @@ def test_a_step_of_trl_is_the_elbo_however_it_is_cut(tmp_path: Path, kind: str, 
         tmp_path, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation, bf16=False,
         gradient_checkpointing=False, **{kind: True},
     )  # fmt: skip
-    trainer = SFTTrainer(model, SFTConfig(**arguments), train_dataset=rows, processing_class=tokenizer)
+    trainer = trl.SFTTrainer(model, trl.SFTConfig(**arguments), train_dataset=rows, processing_class=tokenizer)
     callback = ELBOCallback.for_tokens(trainer.train_dataset, learning_rate=None)
     trainer.add_callback(callback)
     trainer.add_callback(seen)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
@@ -68,12 +69,13 @@ class Format:
 
 
 def _torchao_int8() -> dict[str, Any]:
-    from torchao.quantization import Int8WeightOnlyConfig
-
-    return {"dtype": torch.float32, "quantization_config": TorchAoConfig(Int8WeightOnlyConfig(version=2))}
+    quantization = pytest.importorskip("torchao.quantization")
+    config = TorchAoConfig(quantization.Int8WeightOnlyConfig(version=2))
+    return {"dtype": torch.float32, "quantization_config": config}
 
 
 def _bnb(**options: Any) -> dict[str, Any]:
+    pytest.importorskip("bitsandbytes")
     return {"dtype": torch.float32, "quantization_config": BitsAndBytesConfig(**options), "device_map": {"": "cpu"}}
 
 

@@ -104,7 +104,9 @@ assert config.peft_type in peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING
 # what importing PEFT takes is mostly what it imports itself: that is done once, before the process splits
 _EACH_ORDER = """
 import os, sys, traceback
-import accelerate, bitsandbytes, torch
+import accelerate, importlib.util, torch
+if importlib.util.find_spec("bitsandbytes"):
+    import bitsandbytes
 from transformers import BloomPreTrainedModel
 assert not {"peft", "scalabl"} & set(sys.modules)
 for program in sys.argv[2:]:

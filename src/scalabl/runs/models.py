@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
@@ -29,7 +30,6 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
-    GgufConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TorchAoConfig,
@@ -256,10 +256,11 @@ def _encoder_directory() -> Path:
 
 
 def _convert_gguf(source: Path, target: Path) -> None:
+    # older Transformers have no such configuration: they read a GGUF file in full precision without being told
+    gguf = getattr(transformers, "GgufConfig", None)
+    told = {"quantization_config": gguf(dequantize=True)} if gguf else {}
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(
-            source, gguf_file=_FILE, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
-        )
+        loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=_FILE, dtype=torch.float32, **told)
         tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=_FILE)
     except ImportError as error:
         raise UserError("Reading the embedded model's GGUF file needs a package: pip install gguf") from error
