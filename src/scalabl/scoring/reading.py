@@ -238,7 +238,8 @@ def _tried(model: nn.Module, tokens: Tensor, length: int) -> Reading | None:
     batch = _rows(tokens, size if room is None else min(size, max(room, LEAST)))
     with eval_mode(model), mean_of_any(model):
         try:
-            alone = torch.cat([_alone(model, batch, row) for row in range(len(batch))]).float()
+            # the shorter row first: rotary frequencies that a long row has changed stay so in older Transformers
+            alone = torch.cat([_alone(model, batch, row) for row in reversed(range(len(batch)))][::-1]).float()
         except UserError:  # among a method's particles, which these rows cannot carry
             return None
         rows, columns = (batch.segments > 0).nonzero(as_tuple=True)
