@@ -49,7 +49,7 @@ def make(directory: Path, name: str, torch: str) -> Path:
     if made.exists() and made.read_text(encoding="utf-8") == bounds:
         return python
     made.unlink(missing_ok=True)
-    subprocess.run([sys.executable, "-m", "venv", directory], check=True)
+    subprocess.run([sys.executable, "-m", "venv", "--clear", directory], check=True)
     (directory / "bounds.txt").write_text(bounds, encoding="utf-8")
     pip = [python, "-m", "pip", "install", "--quiet"]
     bound = [*pip, "--constraint", directory / "bounds.txt"]
