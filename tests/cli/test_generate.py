@@ -58,6 +58,12 @@ def test_the_call_and_the_command_agree(program, scalabl_run, tmp_path):
     assert json.loads((tmp_path / "a.json").read_text())[0] == json.loads(json.dumps(found.as_dict()))
 
 
+def test_a_line_s_end_in_a_prompt_is_one_as_in_a_stop(program, scalabl_run, tmp_path):
+    options = ("--prompt", r"red\nblue", "--stop", r"\n", "--max-new-tokens", 3, "--json", tmp_path / "a.json")
+    assert program("generate", scalabl_run, *options).code == 0
+    assert json.loads((tmp_path / "a.json").read_text())[0]["prompt"] == "red\nblue"
+
+
 def test_a_plain_lora_and_the_mean_have_one_particle(program, mle_run, scalabl_run):
     for run, samples in ((mle_run, 10), (scalabl_run, 0)):
         [answer] = scalabl.generate(run, ["red blue"], samples=samples, max_new_tokens=4)

@@ -19,7 +19,7 @@ _COLDEST = 1e-3  # of --temperature
 @app.command()
 def generate(
     run: Annotated[Path, typer.Argument(metavar="DIR", help="A run directory.")],
-    prompt: Annotated[list[str] | None, typer.Option(help="A prompt; may be given again.")] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="A prompt; may be given again; \\n is a line's end.")] = None,
     input: Annotated[Path | None, typer.Option("--input", help="JSONL prompts: {prompt} or {question}.")] = None,
     samples: Annotated[int, options.samples_option("Particles; 0 is the posterior mean.")] = 10,
     seed: options.Seed = 0,
@@ -66,7 +66,7 @@ def generate(
         bar = progress.add_task("generating", total=len(prompts), detail="")
         found = answer_prompts(
             loaded, prompts, samples=samples, seed=seed, max_new_tokens=max_new_tokens, chat=chat,
-            stop=[text.replace("\\n", "\n") for text in stop or ()], sampling=sampling, batch_size=batch_size,
+            stop=_with_line_ends(stop), sampling=sampling, batch_size=batch_size,
             advance=lambda done: progress.advance(bar, done), **sampled,
         )  # fmt: skip
     if json is not None:
@@ -88,7 +88,7 @@ def _prompts(given: list[str] | None, file: Path | None) -> list[str]:
     if bool(given) == (file is not None):
         raise UserError('Give prompts by --prompt "..." or by --input rows.jsonl, one of the two.')
     if file is None:
-        prompts = list(given or ())
+        prompts = _with_line_ends(given)
     else:
         from scalabl.data.open_questions import load_prompts
 
@@ -96,6 +96,11 @@ def _prompts(given: list[str] | None, file: Path | None) -> list[str]:
     if any(not text.strip() for text in prompts):
         raise UserError("A prompt is blank; write what is asked.")
     return prompts
+
+
+def _with_line_ends(texts: list[str] | None) -> list[str]:
+    """Texts of the command line, where a shell leaves a line's end as a backslash and an n."""
+    return [text.replace("\\n", "\n") for text in texts or ()]
 
 
 def _sampled(temperature: float | None, top_p: float | None) -> dict[str, object]:
