@@ -22,7 +22,7 @@ class Output(NamedTuple):
         """Its one sentence on standard error, after exit code 2 and no result on standard output."""
         assert self.code == 2, self
         # a training writes what it takes before it begins
-        assert not self.out or (self.out.startswith("memory: ") and self.out.count("\n") == 1)
+        assert all(line.startswith(("training: ", "memory: ")) for line in self.out.splitlines())
         lines = self.err.splitlines()
         assert len(lines) == 1 and lines[0].startswith("scalabl: "), self.err
         return lines[0].removeprefix("scalabl: ")

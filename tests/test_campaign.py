@@ -12,7 +12,7 @@ from campaign.parts import ROOT, Said
     [
         (Said(0, "a table\n", ""), None),
         (Said(2, "", "scalabl: There is no run; make one.\n"), None),
-        (Said(2, "memory: 3 MB\n", "scalabl: The rows cannot be scored; mend them.\n"), None),
+        (Said(2, "training: scalabl\nmemory: 3 MB\n", "scalabl: The rows cannot be scored; mend them.\n"), None),
         (Said(2, "a table\n", "scalabl: Too late; begin again.\n"), "a refusal behind results"),
         (Said(2, "", "scalabl: One.\nscalabl: Two.\n"), "exit code 2 with 2 lines"),
         (Said(2, "", "Error: not ours\n"), "exit code 2 with 1 lines"),

@@ -54,7 +54,7 @@ class Said:
         lines = [line for line in self.err.splitlines() if line.strip()]
         if self.code != 2 or len(lines) != 1 or not lines[0].startswith("scalabl: "):
             return f"exit code {self.code} with {len(lines)} lines: {' / '.join(lines[-2:])[:200]}"
-        if self.out and not self.out.startswith("memory: "):
+        if self.out and not self.out.startswith(("training: ", "memory: ")):
             return f"a refusal behind results: {self.out[:80]!r}"
         return None
 

@@ -103,8 +103,8 @@ def test_train_prints_what_it_did_and_a_second_time_does_it_at_once(
     record = json.loads((tmp_path / "record.json").read_text())
     assert record == json.loads((tmp_path / "run" / "scalabl.json").read_text())
     again = program(*arguments)
-    planned, _, rest = first.out.partition("run ")  # what a run needs is said before it, not of one that is there
-    assert planned.startswith("memory: ") and (again.code, again.out, again.err) == (0, f"run {rest}", "")
+    planned, _, rest = first.out.partition("\nrun ")  # what a run needs is said before it, not of one that is there
+    assert planned.startswith("training: ") and (again.code, again.out, again.err) == (0, f"run {rest}", "")
 
 
 _METRIC = {"value", "low", "high", "reason"}

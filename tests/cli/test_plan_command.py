@@ -9,7 +9,9 @@ import pytest
 from program import Program, train_arguments
 from tiny_base import tiny_base
 
+from scalabl.cli.train import _in_short
 from scalabl.planning import refusal as training_run
+from scalabl.runs.settings import Settings
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
@@ -119,8 +121,18 @@ def test_bad_values_are_refused_in_one_sentence(
 def test_a_training_says_what_it_takes(program: Program, task_directory: Path, tmp_path: Path) -> None:
     said = program(*train_arguments(task_directory, tmp_path / "run", "--scoring", "letters"))
     assert said.code == 0
-    first = said.out.splitlines()[0]
-    assert first.startswith("memory: about ") and "weights" in first and "at 8 rows of" in first
+    first, second = said.out.splitlines()[:2]
+    assert first.startswith("training: scalabl on /") and f"rows of {task_directory}, " in first
+    assert "the default" not in first
+    assert second.startswith("memory: about ") and "weights" in second and "at 8 rows of" in second
+
+
+def test_a_training_says_what_nobody_chose() -> None:
+    said = _in_short(Settings.flat(steps=1_000, gradient_accumulation=2))
+    assert said == (
+        "training: scalabl on smollm2-135m-instruct (the default; --model names another), rows of arc-easy (the "
+        "default; --data names another), 1,000 steps of 16 rows, learning rate 0.001"
+    )
 
 
 def test_a_training_that_cannot_fit_is_refused_before_its_weights_are_read(
@@ -141,4 +153,4 @@ def test_a_training_that_cannot_fit_is_refused_before_its_weights_are_read(
 def test_what_cannot_be_planned_is_trained_all_the_same(program: Program, task_directory: Path, tmp_path: Path) -> None:
     said = program(*train_arguments(task_directory, tmp_path / "run", "--scoring", "letters", "--method", "monteclora"))
     assert said.code == 0
-    assert said.out.startswith("memory: not planned. What monteclora takes")
+    assert said.out.splitlines()[1].startswith("memory: not planned. What monteclora takes")

@@ -13,7 +13,7 @@ from scalabl.cli.options import SettingsCommand, with_settings
 from scalabl.core import processes
 from scalabl.core.console import words_console
 from scalabl.runs.record import CHOICES, RunRecord
-from scalabl.runs.settings import Settings, make_settings
+from scalabl.runs.settings import DEFAULTS, Settings, make_settings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -98,10 +98,24 @@ def _plan(settings: Settings, task: Task | TextTask, ignore_memory: bool) -> Pre
         except CannotPlanError as error:
             return f"memory: not planned. {error}"
 
+    if processes.is_main():
+        print(_in_short(settings))
     planned = processes.on_main(line)
     if processes.is_main():
         print(planned)
     return loaded[0] if loaded else None
+
+
+def _in_short(settings: Settings) -> str:
+    """What is trained on what, and which of it nobody chose."""
+    chosen = {name: str(getattr(settings, name)) for name in ("model", "data")}
+    model, data = (
+        f"{value} (the default; --{name} names another)" if value == DEFAULTS[name] else value
+        for name, value in chosen.items()
+    )
+    fit = settings.optimisation
+    steps = f"{fit.steps:,} steps of {fit.batch_size * fit.gradient_accumulation:,} rows"
+    return f"training: {settings.method} on {model}, rows of {data}, {steps}, learning rate {fit.learning_rate:g}"
 
 
 def _print(record: RunRecord, output: Path) -> None:
