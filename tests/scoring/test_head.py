@@ -194,9 +194,11 @@ def test_a_head_that_does_not_know_whether_rows_are_pairs_reads_both() -> None:
 
 
 @pytest.mark.parametrize("kind", [Letters, Continuation])
-def test_pairs_are_refused_where_no_head_reads_them(kind: type[Scoring]) -> None:
+def test_pairs_and_several_labels_are_refused_where_no_head_reads_them(kind: type[Scoring]) -> None:
     with pytest.raises(UserError, match='Row x has a "text_pair", which only a classification head reads'):
         kind(tiny_tokenizer()).encode(Example("x", "red", ("yes", "no"), 0, pair="blue"))
+    with pytest.raises(UserError, match='Row x has "labels", several or none, which only a classification head learns'):
+        kind(tiny_tokenizer()).encode(Example("x", "red", ("yes", "no"), None, answers=(0, 1)))
 
 
 @pytest.mark.parametrize(

@@ -200,6 +200,21 @@ def answer(i: int, *, adaptive: bool = True) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("format", ["jsonl", "parquet"])
+def test_answers_of_several_labels_sets_and_reasons(tmp_path: Path, format: str) -> None:
+    several, one = [answer(i, adaptive=False) for i in range(3)], [answer(i, adaptive=False) for i in range(3)]
+    for i, made in enumerate(several):
+        del made["label"]
+        made["labels"] = [["zebra", "ant"], [], None][i]
+    for i, made in enumerate(one):
+        made |= {"set": [["zebra"], ["ant", "zebra"], None][i], "reason": [None, "out of scope", "unsure"][i]}
+    for found, answered in ((several, 2), (one, 2)):
+        path = tmp_path / f"{answered}-{len(found[0])}.{format}"
+        receipt = Receipt(3, answered, None)
+        assert write_answers([json.dumps(made) for made in found], path, format) == receipt
+        assert read_answers(path) == found and count(path, format, 3) == receipt
+
+
+@pytest.mark.parametrize("format", ["jsonl", "parquet"])
 @pytest.mark.parametrize(("adaptive", "given"), [(True, str), (False, str), (True, address_of)])
 def test_answers_come_back_as_they_were_given(
     tmp_path: Path, format: str, adaptive: bool, given: Callable[[Path], str]

@@ -64,7 +64,8 @@ def predict(
     format: Annotated[str | None, typer.Option(help="Of --ray: jsonl or parquet; as the rows are.")] = None,
     block_rows: Annotated[int, typer.Option(help="Of --ray: rows that a worker answers at a time.")] = 512,
 ) -> None:
-    """Answer rows: label, probs, confidence, entropy, aleatoric and epistemic (nats) for each.
+    """Answer rows: label (labels, where a row may have several), probs, confidence, entropy, aleatoric and epistemic
+    (nats) for each.
 
     Probabilities are those of the run's calibration, where it has one.
 

@@ -278,11 +278,16 @@ class Scoring(ABC):
 
 
 def require_single(example: Example) -> None:
-    """Refuse a pair of texts.
+    """Refuse a pair of texts, and a row of several labels.
 
     Raises:
-        UserError: the row has a second text, which only a classification head reads.
+        UserError: the row is one, which only a classification head reads.
     """
+    if example.answers is not None:
+        raise UserError(
+            f'Row {example.id} has "labels", several or none, which only a classification head learns; give it one '
+            '"label", or train with --scoring head.'
+        )
     if example.pair is not None:
         raise UserError(
             f'Row {example.id} has a "text_pair", which only a classification head reads; leave it out, or train with '

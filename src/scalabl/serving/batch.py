@@ -276,8 +276,8 @@ def write_answers(answers: Sequence[str], path: Location, format: str) -> Receip
         if format == "parquet":
             types = {
                 "id": pa.string(), "label": pa.string(), "labels": pa.list_(pa.string()),
-                "probs": pa.map_(pa.string(), pa.float64()), "particles": pa.int64(),
-                "predictive": pa.string(), "truncated": pa.bool_(),
+                "probs": pa.map_(pa.string(), pa.float64()), "set": pa.list_(pa.string()), "reason": pa.string(),
+                "particles": pa.int64(), "predictive": pa.string(), "truncated": pa.bool_(),
             }  # fmt: skip
             names = dict.fromkeys(name for answer in made for name in answer)  # not every row is truncated
             schema = pa.schema([(name, types.get(name, pa.float64())) for name in names])

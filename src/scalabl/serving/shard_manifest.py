@@ -195,6 +195,9 @@ def survey(
     return shards, blocks
 
 
+_COUNTED = ("label", "labels", "particles")  # what a receipt is made of
+
+
 def count(path: Location, format: str, rows: int) -> Receipt:
     """The receipt of a shard's answers.
 
@@ -211,11 +214,11 @@ def count(path: Location, format: str, rows: int) -> Receipt:
             import pyarrow.parquet as pq
 
             with pq.ParquetFile(for_arrow(path)) as file:
-                names = [name for name in ("label", "particles") if name in file.schema_arrow.names]
+                names = [name for name in _COUNTED if name in file.schema_arrow.names]
                 found = file.read(columns=names).to_pylist()
         else:
             with path.open(encoding="utf-8") as lines:
-                found = [{name: row.get(name) for name in ("label", "particles")} for row in map(json.loads, lines)]
+                found = [{n: row[n] for n in _COUNTED if n in row} for row in map(json.loads, lines)]
     except UserError:  # of a store
         raise
     except (OSError, ValueError) as error:  # pyarrow's ArrowInvalid is a ValueError

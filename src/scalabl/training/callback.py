@@ -57,7 +57,8 @@ class ELBOCallback(LogContributor):
     Args:
         num_examples: N, the number of terms that the trainer's loss is a mean of over one epoch. For a loss that is
             a mean over rows it is the number of training rows; for a mean over tokens (Trainer's and SFTTrainer's
-            default for causal language models) the number of trained tokens of the training set (`for_tokens`).
+            default for causal language models) the number of trained tokens of the training set (`for_tokens`); for
+            Transformers' own loss of several labels a row, a mean over rows and labels, rows times labels.
         beta: multiplier of the KL, at least 0; 1 is the ELBO.
         schedule: "elbo" (KL / N at every step), "warmup" (linear from 0 to KL / N) or "minibatch" (the paper's
             pi_i, KL / N on average); see `scalabl.training.kl`.
