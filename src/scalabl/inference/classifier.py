@@ -163,7 +163,7 @@ class Classifier:
             coverage=coverage, raw=raw or labels is not None or bool(prefix),
         )  # fmt: skip
         if record is not None and record.several:
-            refuse_of_one_label(priors=priors, coverage=coverage, sampling=settings.is_adaptive)
+            refuse_of_one_label(adaptive=settings.is_adaptive, priors=priors, coverage=coverage)
         if labels is None and record is not None:
             refuse_unread(record.scoring, chat=chat, max_length=max_length)
         if priors is not None and (record is None or labels is not None):

@@ -99,14 +99,7 @@ class Predictor:
         self.prefix: SharedPrefix | None = None
         if self.per_row > 1:
             s = self.settings
-            refuse_of_one_label(
-                **{
-                    "adaptive N": s.is_adaptive,
-                    "priors": s.priors,
-                    "coverage": s.coverage,
-                    "top_classes": s.top_classes,
-                }
-            )
+            refuse_of_one_label(adaptive=s.is_adaptive, priors=s.priors, coverage=s.coverage, top_classes=s.top_classes)
         spec = self.settings.stochastic_layers
         if spec is not None and run.is_bayesian and self.settings.predictive != "mean":
             layers = self._once(lambda: as_top_layers(self.whole_run(), spec))
