@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, FalconH1Config, GenerationConfig,
 import scalabl
 from scalabl.core.errors import UserError
 from scalabl.generation.decoding import decode
+from scalabl.generation.fan_out import can_share
 from scalabl.generation.generate import AnswerSampling, decoded_with_samples
 from scalabl.predictive.monte_carlo import MonteCarloPredictive
 from scalabl.runs.method import Run
@@ -103,6 +104,12 @@ def test_a_cache_that_the_model_asks_for_is_not_shared(model, tokenizer):
         torch.manual_seed(5)
         found = decode(model, tokenizer, PROMPTS, MonteCarloPredictive(2), **SAMPLED)
         assert [[text.token_ids for text in row] for row in found] == [[text.token_ids for text in r] for r in plain]
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])  # Transformers has renamed it
+def test_a_cache_of_the_callers_own_is_not_shared(name, model):
+    inputs = {"input_ids": torch.tensor([[3, 4, 5]])}
+    assert can_share(model, inputs, 2, {}) and not can_share(model, inputs, 2, {name: None})
 
 
 @pytest.mark.parametrize("name", OTHER_CACHES)

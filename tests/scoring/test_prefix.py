@@ -18,6 +18,7 @@ from scalabl.predictive.adaptive import AdaptivePredictive
 from scalabl.scoring import Batch, Continuation, Encoded, Letters, Scorer, Scoring
 from scalabl.scoring import scorer as scorer_module
 from scalabl.scoring.prefix import common_length, shared_prefix
+from scalabl.scoring.reading import CACHE
 from scalabl.scoring.trunk import Trunk
 from scalabl.scoring.trunk_store import with_stored_trunk
 from scalabl.tuner import stochastic_layers
@@ -176,14 +177,14 @@ def test_a_model_that_answers_otherwise_behind_a_prefix_is_run_whole() -> None:
     attention = model.get_base_model().model.layers[1].self_attn
     whole = attention.forward
 
-    def without_cache(hidden_states: Tensor, *, past_key_values: object, attention_mask: Tensor, **others: Any) -> Any:
+    def without_cache(hidden_states: Tensor, *, attention_mask: Tensor, **others: Any) -> Any:
         mask = attention_mask[..., -hidden_states.shape[1] :]
-        return whole(hidden_states, past_key_values=None, attention_mask=mask, **others)
+        return whole(hidden_states, attention_mask=mask, **{**others, CACHE: None})
 
-    def without_cache_of_this_kind(*_: Any, past_key_values: object, **__: Any) -> Any:
-        if past_key_values is not None:
+    def without_cache_of_this_kind(*_: Any, **__: Any) -> Any:
+        if __[CACHE] is not None:
             raise AttributeError("this model has a cache of its own")
-        return whole(*_, past_key_values=None, **__)
+        return whole(*_, **__)
 
     expected = predict(Scorer(model, scoring), rows, Whole(MonteCarloPredictive(2)))
     for forward in (without_cache, without_cache_of_this_kind):

@@ -28,7 +28,7 @@ from scalabl.core.errors import UserError
 from scalabl.core.modules import eval_mode
 from scalabl.predictive.lora_particles import removed_after
 from scalabl.predictive.monte_carlo import first_difference, restricted
-from scalabl.scoring.reading import gap, tolerance
+from scalabl.scoring.reading import CACHE, gap, tolerance
 from scalabl.scoring.trunk import final_norm, lowest_adapted_layer
 from scalabl.tuner.layers import decoder_layers, stochastic_layers, unwrap
 from scalabl.tuner.state import mean
@@ -273,7 +273,7 @@ def _output_module(model: nn.Module) -> nn.Module:
 
 
 # what says that the cache is the caller's own affair
-_OWN_CACHE = ("past_key_values", "use_cache", "cache_implementation", "generation_config")
+_OWN_CACHE = ("cache", "past_key_values", "use_cache", "cache_implementation", "generation_config")
 
 
 def can_share(model: Any, inputs: dict[str, Tensor], texts: int, generation: dict[str, Any]) -> bool:
@@ -305,10 +305,11 @@ def shared_prompts(model: nn.Module, draws: Draws, inputs: dict[str, Tensor], te
     mask = inputs["attention_mask"][:, :-1]
     positions = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 0)  # as `generate` counts them
     with averaged(model, draws):
-        cache = model(
+        out = model(
             input_ids=inputs["input_ids"][:, :-1], attention_mask=mask, position_ids=positions, use_cache=True,
             logits_to_keep=1,
-        ).past_key_values  # fmt: skip
+        )  # fmt: skip
+    cache = getattr(out, CACHE)
     cache.batch_repeat_interleave(texts)
     repeated = {name: value.repeat_interleave(texts, dim=0) for name, value in inputs.items()}
-    return {**repeated, "past_key_values": cache}
+    return {**repeated, CACHE: cache}

@@ -23,6 +23,7 @@ from scalabl.runs.registry import SAMPLED
 from scalabl.runs.settings import Settings
 from scalabl.scoring.base import Batch, Encoded
 from scalabl.scoring.continuation import Continuation
+from scalabl.scoring.reading import CACHE
 from scalabl.scoring.text import EncodedText
 from scalabl.scoring.trunk import Trunk, token_logits
 from scalabl.tuner.projection import StochasticProjection
@@ -200,7 +201,7 @@ class MetaRun:
         self.model.eval()
         with self._live(), DeviceKernels(self.device):
             ids = torch.zeros(1, length, dtype=torch.long, device="meta")
-            cache = self.model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+            cache = getattr(self.model(input_ids=ids, use_cache=True, logits_to_keep=1), CACHE)
             return storage_bytes(t for layer in getattr(cache, "layers", ()) for t in vars(layer).values() if _is(t))
 
     def _live(self) -> LiveBytes:

@@ -24,6 +24,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from transformers import Cache
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from scalabl.core.errors import UserError
 from scalabl.core.modules import eval_mode
@@ -39,6 +40,8 @@ TOLERANCE_OF_16_BITS = 5e-2  # of TF32 and of quantised weights too
 ROUNDING = 3  # times what rounding alone comes to here
 REFUSED = 5  # times the tolerance, which no rounding explains
 LEAST = 32  # tokens of the rows that are tried
+# what a model calls keys and values, which Transformers has renamed
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 At = tuple[Tensor, Tensor]  # rows (M,) and columns (M,)
 Resume = Callable[[Tensor], AbstractContextManager[None]]
@@ -55,9 +58,8 @@ def packed_logits(model: nn.Module, batch: Batch, positions: At | None, cache: C
         input_ids=batch.input_ids,
         attention_mask=attention_masks(batch, dtype, text_config(inner)),
         logits_to_keep=batch.keep,
-        past_key_values=cache,
         use_cache=cache is not None,
-        **{"position_ids": batch.position_ids, **image_inputs(inner, batch)},
+        **{CACHE: cache, "position_ids": batch.position_ids, **image_inputs(inner, batch)},
     )
 
 
