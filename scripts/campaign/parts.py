@@ -88,7 +88,7 @@ def here(arguments: Sequence[Any], limit: float = LIMIT) -> Said:
 
 def apart(arguments: Sequence[Any], limit: float = 4 * LIMIT, **environment: str) -> Said:
     """The program in a process of its own; its start takes seconds, so its limit is longer."""
-    command = [sys.executable, "-m", "scalabl", *map(str, arguments)]
+    command = [sys.executable, "-P", "-m", "scalabl", *map(str, arguments)]
     paths = {"PYTHONPATH": str(ROOT / "src")}
     try:
         made = subprocess.run(

@@ -22,10 +22,12 @@ from scalabl.cli.app import app, fail
 from scalabl.core import processes
 from scalabl.core.console import any_console, quiet_imports
 from scalabl.core.errors import explain
+from scalabl.core.interpreters import keep_safe_paths
 
 
 def main() -> None:
     """Run the program."""
+    keep_safe_paths()
     quiet_imports()
     with any_console():
         _run()

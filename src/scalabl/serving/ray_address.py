@@ -7,10 +7,11 @@ import importlib.util
 import logging
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from scalabl.core.errors import UserError
+from scalabl.core.interpreters import safe_paths
 
 
 def require_ray() -> None:
@@ -43,15 +44,40 @@ def connected(address: str) -> Iterator[Any]:
         yield ray
         return
     _require_answer(address)
+    job = ray.job_config.JobConfig()
+    job._py_driver_sys_path = _NoPaths()
     try:
         dashboard = False if address == "local" else None
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=dashboard)
+        with safe_paths(), _loopback(ray) if address == "local" else contextlib.nullcontext():
+            ray.init(
+                address=address, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=dashboard,
+                job_config=job,
+            )  # fmt: skip
     except Exception as error:  # Ray raises that very class where a local cluster does not come up in time
         raise UserError(f"The Ray cluster {address} cannot be reached: {str(error).splitlines()[0]}") from error
     try:
         yield ray
     finally:
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def _loopback(ray: Any) -> Iterator[None]:
+    """Context in which a cluster that is started listens on this machine alone: Ray's own way on macOS and Windows."""
+    constants, name = ray._private.ray_constants, "ENABLE_RAY_CLUSTER"
+    before = getattr(constants, name)
+    setattr(constants, name, False)
+    try:
+        yield
+    finally:
+        setattr(constants, name, before)
+
+
+class _NoPaths(list[str]):
+    """In the place of what Ray puts in front of its workers' path: the directory where the user happens to stand."""
+
+    def extend(self, paths: Iterable[str]) -> None:
+        """Keep none."""
 
 
 def gpus_each(ray: Any) -> int:

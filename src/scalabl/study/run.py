@@ -24,6 +24,7 @@ from filelock import FileLock, Timeout
 from scalabl.core.console import quiet, quiet_imports
 from scalabl.core.errors import UserError, explain
 from scalabl.core.files import write_json
+from scalabl.core.interpreters import safe_paths
 from scalabl.serving.ray_address import connected, gpus_each
 from scalabl.study.cells import Cell, failure, finished
 from scalabl.study.plan import StudyPlan
@@ -130,8 +131,9 @@ def run_workers(plan: StudyPlan, output: Path, workers: int, *, report: Report =
     invocation, threads = uuid.uuid4().hex, max(1, (os.cpu_count() or 1) // workers)
     context = multiprocessing.get_context("spawn")
     processes = [context.Process(target=_worker, args=(plan, output, invocation, threads)) for _ in range(workers)]
-    for process in processes:
-        process.start()
+    with safe_paths():
+        for process in processes:
+            process.start()
     try:
         while any(process.is_alive() for process in processes):
             time.sleep(WAIT)
