@@ -9,6 +9,7 @@ import typer
 
 from scalabl.core import __version__, processes
 from scalabl.core.errors import UserError
+from scalabl.core.remote_code import OPTION, allow_remote_code
 
 app = typer.Typer(
     name="scalabl",
@@ -26,8 +27,12 @@ _SEVERAL = ("train", "evaluate", "predict")  # commands that several processes s
 
 @app.callback(invoke_without_command=True)
 def _version(
-    context: typer.Context, version: bool = typer.Option(False, "--version", help="Print the version.")
+    context: typer.Context,
+    version: bool = typer.Option(False, "--version", help="Print the version."),
+    trusted: bool = typer.Option(False, OPTION, help="Let the base model run Python code of its own."),
 ) -> None:
+    if trusted:
+        allow_remote_code()
     if version:
         print(__version__)
         raise typer.Exit

@@ -28,6 +28,7 @@ from transformers import (
 )
 
 from scalabl.core.errors import UserError, one_line
+from scalabl.core.remote_code import trust_remote_code, why_refused
 from scalabl.planning.meta_device import DeviceKernels, quantize
 from scalabl.runs.head import keep_whole
 from scalabl.runs.method import TrainedMethod, load_method
@@ -67,9 +68,10 @@ def read_config(name: str) -> PretrainedConfig:
     """
     path = model_path(name)
     try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(path)
+        config: PretrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code())
     except UNREADABLE as error:
-        raise UserError(f"The configuration of {name} cannot be read: {why_unreadable(error)}") from error
+        why = why_refused(error) or why_unreadable(error)
+        raise UserError(f"The configuration of {name} cannot be read: {why}") from error
     return config
 
 
@@ -105,10 +107,12 @@ def build(
             if labels is not None:
                 config = copy.deepcopy(config)
                 config.num_labels = labels
-            base: PreTrainedModel = kind.from_config(config, dtype=compute_dtype(settings, device))
+            dtype = compute_dtype(settings, device)
+            base: PreTrainedModel = kind.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code())
         except ValueError as error:
             named = getattr(config, "model_type", type(config).__name__)
-            why = f"{named} is no causal language model" if labels is None else f"{named} has no classification head"
+            kinds = "is no causal language model" if labels is None else "has no classification head"
+            why = why_refused(error) or f"{named} {kinds}"
             raise UserError(f"The model {settings.model} cannot be loaded: {why}.") from error
         except (RuntimeError, ArithmeticError) as error:  # sizes that no layer can have
             raise UserError(f"The configuration of {settings.model} makes no model: {one_line(error)}") from error

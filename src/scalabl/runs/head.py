@@ -16,6 +16,7 @@ from transformers import (
 
 from scalabl.core.errors import UserError
 from scalabl.core.modules import base_name
+from scalabl.core.remote_code import trust_remote_code
 from scalabl.runs.directory import saved_shapes
 from scalabl.runs.record import SEVERAL_LABELS
 from scalabl.tuner.layers import head_parts
@@ -83,7 +84,9 @@ def require_trained(loaded: dict[str, Any], adapter: Path, name: str) -> None:
 def head_names(config: Any) -> list[str]:
     """The modules of a model's classification head, which a quantised base leaves whole."""
     with torch.device("meta"):
-        return list(head_parts(AutoModelForSequenceClassification.from_config(config)))
+        return list(
+            head_parts(AutoModelForSequenceClassification.from_config(config, trust_remote_code=trust_remote_code()))
+        )
 
 
 def keep_whole(model: nn.Module) -> None:

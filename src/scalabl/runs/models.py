@@ -37,6 +37,7 @@ from transformers import (
 
 from scalabl.core.errors import UserError, first_line, one_line
 from scalabl.core.files import OTHER_CACHE, cache_directory, require_place, writing
+from scalabl.core.remote_code import trust_remote_code, why_refused
 from scalabl.runs.directory import EMBEDDED, EMBEDDED_ENCODER, as_recorded
 from scalabl.runs.head import head_names, head_options, keep_whole, require_trained
 from scalabl.runs.settings import check_bits
@@ -106,9 +107,11 @@ def load_base(
         kind: Any = AutoModelForImageTextToText if has_image_side else AutoModelForCausalLM
         if labels is not None:
             kind = AutoModelForSequenceClassification
-        model, loaded = kind.from_pretrained(path, output_loading_info=True, **options)
+        model, loaded = kind.from_pretrained(
+            path, output_loading_info=True, trust_remote_code=trust_remote_code(), **options
+        )
     except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"The model {name} cannot be loaded: {first_line(error)}") from error
+        raise UserError(f"The model {name} cannot be loaded: {why_refused(error) or first_line(error)}") from error
     if labels is not None and adapter is not None:
         require_trained(loaded, adapter, name)
     if bits is None:
@@ -197,9 +200,9 @@ def model_path(name: str) -> str | Path:
 
 def _read_config(path: str | Path) -> Any:
     try:
-        return AutoConfig.from_pretrained(path)
+        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code())
     except UNREADABLE as error:
-        raise UserError(f"The model {path} cannot be loaded: {why_unreadable(error)}") from error
+        raise UserError(f"The model {path} cannot be loaded: {why_refused(error) or why_unreadable(error)}") from error
 
 
 def _tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
@@ -207,9 +210,10 @@ def _tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     if local.is_dir() and not any(any(local.glob(name)) for name in ("tokenizer*", "*.model", "vocab*")):
         raise UserError(f"The model directory {path} has no tokenizer; save it there with tokenizer.save_pretrained.")
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code())
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"The tokenizer of {path} cannot be loaded: {first_line(error)}") from error
+        why = why_refused(error) or first_line(error)
+        raise UserError(f"The tokenizer of {path} cannot be loaded: {why}") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -260,16 +264,18 @@ def _convert_gguf(source: Path, target: Path) -> None:
     gguf = getattr(transformers, "GgufConfig", None)
     told = {"quantization_config": gguf(dequantize=True)} if gguf else {}
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=_FILE, dtype=torch.float32, **told)
-        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=_FILE)
+        loaded = AutoModelForCausalLM.from_pretrained(
+            source, gguf_file=_FILE, dtype=torch.float32, trust_remote_code=False, **told
+        )
+        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=_FILE, trust_remote_code=False)
     except ImportError as error:
         raise UserError("Reading the embedded model's GGUF file needs a package: pip install gguf") from error
     # a model that still names its quantisation refuses to be saved, so its weights move to a fresh one
-    config = AutoConfig.from_pretrained(source, gguf_file=_FILE)
+    config = AutoConfig.from_pretrained(source, gguf_file=_FILE, trust_remote_code=False)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     config.dtype = torch.float32
-    fresh = AutoModelForCausalLM.from_config(config)
+    fresh = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     fresh.load_state_dict(loaded.state_dict())
     fresh.tie_weights()
     fresh.save_pretrained(target)

@@ -20,6 +20,7 @@ from scalabl.core import __version__
 from scalabl.core.console import progress_bar
 from scalabl.core.errors import UserError
 from scalabl.core.files import ADAPTER, read_json, sha256, write_json, writing
+from scalabl.core.remote_code import trust_remote_code
 from scalabl.posterior.draws import noise
 from scalabl.runs.directory import reading_config
 from scalabl.runs.models import saved_tokenizer
@@ -226,8 +227,9 @@ def _model_order(config: ScalaBLConfig, layers: Collection[str]) -> list[str]:
     """The layers as they stand in the model, which is built without weights."""
     name = config.base_model_name_or_path or "(not named)"
     try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code())
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name))
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code())
     except (OSError, ValueError) as error:
         raise UserError(
             f"Sobol draws depend on the order of the layers, and the configuration of the base model {name} cannot be "
