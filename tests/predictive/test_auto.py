@@ -168,7 +168,7 @@ def test_a_backward_pass_that_does_not_fit_is_left_to_particles(monkeypatch: pyt
     def full(*_: object) -> None:
         raise torch.OutOfMemoryError("no memory left")
 
-    monkeypatch.setattr("scalabl.predictive.auto.logit_jacobian", full)
+    monkeypatch.setattr("scalabl.predictive.linearized.logit_jacobian", full)
     auto, scorer = AutoPredictive(), scorer_of(model_with(0.02))
     assert isinstance(auto.chosen(scorer, encoded()), MonteCarloPredictive)
     assert auto.choice is not None and "do not fit into memory" in auto.choice.sentence

@@ -1,15 +1,19 @@
 """Heads of many classes: the linearised predictive of all of them, and of the most probable ones and the rest."""
 
+import pytest
 import torch
 from peft import get_peft_model
 from tiny_base import perturb, tiny_encoder
 
+from scalabl.core.errors import UserError
 from scalabl.data import Example
+from scalabl.inference.settings import PredictionSettings
 from scalabl.metrics.uncertainty import average, decompose
 from scalabl.predictive import AutoPredictive, LinearizedPredictive, MonteCarloPredictive, predict
 from scalabl.predictive.cost import cost_of
+from scalabl.predictive.head_features import HeadFeatures, feature_variance, root_of
 from scalabl.predictive.linearized import gaussian_points
-from scalabl.predictive.top_classes import Groups, left_out
+from scalabl.predictive.top_classes import Groups
 from scalabl.runs.models import load_base
 from scalabl.scoring import Encoded, Scorer
 from scalabl.scoring.head import Head
@@ -70,7 +74,6 @@ def test_groups_keep_the_probabilities_and_the_uncertainty_between_them() -> Non
     logits = 2 * torch.randn(3, 9, generator=generator, dtype=torch.float64)
     logits[1, 6:] = logits[2, 2:] = -torch.inf  # rows with fewer choices, and without a rest
     deviations = torch.randn(5, 3, 9, generator=generator, dtype=torch.float64)
-    probs, before = logits.softmax(dim=-1), torch.full((3,), torch.inf, dtype=torch.float64)
     for number in range(1, 9):
         groups = Groups.of(logits, number)
         of_groups = groups.mean.softmax(dim=-1)
@@ -85,17 +88,6 @@ def test_groups_keep_the_probabilities_and_the_uncertainty_between_them() -> Non
         slopes = ((moved[0] - moved[1]) / 2).nan_to_num(0.0)
         expected = torch.where(groups.mean[:, 1:].isfinite(), slopes[:, 1:] - slopes[:, :1], 0.0)
         torch.testing.assert_close((groups.contrasts @ step[:, :, None])[..., 0], expected, atol=1e-12, rtol=1e-4)
-        # variance within the rest + between the groups = all of it
-        missing, whole = left_out(probs, deviations, number)
-        finite = deviations.masked_fill(~logits.isfinite(), 0)
-        of_rest = torch.zeros_like(probs).scatter(1, groups.top, 1).eq(0) * probs
-        rest = (of_rest * finite).sum(-1, keepdim=True) / of_rest.sum(-1, keepdim=True).clamp_min(1e-300)
-        means = torch.cat([finite.gather(-1, groups.top.expand(5, -1, -1)), rest], dim=-1)
-        centred = means - (of_groups * means).sum(-1, keepdim=True)
-        torch.testing.assert_close(whole - missing, (of_groups * centred.square()).sum(-1) / 2)
-        assert (missing.mean(dim=0) <= before + 1e-12).all()
-        before = missing.mean(dim=0)
-    assert before.abs().max() < 1e-12
 
 
 def test_top_classes_are_as_uncertain_as_all_of_them_make_them() -> None:
@@ -114,22 +106,77 @@ def test_top_classes_are_as_uncertain_as_all_of_them_make_them() -> None:
     assert parts[2] > 0.97 * decompose(whole).epistemic.mean()
 
 
-def test_auto_takes_the_fewest_classes_that_keep_what_particles_tell() -> None:
+def test_the_contrast_is_the_one_of_largest_part_in_the_epistemic_uncertainty() -> None:
+    generator = torch.Generator().manual_seed(0)
+    root = root_of(torch.randn(9, 4, generator=generator))
+    logits = 2 * torch.randn(5, 9, generator=generator)
+    features = HeadFeatures(root, logits)
+    p = logits.softmax(dim=-1)
+    curvature = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
+    values, vectors = torch.linalg.eig(curvature @ root @ root.T)
+    largest = values.real.argmax(dim=-1)
+    expected = vectors.real[torch.arange(5), :, largest]
+    alike = torch.nn.functional.cosine_similarity(features.contrast, expected, dim=-1).abs()
+    assert alike.min() > 0.95 and alike.mean() > 0.99  # eight iterations
+    sure = HeadFeatures(root, torch.tensor([[200.0] + [0.0] * 8]))
+    assert (sure.contrast == 0).all() and sure.shift(torch.zeros(1), torch.randn(3, 4)).isfinite().all()
+
+
+def test_the_shift_has_the_contrasts_own_variance_and_the_heads_in_all_else() -> None:
+    generator = torch.Generator().manual_seed(1)
+    root = root_of(torch.randn(6, 4, generator=generator))
+    features = HeadFeatures(root, torch.randn(2, 6, generator=generator))
+    c, typical = features.contrast.double(), (root @ root.T).double()
+    m = torch.einsum("bc,cd,bd->b", c, typical, c)
+    variance = m * torch.tensor([16.0, 1.0])
+    noise = torch.randn(200_000, 4, generator=generator)
+    shift = features.shift(variance.float(), noise).double()
+    found = torch.einsum("pbc,pbd->bcd", shift, shift) / len(noise)
+    g = (c @ typical) / m[:, None]
+    outer = g[:, :, None] * g[:, None, :]
+    k = torch.tensor([2.0, 1.0])  # 16^(1/4)
+    expected = k[:, None, None] * (typical - m[:, None, None] * outer) + variance[:, None, None] * outer
+    torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02 * float(expected.abs().max()))
+
+
+def test_alpha_is_that_of_features_that_are_alike_in_every_direction() -> None:
+    generator = torch.Generator().manual_seed(2)
+    weight = torch.randn(7, 5, generator=generator, dtype=torch.float64)
+    z = (0.3**0.5 * torch.randn(4000, 5, generator=generator, dtype=torch.float64)) @ weight.T
+    found = feature_variance(root_of(weight).double(), (z + torch.randn(4000, 1, generator=generator))[:, None])
+    assert abs(found - 0.3) < 0.02
+
+
+def test_auto_takes_one_contrast_of_a_head_where_it_tells_what_particles_do() -> None:
     scorer, rows = wide(40, sigma=0.03)
     auto = AutoPredictive(20, seed=2)
     found = predict(scorer, rows, auto)
     choice = auto.choice
-    assert choice is not None and isinstance(choice.predictive, LinearizedPredictive)
-    top = choice.predictive.top_classes
-    assert top is not None and choice.name.startswith(f"linearized, top {top} of the classes")
+    assert choice is not None and isinstance(choice.predictive, LinearizedPredictive), choice
+    assert choice.name.startswith("linearized, one contrast") and choice.predictive.feature_variance
     cost = cost_of(scorer, rows, 8)
-    assert choice.costs[f"linearized, top {top} of the classes"] == cost.linearized(1, top) < cost.mc(20, 1)
+    assert choice.costs["linearized, one contrast"] == cost.linearized(1, 1) < 2 < cost.mc(20, 1)
     assert cost.output == 40 * 32  # the head's, not a vocabulary's
-    assert "leave out" in choice.sentence and "40 choices would take" not in choice.sentence
-    long = decompose(predict(scorer, rows, MonteCarloPredictive(400, seed=9, draws="antithetic"))).epistemic
-    twenty = [decompose(predict(scorer, rows, MonteCarloPredictive(20, seed=seed))).epistemic for seed in range(4)]
-    noise = torch.stack([(each - long).square().mean() for each in twenty]).mean().sqrt()
-    assert (decompose(found).epistemic - long).square().mean().sqrt() < 1.5 * noise
-    # another process that is told what was chosen predicts alike
-    other = AutoPredictive(20, seed=2).made("linearized", choice.predictive.stochastic_layers, top)
+    assert "nats off in the epistemic part" in choice.sentence and "40 choices would take" not in choice.sentence
+    long = predict(scorer, rows, MonteCarloPredictive(400, seed=9, draws="antithetic"))
+    several = [predict(scorer, rows, MonteCarloPredictive(20, seed=seed)) for seed in range(4)]
+    for figure in (average, lambda each: decompose(each).epistemic):
+        noise = torch.stack([(figure(each) - figure(long)).square().mean() for each in several]).mean().sqrt()
+        assert (figure(found) - figure(long)).square().mean().sqrt() < 1.5 * noise
+    # another process that is told what was chosen predicts alike, and so do batches of other sizes
+    other = AutoPredictive(20, seed=2).made(
+        "linearized", choice.predictive.stochastic_layers, choice.predictive.feature_variance
+    )
     assert torch.equal(predict(scorer, rows, other), found)
+    torch.testing.assert_close(predict(scorer, rows, other, batch_size=3), found, atol=1e-4, rtol=1e-4)
+    settings = PredictionSettings("linearized", feature_variance=choice.predictive.feature_variance)
+    assert PredictionSettings.from_dict(settings.to_dict()) == settings
+    with pytest.raises(UserError, match="for linearized alone"):
+        PredictionSettings(feature_variance=0.1)
+
+
+def test_a_large_scale_of_the_posterior_is_seen() -> None:
+    scorer, rows = wide(12)
+    one, three = (LinearizedPredictive(256, feature_variance=0.01, scale=scale) for scale in (1.0, 3.0))
+    parts = [decompose(predict(scorer, rows, each)).epistemic.mean() for each in (one, three)]
+    assert 4 < parts[1] / parts[0] < 9.5

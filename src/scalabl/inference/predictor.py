@@ -210,19 +210,24 @@ class Predictor:
             return self.settings
 
     def _choose(self, auto: AutoPredictive, encoded: Sequence[Encoded]) -> None:
-        def choice() -> tuple[str, str | None, int | None, str]:
+        def choice() -> tuple[str, str | None, float | None, str]:
             with progress_bar() as progress:
                 progress.add_task("choosing a predictive", total=None, detail="")
                 made: Any = auto.chosen(self.run.scorer, encoded, batch_size=self.batch_size)
             assert auto.choice is not None
-            top = getattr(made, "top_classes", None)
-            return made.name, made.stochastic_layers, top, auto.choice.sentence
+            features = getattr(made, "feature_variance", None)
+            return made.name, made.stochastic_layers, features, auto.choice.sentence
 
-        name, layers, top, why = self._once(choice)
+        name, layers, features, why = self._once(choice)
         why = why if self.settings.why is None else f"{why} {self.settings.why}"
-        self.strategy = auto.made(name, layers, top)
+        self.strategy = auto.made(name, layers, features)
         self.settings = replace(
-            self.settings, predictive=name, stochastic_layers=layers, top_classes=top, chosen=self.name, why=why
+            self.settings,
+            predictive=name,
+            stochastic_layers=layers,
+            feature_variance=features,
+            chosen=self.name,
+            why=why,
         )
         if self.calibration is not None:
             self.settings = self.calibration.applied(self.settings, kind_of(self.strategy), by_auto=True)
@@ -388,8 +393,8 @@ def make_strategy(run: Predictable, settings: PredictionSettings) -> Predictive:
 
 def _drawn(strategy: Predictive, settings: PredictionSettings) -> Predictive:
     """With the posterior's scale, the classes and the kind of draws that settings ask for."""
-    if isinstance(strategy, LinearizedPredictive) and settings.top_classes is not None:
-        strategy.top_classes = settings.top_classes
+    if isinstance(strategy, LinearizedPredictive):
+        strategy.top_classes, strategy.feature_variance = settings.top_classes, settings.feature_variance
     scaled = with_scale(strategy, 1.0 if settings.scale is None else settings.scale)
     return with_sampling(scaled, settings.drawn(), settings.temperature or 1.0)
 
@@ -453,5 +458,6 @@ def describe_method(run: Run, predictive: Predictive, post_hoc: str | None = Non
     suffix = "" if kind == "independent" else f", {kind}"
     top, layers = getattr(predictive, "top_classes", None), getattr(predictive, "stochastic_layers", None)
     suffix += "" if top is None else f", top {top} of the classes"
+    suffix += "" if getattr(predictive, "feature_variance", None) is None else ", one contrast"
     suffix += "" if layers is None else f", s in {layers}"
     return f"{title}, {predictive.name if number is None else f'N = {number}'}{suffix}"

@@ -18,6 +18,7 @@ from scalabl.predictive.sampling import PLAIN, PREDICTIVES, Sampling
 _YOUNGER: dict[str, Any] = {  # with their defaults
     "scale": None, "raw": False, "priors": None, "max_false_alarms": None, "oos_score": None, "oos_above": None,
     "coverage": None, "set_score": "lac", "per_class": False, "set_thresholds": None, "top_classes": None,
+    "feature_variance": None,
 }  # fmt: skip
 
 
@@ -55,7 +56,9 @@ class PredictionSettings:
         stochastic_layers: draw s in the top layers alone: "last:K", a fraction "last:0.25", or "variance:0.9", the
             fewest that carry so much of the predictive variance on the run's validation rows.
         top_classes: linearised, so many of a row's most probable classes are uncertain each on its own and the others
-            as one; None is all, or what auto takes.
+            as one; None is all.
+        feature_variance: linearised, the variance in every direction of what a head reads, by which all its logits but
+            one difference are uncertain; None is as the posterior has it, or what auto takes.
         method: a post-hoc method that was fitted on the run, in place of the run's own.
         temperature: T on the class logits of every particle. T and tau are a calibrated run's own where neither is
             given here; given are both, the other one 1.
@@ -103,6 +106,7 @@ class PredictionSettings:
     per_class: bool = False
     set_thresholds: tuple[float, ...] | None = None
     top_classes: int | None = None
+    feature_variance: float | None = None
 
     def __post_init__(self) -> None:
         if self.predictive not in (None, *PREDICTIVES):
@@ -117,6 +121,11 @@ class PredictionSettings:
             raise UserError(
                 f"top_classes is {self.top_classes}, with the predictive {self.predictive or 'auto'}; it must be at "
                 "least 1, and is for linearized alone."
+            )
+        if self.feature_variance is not None and (self.predictive != "linearized" or self.feature_variance < 0):
+            raise UserError(
+                f"feature_variance is {self.feature_variance}, with the predictive {self.predictive or 'auto'}; it "
+                "must be at least 0, and is for linearized alone."
             )
         if self.temperature is not None and not 0 < self.temperature < math.inf:
             raise UserError(f"The temperature is {self.temperature}; it must be above 0.")

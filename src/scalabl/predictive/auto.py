@@ -16,11 +16,12 @@ The gap contains the reference's own error, which is of the even part of p alone
 with large noise the test fails on both accounts. An error of that size in well calibrated probabilities raises the
 NLL in second order, as the error of N particles does.
 
-A head may have many classes. Of its linearised predictives the candidate is the one of the fewest K top classes
-(`scalabl.predictive.top_classes`) that leave out no more of the epistemic part than N particles are wrong about it.
-With d = (log p+ - log p-) / 2 of a pair, u = Var_p d / 2 and u_K the part of it that K classes and a rest leave out,
+A head may have many classes. Its first candidate takes one backward pass for any number of them
+(`scalabl.predictive.head_features`); its one number alpha is that of the pairs' deviations d = (log p+ - log p-) / 2.
+Since it takes the variance of most logits from the head's weights alone, its epistemic part is tested too, beside the
+pairs' u = Var_p d / 2 (to second order), whose own error is that of M, with the same functional u_lin of its points:
 
-    sqrt mean_rows (mean_d u_K)^2   <=   sqrt mean_rows Var_d[u] / N
+    sqrt mean_rows (u_lin - mean_d u)^2   <=   sqrt mean_rows Var_d[u] (1 / N + 1 / M)
 
 Fewer antithetic or quasi-random particles would average the probabilities as well at less cost. They are no candidates:
 they look in fewer directions, so that the epistemic part of the uncertainty is estimated worse.
@@ -31,7 +32,7 @@ What each costs is worked out in `scalabl.predictive.cost`.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -43,18 +44,19 @@ from scalabl.core.errors import UserError
 from scalabl.core.modules import eval_mode, holding_variance, top_layers
 from scalabl.metrics.uncertainty import average
 from scalabl.predictive.base import MeanPredictive, Predictive, predict
-from scalabl.predictive.cost import cost_of
-from scalabl.predictive.linearized import LinearizedPredictive, logit_covariance, logit_jacobian, summed_variances
+from scalabl.predictive.cost import Cost, cost_of
+from scalabl.predictive.head_features import feature_variance, head_weight, root_of
+from scalabl.predictive.linearized import LinearizedPredictive, summed_variances
 from scalabl.predictive.monte_carlo import MonteCarloPredictive, drawn_layers
 from scalabl.predictive.sampling import PREDICTIVES
-from scalabl.predictive.top_classes import left_out
 from scalabl.scoring.base import Batch, Encoded
 from scalabl.scoring.prefix import shared_prefix
 from scalabl.scoring.scorer import Scorer
-from scalabl.tuner.layers import active_adapters, sequence_classifier, unwrap
+from scalabl.tuner.layers import active_adapters, unwrap
 
 TRIAL_ROWS = 8  # on which a linearised predictive is compared; with fewer rows to predict there is no trial
 TRIAL_PAIRS = 5
+HEAD_ROWS, HEAD_PAIRS = 32, 8  # of a head, at most: its epistemic part is compared too, which varies more
 SHARE = 0.95  # of the variance of the logits, that the top layers have to hold
 
 
@@ -64,7 +66,7 @@ class Choice:
 
     Attributes:
         predictive: the strategy.
-        name: "mc, N = 10", "linearized", "linearized, s in last:3".
+        name: "mc, N = 10", "linearized", "linearized, one contrast", "linearized, s in last:3".
         sentence: what, and why.
         costs: of every candidate by its name, in plain forwards of the whole model a batch.
     """
@@ -125,15 +127,17 @@ class AutoPredictive:
             self._made_for = present if len(rows) >= TRIAL_ROWS else ()
         return self.choice.predictive
 
-    def made(self, name: str, layers: str | None, top: int | None = None) -> Predictive:
-        """What this or another process has chosen, by the predictive's name, its layers and its top classes."""
+    def made(self, name: str, layers: str | None, features: float | None = None) -> Predictive:
+        """What this or another process has chosen, by the predictive's name, its layers and its `feature_variance`."""
         if self.choice is not None:
             return self.choice.predictive
-        return self._mc if name == self._mc.name else self.linearized(layers, top)
+        return self._mc if name == self._mc.name else self.linearized(layers, features)
 
-    def linearized(self, layers: str | None = None, top: int | None = None) -> LinearizedPredictive:
-        """The linearised candidate that draws these layers, of so many top classes or all."""
-        return LinearizedPredictive(seed=self.seed, stochastic_layers=layers, scale=self.scale, top_classes=top)
+    def linearized(self, layers: str | None = None, features: float | None = None) -> LinearizedPredictive:
+        """The linearised candidate that draws these layers; of a head's features, or of all classes."""
+        return LinearizedPredictive(
+            seed=self.seed, stochastic_layers=layers, scale=self.scale, feature_variance=features
+        )
 
     def _choose(self, scorer: Scorer, rows: Sequence[Encoded], batch_size: int) -> Choice:
         drawn = drawn_layers(scorer.model, self.stochastic_layers)
@@ -149,57 +153,60 @@ class AutoPredictive:
         def by_mc(why: str) -> Choice:
             return Choice(self._mc, sampled, f"auto chose {sampled} ({price}): {why}.", costs)
 
-        # of a head alone: the choices of a question are few, and not every row has as many
-        one_label = scorer.scoring.per_row == 1
-        grouped = one_label and cost.classes > 2 and sequence_classifier(scorer.model) is not None
-        least = cost.linearized(start, 1) if grouped else costs[linearized]
+        # of a head alone: logits of choices have no weights of their own
+        weight = head_weight(scorer.model) if scorer.scoring.per_row == 1 and cost.classes > 2 else None
+        if weight is not None:
+            costs[_name(self.stochastic_layers, of_features=True)] = cost.linearized(start, 1)
+        least = min(taken for name, taken in costs.items() if name != sampled)
         if least >= costs[sampled]:
-            return by_mc(f"linearised, {cost.classes} choices would take {least:.1f}{' or more' if grouped else ''}")
+            return by_mc(f"linearised, {cost.classes} choices would take {least:.1f}")
         if len(rows) < TRIAL_ROWS:
             return by_mc(f"{len(rows)} rows are too few to test the linearised predictive on, it takes {TRIAL_ROWS}")
-        few = [rows[i * len(rows) // TRIAL_ROWS] for i in range(TRIAL_ROWS)]
+        number, pairs = (TRIAL_ROWS, TRIAL_PAIRS) if weight is None else (min(HEAD_ROWS, len(rows)), HEAD_PAIRS)
+        few = [rows[i * len(rows) // number] for i in range(number)]
         try:
-            trial = _Trial(scorer, few, self, batch_size)
-            top = trial.top_classes() if grouped else None
-            name = _name(self.stochastic_layers, top)
-            costs[name] = cost.linearized(start, top)
-            if costs[name] >= costs[sampled]:
-                return by_mc(
-                    f"linearised, it takes {'all' if top is None else f'{top} of'} the {cost.classes} classes to keep "
-                    f"the epistemic part, {costs[name]:.1f}"
-                )
-            trial.linearize(top)
+            trial = _Trial(scorer, few, self, pairs, batch_size)
+            why = ""
+            for features in (None,) if weight is None else (trial.feature_variance(weight), None):
+                name = _name(self.stochastic_layers, of_features=features is not None)
+                if costs[name] >= costs[sampled]:
+                    break
+                trial.linearize(features)
+                fault = trial.fault(drawn)
+                if fault is None:
+                    return self._linearized(trial, cost, drawn, costs)
+                why = f"on {number} of the rows the {name} predictive ({costs[name]:.1f}) is {fault}"
         except torch.OutOfMemoryError:
             return by_mc(
                 f"the backward passes of the linearised predictive do not fit into memory, {batch_size} a batch"
             )
-        layers, gap = self.stochastic_layers, trial.gap(drawn)
-        if gap > trial.noise:
-            return by_mc(
-                f"on {TRIAL_ROWS} of the rows the linearised predictive ({costs[name]:.1f}) is {gap:.2g} off in "
-                f"probability, more than the noise of N = {self.samples}, {trial.noise:.2g}"
-            )
+        return by_mc(why)
+
+    def _linearized(self, trial: _Trial, cost: Cost, drawn: dict[str, int], costs: dict[str, float]) -> Choice:
+        """The linearised predictive that the trial holds, of fewer layers where these do as well."""
+        layers, gap, features = self.stochastic_layers, trial.gap(drawn), trial.linear.feature_variance
         if layers is None:
             spec = holding_variance(drawn, trial.variances(), SHARE)
             fewer = {name: drawn[name] for name in top_layers(drawn, spec)}
             if len(fewer) < len(drawn):
-                costs[_name(spec, top)] = cost.linearized(min(fewer.values()), top)
-                if trial.gap(fewer) <= trial.noise:
+                of_fewer = _name(spec, of_features=features is not None)
+                costs[of_fewer] = cost.linearized(min(fewer.values()), None if features is None else 1)
+                if trial.fault(fewer) is None:
                     layers, gap = spec, trial.gap(fewer)
-        name = _name(layers, top)
+        name = _name(layers, of_features=features is not None)
+        epistemic = "" if features is None else f", and {trial.epistemic_gap(drawn):.2g} nats off in the epistemic part"
         return Choice(
-            self.linearized(layers, top),
+            self.linearized(layers, features),
             name,
             f"auto chose {name} ({costs[name]:.1f} plain forwards a batch; mc with N = {self.samples} takes "
-            f"{costs[sampled]:.1f}): on {TRIAL_ROWS} of the rows it is {gap:.2g} off in probability, no more than the "
-            f"noise of N = {self.samples}, {trial.noise:.2g}{'' if top is None else trial.says_of(top)}.",
+            f"{costs[f'mc, N = {self.samples}']:.1f}): on {trial.rows} of the rows it is {gap:.2g} off in probability, "
+            f"no more than the noise of N = {self.samples}, {trial.noise:.2g}{epistemic}.",
             costs,
         )
 
 
-def _name(layers: str | None, top: int | None = None) -> str:
-    classes = "" if top is None else f", top {top} of the classes"
-    return f"linearized{classes}" + ("" if layers is None else f", s in {layers}")
+def _name(layers: str | None, of_features: bool = False) -> str:
+    return f"linearized{', one contrast' * of_features}" + ("" if layers is None else f", s in {layers}")
 
 
 class _Trial:
@@ -209,9 +216,11 @@ class _Trial:
         noise: RMSE over rows and choices of the averaged probabilities of N independent particles.
     """
 
-    def __init__(self, scorer: Scorer, rows: Sequence[Encoded], auto: AutoPredictive, batch_size: int) -> None:
+    def __init__(
+        self, scorer: Scorer, rows: Sequence[Encoded], auto: AutoPredictive, number: int, batch_size: int
+    ) -> None:
         pairs = MonteCarloPredictive(
-            2 * TRIAL_PAIRS, seed=auto.seed, draws="antithetic", stochastic_layers=auto.stochastic_layers,
+            2 * number, seed=auto.seed, draws="antithetic", stochastic_layers=auto.stochastic_layers,
             scale=auto.scale,
         )  # fmt: skip
         log_probs = predict(scorer, rows, pairs, batch_size=batch_size).double()
@@ -220,49 +229,63 @@ class _Trial:
         self.noise = float((variance[self._present].mean() / auto.samples).sqrt())
         self._deviations = (log_probs[0::2] - log_probs[1::2]) / 2  # (M, n, C)
         self._scorer, self._rows, self._auto, self._batch_size = scorer, rows, auto, batch_size
-        self._linear = auto.linearized()
+        self.rows = len(rows)
+        self.linear = auto.linearized()
         self._parts: list[tuple[list[int], Tensor, dict[str, Tensor]]] = []
 
-    def top_classes(self) -> int | None:
-        """The fewest top classes that keep the epistemic part as well as N particles; None where it takes all."""
-        classes = self._reference.shape[-1]
-        return next((top for top in range(1, classes - 1) if self._left_out(top) <= self._epistemic_noise), None)
+    def feature_variance(self, weight: Tensor) -> float:
+        """alpha of a head's weights, at tau = 1."""
+        return feature_variance(root_of(weight).cpu(), self._deviations) / self._auto.scale**2
 
-    def says_of(self, top: int) -> str:
-        """What so many classes leave out, for a sentence."""
-        return (
-            f", and the other classes together leave out {self._left_out(top):.2g} nats of the epistemic part, whose "
-            f"noise is {self._epistemic_noise:.2g}"
-        )
-
-    def _left_out(self, top: int) -> float:
-        """RMS over rows of the epistemic part that is left out, in nats."""
-        return float(left_out(self._reference, self._deviations, top)[0].mean(dim=0).square().mean().sqrt())
-
-    @cached_property
-    def _epistemic_noise(self) -> float:
-        """RMSE over rows of the epistemic part of N particles, in nats."""
-        _, whole = left_out(self._reference, self._deviations, 1)
-        return float((whole.var(dim=0).mean() / self._auto.samples).sqrt())
-
-    def linearize(self, top: int | None) -> None:
-        """Compute the Jacobians of so many top classes, or of all."""
+    def linearize(self, features: float | None) -> None:
+        """Compute the Jacobians of a candidate: of a head's features, or of all classes."""
         scorer = self._scorer
+        self.linear, self._parts = self._auto.linearized(self._auto.stochastic_layers, features), []
         with eval_mode(scorer.model):
             for indices, chunk in scorer.batches(self._rows, self._batch_size):
                 batch = scorer.with_trunk(scorer.scoring.collate(chunk).to(scorer.device))
-                self._parts.append((indices, *logit_jacobian(scorer, batch, self._auto.stochastic_layers, top)))
+                self._parts.append((indices, *self.linear.jacobian(scorer, batch)))
+
+    def fault(self, layers: dict[str, int]) -> str | None:
+        """Why the candidate that is linearised in these layers may not stand in; None where it may."""
+        gap, samples = self.gap(layers), self._auto.samples
+        if gap > self.noise:
+            return f"{gap:.2g} off in probability, more than the noise of N = {samples}, {self.noise:.2g}"
+        if self.linear.feature_variance is not None and (gap := self.epistemic_gap(layers)) > self.epistemic_noise:
+            return (
+                f"{gap:.2g} nats off in the epistemic part, more than the noise of N = {samples} and of the trial, "
+                f"{self.epistemic_noise:.2g}"
+            )
+        return None
 
     def gap(self, layers: dict[str, int]) -> float:
         """RMSE over rows and choices of the predictive that is linearised in these layers, to the reference."""
         found = torch.zeros_like(self._reference)
-        for indices, logits, jacobians in self._parts:
-            covariance = logit_covariance(self._scorer, {name: jacobians[name] for name in layers})
-            likelihood = self._scorer.scoring.likelihood
-            log_probs = self._linear.log_probs(logits, covariance, likelihood)
+        likelihood = self._scorer.scoring.likelihood
+        for indices, _, log_probs in self._log_probs(layers):
             probs = average(likelihood.questions(log_probs)).reshape(len(indices), -1)
             found[torch.tensor(indices), : probs.shape[1]] = probs
         return float((found - self._reference)[self._present].square().mean().sqrt())
+
+    def epistemic_gap(self, layers: dict[str, int]) -> float:
+        """RMSE over rows of its epistemic part, in nats, to that of the pairs."""
+        found = torch.zeros_like(self._reference[:, 0])
+        for indices, logits, log_probs in self._log_probs(layers):
+            deviations = (log_probs - logits).double().cpu()
+            found[torch.tensor(indices)] = half_variance(self._reference[indices], deviations).mean(dim=0)
+        return float((found - half_variance(self._reference, self._deviations).mean(dim=0)).square().mean().sqrt())
+
+    @cached_property
+    def epistemic_noise(self) -> float:
+        """RMSE over rows of the difference of the epistemic parts of N particles and of the pairs, in nats."""
+        of_pair = half_variance(self._reference, self._deviations).var(dim=0).mean()
+        return float((of_pair * (1 / self._auto.samples + 1 / len(self._deviations))).sqrt())
+
+    def _log_probs(self, layers: dict[str, int]) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+        """Rows, their logits at the posterior mean, and log probabilities of the points."""
+        for indices, logits, jacobians in self._parts:
+            of_layers = {name: jacobians[name] for name in layers}
+            yield indices, logits, self.linear.of_jacobian(self._scorer, logits, of_layers)
 
     def variances(self) -> dict[str, float]:
         """Each layer's part of the variance of the logits' differences, summed over the rows."""
@@ -282,6 +305,20 @@ def reference_and_variance(particles: Tensor) -> tuple[Tensor, Tensor]:
     even = pairs.mean(dim=1)
     odd = (pairs[:, 0] - pairs[:, 1]) / 2
     return even.mean(dim=0), odd.square().mean(dim=0) + even.var(dim=0)
+
+
+def half_variance(probs: Tensor, deviations: Tensor) -> Tensor:
+    """Var_p d / 2, the epistemic uncertainty of each draw to second order, in nats.
+
+    Args:
+        probs: p, (n, C).
+        deviations: d, (M, n, C) of the class logits, each up to a constant.
+
+    Returns:
+        (M, n).
+    """
+    centred = deviations - (probs * deviations).sum(dim=-1, keepdim=True)
+    return (probs * centred.square()).sum(dim=-1) / 2
 
 
 def with_scale(predictive: Predictive, scale: float) -> Predictive:

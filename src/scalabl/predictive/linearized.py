@@ -1,5 +1,5 @@
 """The linearised predictive: logits Gaussian in s, from one forward pass and C - 1 backward passes to s alone, or K of
-the K most probable classes and the rest.
+the K most probable classes and the rest, or one of the difference of a head's logits that matters most.
 
     f(x, s) ~ f(x, s_mu) + J (s - s_mu),   J = df/ds at s_mu    =>    f(x, s) ~ N(f(x, s_mu), J Sigma J^T)
 
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from scalabl.core.errors import UserError
 from scalabl.core.modules import check_spec, eval_mode
 from scalabl.posterior.draws import standard_normal
+from scalabl.predictive.head_features import HeadFeatures, head_weight, root_of
 from scalabl.predictive.monte_carlo import drawn_layers
 from scalabl.predictive.top_classes import Groups
 from scalabl.scoring.base import Batch, Encoded
@@ -51,9 +52,13 @@ class LinearizedPredictive:
         scale: tau, by which the posterior's standard deviations are multiplied: tau^2 J Sigma J^T.
         top_classes: K, so many of a row's classes are uncertain each on its own, the others as one
             (`scalabl.predictive.top_classes`), which takes K backward passes; None for all classes.
+        feature_variance: alpha, the variance in every direction of the features that a head reads, at tau = 1: all but
+            one difference of the logits are as uncertain as that makes them (`scalabl.predictive.head_features`),
+            which takes one backward pass; None where each is as the posterior makes it.
 
     Raises:
-        UserError: points or top_classes is below 1, or there are no such layers.
+        UserError: points or top_classes is below 1, feature_variance is below 0 or beside top_classes, or there are no
+            such layers.
     """
 
     name = "linearized"
@@ -67,6 +72,7 @@ class LinearizedPredictive:
         stochastic_layers: str | None = None,
         scale: float = 1.0,
         top_classes: int | None = None,
+        feature_variance: float | None = None,
     ) -> None:
         if points < 1:
             raise UserError(f"points is {points}; it must be at least 1.")
@@ -79,10 +85,50 @@ class LinearizedPredictive:
         if top_classes is not None and top_classes < 1:
             raise UserError(f"top_classes is {top_classes}; it must be at least 1.")
         self.top_classes = top_classes
+        if feature_variance is not None and not (feature_variance >= 0 and top_classes is None):
+            raise UserError(
+                f"feature_variance is {feature_variance}; it must be 0 or more, and top_classes left out beside it."
+            )
+        self.feature_variance = feature_variance
+        self._root: tuple[tuple[int, int], Tensor] | None = None  # of a head's weight in its present version
 
     def __call__(self, scorer: Scorer, batch: Batch) -> Tensor:
-        logits, jacobians = logit_jacobian(scorer, batch, self.stochastic_layers, self.top_classes)
-        return self.log_probs(logits, logit_covariance(scorer, jacobians), scorer.scoring.likelihood)
+        return self.of_jacobian(scorer, *self.jacobian(scorer, batch))
+
+    def jacobian(self, scorer: Scorer, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The logits (B, C), and the Jacobians by layer of those differences of them that are differentiated."""
+        top = self.top_classes
+        few = top is not None or self.feature_variance is not None
+        if few and not isinstance(scorer.scoring.likelihood, OneLabel):
+            which = "feature_variance" if top is None else "top_classes"
+            raise UserError(f"{which} is of one label out of many, and here rows have several; leave it out.")
+
+        def contrasts(logits: Tensor) -> list[Tensor]:
+            if self.feature_variance is not None:
+                return [self._features(scorer, logits).contrast]
+            if top is not None and top < logits.shape[1] - 1:
+                return list(Groups.of(logits, top).contrasts.unbind(dim=1))
+            return scorer.scoring.likelihood.contrasts(logits, batch.num_choices)
+
+        return logit_jacobian(scorer, batch, self.stochastic_layers, contrasts)
+
+    def of_jacobian(self, scorer: Scorer, logits: Tensor, jacobians: dict[str, Tensor]) -> Tensor:
+        """(points, B, C) log class probabilities; of those layers alone that have a Jacobian."""
+        covariance = logit_covariance(scorer, jacobians)
+        if self.feature_variance is None:
+            return self.log_probs(logits, covariance, scorer.scoring.likelihood)
+        features = self._features(scorer, logits)
+        noise = gaussian_points(self.points, features.root.shape[1], self.seed).to(logits)
+        return (logits + self.scale * features.shift(covariance[:, 0, 0], noise)).log_softmax(dim=-1)
+
+    def _features(self, scorer: Scorer, logits: Tensor) -> HeadFeatures:
+        weight = head_weight(scorer.model)
+        if weight is None or self.feature_variance is None:
+            raise UserError("feature_variance is of a classification head, and this model has none; leave it out.")
+        key = (id(weight), weight._version)
+        if self._root is None or self._root[0] != key:
+            self._root = key, root_of(weight)
+        return HeadFeatures(self.feature_variance**0.5 * self._root[1], logits)
 
     def log_probs(self, mean: Tensor, covariance: Tensor, likelihood: Likelihood | None = None) -> Tensor:
         """The probabilities of Gaussian logits at the points: (points, B, C), or (points, B, 2 C) of several labels.
@@ -146,10 +192,13 @@ def logit_covariance(scorer: Scorer, jacobians: dict[str, Tensor]) -> Tensor:
 
 
 def logit_jacobian(
-    scorer: Scorer, batch: Batch, drawn: str | None = None, top: int | None = None
+    scorer: Scorer,
+    batch: Batch,
+    drawn: str | None = None,
+    contrasts: Callable[[Tensor], list[Tensor]] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The class logits at the posterior mean, and the Jacobian of their differences to the first in every layer's s; of
-    K < C - 1 `top` classes, that of the differences of groups (`scalabl.predictive.top_classes`).
+    """The class logits at the posterior mean, and the Jacobian of their differences to the first in every layer's s; or
+    of the K differences whose weights (B, C) `contrasts` gives for the logits.
 
     Of several labels a row it is the Jacobian of the C logits themselves, (B, C, r). The backward passes stop at the
     lowest of the layers: below it, the rows are run without gradient.
@@ -158,12 +207,13 @@ def logit_jacobian(
         logits (B, C), -inf where a row has no such choice; the layer's name -> (B, C - 1, r), or (B, K, r), zero there.
 
     Raises:
-        UserError: the model was loaded under `torch.inference_mode()`, so that nothing can be differentiated; top
-            classes of rows that have several labels.
+        UserError: the model was loaded under `torch.inference_mode()`, so that nothing can be differentiated.
     """
     if torch.is_inference_mode_enabled():
         with torch.inference_mode(False):  # tensors that were made under it are copied: none of them is differentiable
-            return logit_jacobian(scorer, batch.select(torch.arange(len(batch), device=scorer.device)), drawn, top)
+            return logit_jacobian(
+                scorer, batch.select(torch.arange(len(batch), device=scorer.device)), drawn, contrasts
+            )
     if any(parameter.is_inference() for parameter in scorer.model.parameters()):
         raise UserError(
             "The linearised predictive differentiates, but this model was loaded under torch.inference_mode(); load "
@@ -175,16 +225,14 @@ def logit_jacobian(
         layers = {name: of_all[name] for name in of_all if name in uncertain}
         logits = scorer.class_logits(batch)
         inputs = [s for s, _ in layers.values()]
-        rows, classes = logits.shape
-        if top is not None and not isinstance(scorer.scoring.likelihood, OneLabel):
-            raise UserError("top_classes is of one label out of many, and here rows have several; leave it out.")
-        if top is not None and top < classes - 1:
-            contrasts = list(Groups.of(logits.detach(), top).contrasts.unbind(dim=1))
+        rows = len(logits)
+        if contrasts is None:
+            weights_of = scorer.scoring.likelihood.contrasts(logits, batch.num_choices)
         else:
-            contrasts = scorer.scoring.likelihood.contrasts(logits, batch.num_choices)
+            weights_of = contrasts(logits.detach())
         columns: list[list[Tensor]] = [[] for _ in inputs]
-        for number, weights in enumerate(contrasts, start=1):
-            gradients = torch.autograd.grad(logits, inputs, weights, retain_graph=number < len(contrasts))
+        for number, weights in enumerate(weights_of, start=1):
+            gradients = torch.autograd.grad(logits, inputs, weights, retain_graph=number < len(weights_of))
             for store, gradient in zip(columns, gradients, strict=True):
                 store.append(gradient.detach().float())
     jacobians = {

@@ -2,12 +2,7 @@
 
 The probability of the others together has the logit f_rest = log sum_{c in rest} exp f_c, whose gradient is that of
 their logits weighed by their shares q_c = p_c / p_rest. The shares are taken as known, which leaves the probabilities
-of the K classes and of the rest as uncertain as they are. With p the probabilities of the mean and d a deviation of the
-logits, the epistemic part of the uncertainty splits, to second order, into
-
-    E[Var_p d] / 2 = E[Var over groups of their mean d] / 2 + p_rest E[Var_q d] / 2
-
-of which the second term is what is left out.
+of the K classes and of the rest as uncertain as they are.
 """
 
 from __future__ import annotations
@@ -59,26 +54,3 @@ class Groups:
         shares = self._rest.log_softmax(dim=-1)
         of_rest = log_probs[..., -1:] + shares.masked_fill(shares.isnan(), -torch.inf)  # of a row without a rest
         return of_rest.scatter(-1, self.top.expand(log_probs.shape[0], -1, -1), log_probs[..., :-1])
-
-
-def left_out(probs: Tensor, deviations: Tensor, number: int) -> tuple[Tensor, Tensor]:
-    """What of each draw's epistemic uncertainty K classes and a rest do not see, and all of it, to second order.
-
-    Args:
-        probs: (n, C) class probabilities.
-        deviations: (M, n, C) of the class logits, each up to a constant; where probs is 0 they do not count.
-        number: K, at least 1.
-
-    Returns:
-        both (M, n), in nats.
-    """
-    deviations = torch.where(probs > 0, deviations, 0.0)
-    rest = probs.scatter(1, probs.topk(min(number, probs.shape[1]), dim=-1).indices, 0.0)
-    return _variance(rest, deviations) / 2, _variance(probs, deviations) / 2
-
-
-def _variance(weights: Tensor, values: Tensor) -> Tensor:
-    """sum_c w_c (v_c - mean)^2, the mean under w: of weights (n, C) that need not sum to one."""
-    whole = weights.sum(dim=-1, keepdim=True).clamp_min(1e-300)
-    centred = values - ((weights * values).sum(dim=-1, keepdim=True) / whole)
-    return (weights * centred.square()).sum(dim=-1)
