@@ -21,7 +21,9 @@ A head may have many classes. Its first candidate takes one backward pass for an
 Since it takes the variance of most logits from the head's weights alone, its epistemic part is tested too, beside the
 pairs' u = Var_p d / 2 (to second order), whose own error is that of M, with the same functional u_lin of its points:
 
-    sqrt mean_rows (u_lin - mean_d u)^2   <=   sqrt mean_rows Var_d[u] (1 / N + 1 / M)
+    sqrt mean_rows (u_lin - mean_d u)^2   <=   1.2 sqrt mean_rows [Var_d[u] (1 / N + 1 / M) + (mean_d u / N)^2]
+
+where the last term is what N particles' own epistemic part is too small by, and 1.2 allows for few rows and pairs.
 
 Fewer antithetic or quasi-random particles would average the probabilities as well at less cost. They are no candidates:
 they look in fewer directions, so that the epistemic part of the uncertainty is estimated worse.
@@ -45,7 +47,7 @@ from scalabl.core.modules import eval_mode, holding_variance, top_layers
 from scalabl.metrics.uncertainty import average
 from scalabl.predictive.base import MeanPredictive, Predictive, predict
 from scalabl.predictive.cost import Cost, cost_of
-from scalabl.predictive.head_features import feature_variance, head_weight, root_of
+from scalabl.predictive.head_features import feature_variance, half_variance, head_weight, root_of
 from scalabl.predictive.linearized import LinearizedPredictive, summed_variances
 from scalabl.predictive.monte_carlo import MonteCarloPredictive, drawn_layers
 from scalabl.predictive.sampling import PREDICTIVES
@@ -57,6 +59,7 @@ from scalabl.tuner.layers import active_adapters, unwrap
 TRIAL_ROWS = 8  # on which a linearised predictive is compared; with fewer rows to predict there is no trial
 TRIAL_PAIRS = 5
 HEAD_ROWS, HEAD_PAIRS = 32, 8  # of a head, at most: its epistemic part is compared too, which varies more
+MARGIN = 1.2  # of the epistemic test, whose figures are of few rows and pairs
 SHARE = 0.95  # of the variance of the logits, that the top layers have to hold
 
 
@@ -277,9 +280,10 @@ class _Trial:
 
     @cached_property
     def epistemic_noise(self) -> float:
-        """RMSE over rows of the difference of the epistemic parts of N particles and of the pairs, in nats."""
-        of_pair = half_variance(self._reference, self._deviations).var(dim=0).mean()
-        return float((of_pair * (1 / self._auto.samples + 1 / len(self._deviations))).sqrt())
+        """What RMSE over rows of the epistemic parts of N particles and of the pairs is let pass, in nats."""
+        of_pair, samples = half_variance(self._reference, self._deviations), self._auto.samples
+        noise = of_pair.var(dim=0) * (1 / samples + 1 / len(of_pair)) + (of_pair.mean(dim=0) / samples).square()
+        return MARGIN * float(noise.mean().sqrt())
 
     def _log_probs(self, layers: dict[str, int]) -> Iterator[tuple[list[int], Tensor, Tensor]]:
         """Rows, their logits at the posterior mean, and log probabilities of the points."""
@@ -305,20 +309,6 @@ def reference_and_variance(particles: Tensor) -> tuple[Tensor, Tensor]:
     even = pairs.mean(dim=1)
     odd = (pairs[:, 0] - pairs[:, 1]) / 2
     return even.mean(dim=0), odd.square().mean(dim=0) + even.var(dim=0)
-
-
-def half_variance(probs: Tensor, deviations: Tensor) -> Tensor:
-    """Var_p d / 2, the epistemic uncertainty of each draw to second order, in nats.
-
-    Args:
-        probs: p, (n, C).
-        deviations: d, (M, n, C) of the class logits, each up to a constant.
-
-    Returns:
-        (M, n).
-    """
-    centred = deviations - (probs * deviations).sum(dim=-1, keepdim=True)
-    return (probs * centred.square()).sum(dim=-1) / 2
 
 
 def with_scale(predictive: Predictive, scale: float) -> Predictive:

@@ -5,7 +5,7 @@ R rows of t tokens and m read positions, from decoder layer l of L on, takes
 
 multiply-adds, where S is how many tokens a device computes in the time in which it reads the weights: one row more is
 not free, but costs less than the first. With B rows a batch, N particles that differ from layer l on, and C classes
-(K + 1 of K top classes and the rest):
+(two where a head takes one backward pass):
 
     mean         1
     mc           [pass(B, 0) - pass(B, l) + pass(N B, l)] / pass(B, 0)

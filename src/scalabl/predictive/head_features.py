@@ -96,3 +96,17 @@ def feature_variance(root: Tensor, deviations: Tensor) -> float:
     """alpha of particles: by deviations (..., C) of the logits, each up to a constant, and R at alpha = 1."""
     centred = deviations - deviations.mean(dim=-1, keepdim=True)
     return float(centred.square().sum(dim=-1).mean() / root.to(centred).square().sum())
+
+
+def half_variance(probs: Tensor, deviations: Tensor) -> Tensor:
+    """Var_p d / 2, the epistemic uncertainty of each draw to second order, in nats.
+
+    Args:
+        probs: p, (n, C).
+        deviations: d, (M, n, C) of the class logits, each up to a constant.
+
+    Returns:
+        (M, n).
+    """
+    centred = deviations - (probs * deviations).sum(dim=-1, keepdim=True)
+    return (probs * centred.square()).sum(dim=-1) / 2
