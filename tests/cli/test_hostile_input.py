@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from tiny_base import as_json, questions, tiny_base, write_jsonl
 
 from scalabl.core.errors import UserError, explain
-from scalabl.core.files import require_writable
+from scalabl.core.outputs import require_writable
 from scalabl.planning.plan import make_plan
 from scalabl.planning.step import PlannedRows
 from scalabl.runs.directory import lock_directory
@@ -126,7 +126,7 @@ def test_no_two_outputs_are_one_file(program: Program, rows: Path, scalabl_run: 
     ):
         assert "is given twice, and one would overwrite the other" in program(*arguments).sentence()
     assert not file.exists() and not output.exists()
-    require_writable(file, tmp_path / "other", unlike=(output,))
+    require_writable(file, tmp_path / "other", reads=(output,))
 
 
 @pytest.mark.parametrize(

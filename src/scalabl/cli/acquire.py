@@ -30,7 +30,7 @@ def acquire(
     model: Annotated[str | None, typer.Option(help="The base model, if it has moved.")] = None,
 ) -> None:
     """The k rows to label next, most informative first: each as it stands in the pool, with its score (nats)."""
-    from scalabl.core.files import require_writable
+    from scalabl.core.outputs import require_writable
     from scalabl.data.jsonl import load_rows
     from scalabl.data.load import with_labels
     from scalabl.data.records import read_fields
@@ -48,7 +48,7 @@ def acquire(
             "BALD ranks by what particles disagree about, and here is a single prediction; use --by entropy, or a run "
             "with a posterior and more --samples."
         )
-    require_writable(output, unlike=(pool,))
+    require_writable(output, reads=(pool, run, model))
     labels = record.labels
     rows = with_labels(load_rows(pool, labels=labels, require_answer=False), labels, pool)
     if not 1 <= k <= len(rows):

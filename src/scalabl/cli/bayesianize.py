@@ -43,7 +43,8 @@ def bayesianize(
     json: Annotated[Path | None, typer.Option(help="Write the run's record here too.")] = None,
 ) -> None:
     """Give a finished plain LoRA a posterior, without training it again."""
-    from scalabl.core.files import require_writable, write_json
+    from scalabl.core.files import write_json
+    from scalabl.core.outputs import require_writable
     from scalabl.training.posthoc.settings import read_source, require_free, rows_for, settings_for
 
     source = read_source(adapter, model, None if labels is None else [name.strip() for name in labels.split(",")])
@@ -54,7 +55,7 @@ def bayesianize(
         quantization=quantization,
     )  # fmt: skip
     require_free(output)
-    require_writable(json, unlike=(output,))
+    require_writable(json, reads=(output, adapter, data, source.model))
     task, rows, held_out = rows_for(source, data, train_rows)
 
     from scalabl.inference.calibrate import calibration_at_the_end

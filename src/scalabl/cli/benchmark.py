@@ -16,12 +16,16 @@ from scalabl.cli import options
 from scalabl.cli.app import app, data, fail
 from scalabl.core.console import quiet, words_console
 from scalabl.core.errors import UserError
-from scalabl.core.files import require_writable, write_json
+from scalabl.core.files import write_json
+from scalabl.core.outputs import require_writable
 from scalabl.study.demos import LANGUAGE, ROUTING, SAMPLES, check_demo
 
 if TYPE_CHECKING:
     from scalabl.study.plan import StudyPlan
     from scalabl.study.study import Study
+
+_WRITTEN = ("results.csv", "results.parquet", "summary.csv", "README.md", "results.tex", "results.html")
+_HEADER = "method,task,trained_on,seed,"  # of every results.csv
 
 
 @app.command()
@@ -68,13 +72,25 @@ def benchmark(
 
 
 def _make(directory: Path, option: str) -> None:
-    from scalabl.core.files import require_writable
-
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{directory} cannot be written ({error.strerror}); choose another --{option}.") from error
     require_writable(directory / "results.csv")
+    if option == "results":
+        _require_results(directory)
+
+
+def _require_results(directory: Path) -> None:
+    """Refuse a directory whose files of these names are not a study's, by the table that every study begins with."""
+    table = directory / "results.csv"
+    if table.is_file():
+        with table.open(encoding="utf-8", errors="replace") as lines:
+            if lines.readline().startswith(_HEADER):
+                return
+    foreign = next((name for name in _WRITTEN if (directory / name).exists()), None)
+    if foreign is not None:
+        raise UserError(f"{directory / foreign} is not of a study, and would be overwritten; choose another --results.")
 
 
 def _run(
@@ -140,7 +156,7 @@ def demo(
 ) -> None:
     """Train plain LoRA and its rivals at one budget, compare them in and out of scope, and write report.html."""
     check_demo(task, output, steps=steps, test_rows=test_rows, samples=samples)
-    require_writable(report, json)
+    require_writable(report, json, reads=(output,))
 
     from rich.text import Text
 

@@ -10,7 +10,7 @@ import typer
 from scalabl.cli import options
 from scalabl.cli.app import app
 from scalabl.core.console import quiet, words_console
-from scalabl.runs.record import RECORD, RunRecord
+from scalabl.runs.record import RunRecord
 
 
 @app.command()
@@ -30,7 +30,8 @@ def calibrate(
 
     predict, evaluate and Classifier use them from then on.
     """
-    from scalabl.core.files import require_writable, write_json
+    from scalabl.core.files import require_place, write_json
+    from scalabl.core.outputs import require_writable
     from scalabl.data.load import rows_of
 
     record = RunRecord.read_classifier(run)
@@ -38,7 +39,8 @@ def calibrate(
         record, predictive=predictive, samples=samples, seed=seed, draws="independent", adaptive=False,
         confidence=0.95, stochastic_layers=None, batch_size=batch_size, limit=limit, raw=True,
     )  # fmt: skip
-    require_writable(json, run / RECORD)
+    require_writable(json, reads=(run, data, model))
+    require_place(run)
     if split is None and not Path(data).expanduser().is_file():
         split = "validation"  # never rows that it was trained on or is tested with
     rows = rows_of(data, split=split, limit=limit, labels=record.labels)

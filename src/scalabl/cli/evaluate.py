@@ -76,7 +76,8 @@ def evaluate(
         )  # fmt: skip
     if not adaptive and max_error is None:
         options.refuse_unread(evaluate, "of --adaptive or --max-error; leave it out", confidence=confidence)
-    from scalabl.core.files import require_writable, write_json
+    from scalabl.core.files import write_json
+    from scalabl.core.outputs import require_writable
     from scalabl.data.load import rows_of, shifted_rows
     from scalabl.runs.stock import read_classifier
 
@@ -88,7 +89,7 @@ def evaluate(
     )  # fmt: skip
     if priors is not None and calibrate is not None:
         raise UserError("--calibrate fits under the training rows' priors, not under --priors; leave out one of them.")
-    require_writable(json, report)
+    require_writable(json, report, reads=(run, data, *(ood or ()), calibrate, priors, model))
     labels = record.labels
     rows = rows_of(data, split=split, limit=limit, labels=labels)
     several = record.several

@@ -42,13 +42,14 @@ def generate(
     The confidence is a probability of being right where `scalabl evaluate` has fitted one on validation answers of an
     open task, else the length-normalised probability of the text.
     """
-    from scalabl.core.files import require_writable, write_json
+    from scalabl.core.files import write_json
+    from scalabl.core.outputs import require_writable
     from scalabl.runs.record import RunRecord
 
     if answers == 0:
         options.refuse_unread(generate, "of --answers, of which there are none; leave it out", equivalence=equivalence)
     prompts = _prompts(prompt, input)
-    require_writable(json, html)
+    require_writable(json, html, reads=(run, input, model, equivalence.partition(":")[2] or None))
     RunRecord.read_generating(run)
     sampled = _sampled(temperature, top_p)
 

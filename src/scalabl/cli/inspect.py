@@ -32,12 +32,13 @@ def inspect(
     json: Annotated[Path | None, typer.Option(help="Write the figures here.")] = None,
 ) -> None:
     """What is adapted, parameter counts, mean and sigma by layer, warnings."""
-    from scalabl.core.files import require_writable, write_json
+    from scalabl.core.files import write_json
+    from scalabl.core.outputs import require_writable
     from scalabl.runs.directory import describe_adapter, require_adapter
 
     if not variance:
         options.refuse_unread(inspect, "of --variance; leave it out", rows=rows, model=model)
-    require_writable(json)
+    require_writable(json, reads=(run, model))
     require_adapter(run)
     record = RunRecord.read_finished(run) if variance or (run / RECORD).is_file() else None
     if variance:

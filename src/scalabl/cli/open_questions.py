@@ -37,12 +37,13 @@ def evaluate_open(
     Raises:
         UserError: bad data or options, or a run that is not finished.
     """
-    from scalabl.core.files import require_writable, write_json
+    from scalabl.core.files import write_json
+    from scalabl.core.outputs import require_writable
     from scalabl.data.load import load_open_task
     from scalabl.runs.record import RunRecord
 
     RunRecord.read_generating(run)
-    require_writable(json)
+    require_writable(json, reads=(run, data, model, equivalence.partition(":")[2] or None))
     options.require_counts(limit=limit)
     task = load_open_task(data)
     name = split or ("test" if "test" in task.splits else next(iter(task.splits)))

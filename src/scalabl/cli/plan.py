@@ -53,7 +53,8 @@ def plan(
     json: Annotated[Path | None, typer.Option(help="Write the figures here.")] = None,
 ) -> None:
     """Memory, operations and the largest batch of a training, before any weight is read."""
-    from scalabl.core.files import require_writable, write_json
+    from scalabl.core.files import write_json
+    from scalabl.core.outputs import require_writable
     from scalabl.planning.memory import machine_device, machine_memory, parse_bytes
 
     if config is None and given["batch_size"] is None:
@@ -70,7 +71,7 @@ def plan(
     if device not in (None, "cpu", "cuda"):
         raise UserError(f"--device is {device!r}; it must be cpu or cuda.")
     size = None if card is None else parse_bytes(card)
-    require_writable(json)
+    require_writable(json, reads=(config, settings.model))
 
     device = device or ("cuda" if card is not None else machine_device())
     if size is None:

@@ -80,7 +80,7 @@ def predict(
     with a file of answers for each of them; either may be an address of a store, such as s3://bucket/rows. The same
     command goes on after a kill, with what is missing.
     """
-    from scalabl.core.files import require_writable
+    from scalabl.core.outputs import require_writable
     from scalabl.data.jsonl import load_rows
     from scalabl.data.load import with_labels
     from scalabl.runs.stock import read_classifier
@@ -111,7 +111,7 @@ def predict(
     if format is not None:
         raise UserError("--format is for --ray; without it the answers are JSONL.")
     given, written = _on_this_machine(input), _on_this_machine(output)
-    require_writable(written, unlike=(given,))
+    require_writable(written, reads=(given, run, priors, model))
     labels = record.labels
     rows = with_labels(load_rows(given, labels=labels, require_answer=False), labels, given)
 

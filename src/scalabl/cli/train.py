@@ -36,12 +36,13 @@ def train(
     ] = None,
 ) -> None:
     """Train a LoRA adapter with a posterior (or without, --method mle)."""
-    from scalabl.core.files import require_writable, write_json
+    from scalabl.core.files import write_json
+    from scalabl.core.outputs import require_writable
     from scalabl.data.load import load_training_task
     from scalabl.runs.directory import claim, lock_directory
 
     settings = make_settings(given, config)
-    require_writable(json, unlike=(output,))
+    require_writable(json, reads=(output, settings.data, settings.model, config))
     task = load_training_task(settings.data)
     if processes.on_main(lambda: claim(output, settings, processes.world_size())):
         record = RunRecord.of_main(lambda: RunRecord.read_finished(output))

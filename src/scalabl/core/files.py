@@ -14,7 +14,7 @@ import re
 import shutil
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -230,30 +230,6 @@ def require_place(directory: Location, *, named: Location | None = None, mend: s
         beside.unlink()
     except OSError as error:
         raise UserError(f"{named or directory} cannot be written ({error.strerror}); {mend}.") from error
-
-
-def require_writable(*files: Path | None, unlike: Sequence[Path] = ()) -> None:
-    """Refuse files that could not be written at the end of long work; None is left out.
-
-    Args:
-        files: what will be written.
-        unlike: what these files must not be, whether it is there or not: the rows that are read, the run's directory.
-
-    Raises:
-        UserError: a file's directory does not exist or is not writable, the file is a directory, or it would overwrite
-            another one.
-    """
-    taken = [path.resolve() for path in unlike]
-    for file in files:
-        if file is None:
-            continue
-        if file.resolve() in taken:
-            raise UserError(f"{file} is given twice, and one would overwrite the other; choose another file.")
-        taken.append(file.resolve())
-        parent = file.resolve().parent
-        if file.is_dir() or not parent.is_dir():
-            raise UserError(f"{file} cannot be written; give a file in a directory that exists.")
-        require_place(parent, named=file, mend="choose another directory")
 
 
 def sha256(path: Location) -> str:
