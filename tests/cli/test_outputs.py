@@ -21,9 +21,10 @@ INPUTS = {"run", "adapter", "data", "ood", "calibrate", "input", "pool", "priors
 # texts that name no file, and `equivalence`, which may end in a model's directory
 TEXTS = {
     "abstain", "bound", "by", "card", "covariance", "device", "draws", "dtype", "equivalence", "format", "guarantee",
-    "host", "kl", "labels", "layers", "loss", "measure", "method", "name", "names", "kl_normalization", "normalization", "oos_score",
-    "optimizer", "predictive", "prompt", "quantization", "ray", "schedule", "score", "scoring", "set_score", "split",
-    "stochastic_layers", "stochastic_modules", "stop", "structure", "target_modules", "task", "class_weights",
+    "host", "kl", "kl_normalization", "labels", "layers", "loss", "measure", "method", "name", "names", "normalization",
+    "oos_score", "optimizer", "predictive", "prompt", "quantization", "ray", "schedule", "score", "scoring",
+    "set_score", "split", "stochastic_layers", "stochastic_modules", "stop", "structure", "target_modules", "task",
+    "class_weights",
 }  # fmt: skip
 
 

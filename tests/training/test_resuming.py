@@ -13,7 +13,8 @@ from short_run import STEPS, send_at_checkpoint, settings_of, start, weights
 from scalabl.core.errors import UserError
 from scalabl.runs.record import RunRecord
 from scalabl.training import run as run_module
-from scalabl.training.run import Interrupted, last_checkpoint, train
+from scalabl.training.checkpoints import last_checkpoint
+from scalabl.training.run import Interrupted, train
 
 KINDS: dict[str, dict[str, Any]] = {
     "cached trunk": {},
@@ -116,6 +117,77 @@ def test_a_half_written_checkpoint_is_passed_over(
     assert not newest.exists()
     train(settings, tmp_path / "run")
     assert weights(tmp_path / "run") == weights(tmp_path / "whole")
+
+
+def emptied(file: Path) -> None:
+    file.write_bytes(b"")
+
+
+def halved(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+@pytest.fixture(scope="module")
+def stopped(base_directory: Path, task_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 12 steps that was stopped behind the last one, with checkpoints 10 and 12."""
+    output = tmp_path_factory.mktemp("stopped") / "run"
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(_Stop):
+        stop_in(patch, "_publish")
+        train(settings_of(base_directory, task_directory, steps=12), output)
+    return output
+
+
+@pytest.mark.parametrize("damage", [emptied, halved, Path.unlink])
+def test_a_damaged_checkpoint_is_passed_over_in_a_sentence(
+    stopped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: Any
+) -> None:
+    files = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "adapter_model.safetensors")
+    for name in files:
+        run = tmp_path / name
+        shutil.copytree(stopped, run)
+        assert last_checkpoint(run) == run / "checkpoints" / "checkpoint-12"
+        damage(run / "checkpoints" / "checkpoint-12" / name)
+        assert last_checkpoint(run) == run / "checkpoints" / "checkpoint-10"
+        said = capsys.readouterr().err
+        assert "checkpoint-12 is damaged (" in said and name in said
+        assert said.endswith("; the run goes on from checkpoint-10.\n") and said.count("\n") == 1
+        damage(run / "checkpoints" / "checkpoint-10" / name)
+        assert last_checkpoint(run) is None
+        assert capsys.readouterr().err.endswith("; the run begins anew.\n")
+
+
+def test_a_run_whose_checkpoints_are_damaged_ends_with_the_same_weights(
+    stopped: Path, base_directory: Path, task_directory: Path, tmp_path: Path, own_cache: Path
+) -> None:
+    settings, run = settings_of(base_directory, task_directory, steps=12), tmp_path / "run"
+    train(settings, tmp_path / "whole")
+    shutil.copytree(stopped, run)
+    emptied(run / "checkpoints" / "checkpoint-12" / "optimizer.pt")
+    (run / "checkpoints" / "checkpoint-10" / "optimizer.pt").unlink()
+    (run / "README.md").write_text("mine")
+    (run / "checkpoints" / "notes.txt").write_text("mine")
+    train(settings, run)
+    assert weights(run) == weights(tmp_path / "whole")
+    assert (run / "README.md").read_text() == (run / "checkpoints" / "notes.txt").read_text() == "mine"
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["notes.txt"]
+
+
+def test_a_failure_before_the_first_checkpoint_leaves_the_user_s_own_files(
+    base_directory: Path, task_directory: Path, tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, settings = tmp_path / "run", settings_of(base_directory, task_directory, steps=1, batch_size=2)
+
+    def fail(*_: Any, **__: Any) -> None:
+        (run / "checkpoints" / "checkpoint-1").mkdir(parents=True, exist_ok=True)  # half written
+        (run / "notes.txt").write_text("mine")
+        raise RuntimeError("a disk")
+
+    for _ in range(2):  # the first call, and one that goes on
+        with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="a disk"):
+            patch.setattr(run_module, "optimise", fail)
+            train(settings, run)
+        assert sorted(path.name for path in run.iterdir()) == ["notes.txt", "scalabl.json"]
+    assert train(settings, run).is_finished and (run / "notes.txt").read_text() == "mine"
 
 
 def test_a_second_ctrl_c_and_a_failure_before_the_first_checkpoint_leave_no_directory(

@@ -236,3 +236,27 @@ def sha256(path: Location) -> str:
     """Hex digest of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def lock(opened: int, taken: str) -> None:
+    """Keep other processes from an open file or directory until this one closes it or dies.
+
+    Nothing is locked where the system or its files have no such locks.
+
+    Args:
+        opened: its number.
+        taken: the sentence where another process has it.
+
+    Raises:
+        UserError: another process has it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(taken) from None
+    except OSError:  # a file system without locks
+        return

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, TextIO
 
 from scalabl.core import processes
 from scalabl.core.console import progress_bar
-from scalabl.core.files import FEATURES, sha256, write_text
+from scalabl.core.errors import UserError
+from scalabl.core.files import FEATURES, lock, sha256, write_text
 from scalabl.data.example import Example
 from scalabl.inference.calibration import calibration_for
 from scalabl.inference.predictor import Predictor
@@ -73,40 +76,80 @@ def predict_file(
     """
     settings = settings or PredictionSettings()
     unfinished = output.with_name(f".{output.name}.{_identity(directory, rows, settings)}")
-    predictor = Predictor.load(directory, settings, model=model, batch_size=batch_size)
-    encoded = predictor.run.encode(list(rows))  # refuses what it cannot answer before the first answer is written
-    # resolved for all rows, so that a call that goes on resolves alike
-    settings = predictor.resolve(rows)
-    if tell is not None and processes.is_main():
-        tell(settings)
-    predictor.keep_prefix(encoded)
-    order = longest_first(encoded)
-    at_once = batch_size * processes.world_size()
-    done = processes.on_main(lambda: _whole_lines(unfinished, at_once))
-    writing: AbstractContextManager[Any] = (
-        unfinished.open("a", encoding="utf-8") if processes.is_main() else nullcontext()
-    )
-    with _kept_if_begun(unfinished), progress_bar() as progress, writing as file:
-        bar = progress.add_task("predicting", total=len(rows), completed=done, detail="")
-        for start in range(done, len(rows), at_once):
-            chunk = order[start : start + at_once]
-            found = list(predictor.answers([rows[i] for i in chunk], [encoded[i] for i in chunk]))
-            if processes.is_main():
-                _write(file, found)
-            progress.advance(bar, len(chunk))
-    summary = processes.on_main(lambda: asdict(_finish(unfinished, output, order, settings.is_adaptive)))
+    with _alone(unfinished, output) as file:
+        predictor = Predictor.load(directory, settings, model=model, batch_size=batch_size)
+        encoded = predictor.run.encode(list(rows))  # refuses what it cannot answer before the first answer is written
+        # resolved for all rows, so that a call that goes on resolves alike
+        settings = predictor.resolve(rows)
+        if tell is not None and processes.is_main():
+            tell(settings)
+        predictor.keep_prefix(encoded)
+        order = longest_first(encoded)
+        at_once = batch_size * processes.world_size()
+        is_adaptive = settings.is_adaptive
+        in_order = [rows[i] for i in order]
+        done = processes.on_main(lambda: _whole_lines(unfinished, in_order, at_once, is_adaptive))
+        with progress_bar() as progress:
+            bar = progress.add_task("predicting", total=len(rows), completed=done, detail="")
+            for start in range(done, len(rows), at_once):
+                chunk = order[start : start + at_once]
+                found = list(predictor.answers([rows[i] for i in chunk], [encoded[i] for i in chunk]))
+                if file is not None:
+                    _write(file, found)
+                progress.advance(bar, len(chunk))
+        summary = processes.on_main(lambda: asdict(_finish(unfinished, output, order, is_adaptive)))
+        if file is not None:
+            _remove_open(unfinished, file)
     return FileSummary(**summary | {"cut": cut_rows_sentence(encoded, predictor.run.scorer.scoring)})
 
 
 @contextmanager
-def _kept_if_begun(unfinished: Path) -> Iterator[None]:
-    """What fails within leaves the answers that it has, from which the same call goes on; no file where it has none."""
+def _alone(unfinished: Path, output: Path) -> Iterator[TextIO | None]:
+    """The unfinished file, open behind what it holds and kept from a second call, in the main process.
+
+    What fails within leaves the answers that it has, from which the same call goes on; no file where it has none.
+
+    Raises:
+        UserError: another call has it, or it is a link.
+    """
+    opened: list[TextIO] = []
+    processes.on_main(lambda: opened.append(_open(unfinished, output)))
     try:
-        yield
+        yield opened[0] if opened else None
     except BaseException:
-        if processes.is_main() and unfinished.is_file() and b"\n" not in unfinished.read_bytes():
-            unfinished.unlink()
+        if opened and unfinished.is_file() and b"\n" not in unfinished.read_bytes():
+            _remove_open(unfinished, opened[0])
         raise
+    finally:
+        for file in opened:
+            file.close()
+
+
+def _open(unfinished: Path, output: Path) -> TextIO:
+    taken = f"Another call answers these rows into {output}; wait for its end, or choose another --output."
+    try:
+        number = os.open(unfinished, os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0), 0o666)
+    except OSError as error:
+        if unfinished.is_symlink():
+            raise UserError(f"{unfinished}, where answers are collected, is a link; remove it.") from error
+        raise
+    file = os.fdopen(number, "a", encoding="utf-8", newline="\n")
+    try:
+        lock(number, taken)
+        # the one that had it may have put it in place meanwhile
+        if not unfinished.is_file() or not os.path.samestat(os.fstat(number), unfinished.stat()):
+            raise UserError(taken)
+    except UserError:
+        file.close()
+        raise
+    return file
+
+
+def _remove_open(unfinished: Path, file: TextIO) -> None:
+    """Take the file away before another call can have it; where none is removed that is open, after closing it."""
+    if os.name == "nt":
+        file.close()
+    unfinished.unlink(missing_ok=True)
 
 
 def _identity(directory: Path, rows: Sequence[Example], settings: PredictionSettings) -> str:
@@ -133,15 +176,25 @@ def _write(file: TextIO, answers: Iterable[dict[str, Any]]) -> None:
     file.flush()
 
 
-def _whole_lines(path: Path, at_once: int) -> int:
-    """How many lines of whole batches an unfinished file has; what stands behind them is cut off."""
-    if not path.is_file():
-        return 0
+def _whole_lines(path: Path, rows: Sequence[Example], at_once: int, is_adaptive: bool) -> int:
+    """How many lines of whole batches an unfinished file has that are these rows' answers; the rest is cut off."""
     lines = path.read_bytes().split(b"\n")[:-1]
-    lines = lines[: len(lines) - len(lines) % at_once] if at_once > 1 else lines
+    sound = takewhile(lambda pair: _is_answer(*pair, is_adaptive), zip(lines, rows, strict=False))
+    lines = [line for line, _ in sound]
+    lines = lines[: len(lines) - len(lines) % at_once]
     with path.open("r+b") as file:
         file.truncate(sum(len(line) + 1 for line in lines))
     return len(lines)
+
+
+def _is_answer(line: bytes, row: Example, is_adaptive: bool) -> bool:
+    try:
+        answer = json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    if not isinstance(answer, dict) or answer.get("id") != row.id or not isinstance(answer.get("probs"), dict):
+        return False
+    return answer["probs"].keys() == set(row.choices) and (not is_adaptive or isinstance(answer.get("particles"), int))
 
 
 def _finish(unfinished: Path, output: Path, order: Sequence[int], is_adaptive: bool) -> FileSummary:
@@ -149,7 +202,6 @@ def _finish(unfinished: Path, output: Path, order: Sequence[int], is_adaptive: b
     lines = unfinished.read_text(encoding="utf-8").split("\n")[:-1]
     by_row = dict(zip(order, lines, strict=True))
     write_text(output, "".join(f"{by_row[i]}\n" for i in range(len(lines))))
-    unfinished.unlink()
     answers = [json.loads(line) for line in lines]  # of a call that was killed too
     return FileSummary(
         answered=sum(is_answered(answer) for answer in answers),

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scalabl.core.errors import UserError, one_line
-from scalabl.core.files import ADAPTER, read_json, require_place
+from scalabl.core.files import ADAPTER, lock, read_json, require_place
 from scalabl.core.modules import split_leaf
 from scalabl.runs.record import RECORD, RunRecord
 from scalabl.runs.settings import Settings
@@ -148,27 +148,20 @@ def lock_directory(directory: Path) -> int | None:
     The lock is on the directory itself, so that nothing is left of it when the process is killed.
 
     Returns:
-        the open directory, closing which lets go of it; None where the system has no such locks.
+        the open directory, closing which lets go of it; None where the system opens none.
 
     Raises:
         UserError: another process has locked it.
     """
-    try:
-        import fcntl
-    except ImportError:  # Windows
+    if os.name == "nt":
         return None
-    lock = os.open(directory, os.O_RDONLY)
+    opened = os.open(directory, os.O_RDONLY)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(lock)
-        raise UserError(
-            f"Another call trains into {directory}; wait for its end, or choose another --output."
-        ) from None
-    except OSError:  # a file system without locks
-        os.close(lock)
-        return None
-    return lock
+        lock(opened, f"Another call trains into {directory}; wait for its end, or choose another --output.")
+    except UserError:
+        os.close(opened)
+        raise
+    return opened
 
 
 _CUT = ("batch_size", "gradient_accumulation")  # how the rows of a step are cut, beside the processes

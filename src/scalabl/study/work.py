@@ -35,7 +35,8 @@ from scalabl.runs.settings import Settings
 from scalabl.scoring.trunk_store import with_stored_trunk
 from scalabl.study.cells import POST_HOC, PREDICTION, TRAINING, Cell, finished, rows_digest
 from scalabl.study.plan import overlap, shifted_rows, tested_rows, tuning_rows
-from scalabl.training.run import last_checkpoint, read_log, train
+from scalabl.training.checkpoints import last_checkpoint
+from scalabl.training.run import read_log, train
 
 RUN = "run"
 PREDICTIONS = "predictions.safetensors"

@@ -15,7 +15,6 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, TrainingArguments, set_seed
-from transformers.trainer import TRAINER_STATE_NAME
 
 from scalabl.core import processes
 from scalabl.core.errors import UserError
@@ -28,13 +27,14 @@ from scalabl.data.text_rows import TextTask
 from scalabl.runs.directory import EMBEDDED, as_recorded, begin, claim
 from scalabl.runs.method import Run, TrainedMethod, load_method
 from scalabl.runs.models import embedded_directory, load_base, load_tokenizer
-from scalabl.runs.record import CHOICES, LANGUAGE, RECORD, RowCounts, RunRecord, TaskFacts
+from scalabl.runs.record import CHOICES, LANGUAGE, RowCounts, RunRecord, TaskFacts
 from scalabl.runs.settings import OptimisationSettings, Settings
 from scalabl.scoring.base import Encoded, Scoring, cut_rows_sentence
 from scalabl.scoring.reading import remember_reading
 from scalabl.scoring.scorer import Scorer
 from scalabl.scoring.trunk import Trunk
 from scalabl.scoring.trunk_store import with_stored_trunk
+from scalabl.training.checkpoints import DIRECTORY, last_checkpoint, remove_checkpoints, remove_traces
 from scalabl.training.choose_scoring import candidates, check_rows, choose_scoring, describe, has_several, takes_head
 from scalabl.training.features import fit_distance, write_features
 from scalabl.training.monitors import NonFiniteError, NonFiniteGuard, ProgressBar, StopOnInterrupt, finite
@@ -93,32 +93,12 @@ def train(
     if processes.on_main(lambda: claim(output, settings, processes.world_size())):
         return RunRecord.of_main(lambda: RunRecord.read_finished(output))
     try:
-        with processes.cleaning_up(lambda: _remove_traces(output)):
+        with processes.cleaning_up(lambda: remove_traces(output)):
             return _train(settings, output, task, rows, tokenizer, calibrate)
     except NonFiniteError as error:
         last = last_checkpoint(output) if processes.is_main() else None
         kept = f" and choose another --output ({last} is the last good checkpoint)" if last else ""
         raise UserError(f"{str(error).partition(';')[0]}; lower --learning-rate{kept}.") from error
-
-
-def _remove_traces(output: Path) -> None:
-    """What failed before its first checkpoint leaves no trace, what failed later a run that can be resumed."""
-    is_finished = (output / RECORD).exists() and RunRecord.read(output).is_finished
-    if last_checkpoint(output) is None and not is_finished:
-        shutil.rmtree(output, ignore_errors=True)
-
-
-def last_checkpoint(output: Path) -> Path | None:
-    """The newest whole checkpoint of a run; half-written ones (a kill or a full disk while saving) are removed."""
-    checkpoints = output / "checkpoints"
-    found = []
-    for directory in checkpoints.glob("checkpoint-*"):
-        # the trainer writes its state last
-        if read_if_whole(directory / TRAINER_STATE_NAME) is None:
-            shutil.rmtree(directory, ignore_errors=True)
-        else:
-            found.append((int(directory.name.rpartition("-")[2]), directory))
-    return max(found)[1] if found else None
 
 
 def read_log(directory: Path) -> list[dict[str, Any]]:
@@ -209,7 +189,7 @@ def _train(
     def finish() -> RunRecord:
         finished = replace(published, status="finished", calibration=calibration)
         finished.write(output)
-        shutil.rmtree(output / "checkpoints", ignore_errors=True)
+        remove_checkpoints(output)
         return finished
 
     return RunRecord.of_main(finish)
@@ -269,7 +249,7 @@ def optimise(
     # tried once, of the longest row, while the model is whole
     remember_reading(model, *processes.on_main(lambda: _reading(Scorer(model, scoring), rows)))
     arguments = TrainingArguments(
-        output_dir=str(output / "checkpoints"),
+        output_dir=str(output / DIRECTORY),
         max_steps=settings.optimisation.steps,
         per_device_train_batch_size=settings.optimisation.batch_size,
         gradient_accumulation_steps=settings.optimisation.gradient_accumulation,
@@ -363,6 +343,9 @@ def _publish(model: PeftModel, output: Path, tensors: dict[str, Tensor] | None =
     model.save_pretrained(str(unfinished), state_dict=tensors)
     for item in unfinished.iterdir():
         target = output / item.name
+        if item.name == "README.md" and target.exists():  # perhaps the user's own
+            item.unlink()
+            continue
         if target.is_dir():
             shutil.rmtree(target)
         os.replace(item, target)

@@ -35,6 +35,7 @@ from scalabl.scoring.base import Encoded, Scoring
 from scalabl.scoring.scorer import Scorer, make_scoring
 from scalabl.scoring.trunk import Trunk
 from scalabl.scoring.trunk_store import with_stored_trunk
+from scalabl.training.checkpoints import remove_checkpoints
 from scalabl.training.choose_scoring import candidates, choose_scoring
 from scalabl.training.features import fit_distance, write_features
 from scalabl.training.monitors import finite
@@ -227,7 +228,7 @@ def _variational(
         leaf.posterior.requires_grad_(True)
     log, _ = optimise(settings.training, directory, model, scorer.scoring, scorer.trunk, rows)
     model.eval()
-    shutil.rmtree(directory / "checkpoints", ignore_errors=True)
+    remove_checkpoints(directory)
     model.save_pretrained(str(directory))
     write_json(directory / LOG, finite(log))
     return {"bayesianized": _origin(source, settings), "warnings": unconverged(log)}

@@ -1,0 +1,105 @@
+"""The checkpoints of a run: which of them is whole, and what of a directory the program has made and may take away."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import zipfile
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+from transformers.trainer import TRAINER_STATE_NAME
+
+from scalabl.core.console import words_console
+from scalabl.core.files import ADAPTER, read_if_whole, remove
+from scalabl.runs.directory import saved_shapes
+from scalabl.runs.record import RECORD, RunRecord
+
+DIRECTORY = "checkpoints"
+_NAME = re.compile(r"checkpoint-(\d+)")
+_OF_ONE_MODEL = (ADAPTER, "optimizer.pt", "scheduler.pt")  # what Trainer writes of a model that is no shard
+
+
+def last_checkpoint(output: Path) -> Path | None:
+    """The newest whole checkpoint of a run.
+
+    Damaged ones (a kill or a full disk while saving, a broken disk) are removed, and a sentence on standard error says
+    where the run goes on.
+    """
+    damaged = []
+    for step, directory in sorted(_checkpoints(output), reverse=True):
+        why = _damage(directory, step)
+        if why is None:
+            _tell(damaged, f"the run goes on from {directory.name}")
+            return directory
+        damaged.append(f"{directory} is damaged ({why})")
+        shutil.rmtree(directory, ignore_errors=True)
+    _tell(damaged, "the run begins anew")
+    return None
+
+
+def remove_checkpoints(output: Path) -> None:
+    """Take a run's checkpoints away, and their directory if nothing else lies there."""
+    for _, directory in _checkpoints(output):
+        shutil.rmtree(directory, ignore_errors=True)
+    with suppress(OSError):
+        (output / DIRECTORY).rmdir()
+
+
+def remove_traces(output: Path) -> None:
+    """After a failure: without a checkpoint no trace is left, with one a run that can be resumed.
+
+    Only what the program has made goes. Where other files lie in the directory its record stays, by which the same call
+    begins anew.
+    """
+    is_finished = (output / RECORD).exists() and RunRecord.read(output).is_finished
+    if is_finished or last_checkpoint(output) is not None or not output.is_dir():
+        return
+    remove_checkpoints(output)
+    if all(path.name == RECORD for path in output.iterdir()):
+        remove(output / RECORD)
+        output.rmdir()
+
+
+def _checkpoints(output: Path) -> Iterator[tuple[int, Path]]:
+    for directory in (output / DIRECTORY).glob("checkpoint-*"):
+        if (name := _NAME.fullmatch(directory.name)) and directory.is_dir():
+            yield int(name[1]), directory
+
+
+def _damage(checkpoint: Path, step: int) -> str | None:
+    """What a checkpoint lacks; None of a whole one."""
+    state = read_if_whole(checkpoint / TRAINER_STATE_NAME)  # written last
+    if not isinstance(state, dict) or state.get("global_step") != step:
+        return f"{TRAINER_STATE_NAME} is missing or not whole"
+    sharded = any(checkpoint.glob("*fsdp*")) or any(checkpoint.glob("global_step*"))
+    needed = () if sharded else _OF_ONE_MODEL
+    missing = [name for name in needed if not (checkpoint / name).is_file()]
+    if not sharded and not any(checkpoint.glob("rng_state*.pth")):
+        missing.append("rng_state.pth")
+    if missing:
+        return f"{missing[0]} is missing"
+    for path in sorted(path for path in checkpoint.iterdir() if path.suffix in (".pt", ".pth", ".bin")):
+        if not _is_whole_archive(path):
+            return f"{path.name} is not whole"
+    if (checkpoint / ADAPTER).is_file():
+        try:
+            saved_shapes(checkpoint)
+        except ValueError:
+            return f"{ADAPTER} is not whole"
+    return None
+
+
+def _is_whole_archive(path: Path) -> bool:
+    """Whether a file of torch.save has all its bytes, by the checksums in it."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except (OSError, zipfile.BadZipFile, EOFError, NotImplementedError):
+        return False
+
+
+def _tell(damaged: list[str], then: str) -> None:
+    for sentence in damaged:
+        words_console(stderr=True).print(f"{sentence}; {then}.", markup=False, highlight=False, soft_wrap=True)
