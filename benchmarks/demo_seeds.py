@@ -59,7 +59,7 @@ def summarize(tables: Mapping[int, Rows]) -> dict[str, dict[str, dict[str, Any]]
 
     A method's figures: "collapsed" (the seeds at which it is at chance), "best" (metrics), and for every metric
     {values, mean, sd, low, high, difference}: sd and interval of the mean are None with one seed, `difference` is
-    {mean, low, high} of this method minus the first, None in the first.
+    {mean, low, high} of this method minus the reference, the first with a temperature; None in the reference.
 
     Raises:
         ValueError: the seeds' tables have other methods.
@@ -73,23 +73,38 @@ def summarize(tables: Mapping[int, Rows]) -> dict[str, dict[str, dict[str, Any]]
 
 def _of_data(tables: Mapping[int, Rows], data: str) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
-    first: dict[str, list[float | None]] = {}
-    for position, row in enumerate(next(iter(tables.values()))):
+    rows = next(iter(tables.values()))
+    reference = _reference([row["method"] for row in rows])
+    values = [_values(tables, position, data) for position in range(len(rows))]
+    compared = next(own for row, own in zip(rows, values, strict=True) if row["method"] == reference)
+    for position, row in enumerate(rows):
         by_seed = {seed: _figures(table[position], data) for seed, table in tables.items()}
         collapsed = [seed for seed, figures in by_seed.items() if figures.get("collapsed")]
-        metrics = [metric for metric in HIGHER if all(metric in figures for figures in by_seed.values())]
-        values = {metric: [figures[metric]["value"] for figures in by_seed.values()] for metric in metrics}
-        first = first or values
         found[row["method"]] = {"collapsed": collapsed, "best": []} | {
             metric: {
                 "values": own,
                 **harness.mean_with_interval(own),
-                "difference": None if first is values else harness.mean_with_interval(_minus(own, first[metric])),
+                "difference": None
+                if row["method"] == reference
+                else harness.mean_with_interval(_minus(own, compared[metric])),
             }
-            for metric, own in values.items()
+            for metric, own in values[position].items()
         }
     _mark_best(found)
     return found
+
+
+def _reference(methods: Sequence[str]) -> str:
+    """What the others are compared with: the first method with a temperature, where it has one, as all can have."""
+    first, *others = methods
+    return next((name for name in others if name in (f"{first}, calibrated", f"{first} + T")), first)
+
+
+def _values(tables: Mapping[int, Rows], position: int, data: str) -> dict[str, list[float | None]]:
+    """Metric -> the values of a method over seeds, of the metrics that it has with every seed."""
+    by_seed = [_figures(table[position], data) for table in tables.values()]
+    metrics = [metric for metric in HIGHER if all(metric in figures for figures in by_seed)]
+    return {metric: [figures[metric]["value"] for figures in by_seed] for metric in metrics}
 
 
 def _figures(row: dict[str, Any], data: str) -> dict[str, Any]:
@@ -190,7 +205,7 @@ def csv_of(summary: dict[str, Methods], seeds: Sequence[int]) -> str:
                 difference = figure["difference"] or {}
                 row: dict[str, Any] = {"data": data, "method": method, "metric": metric}
                 row |= {key: figure[key] for key in ("mean", "sd", "low", "high")}
-                row |= {f"minus_first_{end}": difference.get(end) for end in ("mean", "low", "high")}
+                row |= {f"minus_reference_{end}": difference.get(end) for end in ("mean", "low", "high")}
                 row |= {"best": int(metric in figures["best"])}
                 row |= {"collapsed_seeds": " ".join(map(str, figures["collapsed"]))}
                 rows.append(row | {f"seed_{seed}": v for seed, v in zip(seeds, figure["values"], strict=True)})
@@ -209,8 +224,8 @@ def markdown(content: dict[str, Any]) -> str:
             "Mean ± standard deviation over seeds. Bold: the best mean, and those whose paired difference from it over "
             "seeds has a 95 % interval (Student's) with zero in it; nothing is bold where that holds for all. Seeds "
             "share their training and test rows: the spread is that of training, not of the choice of rows.",
-            f"Difference from {next(iter(summary[TEST]))}, paired by seed: mean and 95 % interval; * where it leaves "
-            "out zero.",
+            f"Difference from {_reference(list(summary[TEST]))}, paired by seed: mean and 95 % interval; * where it "
+            "leaves out zero.",
             harness.table(others, ("method", "{method}"), *columns),
         ]
     for data, methods in summary.items():

@@ -27,7 +27,7 @@ def last_checkpoint(output: Path) -> Path | None:
     Damaged ones (a kill or a full disk while saving, a broken disk) are removed, and a sentence on standard error says
     where the run goes on.
     """
-    damaged = []
+    damaged: list[str] = []
     for step, directory in sorted(_checkpoints(output), reverse=True):
         why = _damage(directory, step)
         if why is None:

@@ -78,8 +78,9 @@ def shard_by_layers(plugin: Any, model: nn.Module) -> None:
         model: to be sharded.
     """
     if plugin.transformer_cls_names_to_wrap is None:
-        blocks = {type(layer).__name__ for layer in decoder_layers(model)} | set(unwrap(model)._no_split_modules or ())
-        inputs = unwrap(model).get_input_embeddings()
+        base: Any = unwrap(model)
+        blocks = {type(layer).__name__ for layer in decoder_layers(model)} | set(base._no_split_modules or ())
+        inputs = base.get_input_embeddings()
         holding = {type(m).__name__ for m in model.modules() if any(part is inputs for part in m.modules())}
         plugin.transformer_cls_names_to_wrap = sorted(blocks - holding)
 
