@@ -1,5 +1,6 @@
 """Bad runs, base models and places of the commands that read a run: one sentence, exit code 2, nothing left behind."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from tiny_base import as_json, questions, tiny_base, write_jsonl
 
 from scalabl.core.errors import UserError
+from scalabl.runs.record import RunRecord, config_digest
 
 COMMANDS: dict[str, tuple[str, ...]] = {
     "evaluate": ("--data", "{rows}"),
@@ -68,6 +70,27 @@ def test_damaged_adapters(
         program("inspect", run).sentence() if command == "inspect" else read(program, command, run, rows, tmp_path)
     )
     assert "adapter_model.safetensors" in sentence and ("restore" in sentence or "made by" in sentence)
+
+
+def test_an_altered_configuration_is_refused_and_an_older_record_has_no_digest_of_it(
+    program: Program, rows: Path, tmp_path: Path, scalabl_run: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(scalabl_run, run)
+    config = json.loads((run / "adapter_config.json").read_text(encoding="utf-8"))
+    moved = {**config, "base_model_name_or_path": "elsewhere"}
+    (run / "adapter_config.json").write_text(json.dumps(moved), encoding="utf-8")  # in another layout too
+    assert RunRecord.read_finished(run).config_sha256 == config_digest(run) == config_digest(scalabl_run)
+    (run / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 16000}), encoding="utf-8")
+    for command in COMMANDS:
+        sentence = read(program, command, run, rows, tmp_path)
+        assert "adapter_config.json was altered" in sentence and "restore the file" in sentence
+    record = json.loads((run / "scalabl.json").read_text(encoding="utf-8"))
+    del record["config_sha256"]
+    (run / "scalabl.json").write_text(json.dumps(record), encoding="utf-8")
+    assert RunRecord.read_finished(run).config_sha256 is None
+    (run / "adapter_config.json").unlink()
+    assert "holds no adapter_config.json" in program("inspect", run).sentence()
 
 
 @pytest.mark.parametrize("name", ["log_mean", "direction", "lora_B"])

@@ -197,3 +197,25 @@ def test_held_out_rows_that_are_gone_or_changed_are_no_basis(
     (copy / "scalabl.json").write_text(json.dumps(record | {"bayesianized": {"method": "laplace"}}))
     assert "made by scalabl bayesianize" in program(*arguments).sentence()
     assert not (tmp_path / "a.jsonl").exists() and not list(tmp_path.glob(".*"))
+
+
+def test_nothing_is_promised_from_rows_that_were_labelled_anew(
+    program: Program, run: Path, rows: Path, tmp_path: Path
+) -> None:
+    copy, task = tmp_path / "run", tmp_path / "task"
+    shutil.copytree(run, copy)
+    record = json.loads((run / "scalabl.json").read_text(encoding="utf-8"))
+    shutil.copytree(record["recipe"]["data"], task)
+    record["recipe"]["data"] = str(task)
+    (copy / "scalabl.json").write_text(json.dumps(record), encoding="utf-8")
+    assert held_out_rows(RunRecord.read(copy)) == held_out_rows(RunRecord.read(run))
+    answered = read(task / "validation.jsonl")
+    for row in answered:
+        row["answer"] = next(choice for choice in row["choices"] if choice != row["answer"])
+    write_jsonl(task / "validation.jsonl", answered)
+    arguments = ("predict", copy, "--input", rows, "--output", tmp_path / "answers.jsonl", "--max-error", 0.5)
+    assert "has changed since the run was trained on it" in program(*arguments).sentence()
+    # of a run of an older version the rows are counted alone
+    del record["held_out_sha256"]
+    (copy / "scalabl.json").write_text(json.dumps(record), encoding="utf-8")
+    assert len(held_out_rows(RunRecord.read(copy))) == HELD_OUT

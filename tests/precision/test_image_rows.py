@@ -13,9 +13,8 @@ from tiny_base import questions, write_jsonl
 from scalabl.core.errors import UserError
 from scalabl.data import Example, load_rows, load_task
 from scalabl.data.assemble import holdout
-from scalabl.data.example import open_image
+from scalabl.data.example import open_image, rows_digest
 from scalabl.inference.classifier import rows_of
-from scalabl.study.cells import rows_digest
 from scalabl.study.plan import overlap
 
 ROW: dict[str, Any] = {"question": "which?", "choices": ["red", "blue"], "answer": "red"}

@@ -6,6 +6,8 @@ A row's images: ``"image"`` names one file or a list of them, relative to the fi
 from __future__ import annotations
 
 import functools
+import hashlib
+import json
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -138,9 +140,29 @@ class Example:
         return self.question, self.choices, *images, *(() if self.pair is None else (self.pair,))
 
     @property
+    def labelled(self) -> tuple[Any, ...]:
+        """The row's text and its answer, without its name; images by what is in them."""
+        question, choices, *more = self.content
+        return question, choices, self.target, *more
+
+    @property
     def text(self) -> str:
         """What is read of the row, for people: the question, and the second text of a pair on a line of its own."""
         return self.question if self.pair is None else f"{self.question}\n{self.pair}"
+
+
+def rows_digest(rows: Sequence[Example], *, named: bool = False) -> str:
+    """SHA-256 of labelled rows in their order.
+
+    Args:
+        rows: the rows.
+        named: by their ids too.
+    """
+    if named:
+        whole = json.dumps([[row.id, row.target, *row.content] for row in rows])
+    else:
+        whole = json.dumps([row.labelled for row in rows], separators=(",", ":"))
+    return hashlib.sha256(whole.encode()).hexdigest()
 
 
 def check(example: Example, where: str, most: int | None = len(LETTERS)) -> Example:

@@ -164,8 +164,7 @@ def _identity(directory: Path, rows: Sequence[Example], settings: PredictionSett
     if record is not None and calibration_for(record, settings) is not None:
         decisive.append(record.calibration)
     if record is not None and settings.has_promise:
-        held_out = held_out_rows(record)
-        decisive += [[r.question, r.choices, r.target, *r.content[2:]] for r in held_out]
+        decisive += [row.labelled for row in held_out_rows(record)]
     whole = json.dumps([decisive, [[r.id, *r.content] for r in rows]])
     return hashlib.sha256(whole.encode()).hexdigest()[:12]
 

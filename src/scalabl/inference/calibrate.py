@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from scalabl.core import processes
-from scalabl.data.example import Example
-from scalabl.inference.calibration import Calibration, rows_digest
+from scalabl.data.example import Example, rows_digest
+from scalabl.inference.calibration import Calibration
 from scalabl.inference.predictor import Predictor, kind_of, labels_of, log_probabilities
 from scalabl.inference.settings import PredictionSettings
 from scalabl.metrics.calibration import ROWS_NEEDED, bounded_temperature, fit_calibration, require_rows
@@ -73,7 +73,7 @@ def fit_run(
         samples=settings.samples,
         seed=settings.seed,
         rows=len(rows),
-        rows_sha256=rows_digest(rows),
+        rows_sha256=rows_digest(rows, named=True),
         nll={"before": fit.before, "after": fit.after},
     )
 

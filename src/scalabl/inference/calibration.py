@@ -7,18 +7,12 @@ each that was fitted has its own. It holds for any N, seed and kind of draws, bu
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from scalabl.core.errors import UserError
 from scalabl.inference.settings import PredictionSettings
 from scalabl.runs.record import RECORD, RunRecord
-
-if TYPE_CHECKING:
-    from scalabl.data.example import Example
 
 
 @dataclass(frozen=True)
@@ -118,9 +112,3 @@ def calibration_in_words(record: RunRecord) -> str:
     held_out = record.rows["validation"]
     why = f"{held_out} validation row{'' if held_out == 1 else 's'}" if held_out else "no validation rows"
     return f"none, with {why}; scalabl calibrate DIR --data ROWS fits it on labelled rows"
-
-
-def rows_digest(rows: Sequence[Example]) -> str:
-    """SHA-256 of rows with their ids and labels, in their order."""
-    whole = json.dumps([[row.id, row.target, *row.content] for row in rows])
-    return hashlib.sha256(whole.encode()).hexdigest()

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from scalabl.data.example import Example
-from scalabl.inference.calibration import Calibration, rows_digest
+from scalabl.data.example import Example, rows_digest
+from scalabl.inference.calibration import Calibration
 from scalabl.inference.predictor import Predictor, labels_of
 from scalabl.inference.promise import Promise
 from scalabl.inference.report.results import MethodResult, Report
@@ -59,7 +59,7 @@ def evaluate_run(
         # a curve of several labels is of questions, the threshold of rows
         methods[-1].threshold = settings.threshold if predictor.per_row == 1 else None
         methods[-1].notes.append(_kept(methods[-1], settings.promise, settings.threshold))
-    if held_out and not (calibration is not None and calibration.rows_sha256 == rows_digest(held_out)):
+    if held_out and not (calibration is not None and calibration.rows_sha256 == rows_digest(held_out, named=True)):
         validation = plain.log_probs(held_out, dataset="temperature")
         methods.append(tempered(methods[0], fit_temperature(validation, labels_of(held_out))))
     recipe = run.record.recipe

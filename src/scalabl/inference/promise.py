@@ -120,6 +120,7 @@ def held_out_rows(record: RunRecord) -> tuple[Example, ...]:
         UserError: its data cannot be read now, is no longer what it was, or nobody knows what its LoRA was trained on.
     """
     from scalabl.data.assemble import select_rows
+    from scalabl.data.example import rows_digest
     from scalabl.data.load import load_task
 
     require_known(record)
@@ -130,7 +131,9 @@ def held_out_rows(record: RunRecord) -> tuple[Example, ...]:
         raise UserError(
             f"The run's held-out rows come from {settings.data}, which cannot be read now: {error}"
         ) from error
-    if {"train": len(rows.train), "validation": len(rows.validation)} != record.rows:
+    known = record.held_out_sha256
+    counts = {"train": len(rows.train), "validation": len(rows.validation)}
+    if counts != record.rows or (known is not None and rows_digest(rows.validation) != known):
         raise UserError(
             f"{settings.data} has changed since the run was trained on it, so that its held-out rows are not known; "
             "restore the file or train again."

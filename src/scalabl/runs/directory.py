@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from scalabl.core.errors import UserError, one_line
 from scalabl.core.files import ADAPTER, lock, read_json, require_place
 from scalabl.core.modules import split_leaf
-from scalabl.runs.record import RECORD, RunRecord
+from scalabl.runs.record import CONFIG, RECORD, RunRecord
 from scalabl.runs.settings import Settings
 
 if TYPE_CHECKING:
@@ -178,9 +178,6 @@ def _require_same_rows(directory: Path, before: RunRecord, now: Mapping[str, Any
             f"{directory} holds a run of {was} rows a step (in {before.processes} processes), but {cut} x {processes} "
             f"processes are {wanted}; choose a batch size that makes {was}, or another --output."
         )
-
-
-CONFIG = "adapter_config.json"
 
 
 # what Python and PEFT raise where a value is of another kind than they take it to be

@@ -5,6 +5,8 @@ It lies as `scalabl.json` in the run's directory, written whole or not at all, w
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -16,11 +18,25 @@ from scalabl.core.files import ADAPTER, JOINT, read_json, sha256, write_json
 from scalabl.runs.settings import DEFAULTS, Settings
 
 RECORD = "scalabl.json"
+CONFIG = "adapter_config.json"
 VERSION = 1  # of the record's form; records without one are of the first
 HEAD = "head"  # the scoring by a classification head
 SEVERAL_LABELS = "multi_label_classification"  # Transformers' problem_type of a head whose rows may have several
 CHOICES, LANGUAGE = "choices", "language"  # kinds of runs: questions with choices, rows of text
 _MEND = "train the run again or restore the file"
+
+
+def config_digest(directory: Path) -> str:
+    """SHA-256 of what an adapter's configuration says, but for where its base model lies.
+
+    Raises:
+        UserError: there is none, or it is no JSON.
+    """
+    path = directory / CONFIG
+    missing = f"{directory} has lost its {CONFIG}; restore the file or train the run again."
+    said = read_json(path, missing=missing, mend="restore the file", expected="an adapter's configuration")
+    whole = json.dumps({**said, "base_model_name_or_path": None}, sort_keys=True)
+    return hashlib.sha256(whole.encode()).hexdigest()
 
 
 class TaskFacts(TypedDict):
@@ -62,6 +78,9 @@ class RunRecord:
         calibration: the posterior's scale and the temperature, fitted on held-out rows
             (`scalabl.inference.calibration`); None of an uncalibrated run.
         adapter_sha256, joint_sha256, features_sha256: of the files, once they are written, where there are such.
+        config_sha256: of what the adapter's configuration says (`config_digest`); None of older versions.
+        held_out_sha256: of the validation rows (`scalabl.data.example.rows_digest`); None of older versions, of rows of
+            text and of posteriors that were fitted to a finished adapter.
         scalabl, version: of the program, and of the record's form.
     """
 
@@ -89,6 +108,8 @@ class RunRecord:
     adapter_sha256: str | None = None
     joint_sha256: str | None = None
     features_sha256: str | None = None
+    config_sha256: str | None = None
+    held_out_sha256: str | None = None
 
     @classmethod
     def read(cls, directory: Path) -> Self:
@@ -127,6 +148,11 @@ class RunRecord:
             raise UserError(
                 f"{adapter} was truncated or altered (its sha256 is not the one in {RECORD}); restore the file or "
                 "train the run again."
+            )
+        if record.config_sha256 is not None and config_digest(directory) != record.config_sha256:
+            raise UserError(
+                f"{directory / CONFIG} was altered (its digest is not the one in {RECORD}); restore the file or train "
+                "the run again."
             )
         if record.joint_sha256 is not None and (not joint.is_file() or sha256(joint) != record.joint_sha256):
             raise UserError(f"{joint} was lost or altered; restore the file or call scalabl bayesianize again.")

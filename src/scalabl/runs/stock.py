@@ -14,8 +14,8 @@ from typing import Any
 
 from scalabl.core.errors import UserError
 from scalabl.core.files import ADAPTER, read_if_whole, sha256
-from scalabl.runs.directory import CONFIG, adapter_config, as_recorded, find_base, saved_shapes
-from scalabl.runs.record import HEAD, RECORD, SEVERAL_LABELS, RowCounts, RunRecord, TaskFacts
+from scalabl.runs.directory import adapter_config, as_recorded, find_base, saved_shapes
+from scalabl.runs.record import CONFIG, HEAD, RECORD, SEVERAL_LABELS, RowCounts, RunRecord, TaskFacts
 from scalabl.runs.settings import DEFAULTS, typed_setting
 
 # the layer whose outputs are the labels, by the names that Transformers and PEFT's SEQ_CLS know

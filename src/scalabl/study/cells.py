@@ -15,13 +15,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from scalabl.core.files import read_if_whole
-from scalabl.data.example import Example
 
 TRAINING, POST_HOC, PREDICTION = "training", "posthoc", "prediction"
 FORMAT = 1  # part of every address: raised when a cell's content changes its meaning
@@ -66,11 +64,6 @@ def address_of(content: dict[str, Any]) -> str:
 def digest(content: Any) -> str:
     """SHA-256 of plain values, however their keys are ordered."""
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def rows_digest(rows: Sequence[Example]) -> str:
-    """SHA-256 of rows, in their order, without their ids."""
-    return digest([[row.question, row.choices, row.answer, *row.content[2:]] for row in rows])
 
 
 def finished(output: Path, address: str) -> dict[str, Any] | None:

@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from scalabl.core.errors import UserError
-from scalabl.data.example import Example, Task
+from scalabl.data.example import Example, Task, rows_digest
 from scalabl.data.load import load_task, rows_of
 from scalabl.runs.registry import BASELINE, METHODS
 from scalabl.runs.registry import POST_HOC as POST_HOC_METHODS
 from scalabl.runs.settings import DEFAULTS
-from scalabl.study.cells import POST_HOC, PREDICTION, TRAINING, Cell, rows_digest
+from scalabl.study.cells import POST_HOC, PREDICTION, TRAINING, Cell
 from scalabl.study.study import Study, Variant
 
 

@@ -22,7 +22,7 @@ from scalabl.core import __version__
 from scalabl.core.errors import UserError
 from scalabl.core.files import sha256, write_json, writing
 from scalabl.data.assemble import TrainingRows, select_rows
-from scalabl.data.example import Example
+from scalabl.data.example import Example, rows_digest
 from scalabl.data.load import load_task
 from scalabl.inference.predictor import labels_of
 from scalabl.methods.saved import POST_HOC_DIRECTORY
@@ -33,7 +33,7 @@ from scalabl.runs.method import Run, load_method, load_post_hoc
 from scalabl.runs.registry import POST_HOC as POST_HOC_METHODS
 from scalabl.runs.settings import Settings
 from scalabl.scoring.trunk_store import with_stored_trunk
-from scalabl.study.cells import POST_HOC, PREDICTION, TRAINING, Cell, finished, rows_digest
+from scalabl.study.cells import POST_HOC, PREDICTION, TRAINING, Cell, finished
 from scalabl.study.plan import overlap, shifted_rows, tested_rows, tuning_rows
 from scalabl.training.checkpoints import last_checkpoint
 from scalabl.training.run import read_log, train

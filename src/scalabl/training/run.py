@@ -21,13 +21,13 @@ from scalabl.core.errors import UserError
 from scalabl.core.files import ADAPTER, read_if_whole, sha256, write_json, writing
 from scalabl.data.assemble import TrainingRows, select_rows
 from scalabl.data.class_balance import balance_warnings, label_counts
-from scalabl.data.example import Example, Task
+from scalabl.data.example import Example, Task, rows_digest
 from scalabl.data.load import load_training_task
 from scalabl.data.text_rows import TextTask
 from scalabl.runs.directory import EMBEDDED, as_recorded, begin, claim
 from scalabl.runs.method import Run, TrainedMethod, load_method
 from scalabl.runs.models import embedded_directory, load_base, load_tokenizer
-from scalabl.runs.record import CHOICES, LANGUAGE, RowCounts, RunRecord, TaskFacts
+from scalabl.runs.record import CHOICES, LANGUAGE, RowCounts, RunRecord, TaskFacts, config_digest
 from scalabl.runs.settings import OptimisationSettings, Settings
 from scalabl.scoring.base import Encoded, Scoring, cut_rows_sentence
 from scalabl.scoring.reading import remember_reading
@@ -152,7 +152,8 @@ def _train(
     scoring = options[chosen]
     counts = RowCounts(train=len(rows.train), validation=len(rows.validation))
     record = record_of(settings, task, task.labels, counts, scoring, nll, adapted, fingerprint(model))
-    record = replace(record, class_counts=balance)
+    held_out = None if isinstance(task, TextTask) else rows_digest(rows.validation)
+    record = replace(record, class_counts=balance, held_out_sha256=held_out)
     processes.on_main(lambda: begin(output, record, goes_on=last_checkpoint(output) is not None))
     if not output.is_dir():
         raise UserError(f"{output} is not seen by every machine; give a directory on a file system that they share.")
@@ -176,8 +177,8 @@ def _train(
             with writing(output / f"{settings.method}.safetensors") as unfinished:
                 save_file(beside, unfinished, metadata={"adapter_sha256": digest})
         return replace(
-            record, adapter_sha256=digest, features_sha256=write_features(output, distance),
-            warnings=cut + unconverged(log),
+            record, adapter_sha256=digest, config_sha256=config_digest(output),
+            features_sha256=write_features(output, distance), warnings=cut + unconverged(log),
         )  # fmt: skip
 
     published = RunRecord.of_main(publish)

@@ -24,11 +24,11 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from scalabl.core.errors import UserError
 from scalabl.core.files import ADAPTER, sha256, write_json, writing
 from scalabl.data.example import Example, Task
-from scalabl.runs.directory import CONFIG, reading_config
+from scalabl.runs.directory import reading_config
 from scalabl.runs.loading import load_adapter, longest_row, require_base
 from scalabl.runs.method import Run
 from scalabl.runs.models import load_base, saved_tokenizer
-from scalabl.runs.record import RowCounts, RunRecord
+from scalabl.runs.record import CONFIG, RowCounts, RunRecord, config_digest
 from scalabl.runs.settings import Settings
 from scalabl.runs.stock import is_stock
 from scalabl.scoring.base import Encoded, Scoring
@@ -137,7 +137,10 @@ def _build(
     fitted["warnings"] = cut_rows_warning(encoded, scoring) + fitted.get("warnings", [])
     features = write_features(directory, fit_distance(scorer, encoded))
     digest = sha256(directory / ADAPTER)
-    record = replace(begun, **fitted, status="finished", adapter_sha256=digest, features_sha256=features)
+    record = replace(
+        begun, **fitted, status="finished", adapter_sha256=digest, config_sha256=config_digest(directory),
+        features_sha256=features,
+    )  # fmt: skip
     if saved_tokenizer(source.directory) is not None:  # it is read beside the new adapter too
         tokenizer.save_pretrained(str(directory))
     if calibrate is not None:

@@ -15,8 +15,8 @@ from scalabl.core.errors import UserError
 from scalabl.core.files import require_place
 from scalabl.data.example import Example, Task
 from scalabl.data.load import load_task, with_labels
-from scalabl.runs.directory import CONFIG, adapter_config, as_recorded, find_base
-from scalabl.runs.record import HEAD, RunRecord
+from scalabl.runs.directory import adapter_config, as_recorded, find_base
+from scalabl.runs.record import CONFIG, HEAD, RunRecord
 from scalabl.runs.settings import LARGEST, Settings, typed_setting
 from scalabl.runs.stock import find_record, is_stock
 
