@@ -21,21 +21,23 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 _OF_ONE_MODEL = (ADAPTER, "optimizer.pt", "scheduler.pt")  # what Trainer writes of a model that is no shard
 
 
-def last_checkpoint(output: Path) -> Path | None:
+def last_checkpoint(output: Path, *, tell: bool = True) -> Path | None:
     """The newest whole checkpoint of a run.
 
-    Damaged ones (a kill or a full disk while saving, a broken disk) are removed, and a sentence on standard error says
+    Damaged ones (a kill or a full disk while saving, a broken disk) are removed; `tell` says so on standard error, and
     where the run goes on.
     """
     damaged: list[str] = []
     for step, directory in sorted(_checkpoints(output), reverse=True):
         why = _damage(directory, step)
         if why is None:
-            _tell(damaged, f"the run goes on from {directory.name}")
+            if tell:
+                _tell(damaged, f"the run goes on from {directory.name}")
             return directory
         damaged.append(f"{directory} is damaged ({why})")
         shutil.rmtree(directory, ignore_errors=True)
-    _tell(damaged, "the run begins anew")
+    if tell:
+        _tell(damaged, "the run begins anew")
     return None
 
 
@@ -54,7 +56,7 @@ def remove_traces(output: Path) -> None:
     begins anew.
     """
     is_finished = (output / RECORD).exists() and RunRecord.read(output).is_finished
-    if is_finished or last_checkpoint(output) is not None or not output.is_dir():
+    if is_finished or last_checkpoint(output, tell=False) is not None or not output.is_dir():
         return
     remove_checkpoints(output)
     if all(path.name == RECORD for path in output.iterdir()):
