@@ -310,3 +310,11 @@ def test_splits_with_and_without_pairs_are_refused(tmp_path):
     write(tmp_path / "test.jsonl", *({**row, "text_pair": "b"} for row in TWO))
     with pytest.raises(UserError, match='splits with and without "text_pair"'):
         load_task(str(tmp_path))
+
+
+def test_a_home_of_nobody_is_a_missing_file(tmp_path):
+    path = write(tmp_path / "own.jsonl", QUESTION | {"image": "~nosuch/x.png"})
+    with pytest.raises(UserError, match=r"own.jsonl:1: .*~nosuch/x\.png"):
+        load_rows(path)
+    with pytest.raises(UserError, match="~nosuch/rows.jsonl"):
+        rows_of("~nosuch/rows.jsonl")

@@ -1,10 +1,13 @@
 """Temperature scaling against logits whose temperature is known."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
 from scalabl.core.errors import UserError
+from scalabl.inference.settings import temperature_in
 from scalabl.metrics.uncertainty import apply_temperature, fit_temperature, negative_log_likelihood
 
 
@@ -67,3 +70,11 @@ def test_impossible_input_is_refused() -> None:
         fit_temperature(log_probs[:, :0], labels[:0])
     with pytest.raises(UserError, match="not finite"):
         fit_temperature(log_probs * torch.nan, labels)
+
+
+@pytest.mark.parametrize("value", ["x", None, True, float("nan"), float("inf"), 0, -1, [1.0]])
+def test_a_file_with_another_value_is_refused(value: object) -> None:
+    path = Path("temperature.json")
+    with pytest.raises(UserError, match="temperature is .*; it must be a number above 0; fit it again"):
+        temperature_in({"temperature": value}, path)
+    assert temperature_in({"temperature": 2}, path) == 2.0

@@ -171,3 +171,31 @@ def test_a_recipe_that_names_a_setting_twice_is_refused(tmp_path: Path) -> None:
             make_settings({}, recipe)
     recipe.write_text("r: 4\n")
     assert make_settings({"r": 8}, recipe).adapter.r == 8  # an option wins, as it says
+
+
+def test_a_damaged_record_is_refused_by_the_name_of_its_field(tmp_path: Path) -> None:
+    path = tmp_path / "scalabl.json"
+    whole = RunRecord(
+        Settings().as_dict(), status="finished", scoring={"scoring": "letters"}, scoring_name="letters",
+        scoring_nll={"letters": 1.0}, parameters={"lora": 2}, versions={"torch": "2"}, tokens={"all": 1},
+        class_counts={"a": 1}, predictive="mc", bayesianized={}, calibration={}, adapter_sha256="a", joint_sha256="j",
+        features_sha256="f", config_sha256="c", held_out_sha256="h", warnings=["w"],
+    ).as_dict()  # fmt: skip
+    path.write_text(json.dumps(whole))
+    assert RunRecord.read(tmp_path).as_dict() == whole
+    for name, value in whole.items():
+        for wrong in ([[value]], True, 1.5 if isinstance(value, str) else "x"):
+            path.write_text(json.dumps(whole | {name: wrong}))
+            with pytest.raises(UserError, match="; train the run again or restore the file|was written by scalabl"):
+                RunRecord.read(tmp_path)
+    for changes, sentence in (
+        ({"recipe": whole["recipe"] | {"r": "four"}}, "r is 'four'; it must be a whole number; train the run again"),
+        ({"recipe": whole["recipe"] | {"steps": float("inf")}}, "steps is inf; it must be a whole number"),
+        ({"rows": {"train": 1}}, "rows is .*, which no record has; train the run again or restore the file"),
+        ({"task": {"labels": "ab"}}, "task is .*, which no record has"),
+        ({"status": "done"}, "status is 'done'; it must be running or finished"),
+        ({"scoring": {"scoring": "x"}}, "scoring is 'x'; it must be one of letters, continuation, text, head"),
+    ):
+        path.write_text(json.dumps(whole | changes))
+        with pytest.raises(UserError, match=sentence):
+            RunRecord.read(tmp_path)

@@ -8,10 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from scalabl.cli import main
 from scalabl.core.errors import UserError
-from scalabl.runs.record import RECORD
+from scalabl.core.files import sha256
+from scalabl.runs.record import RECORD, RunRecord
 from scalabl.serving.export import export
 from scalabl.serving.manifest import as_shell, read_manifest, vllm_command
 
@@ -59,6 +61,20 @@ def test_it_writes_and_prints_the_line(
         "::1",
     )
     assert again[0] == 0 and "vllm serve org/base \\\n    --host ::1 \\\n    --port 9 \\\n" in again[1]
+
+
+def test_weights_that_are_no_numbers_are_not_exported(
+    copied_run: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = copied_run / "adapter_model.safetensors"
+    tensors = load_file(file)
+    next(tensor for name, tensor in tensors.items() if ".lora_B." in name)[0, 0] = float("nan")
+    save_file(tensors, file)
+    record = replace(RunRecord.read(copied_run), adapter_sha256=sha256(file))
+    record.write(copied_run)
+    code, _, err = said(capfd, monkeypatch, copied_run, "--particles", 2)
+    assert code == 2 and "has weights that are no numbers (NaN or infinite); train the run again." in err
+    assert not (copied_run / "particles").exists()
 
 
 def test_a_shell_reads_the_line_as_it_is_meant(scored_run: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import typer
 from scalabl.cli import options
 from scalabl.cli.app import app
 from scalabl.core.console import quiet, words_console
+from scalabl.core.locations import expanded
 from scalabl.runs.record import RunRecord
 
 
@@ -41,7 +42,7 @@ def calibrate(
     )  # fmt: skip
     require_writable(json, reads=(run, data, model))
     require_place(run)
-    if split is None and not Path(data).expanduser().is_file():
+    if split is None and not expanded(data).is_file():
         split = "validation"  # never rows that it was trained on or is tested with
     rows = rows_of(data, split=split, limit=limit, labels=record.labels)
     from scalabl.inference.calibrate import calibrate as fit

@@ -29,6 +29,11 @@ _AT_ONCE = 1 << 20  # bytes of an object that one request reads
 _WITHOUT_DIRECTORIES = ("s3", "gcs")  # where making one asks for more rights than writing below it does
 
 
+def expanded(text: str | Path) -> Path:
+    """A path with its ~ as a home directory; as it is where there is no such user, so that it is said to be missing."""
+    return Path(os.path.expanduser(text))
+
+
 def is_address(text: str) -> bool:
     """Whether a text is an address (file:// is one) and not a path."""
     return _ADDRESS.match(text) is not None and not os.path.exists(text)

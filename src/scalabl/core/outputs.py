@@ -11,7 +11,7 @@ from pathlib import Path
 
 from scalabl.core.errors import UserError
 from scalabl.core.files import require_place
-from scalabl.core.locations import is_address
+from scalabl.core.locations import expanded, is_address
 
 # files of runs, adapters and models, which no option of a command names
 _OWN = re.compile(
@@ -64,7 +64,7 @@ def require_writable(*files: Path | None, reads: Iterable[str | Path | None] = (
 def _path(given: str | Path | None) -> Path | None:
     if given is None or is_address(str(given)):
         return None
-    path = Path(given).expanduser()
+    path = expanded(given)
     return path if isinstance(given, Path) or path.exists() else None
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from scalabl.core.errors import UserError
 from scalabl.core.files import read_json
+from scalabl.core.locations import expanded
 from scalabl.data.example import Example, few
 
 BALANCED = "balanced"
@@ -40,7 +41,7 @@ def class_weights(spec: str, counts: dict[str, int]) -> dict[str, float]:
     if spec == BALANCED:
         raw = {label: 1 / count if count else math.nan for label, count in counts.items()}
     else:
-        raw = _per_label(Path(spec).expanduser(), list(counts), "class weights", "weight", zero=False)
+        raw = _per_label(expanded(spec), list(counts), "class weights", "weight", zero=False)
     total = sum(weight * counts[label] for label, weight in raw.items() if counts[label])
     mean = total / sum(counts.values())
     return {label: 1.0 if math.isnan(weight) else weight / mean for label, weight in raw.items()}

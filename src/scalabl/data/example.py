@@ -16,7 +16,7 @@ from typing import Any, Generic, TypeVar
 
 from scalabl.core.errors import UserError, one_line
 from scalabl.core.files import sha256
-from scalabl.core.locations import Location, StorePath
+from scalabl.core.locations import Location, StorePath, expanded
 
 KEY = "image"
 
@@ -38,7 +38,7 @@ def images_of(raw: Any, folder: Location, where: str) -> tuple[str, ...]:
     paths = named if isinstance(named, list) else [named]
     if not paths or not all(isinstance(path, str) and path.strip() for path in paths):
         raise UserError(f'{where}: "{KEY}" is {named!r}; write the path of an image, or a list of paths.')
-    return tuple(_checked(_whole(folder, Path(path).expanduser(), where), where) for path in paths)
+    return tuple(_checked(_whole(folder, expanded(path), where), where) for path in paths)
 
 
 def _whole(folder: Location, path: Path, where: str) -> Path:

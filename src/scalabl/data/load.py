@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from scalabl.core.errors import UserError
 from scalabl.core.files import cache_directory
+from scalabl.core.locations import expanded
 from scalabl.data import hub
 from scalabl.data.assemble import assemble, cut
 from scalabl.data.example import Example, Splits, Task, few
@@ -70,7 +71,7 @@ def load_task(name_or_path: str, *, cache_dir: Path | None = None, source: str =
     if source not in SOURCES:
         raise UserError(f"no source is called {source!r}; use one of {', '.join(SOURCES)}.")
     if name_or_path not in BENCHMARKS and is_path(name_or_path):
-        return load_jsonl_task(Path(name_or_path).expanduser())
+        return load_jsonl_task(expanded(name_or_path))
     return _load_benchmark(find(name_or_path), cache_dir or cache_directory(), source)
 
 
@@ -87,7 +88,7 @@ def load_open_task(name_or_path: str, *, cache_dir: Path | None = None) -> OpenT
         UserError: unknown name, rows that are not at hand, or bad rows.
     """
     if name_or_path not in OPEN_BENCHMARKS and is_path(name_or_path):
-        return load_open_jsonl(Path(name_or_path).expanduser())
+        return load_open_jsonl(expanded(name_or_path))
     benchmark, cache_dir = find_open(name_or_path), cache_dir or cache_directory()
     task = _read_open(benchmark, cache_dir)
     if task is None:
@@ -105,7 +106,7 @@ def is_open(name_or_path: str) -> bool:
     if name_or_path in OPEN_BENCHMARKS or not is_path(name_or_path):
         return name_or_path in OPEN_BENCHMARKS
     try:
-        return "answers" in first_row(Path(name_or_path).expanduser())[1]
+        return "answers" in first_row(expanded(name_or_path))[1]
     except UserError:
         return False  # whoever reads it says what is wrong with it
 
@@ -125,7 +126,7 @@ def load_training_task(name_or_path: str) -> Task | TextTask:
         return load_open_task(name_or_path).as_text()
     if name_or_path in BENCHMARKS or not is_path(name_or_path):
         return load_task(find_any(name_or_path).name)
-    path = Path(name_or_path).expanduser()
+    path = expanded(name_or_path)
     where, first = first_row(path)
     if text_keys(first) is not None:
         return load_text_task(path)
@@ -153,7 +154,7 @@ def rows_of(
     Raises:
         UserError: no such data or split, or bad rows.
     """
-    path = Path(data).expanduser()
+    path = expanded(data)
     if path.is_file() and labels is not None and split is None:
         rows = list(load_rows(path, labels=labels))
     else:
@@ -186,7 +187,7 @@ def shifted_rows(
     """
     if labels is None:
         return rows_of(data, limit=limit)
-    path = Path(data).expanduser()
+    path = expanded(data)
     if data not in BENCHMARKS and is_path(data):
         files = split_files(path)
         named = [files["test"]] if "test" in files else list(files.values())

@@ -13,14 +13,14 @@ from typing import Any, NoReturn
 
 from scalabl.core.errors import UserError
 from scalabl.core.files import RepeatedKeyError, each_key_once
-from scalabl.core.locations import Location, for_arrow
+from scalabl.core.locations import Location, expanded, for_arrow
 
 SPLITS = ("train", "validation", "test")
 
 
 def is_path(text: str) -> bool:
     """Whether a text is meant as a path rather than as a name."""
-    path = Path(text).expanduser()
+    path = expanded(text)
     if path.suffix in {".jsonl", ".json"} or "/" in text or "\\" in text:
         return True
     try:

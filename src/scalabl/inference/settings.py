@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from scalabl.core.errors import UserError
@@ -25,6 +26,18 @@ _YOUNGER: dict[str, Any] = {  # with their defaults
 def is_answered(answer: Mapping[str, Any]) -> bool:
     """Whether a row's answer, as `predict` writes it, gives its label or its labels."""
     return answer.get("label", answer.get("labels")) is not None
+
+
+def temperature_in(facts: Mapping[str, Any], path: Path) -> float:
+    """The temperature in a file of facts.
+
+    Raises:
+        UserError: there is none, or it is no number above 0.
+    """
+    value = facts.get("temperature")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise UserError(f"{path}: temperature is {value!r}; it must be a number above 0; fit it again.")
+    return float(value)
 
 
 def refuse_of_one_label(**given: Any) -> None:

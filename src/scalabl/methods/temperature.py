@@ -16,6 +16,7 @@ from torch import Tensor
 from scalabl.core.errors import UserError
 from scalabl.data.example import Example
 from scalabl.inference.predictor import labels_of
+from scalabl.inference.settings import temperature_in
 from scalabl.methods.saved import SavedMethod
 from scalabl.metrics.uncertainty import apply_temperature, fit_temperature
 from scalabl.predictive.base import Predictive, predict
@@ -75,5 +76,5 @@ class Temperature(SavedMethod):
 
     def predictive(self, run: Run, *, samples: int = 10, seed: int = 0) -> Predictive:
         """The run's own predictive with the temperature on its particles."""
-        temperature = self.facts(run)["temperature"]
+        temperature = temperature_in(self.facts(run), self.directory_of(run) / f"{self.name}.json")
         return TemperedPredictive(run.predictive(samples=samples, seed=seed), temperature)

@@ -12,11 +12,11 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from scalabl.core import processes
-from scalabl.core.errors import UserError
+from scalabl.core.errors import UserError, one_line
 from scalabl.runs.directory import find_base, reading_config
 from scalabl.runs.method import Run
 from scalabl.runs.models import load_base
-from scalabl.runs.record import HEAD, RunRecord
+from scalabl.runs.record import HEAD, RECORD, RunRecord
 from scalabl.runs.stock import read_classifier
 from scalabl.scoring.base import Scoring
 from scalabl.scoring.scorer import Scorer, make_scoring
@@ -96,7 +96,12 @@ def scoring_of(record: RunRecord, model: nn.Module, tokenizer: PreTrainedTokeniz
     settings = dict(record.scoring)
     if settings["scoring"] == HEAD:
         settings.setdefault("max_length", longest_row(model))
-    return make_scoring(settings, tokenizer)
+    try:
+        return make_scoring(settings, tokenizer)
+    except (TypeError, KeyError, AttributeError, IndexError) as error:
+        raise UserError(
+            f"{RECORD} has a scoring that is none ({one_line(error)[:200]}); train the run again or restore the file."
+        ) from error
 
 
 def longest_row(model: nn.Module) -> int:

@@ -10,12 +10,12 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Self, TypedDict
+from typing import Any, Self, TypedDict, get_args, get_origin, get_type_hints, is_typeddict
 
 from scalabl.core import __version__, processes
 from scalabl.core.errors import UserError
 from scalabl.core.files import ADAPTER, JOINT, read_json, sha256, write_json
-from scalabl.runs.settings import DEFAULTS, Settings
+from scalabl.runs.settings import DEFAULTS, Settings, typed_setting
 
 RECORD = "scalabl.json"
 CONFIG = "adapter_config.json"
@@ -23,6 +23,7 @@ VERSION = 1  # of the record's form; records without one are of the first
 HEAD = "head"  # the scoring by a classification head
 SEVERAL_LABELS = "multi_label_classification"  # Transformers' problem_type of a head whose rows may have several
 CHOICES, LANGUAGE = "choices", "language"  # kinds of runs: questions with choices, rows of text
+_SCORINGS = ("letters", "continuation", "text", HEAD)
 _MEND = "train the run again or restore the file"
 
 
@@ -37,6 +38,42 @@ def config_digest(directory: Path) -> str:
     said = read_json(path, missing=missing, mend="restore the file", expected="an adapter's configuration")
     whole = json.dumps({**said, "base_model_name_or_path": None}, sort_keys=True)
     return hashlib.sha256(whole.encode()).hexdigest()
+
+
+def _check(said: dict[str, Any], path: Path) -> None:
+    """Refuse values that no record has, by the names of their fields."""
+    kinds = get_type_hints(RunRecord)
+    for name, value in said.items():
+        if not _is_of(value, kinds[name]):
+            raise UserError(f"{path}: {name} is {str(value)[:80]!r}, which no record has; {_MEND}.")
+    for name, choices in (("status", ("running", "finished")), ("kind", (CHOICES, LANGUAGE))):
+        if said.get(name, choices[0]) not in choices:
+            raise UserError(f"{path}: {name} is {said[name]!r}; it must be {' or '.join(choices)}; {_MEND}.")
+    for name, value in said["recipe"].items():
+        if name in DEFAULTS and (value is not None or name in ("method", "model")):
+            try:
+                typed_setting(name, value)
+            except UserError as error:
+                raise UserError(f"{path}: {str(error).rstrip('.')}; {_MEND}.") from error
+    if "scoring" in said and said["scoring"].get("scoring", HEAD) not in _SCORINGS:
+        raise UserError(f"{path}: scoring is {said['scoring']['scoring']!r}; it must be one of {', '.join(_SCORINGS)}.")
+
+
+def _is_of(value: Any, kind: Any) -> bool:
+    """Whether a JSON value is of a type as the record's fields have them; a whole number is a float too."""
+    if is_typeddict(kind):
+        inner = get_type_hints(kind)
+        return isinstance(value, dict) and all(name in value and _is_of(value[name], inner[name]) for name in inner)
+    origin, inside = get_origin(kind), get_args(kind)
+    if origin is dict:
+        return isinstance(value, dict) and all(_is_of(each, inside[1]) for each in value.values())
+    if origin is list:
+        return isinstance(value, list) and all(_is_of(each, inside[0]) for each in value)
+    if inside:  # or None
+        return any(_is_of(value, each) for each in inside)
+    if kind in (int, float):
+        return isinstance(value, (int, kind)) and not isinstance(value, bool)
+    return kind is Any or isinstance(value, kind)
 
 
 class TaskFacts(TypedDict):
@@ -129,7 +166,9 @@ class RunRecord:
         if content.get("version", VERSION) != VERSION:
             raise UserError(f"{path} was written by scalabl {content.get('scalabl')}; read it with that version.")
         known = {each.name for each in fields(cls)}
-        return cls(**{k: v for k, v in content.items() if k in known} | {"recipe": DEFAULTS | content["recipe"]})
+        said = {name: value for name, value in content.items() if name in known and value is not None}
+        _check(said, path)
+        return cls(**said | {"recipe": DEFAULTS | content["recipe"]})
 
     @classmethod
     def read_finished(cls, directory: Path) -> Self:

@@ -14,6 +14,7 @@ from typing import Any
 
 from scalabl.core.errors import UserError
 from scalabl.core.files import ADAPTER, read_if_whole, sha256
+from scalabl.core.locations import expanded
 from scalabl.runs.directory import adapter_config, as_recorded, find_base, saved_shapes
 from scalabl.runs.record import CONFIG, HEAD, RECORD, SEVERAL_LABELS, RowCounts, RunRecord, TaskFacts
 from scalabl.runs.settings import DEFAULTS, typed_setting
@@ -110,7 +111,7 @@ def _labels(directory: Path, base: str, given: Sequence[str] | None) -> tuple[st
     the base's own."""
     number = _outputs(directory)
     known: tuple[str, ...] | None = None
-    for place in (directory, Path(base).expanduser()):
+    for place in (directory, expanded(base)):
         known = known or _named_labels(place / "config.json", number)
     found = known if given is None else tuple(given)
     if found is None:
@@ -129,7 +130,7 @@ def _labels(directory: Path, base: str, given: Sequence[str] | None) -> tuple[st
 
 def _several(directory: Path, base: str) -> bool | None:
     """Whether a row may have several labels; None where no configuration says it."""
-    for place in (directory, Path(base).expanduser()):
+    for place in (directory, expanded(base)):
         config = read_if_whole(place / "config.json")
         if isinstance(config, dict) and config.get("problem_type") is not None:
             return bool(config["problem_type"] == SEVERAL_LABELS)

@@ -21,6 +21,7 @@ from scalabl.core.console import progress_bar
 from scalabl.core.errors import UserError
 from scalabl.core.files import ADAPTER, read_json, sha256, write_json, writing
 from scalabl.core.remote_code import trust_remote_code
+from scalabl.inference.settings import temperature_in
 from scalabl.posterior.draws import noise
 from scalabl.runs.directory import reading_config
 from scalabl.runs.models import saved_tokenizer
@@ -100,6 +101,10 @@ def export(
     except (SafetensorError, KeyError, RuntimeError) as error:
         raise UserError(f"{directory / ADAPTER} is truncated or altered ({error}); restore the file.") from error
 
+    if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
+        raise UserError(
+            f"{directory / ADAPTER} has weights that are no numbers (NaN or infinite); train the run again."
+        )
     made = not output.exists()
     output.mkdir(parents=True, exist_ok=True)
     try:
@@ -178,7 +183,7 @@ def _temperature(directory: Path, identity: Identity) -> float | None:
         return None
     mend = "fit temperature again"
     facts = read_json(path, missing="", mend=mend, expected=f"a temperature; {mend}", key="temperature")
-    return float(facts["temperature"]) if facts.get("adapter_sha256") == identity.adapter_sha256 else None
+    return temperature_in(facts, path) if facts.get("adapter_sha256") == identity.adapter_sha256 else None
 
 
 def particle_values(

@@ -13,6 +13,7 @@ from typing import Any
 
 from scalabl.core.errors import UserError
 from scalabl.core.files import require_place
+from scalabl.core.locations import expanded
 from scalabl.data.example import Example, Task
 from scalabl.data.load import load_task, with_labels
 from scalabl.runs.directory import adapter_config, as_recorded, find_base
@@ -90,7 +91,7 @@ def read_source(directory: Path, model: str | None = None, labels: Sequence[str]
     if not named:
         raise UserError(f"{directory / CONFIG} does not name the base model; give it with --model.")
     named = named if model else find_base(named, directory)
-    if named.startswith((".", "/", "~")) and not Path(named).expanduser().is_dir():
+    if named.startswith((".", "/", "~")) and not expanded(named).is_dir():
         raise UserError(f"There is no model directory {named}; give the base model with --model.")
     return SourceAdapter(directory, config, record, as_recorded(named))
 
