@@ -101,6 +101,8 @@ def test_the_rank_is_one_that_vllm_takes(scored_run: Path, tmp_path: Path, rank:
         vllm_command(replace(manifest, rank=513), tmp_path)
     with pytest.raises(UserError, match="do not name their base model"):
         vllm_command(replace(manifest, base_model=None), tmp_path)
+    with pytest.raises(UserError, match="The base model is called '--api-key=x', which vllm serve takes for an option"):
+        vllm_command(replace(manifest, base_model="--api-key=x"), tmp_path)
 
 
 def test_warnings_are_printed(

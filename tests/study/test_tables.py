@@ -1,6 +1,7 @@
 """The tidy table, and the tables of means that are written from it."""
 
 import csv
+import io
 import re
 import shutil
 from html.parser import HTMLParser
@@ -18,7 +19,7 @@ from scalabl.metrics.uncertainty import apply_temperature, average, decompose
 from scalabl.study.benchmark import facts_of, write_results
 from scalabl.study.cells import finished
 from scalabl.study.page import NOTES, Document, html, latex, layout, markdown
-from scalabl.study.results import SCHEMA, tidy
+from scalabl.study.results import SCHEMA, csv_of, tidy
 from scalabl.study.study import Variant
 from scalabl.study.summary import BASELINES, OTHERS, Figure, Gap, Line, Table, _mark_best, figure, summarize
 from scalabl.study.work import read_predictions
@@ -204,11 +205,32 @@ def test_markdown(document: Document) -> None:
     assert text.startswith("# Study\n\nIs it so?\n\nIt **is**.\n\n## arc-easy (1,200 test rows)")
     assert "- model: a_model" in text
     assert "| a_b + T | 50.0 ±1.0 | **1.040** ±0.010 ▲▽ | 50.0 ±1.0 |" in text
-    assert "| <i>r=8 & 50% † | 50.0" in text and "† at chance: <i>r=8 & 50% (2 of 3 seeds)." in text
+    assert r"| \<i>r=8 & 50% † | 50.0" in text and r"† at chance: \<i>r=8 & 50% (2 of 3 seeds)." in text
     assert "0.400 to 0.600 | −0.200 (−0.300 to −0.100) ▲ | +0.050 (+0.010 to +0.090) ▽ |" in text
     assert all(note in text for note in NOTES)
     widths = {row.count("|") for row in text.splitlines() if row.startswith("|")}
     assert widths == {12, 6} and text.count("<details>") == text.count("</details>") == 3
+
+
+def test_names_are_no_markdown_and_no_line_of_their_own() -> None:
+    name = "x](http://x) ![y](z) `c` | <script>\n\n# forged \x1b[31m"
+    facts = {"model": name, name: "1"}
+    made = layout(name, name, facts, [Table(name, name, 3, [line(name, 1.0, collapsed=1), line("b", 2.0)])])
+    text = markdown(made)
+    shown = r"x\](http://x) !\[y\](z) \`c\` \| \<script> # forged \\u001b\[31m"
+    assert text.startswith(f"# {shown}\n\n{shown}\n\n## ") and text.splitlines()[4].endswith(" (3 test rows)")
+    assert f"- model: {shown}\n- {shown}: 1\n" in text and f"| {shown} † | 50.0" in text
+    assert "\x1b" not in text and not any(row.startswith("# forged") for row in text.splitlines())
+    assert not any(row.startswith("# forged") for row in latex(made).splitlines())
+
+
+def test_a_spreadsheet_runs_no_cell() -> None:
+    names = ["=1+1", "+1", "-1", "@sum", "\t=1", "a=1", "", "mle + T"]
+    rows = [{"name": name, "value": -0.5} for name in names] + [{"name": None, "value": -3}]
+    read = list(csv.DictReader(io.StringIO(csv_of(rows, ["name", "value"]), newline="")))
+    assert [row["name"] for row in read] == [f"'{name}" for name in names[:5]] + [*names[5:], ""]
+    assert csv_of([{"name": "a\r=1"}], ["name"]) == "name\na\\u000d=1\n"
+    assert [row["value"] for row in read] == ["-0.5"] * len(names) + ["-3"]
 
 
 def test_latex(document: Document) -> None:

@@ -12,7 +12,7 @@ import typer
 
 from scalabl.cli import options
 from scalabl.cli.app import app
-from scalabl.core.console import is_utf8
+from scalabl.core.console import is_utf8, say
 from scalabl.core.errors import UserError
 from scalabl.core.files import write_text
 
@@ -71,6 +71,6 @@ def _write(rows: Iterable[dict[str, Any]], output: Path | None) -> None:
     ascii_alone = output is None and not is_utf8(sys.stdout)
     text = "".join(json.dumps(row, ensure_ascii=ascii_alone) + "\n" for row in rows)
     if output is None:
-        sys.stdout.write(text)
+        say(text, end="")
     else:
         write_text(output, text)

@@ -8,6 +8,7 @@ from typing import NoReturn
 import typer
 
 from scalabl.core import __version__, processes
+from scalabl.core.console import say
 from scalabl.core.errors import UserError
 from scalabl.core.remote_code import OPTION, allow_remote_code
 
@@ -34,7 +35,7 @@ def _version(
     if trusted:
         allow_remote_code()
     if version:
-        print(__version__)
+        say(__version__)
         raise typer.Exit
     command = context.invoked_subcommand
     if processes.world_size() > 1 and command is not None and command not in _SEVERAL:
@@ -44,5 +45,5 @@ def _version(
 def fail(sentence: str, code: int = 2) -> NoReturn:
     """End the program with one sentence on standard error, said by one of its processes."""
     if sentence and processes.is_first_to_fail():  # without a sentence, the help was printed instead
-        print(f"scalabl: {' '.join(sentence.split())}", file=sys.stderr)
+        say(f"scalabl: {' '.join(sentence.split())}", stderr=True)
     sys.exit(code)

@@ -14,7 +14,7 @@ import typer
 
 from scalabl.cli import options
 from scalabl.cli.app import app, data, fail
-from scalabl.core.console import quiet, words_console
+from scalabl.core.console import quiet, say, words_console
 from scalabl.core.errors import UserError
 from scalabl.core.files import write_json
 from scalabl.core.outputs import require_writable
@@ -129,7 +129,7 @@ def _tables(study: Study, plan: StudyPlan, output: Path, results: Path, command:
         raise UserError(f"No prediction of this study is finished in {output}; run it without --tables-only first.")
     _make(results, "results")
     write_results(study, plan, output, results, rows, command)
-    print(f"{len(rows):,} rows in {results}/results.csv; tables and pictures in README.md and results.html")
+    say(f"{len(rows):,} rows in {results}/results.csv; tables and pictures in README.md and results.html")
 
 
 def _list(plan: StudyPlan, output: Path) -> None:
@@ -137,8 +137,8 @@ def _list(plan: StudyPlan, output: Path) -> None:
 
     done = {address: finished(output, address) is not None for address in plan.cells}
     for address, cell in plan.cells.items():
-        print(f"{address}  {'finished' if done[address] else 'to do':8}  {cell.label}")
-    print(f"{sum(done.values())} of {len(done)} cells are finished.")
+        say(f"{address}  {'finished' if done[address] else 'to do':8}  {cell.label}")
+    say(f"{sum(done.values())} of {len(done)} cells are finished.")
 
 
 @app.command()
@@ -183,7 +183,7 @@ def list_benchmarks() -> None:
     from scalabl.data.registry import BENCHMARKS, OPEN_BENCHMARKS
 
     for name in (*BENCHMARKS, *OPEN_BENCHMARKS):
-        print(name)
+        say(name)
 
 
 @data.command("get")
@@ -196,7 +196,7 @@ def get_benchmarks(
     from scalabl.data.load import get
 
     with Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         DownloadColumn(),
         console=words_console(stderr=True),
@@ -211,4 +211,4 @@ def get_benchmarks(
         )
     for task in tasks:
         splits = ", ".join(f"{len(rows):,} {name}" for name, rows in task.splits.items())
-        print(f"{task.name}: {splits} ({task.source}; {task.licence})")
+        say(f"{task.name}: {splits} ({task.source}; {task.licence})")

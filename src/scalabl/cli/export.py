@@ -9,6 +9,7 @@ import typer
 
 from scalabl.cli import options
 from scalabl.cli.app import app
+from scalabl.core.console import say
 
 
 @app.command()
@@ -41,8 +42,8 @@ def export(
     quiet()
     manifest = write(run, particles, output, form=format, seed=seed, draws=draws, name=name, raw=raw)
     directory = (output or run) / "particles"
-    print(f"{particles:,} particles in {directory}")
+    say(f"{particles:,} particles in {directory}")
     for warning in manifest.warnings:
-        print(f"warning: {warning}")
+        say(f"warning: {warning}")
     if not manifest.head and (model or manifest.base_model) and manifest.rank <= MAX_LORA_RANKS[-1]:
-        print(as_shell(vllm_command(manifest, directory, base=model, host=host, port=port)))
+        say(as_shell(vllm_command(manifest, directory, base=model, host=host, port=port)))

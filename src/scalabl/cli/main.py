@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from typing import NoReturn
 
 import typer
@@ -20,7 +21,7 @@ from scalabl.cli import predict as _predict  # noqa: F401
 from scalabl.cli import train as _train  # noqa: F401
 from scalabl.cli.app import app, fail
 from scalabl.core import processes
-from scalabl.core.console import any_console, quiet_imports
+from scalabl.core.console import any_console, quiet_imports, say
 from scalabl.core.errors import explain
 from scalabl.core.interpreters import keep_safe_paths
 
@@ -42,7 +43,8 @@ def _run() -> NoReturn:
     except Exception as error:
         sentence = explain(error)
         if sentence is None and processes.is_first_to_fail():
-            raise
+            say(traceback.format_exc(), stderr=True)
+            sys.exit(1)
         fail(sentence or "")
     if code == 130:
         fail("Interrupted; run the same command again to go on.", code=130)

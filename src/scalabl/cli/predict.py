@@ -10,6 +10,7 @@ import typer
 from scalabl.cli import options
 from scalabl.cli.app import app
 from scalabl.core import processes
+from scalabl.core.console import say
 from scalabl.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -123,12 +124,12 @@ def predict(
     if not processes.is_main():
         return
     if done.cut is not None:
-        typer.echo(f"warning: {done.cut}", err=True)
+        say(f"warning: {done.cut}", stderr=True)
     if done.particles is not None:
-        print(f"{len(rows):,} answers from {done.particles:.1f} of at most {samples} particles each, on average")
+        say(f"{len(rows):,} answers from {done.particles:.1f} of at most {samples} particles each, on average")
     if max_error is not None or max_false_alarms is not None:
         share = done.answered / len(rows)
-        print(f"answered   {done.answered:,} of {len(rows):,} rows ({share:.1%}) in {written}")
+        say(f"answered   {done.answered:,} of {len(rows):,} rows ({share:.1%}) in {written}")
 
 
 def _on_this_machine(text: str) -> Path:
@@ -162,11 +163,11 @@ def _predict_shards(
         run, input, output, address, settings, format=format, batch_size=batch_size, block_rows=block_rows,
         model=model, tell=_tell,
     )  # fmt: skip
-    print(f"{done.rows:,} answers to {done.shards:,} shards in {output}")
+    say(f"{done.rows:,} answers to {done.shards:,} shards in {output}")
     if done.particles is not None:
-        print(f"from {done.particles:.1f} of at most {settings.samples} particles each, on average")
+        say(f"from {done.particles:.1f} of at most {settings.samples} particles each, on average")
     if done.answered < done.rows:
-        print(f"answered   {done.answered:,} of {done.rows:,} rows ({done.answered / done.rows:.1%})")
+        say(f"answered   {done.answered:,} of {done.rows:,} rows ({done.answered / done.rows:.1%})")
 
 
 def _tell(settings: PredictionSettings) -> None:
@@ -174,13 +175,13 @@ def _tell(settings: PredictionSettings) -> None:
     from scalabl.inference.thresholds import describe
 
     if settings.why is not None:
-        print(settings.why)
+        say(settings.why)
     for sentence in describe(settings):
-        print(sentence)
+        say(sentence)
     promise, threshold = settings.promise, settings.threshold
     if promise is None or threshold is None:
         return
     counts = f"{threshold.answered:,} of {threshold.rows:,} held-out rows, {threshold.wrong:,} of them wrong"
-    print(f"threshold  {promise.describe(threshold)}")
-    print(f"promise    {threshold.sentence}")
-    print(f"expected   {threshold.coverage:.1%} of rows answered ({counts})")
+    say(f"threshold  {promise.describe(threshold)}")
+    say(f"promise    {threshold.sentence}")
+    say(f"expected   {threshold.coverage:.1%} of rows answered ({counts})")

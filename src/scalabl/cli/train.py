@@ -11,7 +11,7 @@ import typer
 from scalabl.cli.app import app, fail
 from scalabl.cli.options import SettingsCommand, with_settings
 from scalabl.core import processes
-from scalabl.core.console import words_console
+from scalabl.core.console import say, words_console
 from scalabl.runs.record import CHOICES, RunRecord
 from scalabl.runs.settings import DEFAULTS, Settings, make_settings
 
@@ -100,10 +100,10 @@ def _plan(settings: Settings, task: Task | TextTask, ignore_memory: bool) -> Pre
             return f"memory: not planned. {error}"
 
     if processes.is_main():
-        print(_in_short(settings))
+        say(_in_short(settings))
     planned = processes.on_main(line)
     if processes.is_main():
-        print(planned)
+        say(planned)
     return loaded[0] if loaded else None
 
 

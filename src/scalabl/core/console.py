@@ -1,4 +1,5 @@
-"""What the terminal shows: one progress bar for all that takes more than a few seconds, and no library's own noise.
+"""What the terminal shows: text of others made harmless, one progress bar for all that takes more than a few seconds,
+and no library's own noise.
 
 A console may lack characters, be closed, or have nobody who reads on. None of that is to cost a command its work:
 characters become plain ones, and what nobody reads is dropped.
@@ -10,6 +11,7 @@ import codecs
 import errno
 import logging
 import os
+import re
 import sys
 import time
 import unicodedata
@@ -18,7 +20,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -28,13 +30,38 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.segment import Segment
 
 from scalabl.core.processes import is_main
+
+# C0, DEL and C1, with which every escape sequence begins; ends of lines and marks of direction that forge other lines
+_ACTIVE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+
+
+def visible(text: str) -> str:
+    """A text of others as a terminal may show it: what would steer the terminal stands there as JSON writes it.
+
+    JSON stays the same JSON: it has such characters inside its strings alone.
+    """
+    return _ACTIVE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+def say(text: str, *, stderr: bool = False, end: str = "\n") -> None:
+    """Print a text that may quote a file, a name or a server."""
+    print(visible(text), file=sys.stderr if stderr else sys.stdout, end=end, flush=stderr)
+
+
+class _Words(Console):
+    """A console that steers the terminal by itself alone, whatever the texts say that it is given."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        for text, style, control in super().render(renderable, options):
+            yield Segment(text if control else visible(text), style, control)
 
 
 def words_console(*, stderr: bool = False) -> Console:
     """A console on which brackets and colons in a path, a name or a row are what they are, and no markup."""
-    return Console(stderr=stderr, markup=False, emoji=False)
+    return _Words(stderr=stderr, markup=False, emoji=False)
 
 
 def progress_bar() -> Progress:
@@ -89,10 +116,7 @@ class _Lines(Progress):
         task = self._tasks[task_id]
         total = "" if task.total is None else f" of {task.total:,.0f}"
         detail = task.fields.get("detail")
-        print(
-            f"{task.description}: {task.completed:,.0f}{total}{f', {detail}' if detail else ''}",
-            file=sys.stderr, flush=True,
-        )  # fmt: skip
+        say(f"{task.description}: {task.completed:,.0f}{total}{f', {detail}' if detail else ''}", stderr=True)
 
 
 # what they say while they are imported (kernels that are not there, deprecations of their own), before `quiet`

@@ -18,11 +18,19 @@ _DISK = {
 }
 
 
+LONGEST = 3000  # characters of a sentence
+
+
 class UserError(ValueError):
     """Something the user can mend: the message is one sentence that says what is wrong and how to mend it.
 
-    The command line prints it without a traceback and exits with code 2.
+    The command line prints it without a traceback and exits with code 2. What it quotes of others may be of any length:
+    a long sentence loses its middle, and keeps its mend.
     """
+
+    def __init__(self, sentence: object = "") -> None:
+        text = str(sentence)
+        super().__init__(text if len(text) <= LONGEST else f"{text[: LONGEST * 2 // 3]} ... {text[-LONGEST // 3 :]}")
 
 
 def first_line(error: BaseException) -> str:

@@ -17,7 +17,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from scalabl.core.errors import UserError
 from scalabl.core.locations import Location, StorePath
@@ -70,12 +70,34 @@ def read_if_whole(path: Path) -> Any:
         return None
 
 
+LONGEST_YAML = 1 << 20  # characters
+MOST_VALUES = 100_000  # with those that aliases stand for
+
+
 def read_yaml(path: Path, *, missing: str, mend: str, expected: str, key: str | None = None) -> dict[str, Any]:
     """The mapping in a YAML file; as `read_json`."""
     import yaml
 
     class Loader(yaml.SafeLoader):
-        """Refuses a mapping that names a key twice, of which YAML's own would take the last."""
+        """Refuses a mapping that names a key twice, of which YAML's own would take the last, and aliases that stand for
+        too much: nine lines of them are billions of values."""
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            alias = self.peek_event() if self.check_event(yaml.AliasEvent) else None
+            node = super().compose_node(parent, index)
+            if not hasattr(self, "sizes"):
+                self.sizes: dict[int, int] = {}  # how many values each finished node stands for
+            if alias is not None and id(node) not in self.sizes:
+                self.refuse(f"the alias *{alias.anchor} stands inside its own value", alias)
+            children = node.value if isinstance(node, yaml.CollectionNode) else ()
+            parts = (each for child in children for each in (child if isinstance(child, tuple) else (child,)))
+            size = self.sizes.setdefault(id(node), 1 + sum(self.sizes[id(part)] for part in parts))
+            if size > MOST_VALUES:
+                self.refuse(f"it stands for more than {MOST_VALUES:,} values", node)
+            return node
+
+        def refuse(self, problem: str, event: Any) -> NoReturn:
+            raise yaml.composer.ComposerError(None, None, problem, event.start_mark)
 
         def compose_mapping_node(self, anchor: Any) -> Any:
             node = super().compose_mapping_node(anchor)
@@ -88,6 +110,8 @@ def read_yaml(path: Path, *, missing: str, mend: str, expected: str, key: str | 
             return node
 
     def parse(text: str) -> Any:
+        if len(text) > LONGEST_YAML:
+            raise ValueError(f"it is longer than {LONGEST_YAML >> 20} MiB")
         try:
             return yaml.load(text, Loader)
         except yaml.MarkedYAMLError as error:

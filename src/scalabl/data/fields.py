@@ -9,6 +9,7 @@ from typing import Any
 
 from scalabl.core.errors import UserError
 from scalabl.data.example import KEY, LETTERS, Example, check, first_duplicate, images_of
+from scalabl.data.records import LONGEST
 
 _QUESTION_KEYS = ("question", "choices", "answer")
 _TEXT_KEYS = ("text", "label")
@@ -142,6 +143,8 @@ def unstripped_text(value: Any, what: str, where: str) -> str:
     """A text as it stands; blank or not a text: refused."""
     if not isinstance(value, str):
         raise UserError(f"{where}: {what} is {_kind(value)}, not a text; write it in quotes.")
+    if len(value) > LONGEST:
+        raise UserError(f"{where}: {what} is longer than {LONGEST >> 20} MiB; shorten it.")
     if not value.strip():
         raise UserError(f"{where}: {what} is blank; write its text or take the row out.")
     try:

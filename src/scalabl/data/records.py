@@ -82,6 +82,9 @@ def read_fields(path: Location, *, place: int = 0, line: int = 1) -> Iterator[tu
     return read_objects(path, place=place, line=line)
 
 
+LONGEST = 1 << 24  # bytes of a row
+
+
 class Ids:
     """The ids of a file's rows, each of which must be a row's own."""
 
@@ -115,8 +118,10 @@ def read_objects(path: Location, *, place: int = 0, line: int = 1) -> Iterator[t
     try:
         with path.open("rb") as file:
             file.seek(place)
-            for number, content in enumerate(file, start=line):
+            for number, content in enumerate(iter(lambda: file.readline(LONGEST + 1), b""), start=line):
                 where = f"{path}:{number}"
+                if len(content) > LONGEST:
+                    raise UserError(f"{where}: the line is longer than {LONGEST >> 20} MiB; shorten the row.")
                 text = _decode(content, where, first=number == 1)
                 if text.strip():
                     rows += 1

@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scalabl.core.errors import UserError, one_line
-from scalabl.core.files import ADAPTER, lock, read_json, require_place
+from scalabl.core.files import ADAPTER, lock, read_if_whole, read_json, require_place
 from scalabl.core.modules import split_leaf
+from scalabl.runs.patterns import require_patterns
 from scalabl.runs.record import CONFIG, RECORD, RunRecord
 from scalabl.runs.settings import Settings
 
@@ -192,6 +193,8 @@ def reading_config(directory: Path) -> Iterator[None]:
         UserError: the file is no JSON, or a value in it is none that an adapter has.
     """
     try:
+        if isinstance(config := read_if_whole(directory / CONFIG), dict):
+            require_patterns(config, str(directory / CONFIG))
         yield
     except UserError:
         raise

@@ -258,6 +258,9 @@ def vllm_command(
     base = base or manifest.base_model
     if base is None:
         raise UserError("The particles do not name their base model; give it with --model.")
+    for what, name in (("base model", base), *(("adapter", name) for name in manifest.adapters)):
+        if name.startswith("-"):  # the command is one that users paste into their shell
+            raise UserError(f"The {what} is called {name!r}, which vllm serve takes for an option; rename it.")
     rank = next((r for r in MAX_LORA_RANKS if r >= manifest.rank), None)
     if rank is None:
         raise UserError(f"The rank is {manifest.rank}, but vLLM serves at most {MAX_LORA_RANKS[-1]}; train a smaller.")

@@ -7,12 +7,16 @@ differences stand behind, folded.
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from html import escape
 from importlib.resources import files
+from urllib.parse import quote
 
 from jinja2 import Environment, StrictUndefined
 
+from scalabl.core.console import visible
 from scalabl.inference.report.table import ARROWS, MINUS, heading, number
 from scalabl.metrics.figures import METRICS
 from scalabl.runs.registry import METHODS
@@ -215,25 +219,31 @@ def _span(low: float | None, high: float | None, metric: str, *, signed: bool = 
 
 
 def markdown(document: Document) -> str:
-    """GitHub's Markdown; the pictures lie beside it."""
-    lines = [f"# {document.title}", ""]
-    lines += [part for text in (document.about, document.answer.strip()) if text for part in (text, "")]
+    """GitHub's Markdown; the pictures lie beside it. Only the answer is Markdown by itself."""
+    lines = [f"# {_plain(document.title)}", ""]
+    lines += [part for text in (_plain(document.about), document.answer.strip()) if text for part in (text, "")]
     for section in document.sections:
-        lines += [f"## {section.title}", ""]
+        lines += [f"## {_plain(section.title)}", ""]
         for picture in section.pictures:
-            lines += [f"![{picture.description}]({picture.name}.svg)", ""]
-            lines += [picture.words, ""] if picture.words else []
+            lines += [f"![{_plain(picture.description)}]({quote(picture.name)}.svg)", ""]
+            lines += [_plain(picture.words), ""] if picture.words else []
         for grid in section.grids:
             lines += _markdown_table(grid)
     lines += ["## How to read it", "", *(f"- {note}" for note in NOTES), "", "## How it was made", ""]
-    return "\n".join([*lines, *(f"- {name}: {text}" for name, text in document.facts.items()), ""])
+    return "\n".join([*lines, *(f"- {_plain(name)}: {_plain(text)}" for name, text in document.facts.items()), ""])
+
+
+def _plain(text: str) -> str:
+    """Text of a recipe, a task or a run in Markdown: no link, picture, code, HTML, cell or line of its own."""
+    return re.sub(r"[\\`\[\]<|]", r"\\\g<0>", visible(" ".join(text.split())))
 
 
 def _markdown_table(grid: PageTable) -> list[str]:
-    opening = [f"<details><summary>{grid.caption}</summary>"] if grid.folded else [f"**{grid.caption}**"]
-    table = [f"| {' | '.join(grid.columns)} |", f"|---|{'---:|' * (len(grid.columns) - 1)}"]
-    table += [f"| {name} | {' | '.join(map(_markdown_cell, cells))} |" for name, cells in grid.rows]
-    closing = [*([grid.warning, ""] if grid.warning else []), *(["</details>", ""] if grid.folded else [])]
+    # between HTML's tags nothing of Markdown is read
+    opening = [f"<details><summary>{escape(grid.caption)}</summary>" if grid.folded else f"**{_plain(grid.caption)}**"]
+    table = [f"| {' | '.join(map(_plain, grid.columns))} |", f"|---|{'---:|' * (len(grid.columns) - 1)}"]
+    table += [f"| {_plain(name)} | {' | '.join(map(_markdown_cell, cells))} |" for name, cells in grid.rows]
+    closing = [*([_plain(grid.warning), ""] if grid.warning else []), *(["</details>", ""] if grid.folded else [])]
     return [*opening, "", *table, "", *closing]
 
 
@@ -249,8 +259,8 @@ _LATEX_MARKS = {
 
 def latex(document: Document) -> str:
     """Tables for a paper that loads booktabs and amssymb."""
-    lines = ["% " + document.title, r"% \usepackage{booktabs,amssymb}"]
-    lines += [f"% {name}: {text}" for name, text in document.facts.items()]
+    lines = ["% " + " ".join(document.title.split()), r"% \usepackage{booktabs,amssymb}"]
+    lines += [f"% {' '.join(f'{name}: {text}'.split())}" for name, text in document.facts.items()]
     for section in document.sections:
         for grid in section.grids:
             lines += [

@@ -33,6 +33,7 @@ import pyarrow
 import pyarrow.parquet
 from torch import Tensor
 
+from scalabl.core.console import visible
 from scalabl.core.files import write_text, writing
 from scalabl.inference.report.results import count_choices
 from scalabl.metrics import evaluate
@@ -159,10 +160,16 @@ def write_tables(rows: list[dict[str, Any]], directory: Path) -> None:
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema=SCHEMA), unfinished)
 
 
+def _as_text(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    return visible(f"'{value}" if value.startswith(("=", "+", "-", "@", "\t")) else value)
+
+
 def csv_of(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
-    """Rows as CSV with a line of names; None is empty."""
+    """Rows as CSV with a line of names; None is empty. Text that a spreadsheet would run has an apostrophe in front."""
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows({name: _as_text(value) for name, value in row.items()} for row in rows)
     return text.getvalue()
