@@ -270,13 +270,17 @@ def test_a_run_with_few_held_out_rows_says_that_it_is_uncalibrated(program: Prog
 
 
 def test_a_record_with_something_else_in_its_place_is_refused(write: Callable[..., Path]) -> None:
-    for altered in ({"scale": 2}, replace(GIVEN, scale=-1.0).as_dict(), replace(GIVEN, temperatures={}).as_dict(), []):
+    for altered in ({"scale": 2}, replace(GIVEN, scale=-1.0).as_dict(), replace(GIVEN, temperatures={}).as_dict()):
         directory = write(None)
         replace(RunRecord.read(directory), calibration=altered).write(directory)  # type: ignore[arg-type]
         with pytest.raises(
             UserError, match=r"scalabl\.json has a calibration that is none; run scalabl calibrate again"
         ):
             Predictor.load(directory)
+    directory = write(None)
+    replace(RunRecord.read(directory), calibration=[]).write(directory)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"scalabl\.json: calibration is '\[\]', which no record has"):
+        Predictor.load(directory)
 
 
 def test_calibrating_again_replaces_what_the_run_had(write: Callable[..., Path]) -> None:
