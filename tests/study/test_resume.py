@@ -60,15 +60,14 @@ def training_under_way(plan: StudyPlan, output: Path) -> bool:
     return bool(finished_addresses(plan, output)) and any(finished(output, a) is None for a in addresses)
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_a_killed_benchmark_goes_on(recipe: Path, tmp_path: Path, workers: int) -> None:
+def test_a_killed_benchmark_goes_on(recipe: Path, tmp_path: Path) -> None:
     output, plan = tmp_path / "output", make_plan(read_study(recipe))
-    process = start(recipe, output, "--workers", str(workers))
+    process = start(recipe, output, "--workers", "2")
     wait_for("a checkpoint", lambda: training_under_way(plan, output), process)
     children = descendants(process.pid)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert len(children) >= (0 if workers == 1 else workers)
+    assert len(children) >= 2
     # workers end with the call that started them
     wait_for("the end of the workers", lambda: not any(map(alive, children)))
 
