@@ -187,7 +187,7 @@ class AutoPredictive:
 
     def _linearized(self, trial: _Trial, cost: Cost, drawn: dict[str, int], costs: dict[str, float]) -> Choice:
         """The linearised predictive that the trial holds, of fewer layers where these do as well."""
-        layers, gap, features = self.stochastic_layers, trial.gap(drawn), trial.linear.feature_variance
+        layers, kept, features = self.stochastic_layers, drawn, trial.linear.feature_variance
         if layers is None:
             spec = holding_variance(drawn, trial.variances(), SHARE)
             fewer = {name: drawn[name] for name in top_layers(drawn, spec)}
@@ -195,15 +195,15 @@ class AutoPredictive:
                 of_fewer = _name(spec, of_features=features is not None)
                 costs[of_fewer] = cost.linearized(min(fewer.values()), None if features is None else 1)
                 if trial.fault(fewer) is None:
-                    layers, gap = spec, trial.gap(fewer)
+                    layers, kept = spec, fewer
         name = _name(layers, of_features=features is not None)
-        epistemic = "" if features is None else f", and {trial.epistemic_gap(drawn):.2g} nats off in the epistemic part"
+        epistemic = "" if features is None else f", and {trial.epistemic_gap(kept):.2g} nats off in the epistemic part"
         return Choice(
             self.linearized(layers, features),
             name,
             f"auto chose {name} ({costs[name]:.1f} plain forwards a batch; mc with N = {self.samples} takes "
-            f"{costs[f'mc, N = {self.samples}']:.1f}): on {trial.rows} of the rows it is {gap:.2g} off in probability, "
-            f"no more than the noise of N = {self.samples}, {trial.noise:.2g}{epistemic}.",
+            f"{costs[f'mc, N = {self.samples}']:.1f}): on {trial.rows} of the rows it is {trial.gap(kept):.2g} off in "
+            f"probability, no more than the noise of N = {self.samples}, {trial.noise:.2g}{epistemic}.",
             costs,
         )
 
