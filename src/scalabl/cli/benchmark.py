@@ -24,9 +24,6 @@ if TYPE_CHECKING:
     from scalabl.study.plan import StudyPlan
     from scalabl.study.study import Study
 
-_WRITTEN = ("results.csv", "results.parquet", "summary.csv", "README.md", "results.tex", "results.html")
-_HEADER = "method,task,trained_on,seed,"  # of every results.csv
-
 
 @app.command()
 def benchmark(
@@ -78,19 +75,9 @@ def _make(directory: Path, option: str) -> None:
         raise UserError(f"{directory} cannot be written ({error.strerror}); choose another --{option}.") from error
     require_writable(directory / "results.csv")
     if option == "results":
-        _require_results(directory)
+        from scalabl.study.benchmark import require_results
 
-
-def _require_results(directory: Path) -> None:
-    """Refuse a directory whose files of these names are not a study's, by the table that every study begins with."""
-    table = directory / "results.csv"
-    if table.is_file():
-        with table.open(encoding="utf-8", errors="replace") as lines:
-            if lines.readline().startswith(_HEADER):
-                return
-    foreign = next((name for name in _WRITTEN if (directory / name).exists()), None)
-    if foreign is not None:
-        raise UserError(f"{directory / foreign} is not of a study, and would be overwritten; choose another --results.")
+        require_results(directory)
 
 
 def _run(

@@ -18,16 +18,20 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from scalabl.core.console import words_console
+from scalabl.core.errors import UserError
 from scalabl.core.files import write_bytes, write_text
 from scalabl.study.cells import PREDICTION, Cell, failure, finished
 from scalabl.study.look import svg
 from scalabl.study.page import html, latex, layout, markdown
 from scalabl.study.pictures import pictures
 from scalabl.study.plan import StudyPlan
-from scalabl.study.results import csv_of, tidy, write_tables
+from scalabl.study.results import SCHEMA, csv_of, tidy, write_tables
 from scalabl.study.run import run_here, run_ray, run_workers
 from scalabl.study.study import Study
 from scalabl.study.summary import summarize, summary_rows
+
+_PAGES = {"README.md": markdown, "results.tex": latex, "results.html": html}
+_WRITTEN = ("results.csv", "results.parquet", "summary.csv", *_PAGES)
 
 
 def run_benchmark(
@@ -76,6 +80,22 @@ def run_benchmark(
     return rows
 
 
+def require_results(directory: Path) -> None:
+    """Refuse a directory whose files of these names are not a study's, by the table that every study begins with.
+
+    Raises:
+        UserError: `write_results` would overwrite another's file.
+    """
+    table, header = directory / "results.csv", ",".join(SCHEMA.names[:4])
+    if table.is_file():
+        with table.open(encoding="utf-8", errors="replace") as lines:
+            if lines.readline().startswith(f"{header},"):
+                return
+    foreign = next((name for name in _WRITTEN if (directory / name).exists()), None)
+    if foreign is not None:
+        raise UserError(f"{directory / foreign} is not of a study, and would be overwritten; choose another --results.")
+
+
 def write_results(
     study: Study, plan: StudyPlan, output: Path, results: Path, rows: list[dict[str, Any]], command: str
 ) -> None:
@@ -93,7 +113,7 @@ def write_results(
     answer = written.read_text(encoding="utf-8") if written.is_file() else ""
     facts = facts_of(study, plan, output, rows, command)
     document = layout(study.name, study.about, facts, tables, drawn, answer=answer)
-    for name, render in (("README.md", markdown), ("results.tex", latex), ("results.html", html)):
+    for name, render in _PAGES.items():
         write_text(results / name, render(document))
 
 
