@@ -41,6 +41,7 @@ from harness import (
     write_results,
 )
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 from torch import Tensor
 
 from scalabl.core.console import quiet
@@ -215,7 +216,7 @@ def markdown(content: dict[str, Any]) -> str:
 
 def picture(content: dict[str, Any]) -> str:
     """Cost against the two errors beside those of N particles, a column of panels a run, as SVG."""
-    runs = content["runs"]
+    runs, plain = content["runs"], FuncFormatter(lambda value, _: f"{value:g}")
     names = list(dict.fromkeys(row["strategy"] for bench in runs for row in bench["rows"]))
     looks = {name: (LOOKS[i % 4][0], "osD^vP*X"[i // 4]) for i, name in enumerate(names)}
     with matplotlib.rc_context(STYLE):
@@ -235,6 +236,8 @@ def picture(content: dict[str, Any]) -> str:
             axes.axhline(1, color="#9aa0a6", linewidth=0.8)
             axes.axvline(2, color="#9aa0a6", linewidth=0.8, linestyle=":")
             axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(plain)
+            axes.yaxis.set_minor_formatter(plain)  # less than a decade: the powers of ten alone would be one line
             axes.spines[["top", "right"]].set_visible(False)
             if column == 0:
                 axes.set_ylabel(f"error: {words}")
