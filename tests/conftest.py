@@ -5,6 +5,7 @@ It is imported inside them, so that tests which need no model do not wait for to
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import sys
@@ -16,6 +17,12 @@ import pytest
 
 if TYPE_CHECKING:
     from program import Output, Program
+
+
+def pytest_collection_finish() -> None:
+    """Imported modules stay: `gc.collect`, of which every cell of a study makes one, need not look through them."""
+    gc.collect()
+    gc.freeze()
 
 
 os.environ.setdefault("RAY_worker_niceness", "0")  # with Ray's own, 15, its workers stand still beside other tests

@@ -8,6 +8,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -71,6 +72,37 @@ def run(function: Callable[..., Any], *arguments: Any) -> subprocess.CompletedPr
         code = OwnProcess(function, *arguments, stdout=out, stderr=err).wait(600)
         assert code is not None
         return subprocess.CompletedProcess([function.__name__, *arguments], code, out.read_text(), err.read_text())
+
+
+def ranks(
+    function: Callable[..., Any], *arguments: Any, directory: Path, environment: dict[str, str]
+) -> list[OwnProcess]:
+    """Two processes of a group, as a launcher starts them but for its imports and theirs.
+
+    Args:
+        function, arguments: as of `OwnProcess`.
+        directory: for what each writes: "rank0 out.txt", "rank0 err.txt" and those of rank 1.
+        environment: beside what tells a process its place.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    before, started = dict(os.environ), []
+    try:
+        os.environ.update(environment | place | {"LOCAL_WORLD_SIZE": "2"})
+        for rank in "01":
+            os.environ.update({"RANK": rank, "LOCAL_RANK": rank})
+            out, err = (directory / f"rank{rank} {stream}.txt" for stream in ("out", "err"))
+            started.append(OwnProcess(function, *arguments, stdout=out, stderr=err))
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+    return started
+
+
+def written(directory: Path, stream: str) -> list[str]:
+    """What each of `ranks` wrote to "out" or "err"."""
+    return [(directory / f"rank{rank} {stream}.txt").read_text() for rank in "01"]
 
 
 def program(*arguments: object) -> None:

@@ -1,15 +1,15 @@
-"""What each of two processes under FSDP 2 does for test_sharded.py: the command line, then a Trainer of one's own.
+"""What each of two processes under FSDP 2 does for test_sharded.py.
 
-sharded_launch.py OUTPUT ARGUMENTS...: `scalabl ARGUMENTS...`, then `own_trainer` into OUTPUT, and an encoder with a
-classification head into "head" beside it.
+`main(OUTPUT, *ARGUMENTS)`: `scalabl ARGUMENTS...`, then `own_trainer` into OUTPUT, and an encoder with a classification
+head into "head" beside it.
 """
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import torch
+from own_process import program
 from tiny_base import adapted, tiny_base
 from transformers import Trainer, TrainingArguments
 from two_processes import head_settings_of
@@ -43,19 +43,12 @@ def own_trainer(output: Path, batch_size: int) -> list[dict[str, float]]:
     return [entry for entry in trainer.state.log_history if "loss" in entry]
 
 
-def main(output: Path) -> None:
-    from scalabl.cli import main as program
-
+def main(output: Path, *arguments: object) -> None:
     tiny_base("llama", layers=3)  # the one of `adapted`: in a process group it would be saved by the main one alone
     try:
-        program()
+        program(*arguments)
     except SystemExit as ended:
         if ended.code:
             raise
     own_trainer(output, batch_size=2)
     train(head_settings_of(output.parent, batch_size=2, layers="all"), output.parent / "head")
-
-
-if __name__ == "__main__":
-    output = sys.argv.pop(1)
-    main(Path(output))

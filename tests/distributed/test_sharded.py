@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import sharded_launch
 import torch
+from own_process import OwnProcess, program, ranks, written
 from peft import PeftModel
 from safetensors.torch import load_file
 from sharded_launch import own_trainer
 from tiny_base import tiny_base, write_task
-from two_processes import HERE, command, environment, head_settings_of, launch, settings_of, write_head
+from two_processes import head_settings_of, launcher_environment, settings_of, write_head
 
 from scalabl.data.load import rows_of
 from scalabl.inference.predictor import log_probabilities
@@ -55,36 +55,29 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
         train(settings_of(path, batch_size=4, **CHANGES), path / "one")
         config = path / "recipe.yaml"
         config.write_text(json.dumps(settings_of(path, batch_size=2, **CHANGES).as_dict()))  # JSON is YAML
-        program = ["-m", "scalabl", "train", "--config", str(config), "--output", str(path / "two")]
-        kill_a_rank(subprocess.Popen(command("fsdp2", *program), env=environment(), stderr=subprocess.PIPE), path)
-        ended = launch("fsdp2", str(HERE / "sharded_launch.py"), str(path / "own"), *program[2:])
+        line = ("train", "--config", config, "--output", path / "two")
+        place: dict[str, Any] = {"directory": path, "environment": launcher_environment("fsdp2")}
+        kill_both(ranks(program, *line, **place), path)
+        codes = [each.wait(900) for each in ranks(sharded_launch.main, path / "own", *line, **place)]
         own_trainer(path / "own_one", batch_size=4)
         train(head_settings_of(path, batch_size=4, layers="all"), path / "head one")
-    assert ended.returncode == 0, "\n".join(line for line in ended.stderr.splitlines() if line.startswith("[rank"))
-    assert ended.stdout.count("LoRA") == 1  # the main process alone prints
+    assert codes == [0, 0], "\n".join(written(path, "err"))
+    assert "".join(written(path, "out")).count("LoRA") == 1  # the main process alone prints
     return path
 
 
-def kill_a_rank(launcher: subprocess.Popen[bytes], path: Path) -> None:
-    """SIGKILL rank 1 as soon as there is a whole checkpoint; the launcher ends the other."""
+def kill_both(processes: list[OwnProcess], path: Path) -> None:
+    """SIGKILL rank 1 as soon as there is a whole checkpoint, and then the other, as a launcher does."""
     deadline = time.monotonic() + 900
     while not list(path.glob("two/checkpoints/checkpoint-*/trainer_state.json")):
-        if launcher.poll() is not None or time.monotonic() > deadline:
-            assert launcher.stderr is not None
-            raise AssertionError(f"no checkpoint was written: {launcher.stderr.read().decode()[-5000:]}")
+        if any(each.poll() is not None for each in processes) or time.monotonic() > deadline:
+            raise AssertionError(f"no checkpoint was written: {written(path, 'err')}")
         time.sleep(0.01)
-    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
-    ranks = {dict(_variables(pid)).get("RANK"): int(pid) for pid in children}
-    os.kill(ranks["1"], signal.SIGKILL)
-    launcher.communicate()
+    for each in reversed(processes):
+        each.send_signal(signal.SIGKILL)
+        each.wait()
     record = RunRecord.read(path / "two")
     assert record.status == "running" and not (path / "two" / "adapter_model.safetensors").exists()
-
-
-def _variables(pid: str) -> list[tuple[str, str]]:
-    """The environment that a process was started with."""
-    lines = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace").split("\0")
-    return [(name, value) for name, _, value in (line.partition("=") for line in lines)]
 
 
 def test_the_adapter_is_one_process_s_in_whole_tensors(work: Path) -> None:

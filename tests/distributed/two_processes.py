@@ -68,6 +68,14 @@ def launch(config: str, *program: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command(config, *program), env=environment(), capture_output=True, text=True)
 
 
+def launcher_environment(config: str) -> dict[str, str]:
+    """What `accelerate launch` tells its processes by a configuration of recipes/accelerate."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser, prepare_multi_gpu_env
+
+    settings = launch_command_parser().parse_args([*command(config)[3:], "script.py"])
+    return {**environment(), **prepare_multi_gpu_env(_validate_launch_command(settings)[0])}
+
+
 class Killed(BaseException):
     """As sudden as a kill, but in this process."""
 

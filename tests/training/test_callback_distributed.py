@@ -1,33 +1,24 @@
 """Two processes give what one gives."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import own_process
 import pytest
 import torch
+import two_ranks
 from tiny_run import arguments, largest_difference, tiny_model, trainer, weights
 from two_ranks import CASES, Noise, unlike
 
-import scalabl
 from scalabl.tuner import kl_divergence, stochastic_layers
-
-HERE = Path(__file__).parent
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two processes found, in one launch: starting takes longer than all of it."""
     output = tmp_path_factory.mktemp("ranks")
-    source = str(Path(scalabl.__file__).parents[1])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([source, str(HERE)])}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    finished = subprocess.run(
-        [*command, str(HERE / "two_ranks.py"), str(output), "4"], env=environment, capture_output=True, text=True
-    )
-    assert finished.returncode == 0, finished.stderr[-3000:]
+    codes = [each.wait(600) for each in own_process.ranks(two_ranks.main, output, 4, directory=output, environment={})]
+    assert codes == [0, 0], own_process.written(output, "err")
     return [torch.load(output / f"rank{rank}.pt") for rank in range(2)]
 
 

@@ -1,11 +1,10 @@
-"""What one rank of a distributed test does; started by test_callback_distributed.py with torchrun.
+"""What one rank of test_callback_distributed.py does.
 
-two_ranks.py OUTPUT BATCH: train with Trainer on BATCH rows a rank; then, for every posterior and prior of CASES, shard
+`main(OUTPUT, BATCH)`: train with Trainer on BATCH rows a rank; then, for every posterior and prior of CASES, shard
 with FSDP 2 and add the gradient of the KL alone. Writes weights, gradients and log values.
 """
 
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +82,3 @@ def main(output: Path, batch: int) -> None:
     found = {**ddp(output, batch), **fsdp()}  # the Trainer has made the process group
     torch.save(found, output / f"rank{os.environ['RANK']}.pt")
     destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
