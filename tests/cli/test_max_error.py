@@ -62,6 +62,27 @@ def test_held_out_rows_are_those_the_run_did_not_train_on(run: Path) -> None:
     assert len(rows) == HELD_OUT and {row.question for row in rows} <= validation - trained_on
 
 
+def test_without_data_a_run_is_judged_on_its_own_held_out_rows(program: Program, run: Path, tmp_path: Path) -> None:
+    judged = program("evaluate", run, "--predictive", "mean", "--json", tmp_path / "figures.json")
+    assert judged.code == 0, judged.err
+    found = json.loads((tmp_path / "figures.json").read_text())
+    loaded = load_run(run)
+    rows = held_out_rows(loaded.record)
+    probs = average(log_probabilities(loaded, rows, loaded.predictive("mean")))
+    assert found["n"] == HELD_OUT and found["data"].startswith("the held-out rows of ")
+    assert found["accuracy"]["value"] == pytest.approx((probs.argmax(dim=1) == labels_of(rows)).double().mean().item())
+
+    refused = program("evaluate", run, "--split", "test")
+    assert refused.code == 2 and "--split is of --data; without it the run's held-out rows are taken" in refused.err
+    record = (run / "scalabl.json").read_bytes()
+    try:
+        (run / "scalabl.json").write_text(json.dumps(json.loads(record) | {"bayesianized": {"source": "elsewhere"}}))
+        unknown = program("evaluate", run)
+    finally:
+        (run / "scalabl.json").write_bytes(record)
+    assert unknown.code == 2 and "is not known, so that scalabl evaluate needs --data." in " ".join(unknown.err.split())
+
+
 @pytest.mark.parametrize("score", ["probability", "entropy", "epistemic"])
 def test_rows_below_the_threshold_get_no_answer(
     program: Program, run: Path, rows: Path, tmp_path: Path, score: str

@@ -83,7 +83,11 @@ def test_the_record_has_the_fit_of_the_held_out_rows(fitted: Path) -> None:
     assert made.nll["after"] <= made.nll["before"]
     for factor in (0.9, 1.1):  # the temperature is a minimum
         assert nll(made.scale, made.temperature * factor) > made.nll["after"] - 1e-6
-    assert "fitted on 30 rows" in calibration_in_words(record)
+    strategy = kind(10, scale=made.scale) if made.predictive == "mc" else kind(scale=made.scale)
+    right = average(predict(run.scorer, run.encode(rows), strategy)).argmax(dim=-1) == labels
+    assert made.accuracy == pytest.approx(right.double().mean().item())
+    words = calibration_in_words(record)
+    assert "fitted on 30 rows" in words and words.endswith(f", {100 * made.accuracy:.3g} % right")
 
 
 def test_every_way_to_predictions_goes_by_it(write: Callable[..., Path], tmp_path: Path) -> None:

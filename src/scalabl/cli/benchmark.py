@@ -141,7 +141,7 @@ def demo(
     samples: Annotated[int, typer.Option(help="Particles.")] = SAMPLES,
     json: Annotated[Path | None, typer.Option(help="Write the figures here.")] = None,
 ) -> None:
-    """Train plain LoRA and its rivals at one budget, compare them in and out of scope, and write report.html."""
+    """Train plain LoRA, baselines and ScalaBL at one budget, compare them in and out of scope; writes report.html."""
     check_demo(task, output, steps=steps, test_rows=test_rows, samples=samples)
     require_writable(report, json, reads=(output,))
 

@@ -20,7 +20,9 @@ _OPEN = "Open questions"
 @app.command()
 def evaluate(
     run: Annotated[Path, typer.Argument(metavar="DIR", help="A run directory.")],
-    data: Annotated[str, typer.Option(help="A benchmark's name, a JSONL file, or a directory of them.")],
+    data: Annotated[
+        str | None, typer.Option(help="A benchmark's name, a JSONL file or a directory; else the run's held-out rows.")
+    ] = None,
     split: Annotated[str | None, typer.Option(help="test if there is one, else every row.")] = None,
     predictive: options.Predictive = None,
     samples: options.Samples = 10,
@@ -60,7 +62,7 @@ def evaluate(
     """
     from scalabl.data.load import is_open
 
-    if is_open(data):
+    if data is not None and is_open(data):
         from scalabl.cli.open_questions import evaluate_open
 
         options.refuse_unread(
@@ -78,7 +80,8 @@ def evaluate(
         options.refuse_unread(evaluate, "of --adaptive or --max-error; leave it out", confidence=confidence)
     from scalabl.core.files import write_json
     from scalabl.core.outputs import require_writable
-    from scalabl.data.load import rows_of, shifted_rows
+    from scalabl.data.load import rows_of, shifted_rows, some_of
+    from scalabl.inference.promise import held_out_rows
     from scalabl.runs.stock import read_classifier
 
     record = read_classifier(run, model=model)
@@ -91,7 +94,13 @@ def evaluate(
         raise UserError("--calibrate fits under the training rows' priors, not under --priors; leave out one of them.")
     require_writable(json, report, reads=(run, data, *(ood or ()), calibrate, priors, model))
     labels = record.labels
-    rows = rows_of(data, split=split, limit=limit, labels=labels)
+    if data is None:
+        options.refuse_unread(evaluate, "of --data; without it the run's held-out rows are taken", split=split)
+        rows, data = some_of(held_out_rows(record, "scalabl evaluate needs --data"), limit), _of_the_run(record)
+        if not rows:
+            raise UserError("The run held out no rows; give labelled ones as --data.")
+    else:
+        rows = rows_of(data, split=split, limit=limit, labels=labels)
     several = record.several
     shifted = {name: shifted_rows(name, limit=limit, labels=labels, several=several) for name in ood or []}
     options.refuse_unread(
@@ -114,6 +123,12 @@ def evaluate(
     if report is not None:
         write(made, report)
     print_table(figures, words_console())
+
+
+def _of_the_run(record: RunRecord) -> str:
+    """What the run's held-out rows are called: figures on rows that a calibration was fitted on flatter it a little."""
+    fitted = ", which its calibration was fitted on" if record.calibration else ""
+    return f"the held-out rows of {record.settings.data}{fitted}"
 
 
 def _as_json(figures: list[dict[str, Any]], record: RunRecord, data: str, seed: int) -> dict[str, Any]:

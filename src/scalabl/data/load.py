@@ -165,10 +165,12 @@ def rows_of(
             rows = list(task.split("test"))
         else:
             rows = [row for part in task.splits.values() for row in part]
-    rows = with_labels(rows, labels, data)
-    if limit is not None and limit < len(rows):
-        rows = random.Random(0).sample(rows, limit)
-    return rows
+    return some_of(with_labels(rows, labels, data), limit)
+
+
+def some_of(rows: Sequence[Example], limit: int | None) -> list[Example]:
+    """So many of the rows, the same ones every time; all of them in their order where there are no more."""
+    return random.Random(0).sample(list(rows), limit) if limit is not None and limit < len(rows) else list(rows)
 
 
 def shifted_rows(
@@ -197,7 +199,7 @@ def shifted_rows(
     known = tuple(labels)
     rows = [row if row.choices == known else _foreign(row, known) for row in rows]
     rows = [row if (row.answers is not None) == several else replace(row, answer=None, answers=None) for row in rows]
-    return random.Random(0).sample(rows, limit) if limit is not None and limit < len(rows) else rows
+    return some_of(rows, limit)
 
 
 def _foreign(row: Example, labels: tuple[str, ...]) -> Example:

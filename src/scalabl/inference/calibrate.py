@@ -75,6 +75,7 @@ def fit_run(
         rows=len(rows),
         rows_sha256=rows_digest(rows, named=True),
         nll={"before": fit.before, "after": fit.after},
+        accuracy=fit.accuracy,
     )
 
 

@@ -111,10 +111,17 @@ class Promise:
         return asdict(self)
 
 
-def held_out_rows(record: RunRecord) -> tuple[Example, ...]:
+PROMISE = "no error rate can be promised; give a run of scalabl train, or --abstain"
+
+
+def held_out_rows(record: RunRecord, otherwise: str = PROMISE) -> tuple[Example, ...]:
     """The validation rows of a finished run: never trained on.
 
     The run read them once, before training, where it chose between scorings by their NLL (scoring "auto").
+
+    Args:
+        record: the run's.
+        otherwise: what follows where nobody knows them, for the sentence.
 
     Raises:
         UserError: its data cannot be read now, is no longer what it was, or nobody knows what its LoRA was trained on.
@@ -123,7 +130,7 @@ def held_out_rows(record: RunRecord) -> tuple[Example, ...]:
     from scalabl.data.example import rows_digest
     from scalabl.data.load import load_task
 
-    require_known(record)
+    require_known(record, otherwise)
     settings = record.settings
     try:
         rows = select_rows(load_task(settings.data), settings.rows)
@@ -141,8 +148,12 @@ def held_out_rows(record: RunRecord) -> tuple[Example, ...]:
     return rows.validation
 
 
-def require_known(record: RunRecord) -> None:
+def require_known(record: RunRecord, otherwise: str = PROMISE) -> None:
     """Refuse a run whose held-out rows are not known.
+
+    Args:
+        record: the run's.
+        otherwise: what follows, for the sentence.
 
     Raises:
         UserError: it was made from an adapter by bayesianize.
@@ -150,10 +161,10 @@ def require_known(record: RunRecord) -> None:
     if record.bayesianized is not None:
         raise UserError(
             "This run was made by scalabl bayesianize, and which rows its LoRA was not trained on is not known, so "
-            "that no error rate can be promised; give a run of scalabl train, or --abstain."
+            f"that {otherwise}."
         )
     if is_stock(record):
         raise UserError(
             "This adapter has no record of the rows that it was trained on, so that none are known to be held out and "
-            "no error rate can be promised; give a run of scalabl train, or --abstain."
+            f"{otherwise}."
         )

@@ -37,6 +37,7 @@ class CalibrationFit:
         before: NLL of the rows in nats, at tau = T = 1.
         after: NLL at tau and T; never above `before`.
         tried: tau -> (T, NLL).
+        accuracy: share of the rows answered rightly, at tau.
     """
 
     scale: float
@@ -44,6 +45,7 @@ class CalibrationFit:
     before: float
     after: float
     tried: dict[float, tuple[float, float]]
+    accuracy: float
 
 
 def fit_calibration(
@@ -63,8 +65,10 @@ def fit_calibration(
     require_rows(len(labels) // per_row)
     losses: dict[float, Tensor] = {}
     temperatures: dict[float, float] = {}
+    right: dict[float, float] = {}
 
     def attempt(scale: float, log_probs: Tensor) -> None:
+        right[scale] = float((average(log_probs).argmax(dim=-1) == labels).double().mean())
         temperatures[scale] = bounded_temperature(log_probs, labels)
         losses[scale] = row_losses(log_probs, labels, temperatures[scale]).unflatten(0, (-1, per_row)).mean(dim=1)
 
@@ -100,6 +104,7 @@ def fit_calibration(
         before,
         float(losses[chosen].mean()),
         {scale: (temperatures[scale], float(losses[scale].mean())) for scale in temperatures},
+        right[chosen],
     )
 
 
