@@ -1,5 +1,6 @@
 """ELBOCallback in TRL's SFTTrainer."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,23 @@ def test_sft_adds_the_kl_and_logs_it(tmp_path: Path) -> None:
             torch.testing.assert_close(gradient, parameter.grad / 32, rtol=1e-4, atol=1e-6)
             checked += 1
     assert checked == 8
+
+
+def test_rows_counted_for_a_loss_over_tokens_are_warned_about(tmp_path: Path) -> None:
+    def train(number: int) -> list[str]:
+        trainer = trl.SFTTrainer(
+            tiny_model(), config(tmp_path, max_steps=1), train_dataset=prompts(), processing_class=tiny_tokenizer(),
+            callbacks=[ELBOCallback(number)],
+        )  # fmt: skip
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            trainer.train()
+        assert ELBOCallback.for_tokens(trainer.train_dataset).num_examples == 32
+        return [str(each.message) for each in caught if "num_examples" in str(each.message)]
+
+    (warning,) = train(16)
+    assert warning.startswith("num_examples is 16, the number of rows, but their loss is a mean over tokens")
+    assert train(32) == []
 
 
 @pytest.mark.parametrize(("option", "max_length"), [("packing", 32), ("padding_free", None)])

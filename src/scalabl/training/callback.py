@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
+import warnings
 from collections.abc import Iterable, Mapping, Sized
 from typing import Any, Literal, Self
 
@@ -170,6 +171,13 @@ class ELBOCallback(LogContributor):
         refuse_flattened_batches(args, dataloader)
         trainable = self._trainable()
         refuse_untrained(optimizer, trainable)
+        if _counts_rows_for_tokens(self.num_examples, getattr(dataloader, "dataset", None)):
+            warnings.warn(
+                f"num_examples is {self.num_examples:,}, the number of rows, but their loss is a mean over tokens, so "
+                "that the KL weighs as many times too much as a row has trained tokens; "
+                "ELBOCallback.for_tokens(trainer.train_dataset) counts them.",
+                stacklevel=2,
+            )
         self._cycle = self._cycle_steps(args, dataloader)
         self._group = VariationalGroup(
             optimizer,
@@ -281,6 +289,17 @@ def _positive_integer(value: Any, name: str, what: str) -> int:
     if number < 1:
         raise UserError(f"{name} is {value!r}, but it must be {what}, at least 1.")
     return number
+
+
+def _counts_rows_for_tokens(num_examples: int, dataset: Any) -> bool:
+    """Whether N is the number of a data set's rows, which have a label a token; the first row stands for all."""
+    if not (isinstance(dataset, Sized) and hasattr(dataset, "__getitem__") and num_examples == len(dataset)):
+        return False
+    row = dataset[0]
+    tokens, labels = (row.get(name) if isinstance(row, Mapping) else None for name in ("input_ids", "labels"))
+    if tokens is None or np.ndim(labels) != 1 or np.shape(labels) != np.shape(tokens):
+        return False
+    return count_trained_tokens([{"labels": labels}]) > 1
 
 
 def count_trained_tokens(dataset: Iterable[Mapping[str, Any]]) -> int:
