@@ -12,10 +12,10 @@ from tiny_base import tiny_base
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from scalabl.planning.meta_model import build, read_config
+from scalabl.planning.meta_model import build
 from scalabl.planning.step import MetaRun, PlannedRows, training_loss
 from scalabl.runs.method import load_method
-from scalabl.runs.models import load_base
+from scalabl.runs.models import load_base, read_config
 from scalabl.runs.settings import Settings, make_settings
 from scalabl.scoring.trunk import Trunk
 

@@ -8,8 +8,9 @@ from real_step import real_model, settings_of
 from torch import Tensor, nn
 
 from scalabl.planning.meta_device import QuantizedLinear
-from scalabl.planning.meta_model import build, read_config
+from scalabl.planning.meta_model import build
 from scalabl.runs.method import load_method
+from scalabl.runs.models import read_config
 from scalabl.training.run import count_parameters
 
 

@@ -16,8 +16,9 @@ from transformers import BertConfig, BertModel
 from scalabl.core.files import ADAPTER
 from scalabl.data.load import rows_of
 from scalabl.inference.predictor import log_probabilities
-from scalabl.planning.meta_model import build, read_config
+from scalabl.planning.meta_model import build
 from scalabl.runs.loading import load_run
+from scalabl.runs.models import read_config
 from scalabl.runs.settings import Settings
 from scalabl.training.run import train
 from scalabl.tuner.layers import head_parts, sequence_classifier

@@ -14,8 +14,7 @@ import scalabl
 from scalabl.core.errors import UserError
 from scalabl.core.remote_code import allow_remote_code
 from scalabl.generation.equivalence import Entailment
-from scalabl.planning.meta_model import read_config
-from scalabl.runs.models import load_base, load_tokenizer, saved_tokenizer
+from scalabl.runs.models import load_base, load_tokenizer, read_config, saved_tokenizer
 from scalabl.scoring.images import _reader
 
 CODE = """
@@ -65,7 +64,7 @@ def own_processor(directory: Path) -> None:
 WAYS: dict[str, Callable[[Path], object]] = {
     "model": lambda base: load_base(str(base)),
     "tokenizer": lambda base: load_tokenizer(str(base)),
-    "plan": lambda base: read_config(str(base)),
+    "configuration": lambda base: read_config(str(base)),
     "tokenizer beside an adapter": saved_tokenizer,
     "image processor": lambda base: _reader(str(base), None, None),
     "entailment": lambda base: Entailment.load(str(base)),

@@ -20,7 +20,6 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     PretrainedConfig,
@@ -32,7 +31,7 @@ from scalabl.core.remote_code import trust_remote_code, why_refused
 from scalabl.planning.meta_device import DeviceKernels, quantize
 from scalabl.runs.head import keep_whole
 from scalabl.runs.method import TrainedMethod, load_method
-from scalabl.runs.models import DTYPES, UNREADABLE, model_path, why_unreadable
+from scalabl.runs.models import DTYPES
 from scalabl.runs.settings import Settings
 
 _SMALLEST, _BLOCK = 4096, 256  # numbers: smaller tensors keep states of 32 bit; a state of 8 bit has a scale a block
@@ -58,21 +57,6 @@ class Counts:
     weights: int
     adapter: int
     gradients: int
-
-
-def read_config(name: str) -> PretrainedConfig:
-    """The configuration of a model: the embedded one, a directory with its config.json, or a name on the Hub.
-
-    Raises:
-        UserError: there is none.
-    """
-    path = model_path(name)
-    try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code())
-    except UNREADABLE as error:
-        why = why_refused(error) or why_unreadable(error)
-        raise UserError(f"The configuration of {name} cannot be read: {why}") from error
-    return config
 
 
 def compute_dtype(settings: Settings, device: str) -> torch.dtype:
@@ -114,7 +98,7 @@ def build(
             kinds = "is no causal language model" if labels is None else "has no classification head"
             why = why_refused(error) or f"{named} {kinds}"
             raise UserError(f"The model {settings.model} cannot be loaded: {why}.") from error
-        except (RuntimeError, ArithmeticError) as error:  # sizes that no layer can have
+        except (RuntimeError, ArithmeticError, TypeError) as error:  # sizes that no layer can have
             raise UserError(f"The configuration of {settings.model} makes no model: {one_line(error)}") from error
         keep_whole(base)
         number = sum(parameter.numel() for parameter in base.parameters())

@@ -18,10 +18,10 @@ from scalabl.planning.meta_model import (
     model_dtype,
     optimizer_bytes,
     over_depth,
-    read_config,
 )
 from scalabl.planning.step import MOST, MetaRun, PlannedRows, particles_of
 from scalabl.runs.method import load_method
+from scalabl.runs.models import read_config
 from scalabl.runs.registry import METHODS
 from scalabl.runs.settings import Settings
 from scalabl.training.refusals import require_known

@@ -20,10 +20,9 @@ from scalabl.data.example import Task
 from scalabl.data.load import load_training_task
 from scalabl.data.text_rows import TextTask
 from scalabl.planning.memory import in_words, machine_device, machine_memory
-from scalabl.planning.meta_model import read_config
 from scalabl.planning.plan import Planner, StepUse
 from scalabl.planning.step import PlannedRows, rows_like
-from scalabl.runs.models import load_tokenizer
+from scalabl.runs.models import load_tokenizer, read_config
 from scalabl.runs.settings import Settings, layer_fraction
 from scalabl.scoring.base import Encoded
 from scalabl.scoring.trunk_store import LARGEST

