@@ -15,7 +15,7 @@ from scalabl.data import Example, load_rows, load_task
 from scalabl.data.assemble import holdout
 from scalabl.data.example import open_image, rows_digest
 from scalabl.inference.classifier import rows_of
-from scalabl.study.plan import overlap
+from scalabl.study.tested import overlap
 
 ROW: dict[str, Any] = {"question": "which?", "choices": ["red", "blue"], "answer": "red"}
 

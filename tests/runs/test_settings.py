@@ -135,7 +135,8 @@ def test_a_recipe_may_be_by_panel(tmp_path: Path) -> None:
 def test_settings_are_flat_on_disk_and_keep_their_order() -> None:
     flat = Settings.flat(r=3, prior_mean=0.5).as_dict()
     assert Settings.flat(**flat).as_dict() == flat and flat["r"] == 3
-    assert list(flat)[:4] == ["model", "data", "method", "steps"] and list(flat)[-2:] == ["prior_mean", "class_weights"]
+    assert list(flat)[:4] == ["model", "data", "method", "steps"]
+    assert list(flat)[-2:] == ["class_weights", "rows_per_class"]
     assert Settings().changed(beta=2.0).posterior.beta == 2.0
 
 

@@ -10,9 +10,10 @@ from test_tables import variant
 from tiny_study import Done, content
 
 from scalabl.metrics import METRICS
+from scalabl.study.grids import Grid, grids
 from scalabl.study.look import METRICS_DRAWN, svg
 from scalabl.study.pictures import RAW, TEMPERED_NAME, comparison, grid_pictures, heat_map, pictures, points
-from scalabl.study.study import Grid, Study, grids, make_study
+from scalabl.study.study import Study, make_study
 from scalabl.study.summary import OTHERS, Figure, Line, Table, figure, summarize
 
 BASE, TASK = Path("/base"), Path("/task")

@@ -9,8 +9,9 @@ import pytest
 from tiny_study import content, write
 
 from scalabl.core.errors import UserError
+from scalabl.study.grids import grids
 from scalabl.study.plan import make_plan
-from scalabl.study.study import Study, grids, make_study, read_study
+from scalabl.study.study import Study, make_study, read_study
 
 ROOT = Path(__file__).parents[2]
 TRAINING = "arc-easy"  # of `scalabl train`
@@ -30,7 +31,11 @@ def study(**changes: Any) -> Study:
 def test_there_are_recipes() -> None:
     names = {"rank", "covariance", "sensitivity", "prior_std", "kl", "draws", "unit_rows", "modules", "learning_rate"}
     names |= set(ON_TWO_TASKS)
-    assert {path.stem for path in ABLATIONS} == names and {path.stem for path in RECIPES} == names | {"cpu", "paper"}
+    assert {path.stem for path in ABLATIONS} == names and {path.stem for path in RECIPES} == names | {
+        "cpu",
+        "paper",
+        "study",
+    }
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

@@ -20,8 +20,8 @@ from scalabl.study.benchmark import facts_of, write_results
 from scalabl.study.cells import finished
 from scalabl.study.page import NOTES, Document, html, latex, layout, markdown
 from scalabl.study.results import SCHEMA, csv_of, tidy
-from scalabl.study.study import Variant
 from scalabl.study.summary import BASELINES, OTHERS, Figure, Gap, Line, Table, _mark_best, figure, summarize
+from scalabl.study.variants import Variant
 from scalabl.study.work import read_predictions
 
 

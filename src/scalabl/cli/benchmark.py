@@ -55,7 +55,7 @@ def benchmark(
     study = read_study(recipe)
     chosen = results or study.results
     results = chosen or output / study.name
-    plan = make_plan(study)
+    plan = make_plan(study, output)
     if dry_run:
         _list(plan, output)
         return
@@ -97,12 +97,12 @@ def _run(
         f"{len(rows):,} rows in {results}/results.csv; tables and pictures in README.md and results.html",
         soft_wrap=True,
     )
-    failed = failures(plan, output)
+    failed = failures(plan.renewed(output), output)
     if failed:
         first, why = next(iter(failed.items()))
         more = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
         fail(f"Not done: {first}{more}: {why} The rest is in the tables; run the same command again to retry.", code=1)
-    left = len(open_cells(plan, output, ""))
+    left = len(open_cells(plan.renewed(output), output, ""))
     if left:
         fail(f"{left} cells are not done; another call may hold them. Run the same command again.", code=1)
 

@@ -167,6 +167,9 @@ class RowLimits(Protocol):
     def train_rows(self) -> int | None: ...
 
     @property
+    def rows_per_class(self) -> int | None: ...
+
+    @property
     def validation_rows(self) -> int: ...
 
 
@@ -178,13 +181,33 @@ def select_rows(task: Splits[R], limits: RowLimits) -> TrainingRows[R]:
     Args:
         task: the rows.
         limits: the most rows of each, as a recipe has them.
+
+    Raises:
+        UserError: so many rows of each label, of rows that have no one label.
     """
     train_rows = task.split("train")
     if "validation" in task.splits:
         validation = task.split("validation")
     else:
         train_rows, validation = holdout(train_rows, fraction=0.1, seed=0)
+    if limits.rows_per_class is not None:
+        train_rows = _of_each_label(task, train_rows, limits.rows_per_class)
     return TrainingRows(_subset(train_rows, limits.train_rows), _subset(validation, limits.validation_rows))
+
+
+def _of_each_label(task: Splits[R], rows: Sequence[R], number: int) -> tuple[R, ...]:
+    """So many rows of every label, in the rows' order; all rows of a label that has fewer."""
+    answers: list[int | None] = [getattr(row, "answer", None) for row in rows]
+    if task.labels is None or None in answers:
+        raise UserError(
+            f"rows_per_class is {number}, but the rows of {task.name} have no one label that all share; leave it out, "
+            "or give rows of a text and its label."
+        )
+    taken: set[str] = set()
+    for label in range(len(task.labels)):
+        of_label = [row for row, answer in zip(rows, answers, strict=True) if answer == label]
+        taken |= {row.id for row in shuffled(of_label, SUBSET_SEED)[:number]}
+    return tuple(row for row in rows if row.id in taken)
 
 
 def _subset(rows: Sequence[R], number: int | None) -> tuple[R, ...]:

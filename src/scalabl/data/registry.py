@@ -210,6 +210,7 @@ _TABLE = (
     _mmlu("physics", "high_school_physics", "college_physics"),
     *(_mmlu(subject, subject) for subject in MMLU_SUBJECTS),
     _subjects("mmlu-subjects", IN_SCOPE, SUBJECT_LABELS, 20, 15, 40),
+    _subjects("mmlu-subjects-plenty", IN_SCOPE, SUBJECT_LABELS, 45, 15, 40),
     _subjects("mmlu-other-subjects", OUT_OF_SCOPE, OTHER_SUBJECT_LABELS, 0, 0, 40),
 )
 BENCHMARKS: dict[str, Benchmark] = {benchmark.name: benchmark for benchmark in _TABLE}

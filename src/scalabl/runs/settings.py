@@ -208,6 +208,7 @@ class RowSettings(Checked):
     chat: bool = setting(False, "Use the chat template.")
     max_length: int = setting(300, "Tokens a row.", COUNT)
     train_rows: int | None = setting(None, "Take so many training rows.", COUNT)
+    rows_per_class: int | None = setting(None, "Take so many training rows of each label.", COUNT)
     validation_rows: int = setting(
         300, "Held out at most, where the data have no such split.", Range("zero or more", lambda value: value >= 0)
     )
@@ -284,7 +285,7 @@ class Settings(Checked):
 
 PANELS: dict[str, Any] = {f.name: type(f.default) for f in fields(Settings) if is_dataclass(f.default)}  # type: ignore[misc]
 # settings that came after the others of their panel: records name them last
-_LATER = ("kl_normalization", "prior_mean", "class_weights")
+_LATER = ("kl_normalization", "prior_mean", "class_weights", "rows_per_class")
 
 
 def _fields() -> dict[str, tuple[str | None, Field[Any]]]:

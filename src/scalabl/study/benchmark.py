@@ -2,6 +2,7 @@
 
 RESULTS/results.csv, .parquet    a row for each method, test set and seed
 RESULTS/summary.csv              means, intervals, paired differences
+RESULTS/tried.csv, pooled.csv    where settings are tried: their NLL of validation rows; differences over all tasks
 RESULTS/README.md                the tables, with pictures beside it (*.svg); answer.md, written by hand, stands on top
 RESULTS/results.tex, .html       the same tables
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -20,15 +22,19 @@ from rich.text import Text
 from scalabl.core.console import words_console
 from scalabl.core.errors import UserError
 from scalabl.core.files import write_bytes, write_text
+from scalabl.runs.registry import BASELINE
 from scalabl.study.cells import PREDICTION, Cell, failure, finished
+from scalabl.study.frontier import frontier
 from scalabl.study.look import svg
-from scalabl.study.page import html, latex, layout, markdown
+from scalabl.study.page import Section, html, latex, layout, markdown
 from scalabl.study.pictures import pictures
 from scalabl.study.plan import StudyPlan
+from scalabl.study.pooled import differences, pooled_rows, pooled_tables
 from scalabl.study.results import SCHEMA, csv_of, tidy, write_tables
 from scalabl.study.run import run_here, run_ray, run_workers
 from scalabl.study.study import Study
-from scalabl.study.summary import summarize, summary_rows
+from scalabl.study.summary import Table, summarize, summary_rows
+from scalabl.study.tried import COLUMNS, trials, tried_rows, tried_tables
 
 _PAGES = {"README.md": markdown, "results.tex": latex, "results.html": html}
 _WRITTEN = ("results.csv", "results.parquet", "summary.csv", *_PAGES)
@@ -66,7 +72,7 @@ def run_benchmark(
 
         def report() -> None:
             if any(cell.kind == PREDICTION for cell in progress()):
-                write_tables(tidy(study, plan, output), results)
+                write_tables(tidy(study, progress.plan, output), results)
 
         if ray is not None:
             run_ray(plan, output, ray, report=report)
@@ -75,6 +81,7 @@ def run_benchmark(
         else:
             run_here(plan, output, report=report)
         report()
+    plan = plan.renewed(output)
     rows = tidy(study, plan, output)
     write_results(study, plan, output, results, rows, command)
     return rows
@@ -106,15 +113,32 @@ def write_results(
     tables = summarize(study, plan, output, rows)
     summary = summary_rows(tables)
     write_text(results / "summary.csv", csv_of(summary, list(summary[0])))
-    drawn = pictures(study, tables)
-    for picture in drawn:
+    drawn, overall, tried = pictures(study, tables), _overall(study, plan, output, results, tables), []
+    if found := trials(plan, output):
+        write_text(results / "tried.csv", csv_of(tried_rows(found, study.seeds[0]), COLUMNS))
+        tried = [Section("Settings that were tried", [], tried_tables(found))]
+    for picture in [*drawn, *(picture for section in overall for picture in section.pictures)]:
         write_bytes(results / f"{picture.name}.svg", svg(picture))
     written = results / "answer.md"
     answer = written.read_text(encoding="utf-8") if written.is_file() else ""
     facts = facts_of(study, plan, output, rows, command)
-    document = layout(study.name, study.about, facts, tables, drawn, answer=answer)
+    document = layout(study.name, study.about, facts, tables, drawn, answer=answer, first=overall, last=tried)
     for name, render in _PAGES.items():
         write_text(results / name, render(document))
+
+
+def _overall(study: Study, plan: StudyPlan, output: Path, results: Path, tables: Sequence[Table]) -> list[Section]:
+    """Of a study on which settings were tried: every method against plain LoRA over all tasks, and NLL against cost."""
+    baseline = next((variant for variant in study.variants if variant.method == BASELINE and variant.chooses), None)
+    if baseline is None:
+        return []
+    found = differences(study, plan, output, baseline.name)
+    if not found:
+        return []
+    lines = pooled_rows(found)
+    write_text(results / "pooled.csv", csv_of(lines, list(lines[0])))
+    picture = frontier(tables, baseline.name)
+    return [Section("Over all tasks", [picture] if picture else [], pooled_tables(found))]
 
 
 def facts_of(study: Study, plan: StudyPlan, output: Path, rows: list[dict[str, Any]], command: str) -> dict[str, str]:
@@ -202,6 +226,7 @@ class CellProgress(Progress):
     def __call__(self) -> list[Cell]:
         """Look again, and give the cells that were finished since the last look."""
         new = []
+        self.plan = self.plan.renewed(self.output)
         for address, cell in self.plan.cells.items():
             if address not in self._seen and finished(self.output, address):
                 self._seen.add(address)
@@ -216,7 +241,8 @@ class CellProgress(Progress):
             return new
         left = time_left(self.plan, self.output, self.workers)
         words = f"about {in_words(left)} left" if left else ""
-        self.update(self._bar, completed=len(self._seen), description=f"{words}, last: {new[-1].label}")
+        counts = {"total": len(self.plan.cells), "completed": len(self._seen)}
+        self.update(self._bar, **counts, description=f"{words}, last: {new[-1].label}")
         if not self.console.is_terminal:
             for cell in new:
                 done = finished(self.output, cell.address) or {}

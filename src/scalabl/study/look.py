@@ -22,8 +22,8 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from scalabl.inference.report.table import ARROWS, NAMES, PERCENT
 from scalabl.runs.settings import typed_setting
-from scalabl.study.study import Variant
 from scalabl.study.summary import Table
+from scalabl.study.variants import Variant
 
 # in a method's name; "" where the value speaks for itself
 _IN_A_NAME = {
@@ -91,6 +91,7 @@ def file_name(*parts: str) -> str:
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
 INK, MUTED, RULE = "#1b1f24", "#59626d", "#d3d7db"
 METRICS_DRAWN = ("nll", "ece", "accuracy")
+CHOSEN = "✓"  # the setting that is taken, of those that were tried
 
 _STYLE: dict[str, Any] = {
     "svg.fonttype": "none",
@@ -114,18 +115,18 @@ _STYLE: dict[str, Any] = {
 
 @dataclass(frozen=True, eq=False)
 class Picture:
-    """A drawing of one table of means.
+    """A drawing of one table of means, or of all of them.
 
     Attributes:
         name: of its file, without .svg.
-        table: what it shows.
+        table: what it shows; None for all.
         drawing: matplotlib's figure.
         description: for those who do not see it.
         words: a sentence beneath it, or nothing.
     """
 
     name: str
-    table: Table
+    table: Table | None
     drawing: Drawing
     description: str
     words: str = ""

@@ -123,8 +123,10 @@ def layout(
     pictures: Sequence[Picture] = (),
     *,
     answer: str = "",
+    first: Sequence[Section] = (),
+    last: Sequence[Section] = (),
 ) -> Document:
-    """Tables of means and pictures as the sections of a page."""
+    """Tables of means and pictures as the sections of a page, between other sections."""
     short = look.of_tables(tables)
     sections, behind = [], []
     for table in (table for table in tables if not table.shifted):
@@ -135,7 +137,7 @@ def layout(
             grids = [_shift(metric, table, shifted, short) for metric in SHIFTED]
             drawn = [picture for other in shifted for picture in pictures if picture.table is other]
             behind.append(Section(f"Shift: trained on {short[table.task]}", drawn, grids))
-    return Document(title, about, facts, sections + behind, answer)
+    return Document(title, about, facts, [*first, *sections, *behind, *last], answer)
 
 
 def _quality(table: Table) -> list[PageTable]:
@@ -145,7 +147,7 @@ def _quality(table: Table) -> list[PageTable]:
     chance = [f"{look.method(line.variant, tempered=line.tempered)} ({line.collapsed} of {line.seeds} seeds)"
               for line in table.lines if line.collapsed]  # fmt: skip
     warning = f"{CHANCE} at chance: {', '.join(chance)}." if chance else ""
-    heads = ("method", *map(_heading, columns))
+    heads = ("method", *map(heading_of, columns))
     main = PageTable("Quality and cost", heads, rows, warning, folded=len(rows) > _MANY)
     return [main, *(_intervals(metric, table) for metric in DETAILED)]
 
@@ -155,18 +157,18 @@ def _intervals(metric: str, table: Table) -> PageTable:
     rows = []
     for line in table.lines:
         figure = line.figures[metric]
-        own = PageCell(_span(figure.low, figure.high, metric))
+        own = PageCell(span(figure.low, figure.high, metric))
         gaps = [_gap_cell(figure.versus.get(name, Gap()), metric, name) for name in BASELINES]
         rows.append((_name(line, table), [_cell(figure, metric, line.tempered), own, *gaps]))
-    columns = ("method", _heading(metric), "95 % interval", f"{MINUS} MLE", f"{MINUS} MLE + T")
-    return PageTable(f"{_heading(metric)}: intervals over seeds and paired differences", columns, rows, folded=True)
+    columns = ("method", heading_of(metric), "95 % interval", f"{MINUS} MLE", f"{MINUS} MLE + T")
+    return PageTable(f"{heading_of(metric)}: intervals over seeds and paired differences", columns, rows, folded=True)
 
 
 def _gap_cell(gap: Gap, metric: str, baseline: str) -> PageCell:
-    span = _span(gap.low, gap.high, metric, signed=True)
-    if gap.value is None or span == "–":
+    ends = span(gap.low, gap.high, metric, signed=True)
+    if gap.value is None or ends == "–":
         return PageCell("–")
-    text = f"{number(gap.value, metric, signed=True)} ({span})"
+    text = f"{number(gap.value, metric, signed=True)} ({ends})"
     return PageCell(text, marks=_MARKS.get((baseline, gap.verdict), ""))
 
 
@@ -180,7 +182,7 @@ def _shift(metric: str, known: Table, shifted: Sequence[Table], short: dict[str,
         if any(cell.text != "–" for cell in cells):
             rows.append((_name(line, known), cells))
     heads = (short[table.task] + (" (trained)" if table is known else f" ({table.n:,})") for table in shown)
-    return PageTable(_heading(metric), ("method", *heads), rows)
+    return PageTable(heading_of(metric), ("method", *heads), rows)
 
 
 def _name(line: Line, table: Table) -> str:
@@ -191,7 +193,8 @@ def _name(line: Line, table: Table) -> str:
     return f"{name} ({line.seeds} of {most} seeds)"
 
 
-def _heading(column: str) -> str:
+def heading_of(column: str) -> str:
+    """A column's heading, with an arrow to where it is better."""
     return f"{heading(column)} {ARROWS[column]}" if column in METRICS else _HEADINGS[column]
 
 
@@ -212,7 +215,8 @@ def _text(value: float, column: str) -> str:
     return number(value, column)
 
 
-def _span(low: float | None, high: float | None, metric: str, *, signed: bool = False) -> str:
+def span(low: float | None, high: float | None, metric: str, *, signed: bool = False) -> str:
+    """The two ends of an interval."""
     if low is None or high is None:
         return "–"
     return f"{number(low, metric, signed=signed)} to {number(high, metric, signed=signed)}"

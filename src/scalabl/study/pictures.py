@@ -17,9 +17,11 @@ from matplotlib.ticker import ScalarFormatter
 from scalabl.inference.report.table import number
 from scalabl.runs.registry import BASELINE
 from scalabl.study import look
+from scalabl.study.grids import Grid, grids
 from scalabl.study.look import COLOURS, INK, METRICS_DRAWN, MUTED, Picture, blank, scale, styled, title
-from scalabl.study.study import Grid, Study, Variant, grids
+from scalabl.study.study import Study
 from scalabl.study.summary import Line, Table
+from scalabl.study.variants import Variant
 
 RAW, TEMPERED_NAME = "as it is", "with a temperature (+ T)"
 HEAT = {"validation_nll": "validation NLL", "nll": "test NLL"}
@@ -33,7 +35,7 @@ def pictures(study: Study, tables: Sequence[Table]) -> list[Picture]:
     found, made = grids(study), []
     short = look.of_tables(tables)
     for table in tables:
-        if not found:
+        if not found and (not table.shifted or table.task in study.shift.get(table.trained_on, ())):
             made.append(comparison(table, short))
         elif not table.shifted:
             made += grid_pictures(found, table, short[table.task])

@@ -2,67 +2,41 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
-from scalabl.core.errors import UserError
-from scalabl.data.example import Example, Task, rows_digest
-from scalabl.data.load import load_task, rows_of
+from scalabl.data.example import rows_digest
+from scalabl.data.load import load_task
 from scalabl.runs.registry import BASELINE, METHODS
 from scalabl.runs.registry import POST_HOC as POST_HOC_METHODS
 from scalabl.runs.settings import DEFAULTS
-from scalabl.study.cells import POST_HOC, PREDICTION, TRAINING, Cell
-from scalabl.study.study import Study, Variant
-
-
-def tested_rows(task: str, limit: int | None) -> list[Example]:
-    """The rows that a task is tested on: its test split, or so many of it, the same ones every time.
-
-    Raises:
-        UserError: the task has no test split, or a row without an answer.
-    """
-    return _labelled(rows_of(task, split="test", limit=limit), task)
-
-
-def shifted_rows(task: str, limit: int | None, labels: Sequence[str] | None) -> list[Example]:
-    """The rows of another task that a run is tested on: its test split if there is one, else every row.
-
-    Raises:
-        UserError: the run's class words do not fit, or a row without an answer.
-    """
-    return _labelled(rows_of(task, limit=limit, labels=labels), task)
-
-
-def tuning_rows(task: Task) -> tuple[Example, ...]:
-    """Every row that training, fits and temperatures may draw from: the train and validation splits."""
-    return tuple(row for name in ("train", "validation") if name in task.splits for row in task.split(name))
-
-
-def overlap(test: Sequence[Example], tuning: Sequence[Example]) -> int:
-    """How many test rows are also tuning rows, by their content."""
-    known = set(map(_question, tuning))
-    return sum(_question(row) in known for row in test)
-
-
-def _question(row: Example) -> tuple[Any, ...]:
-    """A row without its answer, in whichever order its choices stand."""
-    return row.question, frozenset(row.choices), *row.content[2:]
-
-
-def _labelled(rows: list[Example], task: str) -> list[Example]:
-    for row in rows:
-        if row.answers is not None:
-            raise UserError(
-                f"Row {row.id} of {task} may have several labels, which no benchmark judges; use scalabl evaluate."
-            )
-        if row.answer is None:
-            raise UserError(f"Row {row.id} of {task} has no answer; a benchmark needs answers in every row.")
-    return rows
-
+from scalabl.study.cells import POST_HOC, PREDICTION, TRAINING, Cell, finished
+from scalabl.study.study import Study
+from scalabl.study.tested import rows_of_set, sets_of, tuning_rows
+from scalabl.study.variants import Variant, in_words
 
 # settings younger than the first studies: left out of an address at their default, so that older cells keep theirs
-LATER: tuple[str, ...] = ("quantization", "kl_normalization", "prior_mean", "class_weights")
+LATER: tuple[str, ...] = ("quantization", "kl_normalization", "prior_mean", "class_weights", "rows_per_class")
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """Settings tried on one task under the first seed: what its validation rows say decides whether they are chosen.
+
+    Attributes:
+        variant, task: whose, and on what.
+        point: the settings.
+        training, prediction: addresses of its cells; validation rows alone are predicted.
+    """
+
+    variant: Variant
+    task: str
+    point: Mapping[str, Any]
+    training: str
+    prediction: str
 
 
 @dataclass(frozen=True)
@@ -75,6 +49,7 @@ class Entry:
         training: addresses of its training cells, the members' for an ensemble.
         post_hoc: address of its fit, or None.
         prediction: address of its predictions.
+        chosen: of the settings that were tried; empty where none were.
     """
 
     variant: Variant
@@ -83,6 +58,7 @@ class Entry:
     training: tuple[str, ...]
     post_hoc: str | None
     prediction: str
+    chosen: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def addresses(self) -> tuple[str, ...]:
@@ -91,67 +67,151 @@ class Entry:
 
 
 @dataclass(frozen=True)
+class TaskRows:
+    """The rows of a task as a plan knows them.
+
+    Attributes:
+        learnt: digest of the rows that training and tuning may draw from.
+        tests: name -> digest, size and kind of each set that it is tested on; its own comes first.
+    """
+
+    learnt: str
+    tests: Mapping[str, Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
 class StudyPlan:
-    """What a study needs done.
+    """What a study needs done, as far as it is known: where settings are tried, a task's runs with the chosen ones are
+    planned once every trial of it is finished.
 
     Attributes:
         cells: by address, in the order of work; a cell stands behind those that it needs.
         entries: in the order of tasks, variants, seeds.
+        attempts: settings tried, in the order of tasks, variants, settings.
+        study, rows: what it was made from.
+        choices: (task, variant's name) -> the settings that were chosen.
     """
 
     cells: Mapping[str, Cell]
     entries: tuple[Entry, ...]
+    attempts: tuple[Attempt, ...] = ()
+    study: Study | None = None
+    rows: Mapping[str, TaskRows] = field(default_factory=dict)
+    choices: Mapping[tuple[str, str], Mapping[str, Any]] = field(default_factory=dict)
+
+    def renewed(self, output: Path) -> StudyPlan:
+        """The plan with every choice that the cells finished by now allow; itself where there is no new one."""
+        choices = chosen(self.attempts, output)
+        if self.study is None or choices == self.choices:
+            return self
+        return _planned(self.study, self.rows, choices)
 
 
-def make_plan(study: Study) -> StudyPlan:
+def chosen(attempts: Sequence[Attempt], output: Path) -> dict[tuple[str, str], Mapping[str, Any]]:
+    """(task, variant's name) -> the settings with the lowest NLL of validation rows, with a temperature.
+
+    There is none before all of them are finished; of equal ones the first is taken.
+    """
+    losses: dict[tuple[str, str], list[tuple[float, Mapping[str, Any]] | None]] = {}
+    for attempt in attempts:
+        loss = validation_loss(output, attempt)
+        losses.setdefault((attempt.task, attempt.variant.name), []).append(
+            None if loss is None else (loss, attempt.point)
+        )
+    known = {key: [pair for pair in pairs if pair is not None] for key, pairs in losses.items()}
+    return {key: min(known[key], key=lambda pair: pair[0])[1] for key in losses if len(known[key]) == len(losses[key])}
+
+
+def validation_loss(output: Path, attempt: Attempt) -> float | None:
+    """NLL in nats of the validation rows with a temperature, infinite where it is none; None before it is finished."""
+    done = finished(output, attempt.prediction)
+    if done is None:
+        return None
+    loss = done["validation_nll"]["calibrated"]
+    return math.inf if loss is None else float(loss)
+
+
+def make_plan(study: Study, output: Path | None = None) -> StudyPlan:
     """Cut a study into cells. Reads the rows of every task, so that nothing is missing later.
+
+    Args:
+        study: what to plan.
+        output: where cells may be finished, by which tried settings are chosen.
 
     Raises:
         UserError: a task, a split or an answer is missing, or a setting is out of range.
     """
+    made = _planned(study, {task: _rows(study, task) for task in study.tasks}, {})
+    return made if output is None else made.renewed(output)
+
+
+def _rows(study: Study, name: str) -> TaskRows:
+    data = study.task(name).data
+    task = load_task(data)
+    task.split("train")
+    tests: dict[str, Mapping[str, Any]] = {}
+    for tested, what in sets_of(study, name).items():
+        rows = rows_of_set(
+            tested, what, task, of=name, data=data, test_rows=study.test_rows, shift_rows=study.shift_rows
+        )
+        tests[tested] = {"rows": len(rows), "sha256": rows_digest(rows), **what}
+    return TaskRows(rows_digest(tuning_rows(task)), tests)
+
+
+def _planned(
+    study: Study, rows: Mapping[str, TaskRows], choices: Mapping[tuple[str, str], Mapping[str, Any]]
+) -> StudyPlan:
     cells: dict[str, Cell] = {}
+    attempts: list[Attempt] = []
     entries: list[Entry] = []
 
     def add(cell: Cell) -> str:
         return cells.setdefault(cell.address, cell).address
 
     for task in study.tasks:
-        loaded = load_task(task)
-        loaded.split("train")
-        learnt = rows_digest(tuning_rows(loaded))
-        tests = _test_sets(study, task, loaded.labels)
-        training = {
-            (variant.name, seed): add(_training(study, variant, task, seed, learnt))
-            for seed in study.seeds
-            for variant in study.variants
-        }
+        learnt, tests = rows[task].learnt, rows[task].tests
         for variant in study.variants:
-            alone = [(seed,) for seed in study.seeds]
-            for seeds in [study.seeds] if METHODS[variant.method].members else alone:
-                runs = tuple(training[variant.name, seed] for seed in seeds)
+            if variant.tasks is not None and task not in variant.tasks:
+                continue
+            if variant.chooses:
+                for point in variant.tried:
+                    run = add(_training(study, variant, task, study.seeds[0], learnt, point))
+                    trial = Entry(variant, task, study.seeds[:1], (run,), None, "", point)
+                    attempts.append(Attempt(variant, task, point, run, add(_prediction(study, trial, {}))))
+            if variant.tried and (task, variant.of) not in choices:
+                continue
+            point = choices.get((task, variant.of), {})
+            alone = [(seed,) for seed in study.seeds_of(variant)]
+            joined = [study.seeds_of(variant)[: variant.members]]
+            for seeds in joined if METHODS[variant.method].members else alone:
+                runs = tuple(add(_training(study, variant, task, seed, learnt, point)) for seed in seeds)
                 fitted = add(_post_hoc(variant, task, seeds, runs)) if variant.method in POST_HOC_METHODS else None
-                entry = Entry(variant, task, seeds, runs, fitted, "")
+                entry = Entry(variant, task, seeds, runs, fitted, "", point)
                 entries.append(replace(entry, prediction=add(_prediction(study, entry, tests))))
-    # the first seed of everything comes first, so that there is a table to read early
-    rank = {seed: i for i, seed in enumerate(study.seeds)}
-    turns = sorted(entries, key=lambda entry: max(rank[seed] for seed in entry.seeds))
-    order = dict.fromkeys(address for entry in turns for address in entry.addresses)
-    return StudyPlan({address: cells[address] for address in order}, tuple(entries))
+    order = dict.fromkeys(address for each in _in_turn(study, attempts, entries) for address in each)
+    return StudyPlan({a: cells[a] for a in order}, tuple(entries), tuple(attempts), study, rows, choices)
 
 
-def _test_sets(study: Study, task: str, labels: tuple[str, ...] | None) -> dict[str, dict[str, Any]]:
-    """Name -> digest and size of its rows; the task's own test set comes first."""
-    rows = {task: tested_rows(task, study.test_rows)}
-    for other in study.shift.get(task, ()):
-        rows[other] = shifted_rows(other, study.shift_rows, labels)
-    return {name: {"rows": len(some), "sha256": rows_digest(some)} for name, some in rows.items()}
+def _in_turn(study: Study, attempts: Sequence[Attempt], entries: Sequence[Entry]) -> list[tuple[str, ...]]:
+    """The addresses of each, wave by wave: what is tried first, then the first seed of everything, so that there is a
+    table to read early."""
+    every = dict.fromkeys((*study.seeds, *(seed for variant in study.variants for seed in study.seeds_of(variant))))
+    rank = {seed: i for i, seed in enumerate(every)}
+
+    def wave(of: Attempt | Entry) -> int:
+        return max(of.variant.wave, study.task(of.task).wave)
+
+    turns = [((wave(a), -1), (a.training, a.prediction)) for a in attempts]
+    turns += [((wave(e), max(rank[seed] for seed in e.seeds)), e.addresses) for e in entries]
+    return [addresses for _, addresses in sorted(turns, key=lambda turn: turn[0])]
 
 
-def _training(study: Study, variant: Variant, task: str, seed: int, rows: str) -> Cell:
-    training = study.training_settings(variant, task, seed)
+def _training(study: Study, variant: Variant, task: str, seed: int, rows: str, point: Mapping[str, Any]) -> Cell:
+    training = study.training_settings(variant, task, seed, point)
     addressed = {k: v for k, v in training.as_dict().items() if k not in LATER or v != DEFAULTS[k]}
-    name = BASELINE if variant.method in POST_HOC_METHODS else variant.name
-    label = f"training {name} on {task}, {_seeds((seed,))}"
+    name = BASELINE if variant.method in POST_HOC_METHODS else variant.of
+    with_point = f" ({in_words(point)})" if point else ""
+    label = f"training {name}{with_point} on {task}, {_seeds((seed,))}"
     return Cell(TRAINING, {"recipe": addressed, "rows_sha256": rows}, (), label)
 
 
@@ -160,7 +220,8 @@ def _post_hoc(variant: Variant, task: str, seeds: tuple[int, ...], runs: tuple[s
     return Cell(POST_HOC, settings, runs, f"fitting {variant.name} on {task}, {_seeds(seeds)}")
 
 
-def _prediction(study: Study, entry: Entry, tests: dict[str, dict[str, Any]]) -> Cell:
+def _prediction(study: Study, entry: Entry, tests: Mapping[str, Mapping[str, Any]]) -> Cell:
+    """Predictions of validation rows, and of the test sets, if there are any."""
     variant = entry.variant
     traits = METHODS[variant.method]
     reads_samples = (traits.sampled or traits.logit_draws) and variant.predictive != "linearized"
@@ -171,15 +232,18 @@ def _prediction(study: Study, entry: Entry, tests: dict[str, dict[str, Any]]) ->
         "samples": variant.samples if reads_samples else 0,
         "seed": entry.seeds[0],
         "task": entry.task,
-        "test_sets": tests,
-        "test_rows": study.test_rows,
-        "shift_rows": study.shift_rows,
+        "test_sets": {name: dict(facts) for name, facts in tests.items()},
+        "test_rows": study.test_rows if tests else None,
+        "shift_rows": study.shift_rows if tests else None,
         "batch_size": study.predict_batch_size,
     }
     if variant.predictive != "mc":  # else left out, so that cells of studies from before have their addresses
         settings["predictive"] = variant.predictive
+    if (data := study.task(entry.task).data) != entry.task:
+        settings["data"] = data
     needs = (entry.post_hoc,) if entry.post_hoc else entry.training
-    return Cell(PREDICTION, settings, needs, f"predicting {variant.name} on {entry.task}, {_seeds(entry.seeds)}")
+    trial = "" if tests else f", validation rows ({in_words(entry.chosen)})"
+    return Cell(PREDICTION, settings, needs, f"predicting {variant.name} on {entry.task}, {_seeds(entry.seeds)}{trial}")
 
 
 def _seeds(seeds: tuple[int, ...]) -> str:

@@ -16,7 +16,8 @@ temperature                             fitted on validation rows; empty in raw 
 peak_memory                             MiB, the highest of its cells
 scoring, device, versions               the machine that predicted
 
-Costs are single wall times on a machine that does other things too: differences of a tenth mean nothing.
+Costs are single measurements on a machine that does other things too (of a process of one thread, the time in which it
+had a core): differences of a tenth mean nothing.
 """
 
 from __future__ import annotations
@@ -37,12 +38,13 @@ from scalabl.core.console import visible
 from scalabl.core.files import write_text, writing
 from scalabl.inference.report.results import count_choices
 from scalabl.metrics import evaluate
-from scalabl.metrics.figures import is_collapsed, ood_auroc
+from scalabl.metrics.figures import METRICS, is_collapsed, ood_auroc
 from scalabl.metrics.uncertainty import apply_temperature, average, decompose, fit_temperature
 from scalabl.study.cells import Cell, finished
 from scalabl.study.plan import Entry, StudyPlan, baseline_of
-from scalabl.study.study import TEMPERED, Study
-from scalabl.study.work import read_predictions
+from scalabl.study.study import Study
+from scalabl.study.variants import TEMPERED
+from scalabl.study.work import UNLABELLED, read_predictions
 
 _TEXT, _INT, _FLOAT = pyarrow.string(), pyarrow.int64(), pyarrow.float64()
 SCHEMA = pyarrow.schema(
@@ -86,10 +88,7 @@ def outcomes(cell: Cell, output: Path, name: str) -> tuple[Outcome, ...]:
         for task, (raw, labels) in predictions.tests.items():
             log_probs = raw if t is None else apply_temperature(raw, t)
             probs = average(log_probs)
-            metrics = evaluate(probs, labels)
-            figures: dict[str, Any] = {metric: value.value for metric, value in metrics.items()}
-            why = is_collapsed(metrics["accuracy"], labels, count_choices(log_probs))
-            figures |= {"collapsed": why is not None, "why": why, "n": len(labels), "particles": log_probs.shape[0]}
+            figures = _figures(probs, labels, log_probs)
             figures |= {"validation_nll": tuned if t is None else None, "temperature": t}
             if task == cell.settings["task"]:
                 known = log_probs
@@ -100,6 +99,16 @@ def outcomes(cell: Cell, output: Path, name: str) -> tuple[Outcome, ...]:
                     figures["ood_auroc"] = ood_auroc(inside.epistemic, outside.epistemic, bootstrap=1).value
             found.append(Outcome(label, task, probs, labels, figures))
     return tuple(found)
+
+
+def _figures(probs: Tensor, labels: Tensor, log_probs: Tensor) -> dict[str, Any]:
+    """What is measured on one set; of one out of scope, whose rows have no label, none of the metrics."""
+    counts = {"n": len(labels), "particles": log_probs.shape[0]}
+    if (labels == UNLABELLED).all():
+        return dict.fromkeys(METRICS) | {"collapsed": False, "why": None} | counts
+    metrics = evaluate(probs, labels)
+    why = is_collapsed(metrics["accuracy"], labels, count_choices(log_probs))
+    return {name: value.value for name, value in metrics.items()} | {"collapsed": why is not None, "why": why} | counts
 
 
 def tidy(study: Study, plan: StudyPlan, output: Path) -> list[dict[str, Any]]:

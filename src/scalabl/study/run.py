@@ -74,7 +74,7 @@ def run_here(plan: StudyPlan, output: Path, *, invocation: str | None = None, re
         Interrupted: Ctrl-C in a training run.
     """
     invocation = invocation or uuid.uuid4().hex
-    while cells := open_cells(plan, output, invocation):
+    while cells := open_cells(plan := plan.renewed(output), output, invocation):
         if not any(_can_begin(cell, output) and attempt(cell, output, invocation) for cell in cells):
             time.sleep(WAIT)
         report()
@@ -150,7 +150,7 @@ def run_workers(plan: StudyPlan, output: Path, workers: int, *, report: Report =
         for process in processes:
             process.kill()
     codes = sorted({process.exitcode for process in processes if process.exitcode})
-    if codes and (left := len(open_cells(plan, output, invocation))):
+    if codes and (left := len(open_cells(plan.renewed(output), output, invocation))):
         raise UserError(
             f"Every worker ended early (exit {', '.join(map(str, codes))}; -9 is often too little memory), with "
             f"{left} cells to do; run the same command again, perhaps with fewer --workers."
@@ -193,21 +193,24 @@ def run_ray(plan: StudyPlan, output: Path, address: str, *, report: Report = _no
         UserError: Ray is not installed, or the cluster cannot be reached.
     """
     output, invocation = output.resolve(), uuid.uuid4().hex
-    cells = open_cells(plan, output, invocation)
+    cells = open_cells(plan := plan.renewed(output), output, invocation)
     if not cells:
         return
     with connected(address) as ray:
         task = ray.remote(num_cpus=1, num_gpus=gpus_each(ray), max_retries=2)(_task)
         # a task whose needs were lost does nothing, so that every order of failures comes to an end
         submitted: dict[str, Any] = {}
-        for cell in cells:
-            needs = [submitted[need] for need in cell.needs if need in submitted]
-            submitted[cell.address] = task.remote(cell, output, invocation, *needs)
-        waiting = list(submitted.values())
-        while waiting:
+        waiting: list[Any] = []
+        while waiting or any(cell.address not in submitted for cell in cells):
+            for cell in cells:
+                if cell.address not in submitted:
+                    needs = [submitted[need] for need in cell.needs if need in submitted]
+                    submitted[cell.address] = task.remote(cell, output, invocation, *needs)
+                    waiting.append(submitted[cell.address])
             done, waiting = ray.wait(waiting, timeout=WAIT)
             ray.get(done)
             report()
+            cells = open_cells(plan := plan.renewed(output), output, invocation)
 
 
 def _task(cell: Cell, output: Path, invocation: str, *_needs: Any) -> None:

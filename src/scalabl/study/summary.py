@@ -27,7 +27,9 @@ from scalabl.runs.registry import BASELINE
 from scalabl.study.cells import finished
 from scalabl.study.plan import StudyPlan, baseline_variant
 from scalabl.study.results import Outcome, outcomes
-from scalabl.study.study import TEMPERED, Study, Variant
+from scalabl.study.study import Study
+from scalabl.study.tested import sets_of
+from scalabl.study.variants import TEMPERED, Variant
 
 BOOTSTRAP = 1000
 CONFIDENCE = 0.95
@@ -126,15 +128,17 @@ def summarize(study: Study, plan: StudyPlan, output: Path, rows: list[dict[str, 
     """
     tables = []
     for task in study.tasks:
-        for tested in dict.fromkeys((task, *study.shift.get(task, ()))):
-            by_method = _by_method(study, plan, output, task, tested)
+        for tested in sets_of(study, task):
+            by_method = outcomes_by_method(study, plan, output, task, tested)
             if by_method:
                 some = [row for row in rows if row["trained_on"] == task and row["task"] == tested]
                 tables.append(_table(study, task, tested, by_method, some))
     return sorted(tables, key=lambda table: table.shifted)
 
 
-def _by_method(study: Study, plan: StudyPlan, output: Path, task: str, tested: str) -> dict[str, dict[int, Outcome]]:
+def outcomes_by_method(
+    study: Study, plan: StudyPlan, output: Path, task: str, tested: str
+) -> dict[str, dict[int, Outcome]]:
     """Method -> seed -> outcome; an ensemble stands for each of its members' seeds."""
     found: dict[str, dict[int, Outcome]] = {}
     for variant in study.variants:
@@ -229,6 +233,14 @@ def paired_over_seeds(a: BySeed, b: BySeed, metric: str, *, seed: int = 0) -> Me
     Raises:
         UserError: no seed in common, other rows, or no such metric.
     """
+    drawn = paired_draws(a, b, metric, seed=seed)
+    if drawn is None:
+        return Metric(None, None, None, f"{metric} is undefined for one of the two methods")
+    return interval(*drawn, CONFIDENCE)
+
+
+def paired_draws(a: BySeed, b: BySeed, metric: str, *, seed: int = 0) -> tuple[float, Tensor] | None:
+    """The difference of `paired_over_seeds`, and that of each resample (BOOTSTRAP,); None where it is undefined."""
     if metric not in METRICS:
         raise UserError(f"there is no metric {metric!r}; choose from {', '.join(METRICS)}.")
     common = [s for s in a if s in b]
@@ -239,11 +251,11 @@ def paired_over_seeds(a: BySeed, b: BySeed, metric: str, *, seed: int = 0) -> Me
     values = [[math.nan if (x := of[s].figures[metric]) is None else float(x) for s in common] for of in (a, b)]
     value = mean(x - y for x, y in zip(*values, strict=True))
     if math.isnan(value):
-        return Metric(None, None, None, f"{metric} is undefined for one of the two methods")
+        return None
     gaps = torch.stack([_resampled(a[s], metric, seed) - _resampled(b[s], metric, seed) for s in common])
     generator = torch.Generator().manual_seed(seed + 1)
     drawn = torch.randint(len(common), (BOOTSTRAP, len(common)), generator=generator)
-    return interval(value, gaps.T.gather(1, drawn).mean(dim=1), CONFIDENCE)
+    return value, gaps.T.gather(1, drawn).mean(dim=1)
 
 
 @lru_cache(maxsize=4096)

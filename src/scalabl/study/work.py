@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import gc
+import math
 import os
 import platform
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -24,8 +25,9 @@ from scalabl.core.files import sha256, write_json, writing
 from scalabl.data.assemble import TrainingRows, select_rows
 from scalabl.data.example import Example, rows_digest
 from scalabl.data.load import load_task
-from scalabl.inference.predictor import labels_of
 from scalabl.methods.saved import POST_HOC_DIRECTORY
+from scalabl.metrics.calibration import row_losses
+from scalabl.metrics.uncertainty import fit_temperature
 from scalabl.predictive.auto import AutoPredictive
 from scalabl.predictive.base import Predictive, predict
 from scalabl.runs.loading import load_run
@@ -34,13 +36,14 @@ from scalabl.runs.registry import POST_HOC as POST_HOC_METHODS
 from scalabl.runs.settings import Settings
 from scalabl.scoring.trunk_store import with_stored_trunk
 from scalabl.study.cells import POST_HOC, PREDICTION, TRAINING, Cell, finished
-from scalabl.study.plan import overlap, shifted_rows, tested_rows, tuning_rows
+from scalabl.study.tested import overlap, rows_of_set, tuning_rows
 from scalabl.training.checkpoints import last_checkpoint
 from scalabl.training.run import read_log, train
 
 RUN = "run"
 PREDICTIONS = "predictions.safetensors"
 VALIDATION = "validation"
+UNLABELLED = -1
 
 
 def do(cell: Cell, output: Path) -> dict[str, Any]:
@@ -78,7 +81,7 @@ def _train(cell: Cell, output: Path) -> dict[str, Any]:
     # the trainer's own time: steps alone, without loading and without the frozen layers, which other runs share
     steps = next(entry["train_runtime"] for entry in reversed(log) if "train_runtime" in entry)
     return {
-        "seconds": steps * training.optimisation.steps / max(1, training.optimisation.steps - done),
+        "seconds": cost.busy * steps * training.optimisation.steps / max(1, training.optimisation.steps - done),
         "peak_memory": cost.peak_memory,
         "resumed_from": done,
         "parameters": record.parameters,
@@ -98,7 +101,7 @@ def _fit(cell: Cell, output: Path) -> dict[str, Any]:
     path = cell.directory(output) / POST_HOC_DIRECTORY / method.name / f"{method.name}.safetensors"
     saved = sum(t.numel() for t in load_file(path).values()) if path.is_file() else 0
     return {
-        "seconds": cost.seconds,
+        "seconds": cost.busy * cost.seconds,
         "peak_memory": cost.peak_memory,
         "extra_parameters": method.extra_numbers(run, facts, saved),
         "facts": {k: v for k, v in facts.items() if isinstance(v, int | float | bool)},
@@ -114,23 +117,22 @@ def _predict(cell: Cell, output: Path) -> dict[str, Any]:
     else:
         own = load_post_hoc(method) if method in POST_HOC_METHODS else load_method(method)
         strategy = own.predictive(run, samples=settings["samples"], seed=settings["seed"])
-    task = load_task(settings["task"])
+    data = settings.get("data", settings["task"])
+    task = load_task(data)
     tensors: dict[str, Tensor] = {}
 
     def enter(name: str, rows: list[Example]) -> float:
         log_probs, seconds = _log_probs(run, rows, strategy, settings["batch_size"])
-        tensors[f"{name}|log_probs"], tensors[f"{name}|labels"] = log_probs.contiguous(), labels_of(rows)
+        tensors[f"{name}|log_probs"], tensors[f"{name}|labels"] = log_probs.contiguous(), _labels(rows)
         return seconds
 
     held_out, tuning = list(_rows_of(run).validation), tuning_rows(task)
+    limits = {name: settings[name] for name in ("test_rows", "shift_rows")}
     seconds, overlaps = {}, {}
     with measured() as cost:
-        enter(VALIDATION, held_out)  # where auto chooses, it is by these rows
+        seconds[VALIDATION] = enter(VALIDATION, held_out)  # where auto chooses, it is by these rows
         for name, expected in settings["test_sets"].items():
-            if name == settings["task"]:
-                rows = tested_rows(name, settings["test_rows"])
-            else:
-                rows = shifted_rows(name, settings["shift_rows"], task.labels)
+            rows = rows_of_set(name, expected, task, of=settings["task"], data=data, **limits)
             _require_same(name, expected["sha256"], rows_digest(rows))
             seconds[name] = enter(f"test:{name}", rows)
             overlaps[name] = overlap(rows, tuning)
@@ -138,18 +140,34 @@ def _predict(cell: Cell, output: Path) -> dict[str, Any]:
     with writing(path) as unfinished:
         save_file(tensors, unfinished)
     return {
-        "seconds": seconds[settings["task"]],  # of its own test set
+        # of its own test set; of validation rows where these alone are predicted
+        "seconds": cost.busy * seconds.get(settings["task"], seconds[VALIDATION]),
         "peak_memory": cost.peak_memory,
         "validation_rows": len(held_out),
+        "validation_nll": _losses(tensors[f"{VALIDATION}|log_probs"], tensors[f"{VALIDATION}|labels"]),
         "rows_also_tuned_on": overlaps,
         **({"choice": strategy.choice.sentence} if isinstance(strategy, AutoPredictive) and strategy.choice else {}),
         "sha256": sha256(path),
     }
 
 
+def _losses(log_probs: Tensor, labels: Tensor) -> dict[str, float | None]:
+    """NLL in nats of validation rows, as they are ("raw") and with the temperature that suits them ("calibrated"); None
+    where it is no number."""
+    t = fit_temperature(log_probs, labels)
+    losses = {name: row_losses(log_probs, labels, each).mean().item() for name, each in (("raw", 1), ("calibrated", t))}
+    return {name: loss if math.isfinite(loss) else None for name, loss in losses.items()} | {"temperature": t}
+
+
+def _labels(rows: Sequence[Example]) -> Tensor:
+    """(n,) the right choices, `UNLABELLED` where a row has none."""
+    return torch.tensor([UNLABELLED if row.answer is None else row.answer for row in rows])
+
+
 @dataclass(frozen=True)
 class Predictions:
-    """What a prediction cell holds; each part is log class probabilities (N, n, C) and labels (n,).
+    """What a prediction cell holds; each part is log class probabilities (N, n, C) and labels (n,), `UNLABELLED` where
+    a row has none.
 
     Attributes:
         validation: of the rows that a temperature is fitted on.
@@ -206,10 +224,15 @@ _MIB = 2**20
 
 @dataclass
 class CellCost:
-    """Wall time in seconds, and the peak memory in MiB: the accelerator's, or the process's on a CPU."""
+    """Wall time in seconds, and the peak memory in MiB: the accelerator's, or the process's on a CPU.
+
+    Attributes:
+        busy: share of the time in which a process of one thread had a core, which others may want too; 1 elsewhere.
+    """
 
     seconds: float = 0.0
     peak_memory: float = 0.0
+    busy: float = 1.0
 
 
 @contextmanager
@@ -217,13 +240,15 @@ def measured() -> Iterator[CellCost]:
     """Context whose cost is known at its end."""
     cost = CellCost()
     _forget_peak()
-    start = time.perf_counter()
+    start, computed = time.perf_counter(), time.process_time()
     try:
         yield cost
     finally:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         cost.seconds = time.perf_counter() - start
+        if not torch.cuda.is_available() and torch.get_num_threads() == 1:
+            cost.busy = min(1.0, (time.process_time() - computed) / cost.seconds)
         cost.peak_memory = _peak() / _MIB
 
 
