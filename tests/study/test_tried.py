@@ -20,6 +20,7 @@ from scalabl.runs.loading import load_run
 from scalabl.runs.settings import RowSettings
 from scalabl.study.benchmark import write_results
 from scalabl.study.cells import PREDICTION, TRAINING, finished
+from scalabl.study.detection import detection_rows, scores
 from scalabl.study.frontier import points_of
 from scalabl.study.plan import StudyPlan, make_plan, validation_loss
 from scalabl.study.pooled import holm, two_sided
@@ -155,6 +156,33 @@ def test_a_set_out_of_scope_has_detection_alone(
     assert overall["difference"] == pooled["scalabl", "nll", "in scope", "few"]["difference"]
     (point,) = [p for p in points_of(summarize(study, plan, output, table), "mle") if p.name == "scalabl"]
     assert point.gap == pytest.approx(means["scalabl"] - means["mle"]) and point.tasks == 1
+
+
+def test_scores_are_what_they_say_and_are_compared_by_what_they_tell(
+    done: tuple[Study, StudyPlan, Path],
+) -> None:
+    drawn = torch.randn(4, 7, 3, generator=torch.Generator().manual_seed(0)).double().log_softmax(dim=-1)
+    found = scores(drawn)
+    pairs = [(drawn[i].exp() * (drawn[i] - drawn[j])).sum(dim=-1) for i in range(4) for j in range(4) if i != j]
+    torch.testing.assert_close(found["pairwise KL"], torch.stack(pairs).mean(dim=0))
+    torch.testing.assert_close(found["entropy"], found["aleatoric"] + found["epistemic"])
+    assert scores(drawn[:1]).keys() == {"probability", "entropy"}
+    alike = scores(drawn[:1].expand(4, -1, -1))
+    for name in ("epistemic", "pairwise KL", "logits", "answer", "disagreement"):
+        torch.testing.assert_close(alike[name], torch.zeros(7, dtype=torch.float64), atol=1e-12, rtol=0)
+    study, plan, output = done
+    rows = detection_rows(plan, output)
+    (row,) = [
+        row
+        for row in rows
+        if (row["method"], row["score"], row["tells"], row["seed"]) == ("scalabl", "entropy", "out of scope", 0)
+    ]
+    (tabled,) = [
+        row
+        for row in tidy(study, plan, output)
+        if row["method"] == "scalabl+temperature" and row["task"].endswith("other.jsonl") and row["seed"] == 0
+    ]
+    assert row["auroc"] == pytest.approx(tabled["ood_auroc_total"])
 
 
 def test_p_values_are_corrected_as_holm_has_it() -> None:

@@ -2,7 +2,8 @@
 
 RESULTS/results.csv, .parquet    a row for each method, test set and seed
 RESULTS/summary.csv              means, intervals, paired differences
-RESULTS/tried.csv, pooled.csv    where settings are tried: their NLL of validation rows; differences over all tasks
+RESULTS/tried.csv, pooled.csv    where settings are tried: their NLL of validation rows; differences over all tasks;
+        detection.csv            how well each score tells errors and rows out of scope
 RESULTS/README.md                the tables, with pictures beside it (*.svg); answer.md, written by hand, stands on top
 RESULTS/results.tex, .html       the same tables
 """
@@ -24,6 +25,7 @@ from scalabl.core.errors import UserError
 from scalabl.core.files import write_bytes, write_text
 from scalabl.runs.registry import BASELINE
 from scalabl.study.cells import PREDICTION, Cell, failure, finished
+from scalabl.study.detection import detection_rows, detection_tables
 from scalabl.study.frontier import frontier
 from scalabl.study.look import svg
 from scalabl.study.page import Section, html, latex, layout, markdown
@@ -137,8 +139,10 @@ def _overall(study: Study, plan: StudyPlan, output: Path, results: Path, tables:
         return []
     lines = pooled_rows(found)
     write_text(results / "pooled.csv", csv_of(lines, list(lines[0])))
-    picture = frontier(tables, baseline.name)
-    return [Section("Over all tasks", [picture] if picture else [], pooled_tables(found))]
+    picture, told = frontier(tables, baseline.name), detection_rows(plan, output)
+    write_text(results / "detection.csv", csv_of(told, list(told[0])))
+    grids = [*pooled_tables(found), *detection_tables(told)]
+    return [Section("Over all tasks", [picture] if picture else [], grids)]
 
 
 def facts_of(study: Study, plan: StudyPlan, output: Path, rows: list[dict[str, Any]], command: str) -> dict[str, str]:
@@ -159,10 +163,17 @@ def facts_of(study: Study, plan: StudyPlan, output: Path, rows: list[dict[str, A
         "training": ", ".join(f"{name} {value}" for name, value in study.settings.items()) or "defaults",
         "particles": f"{study.samples} where a method samples",
         "seeds": ", ".join(map(str, study.seeds)),
-        "finished": f"{len(predicted)} of {len(plan.entries)} runs",
+        "finished": _finished(study, plan, output, len(predicted)),
         **{name: "; ".join(dict.fromkeys(str(row[name]) for row in rows)) for name in ("versions", "device")},
         "command": command,
     }
+
+
+def _finished(study: Study, plan: StudyPlan, output: Path, done: int) -> str:
+    """Of all runs that the recipe has, those that wait for a choice too; and of the settings tried."""
+    every = sum(len(study.runs_on(variant, task)) for variant in study.variants for task in study.tasks)
+    tried = sum(finished(output, attempt.prediction) is not None for attempt in plan.attempts)
+    return f"{done} of {every} runs" + (f", {tried} of {len(plan.attempts)} settings tried" if plan.attempts else "")
 
 
 def time_left(plan: StudyPlan, output: Path, workers: int = 1) -> float | None:

@@ -258,6 +258,7 @@ def _markdown_cell(cell: PageCell) -> str:
 
 _LATEX_MARKS = {
     "▲": r"\blacktriangle", "▼": r"\blacktriangledown", "△": r"\vartriangle", "▽": r"\triangledown", "†": r"\dagger",
+    look.CHOSEN: r"\checkmark",
 }  # fmt: skip
 
 

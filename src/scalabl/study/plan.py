@@ -171,9 +171,8 @@ def _planned(
     for task in study.tasks:
         learnt, tests = rows[task].learnt, rows[task].tests
         for variant in study.variants:
-            if variant.tasks is not None and task not in variant.tasks:
-                continue
-            if variant.chooses:
+            runs_on = study.runs_on(variant, task)
+            if variant.chooses and runs_on:
                 for point in variant.tried:
                     run = add(_training(study, variant, task, study.seeds[0], learnt, point))
                     trial = Entry(variant, task, study.seeds[:1], (run,), None, "", point)
@@ -181,9 +180,7 @@ def _planned(
             if variant.tried and (task, variant.of) not in choices:
                 continue
             point = choices.get((task, variant.of), {})
-            alone = [(seed,) for seed in study.seeds_of(variant)]
-            joined = [study.seeds_of(variant)[: variant.members]]
-            for seeds in joined if METHODS[variant.method].members else alone:
+            for seeds in runs_on:
                 runs = tuple(add(_training(study, variant, task, seed, learnt, point)) for seed in seeds)
                 fitted = add(_post_hoc(variant, task, seeds, runs)) if variant.method in POST_HOC_METHODS else None
                 entry = Entry(variant, task, seeds, runs, fitted, "", point)
@@ -201,6 +198,7 @@ def _in_turn(study: Study, attempts: Sequence[Attempt], entries: Sequence[Entry]
     def wave(of: Attempt | Entry) -> int:
         return max(of.variant.wave, study.task(of.task).wave)
 
+    turns: list[tuple[tuple[int, int], tuple[str, ...]]]
     turns = [((wave(a), -1), (a.training, a.prediction)) for a in attempts]
     turns += [((wave(e), max(rank[seed] for seed in e.seeds)), e.addresses) for e in entries]
     return [addresses for _, addresses in sorted(turns, key=lambda turn: turn[0])]

@@ -98,6 +98,13 @@ class Study:
         """The seeds of a variant's runs; of an ensemble those of its members."""
         return self.seeds if variant.seeds is None else variant.seeds
 
+    def runs_on(self, variant: Variant, task: str) -> list[tuple[int, ...]]:
+        """The seeds of each run of a variant on a task, all members' of an ensemble; none where it is not run."""
+        if variant.tasks is not None and task not in variant.tasks:
+            return []
+        seeds = self.seeds_of(variant)
+        return [seeds[: variant.members]] if METHODS[variant.method].members else [(seed,) for seed in seeds]
+
     def training_settings(
         self, variant: Variant, task: str, seed: int, chosen: Mapping[str, Any] | None = None
     ) -> Settings:
