@@ -229,12 +229,16 @@ def _positions(core: Any, batch: ImageRows, found: BatchImages, images: list[int
     the choices behind it as for text, each choice beginning where the prompt ends."""
     if not hasattr(core, "get_rope_index"):
         return {}
-    positions, behind = core.get_rope_index(
+    # older Transformers find images by their token
+    prompt, told = batch.segments == 0, "mm_token_type_ids" in inspect.signature(core.get_rope_index).parameters
+    positions, _ = core.get_rope_index(
         batch.input_ids,
-        mm_token_type_ids=(found.of > 0).int(),
+        **({"mm_token_type_ids": (found.of > 0).int()} if told else {}),
         image_grid_thw=found.pixels["image_grid_thw"][images],
-        attention_mask=(batch.segments == 0).long(),
+        attention_mask=prompt.long(),
     )
+    # the model's own number of this counts the row's other tokens in older Transformers
+    behind = positions.amax(dim=0).where(prompt, 0).amax(dim=1, keepdim=True) + 1 - prompt.sum(dim=1, keepdim=True)
     of_choices = (batch.position_ids + behind)[None]
     return {"position_ids": torch.where((batch.segments > 0)[None], of_choices, positions)}
 
