@@ -25,6 +25,7 @@ from scalabl.metrics.calibration import row_losses
 from scalabl.metrics.uncertainty import apply_temperature, average, decompose
 from scalabl.predictive import LinearizedPredictive, MeanPredictive, MonteCarloPredictive, predict
 from scalabl.predictive.sampling import Sampling
+from scalabl.runs.card import card
 from scalabl.runs.loading import load_run
 from scalabl.runs.record import RECORD, RunRecord
 from scalabl.runs.settings import Settings
@@ -87,6 +88,7 @@ def test_the_record_has_the_fit_of_the_held_out_rows(fitted: Path) -> None:
     right = average(predict(run.scorer, run.encode(rows), strategy)).argmax(dim=-1) == labels
     assert made.accuracy == pytest.approx(right.double().mean().item())
     words = calibration_in_words(record)
+    assert (fitted / "README.md").read_text() == card(record)
     assert "fitted on 30 rows" in words and words.endswith(f", {100 * made.accuracy:.3g} % right")
 
 

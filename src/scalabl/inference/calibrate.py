@@ -20,6 +20,7 @@ from scalabl.predictive.auto import AutoPredictive, with_scale
 from scalabl.predictive.base import MeanPredictive, Predictive
 from scalabl.predictive.linearized import LinearizedPredictive
 from scalabl.predictive.monte_carlo import MonteCarloPredictive
+from scalabl.runs.card import write_cards
 from scalabl.runs.loading import load_run
 from scalabl.runs.method import Run
 
@@ -128,5 +129,7 @@ def calibrate(
     require_rows(len(rows))
     run = load_run(directory, model=model)
     before, made = Calibration.of(run.record), fit_run(run, rows, settings, batch_size=batch_size)
-    replace(run.record, calibration=made.as_dict()).write(directory)
+    record = replace(run.record, calibration=made.as_dict())
+    write_cards(directory, record)
+    record.write(directory)
     return before, made

@@ -24,6 +24,7 @@ from scalabl.data.class_balance import balance_warnings, label_counts
 from scalabl.data.example import Example, Task, rows_digest
 from scalabl.data.load import load_training_task
 from scalabl.data.text_rows import TextTask
+from scalabl.runs.card import write_cards
 from scalabl.runs.directory import EMBEDDED, as_recorded, begin, claim
 from scalabl.runs.method import Run, TrainedMethod, load_method
 from scalabl.runs.models import embedded_directory, load_base, load_tokenizer
@@ -189,6 +190,7 @@ def _train(
 
     def finish() -> RunRecord:
         finished = replace(published, status="finished", calibration=calibration)
+        write_cards(output, finished)
         finished.write(output)
         remove_checkpoints(output)
         return finished

@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from scalabl.core.errors import UserError
 from scalabl.core.files import ADAPTER, sha256, write_json, writing
 from scalabl.data.example import Example, Task
+from scalabl.runs.card import write_cards
 from scalabl.runs.directory import reading_config
 from scalabl.runs.loading import load_adapter, longest_row, require_base
 from scalabl.runs.method import Run
@@ -146,6 +147,7 @@ def _build(
     if calibrate is not None:
         run = Run(record, Scorer(model, scoring, trunk), tokenizer, directory)
         record = replace(record, calibration=calibrate(run, held_out))
+    write_cards(directory, record)
     record.write(directory)
     return record
 
