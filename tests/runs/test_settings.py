@@ -192,6 +192,8 @@ def test_a_damaged_record_is_refused_by_the_name_of_its_field(tmp_path: Path) ->
     for changes, sentence in (
         ({"recipe": whole["recipe"] | {"r": "four"}}, "r is 'four'; it must be a whole number; train the run again"),
         ({"recipe": whole["recipe"] | {"steps": float("inf")}}, "steps is inf; it must be a whole number"),
+        ({"recipe": whole["recipe"] | {"method": float("nan")}}, "method is nan; it must be one of scalabl, mle, "),
+        ({"recipe": whole["recipe"] | {"method": "sgd"}}, "method is 'sgd'; it must be one of scalabl, mle, "),
         ({"rows": {"train": 1}}, "rows is .*, which no record has; train the run again or restore the file"),
         ({"task": {"labels": "ab"}}, "task is .*, which no record has"),
         ({"status": "done"}, "status is 'done'; it must be running or finished"),

@@ -11,6 +11,8 @@ _DISK = {
     errno.EDQUOT: "the disk quota is used up; free some space and run the same command again",
     errno.EROFS: "the file system is read-only; choose another directory",
     errno.EISDIR: "a directory stands where a file is to be written; choose another name, or move it away",
+    errno.ENOTDIR: "a file or a link stands where a directory is needed; choose another name, or move it away",
+    errno.ELOOP: "its links lead in a circle; choose another name, or mend them",
     errno.ENOTEMPTY: "another call has written there meanwhile; choose another directory",
     errno.ENAMETOOLONG: "the name is too long; choose a shorter one",
     errno.EACCES: "permission was denied; choose a directory that you may write",

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from scalabl.core.errors import UserError
-from scalabl.core.locations import Location, StorePath
+from scalabl.core.locations import Location, StorePath, real_path
 
 OTHER_CACHE = "set SCALABL_CACHE to a directory that you may write"
 ADAPTER = "adapter_model.safetensors"
@@ -66,7 +66,7 @@ def read_if_whole(path: Path) -> Any:
     """What a JSON file holds; None where it is missing or half written, as a killed process leaves it."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
 
 
@@ -245,7 +245,7 @@ def require_place(directory: Location, *, named: Location | None = None, mend: s
         probe.write_bytes(b"")
         probe.unlink()
         return
-    place = directory.resolve()
+    place = real_path(directory)
     while not place.exists():
         place = place.parent
     beside = _beside(place / "probe")

@@ -34,6 +34,11 @@ def expanded(text: str | Path) -> Path:
     return Path(os.path.expanduser(text))
 
 
+def real_path(path: Path) -> Path:
+    """A path without its links; one whose links lead in a circle, of which `Path.resolve` makes an error, as it is."""
+    return Path(os.path.realpath(path))
+
+
 def is_address(text: str) -> bool:
     """Whether a text is an address (file:// is one) and not a path."""
     return _ADDRESS.match(text) is not None and not os.path.exists(text)

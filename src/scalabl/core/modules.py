@@ -62,7 +62,7 @@ def check_spec(spec: str, *, variance: bool = False) -> tuple[str, float]:
         UserError: it is none of these.
     """
     kind, _, number = spec.partition(":")
-    whole = number.isdecimal()
+    whole = number.isdecimal() and len(number) < 10
     try:
         value = float(number)
     except ValueError:
@@ -72,7 +72,8 @@ def check_spec(spec: str, *, variance: bool = False) -> tuple[str, float]:
     if variance and kind == "variance" and 0 < value <= 1:
         return kind, value
     further = ", or by their share of the predictive variance, variance:0.9" if variance else ""
-    raise UserError(f"stochastic_layers is {spec!r}; it must be last:K, or a fraction of them, last:0.25{further}.")
+    shown = repr(spec[:40])
+    raise UserError(f"stochastic_layers is {shown}; it must be last:K, or a fraction of them, last:0.25{further}.")
 
 
 def top_layers(depths: Mapping[str, int], spec: str) -> list[str]:

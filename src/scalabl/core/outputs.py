@@ -11,7 +11,7 @@ from pathlib import Path
 
 from scalabl.core.errors import UserError
 from scalabl.core.files import require_place
-from scalabl.core.locations import expanded, is_address
+from scalabl.core.locations import expanded, is_address, real_path
 
 # files of runs, adapters and models, which no option of a command names
 _OWN = re.compile(
@@ -53,9 +53,9 @@ def require_writable(*files: Path | None, reads: Iterable[str | Path | None] = (
         taken.append(file)
         if file.is_symlink() and not file.exists():
             raise UserError(f"{file} is a link to nowhere; remove it, or choose another file.")
-        if file.exists() and _OWN.fullmatch(file.resolve().name):
+        if file.exists() and _OWN.fullmatch(real_path(file).name):
             raise UserError(f"{file} is a file of a run or of a model, and would be overwritten; choose another file.")
-        parent = file.resolve().parent
+        parent = real_path(file).parent
         if file.is_dir() or not parent.is_dir() or (file.exists() and not file.is_file()):
             raise UserError(f"{file} cannot be written; give a file in a directory that exists.")
         require_place(parent, named=file, mend="choose another directory")
@@ -71,12 +71,12 @@ def _path(given: str | Path | None) -> Path | None:
 def _same(file: Path, other: Path) -> bool:
     if file.exists() and other.exists():
         return file.samefile(other)
-    return file.resolve() == other.resolve()
+    return real_path(file) == real_path(other)
 
 
 def _is_own(file: Path, directory: Path) -> bool:
     """Whether a file belongs to a directory that is read, by its place or as another name of one that lies there."""
-    real, root = file.resolve(), directory.resolve()
+    real, root = real_path(file), real_path(directory)
     if file.is_file() and file.stat().st_nlink > 1:
         real = next((path for path in root.rglob("*") if path.is_file() and path.samefile(file)), real)
     if not real.is_relative_to(root):

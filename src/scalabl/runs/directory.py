@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from scalabl.core.errors import UserError, one_line
 from scalabl.core.files import ADAPTER, lock, read_if_whole, read_json, require_place
 from scalabl.core.modules import split_leaf
-from scalabl.runs.patterns import require_patterns
+from scalabl.runs.adapter_fields import require_sound
 from scalabl.runs.record import CONFIG, RECORD, RunRecord
 from scalabl.runs.settings import Settings
 
@@ -194,19 +194,11 @@ def reading_config(directory: Path) -> Iterator[None]:
     """
     try:
         if isinstance(config := read_if_whole(directory / CONFIG), dict):
-            require_patterns(config, str(directory / CONFIG))
+            require_sound(config, str(directory / CONFIG))
         yield
     except UserError:
         raise
-    except (
-        TypeError,
-        ValueError,
-        LookupError,
-        AttributeError,
-        ArithmeticError,
-        AssertionError,
-        RecursionError,
-    ) as error:
+    except _OF_VALUES as error:
         raise UserError(
             f"{directory / CONFIG} has a value that no adapter has ({one_line(error)[:200]}); restore the file."
         ) from error
@@ -232,7 +224,7 @@ def adapter_config(directory: Path, made_by: str) -> dict[str, Any]:
         made_by: what makes such a directory, for the message.
 
     Raises:
-        UserError: either file is missing, or the configuration cannot be read.
+        UserError: either file is missing, or the configuration cannot be read or has a value that no adapter has.
     """
     missing = f"{directory} holds no {{}}; give a directory made by {made_by}."
     config = read_json(
@@ -243,6 +235,7 @@ def adapter_config(directory: Path, made_by: str) -> dict[str, Any]:
     )
     if not (directory / ADAPTER).is_file():
         raise UserError(missing.format(ADAPTER))
+    require_sound(config, str(directory / CONFIG))
     return config
 
 

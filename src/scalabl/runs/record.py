@@ -15,6 +15,7 @@ from typing import Any, Self, TypedDict, get_args, get_origin, get_type_hints, i
 from scalabl.core import __version__, processes
 from scalabl.core.errors import UserError
 from scalabl.core.files import ADAPTER, JOINT, read_json, sha256, write_json
+from scalabl.runs.registry import METHODS
 from scalabl.runs.settings import DEFAULTS, Settings, typed_setting
 
 RECORD = "scalabl.json"
@@ -44,7 +45,7 @@ def _check(said: dict[str, Any], path: Path) -> None:
     """Refuse values that no record has, by the names of their fields."""
     kinds = get_type_hints(RunRecord)
     for name, value in said.items():
-        if not _is_of(value, kinds[name]):
+        if not is_of(value, kinds[name]):
             raise UserError(f"{path}: {name} is {str(value)[:80]!r}, which no record has; {_MEND}.")
     for name, choices in (("status", ("running", "finished")), ("kind", (CHOICES, LANGUAGE))):
         if said.get(name, choices[0]) not in choices:
@@ -55,22 +56,24 @@ def _check(said: dict[str, Any], path: Path) -> None:
                 typed_setting(name, value)
             except UserError as error:
                 raise UserError(f"{path}: {str(error).rstrip('.')}; {_MEND}.") from error
+    if (method := said["recipe"].get("method", DEFAULTS["method"])) not in METHODS:
+        raise UserError(f"{path}: method is {repr(method)[:80]}; it must be one of {', '.join(METHODS)}; {_MEND}.")
     if "scoring" in said and said["scoring"].get("scoring", HEAD) not in _SCORINGS:
         raise UserError(f"{path}: scoring is {said['scoring']['scoring']!r}; it must be one of {', '.join(_SCORINGS)}.")
 
 
-def _is_of(value: Any, kind: Any) -> bool:
+def is_of(value: Any, kind: Any) -> bool:
     """Whether a JSON value is of a type as the record's fields have them; a whole number is a float too."""
     if is_typeddict(kind):
         inner = get_type_hints(kind)
-        return isinstance(value, dict) and all(name in value and _is_of(value[name], inner[name]) for name in inner)
+        return isinstance(value, dict) and all(name in value and is_of(value[name], inner[name]) for name in inner)
     origin, inside = get_origin(kind), get_args(kind)
     if origin is dict:
-        return isinstance(value, dict) and all(_is_of(each, inside[1]) for each in value.values())
+        return isinstance(value, dict) and all(is_of(each, inside[1]) for each in value.values())
     if origin is list:
-        return isinstance(value, list) and all(_is_of(each, inside[0]) for each in value)
+        return isinstance(value, list) and all(is_of(each, inside[0]) for each in value)
     if inside:  # or None
-        return any(_is_of(value, each) for each in inside)
+        return any(is_of(value, each) for each in inside)
     if kind in (int, float):
         return isinstance(value, (int, kind)) and not isinstance(value, bool)
     return kind is Any or isinstance(value, kind)

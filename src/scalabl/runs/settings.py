@@ -97,7 +97,7 @@ def layer_fraction(layers: str) -> int | None:
     if layers == "all":
         return None
     head, _, number = layers.partition(":")
-    if head == "last" and number.isdigit() and int(number) >= 1:
+    if head == "last" and number.isdecimal() and len(number) < 10 and int(number) >= 1:
         return int(number)
     raise UserError(f"layers is {layers!r}; it must be all or last:K, for example last:8.")
 

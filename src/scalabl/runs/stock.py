@@ -85,10 +85,7 @@ def _record(directory: Path, config: dict[str, Any], labels: Sequence[str] | Non
     if not named:
         raise UserError(f"{directory / CONFIG} does not name the base model; give it with --model (model= in Python).")
     named = str(named) if model else find_base(str(named), directory)
-    try:
-        own = {name: typed_setting(name, config.get(name)) for name in ("r", "lora_alpha")}
-    except UserError as error:
-        raise UserError(f"{directory / CONFIG}: {str(error).rstrip('.')}; restore the file.") from error
+    own = {name: typed_setting(name, config[name]) for name in ("r", "lora_alpha")}
     targets = config.get("target_modules") or "all-linear"
     own["target_modules"] = targets if isinstance(targets, str) else ",".join(sorted(targets))
     found, several = _labels(directory, named, labels), _several(directory, named)

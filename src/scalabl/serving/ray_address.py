@@ -88,7 +88,7 @@ def gpus_each(ray: Any) -> int:
 def _require_answer(address: str) -> None:
     """Ray itself would try for many minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not port.isdigit():
+    if not port.isdecimal():
         return  # "local", "auto"
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()

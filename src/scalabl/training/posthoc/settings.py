@@ -140,6 +140,8 @@ def require_free(output: Path) -> None:
     Raises:
         UserError: so it is.
     """
+    if output.is_symlink() and not output.exists():
+        raise UserError(f"{output} is a link to nowhere; remove it, or choose another --output.")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output} exists and is not empty; choose another --output.")
     require_place(output.parent, named=output)
@@ -215,7 +217,7 @@ def settings_for(
     else:
         targets = source.config.get("target_modules") or "all-linear"
         settings = {
-            **{name: _number(source, name) for name in ("r", "lora_alpha")},
+            **{name: typed_setting(name, source.config[name]) for name in ("r", "lora_alpha")},
             "target_modules": targets if isinstance(targets, str) else ",".join(sorted(targets)),
         }
     if source.has_head and (other := named.pop("scoring", HEAD)) not in (HEAD, "auto"):
@@ -228,10 +230,3 @@ def settings_for(
     covariance = "full" if method == "laplace" else "diagonal"
     settings |= {"method": "scalabl", "model": source.model, "data": data, "covariance": covariance}
     return PosthocSettings(method, Settings.flat(**settings | named), structure, prior_precision, "scoring" in named)
-
-
-def _number(source: SourceAdapter, name: str) -> Any:
-    try:
-        return typed_setting(name, source.config.get(name))
-    except UserError as error:
-        raise UserError(f"{source.directory / CONFIG}: {str(error).rstrip('.')}; restore the file.") from error
