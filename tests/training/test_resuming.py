@@ -127,6 +127,12 @@ def halved(file: Path) -> None:
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
 
+def flipped(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
 @pytest.fixture(scope="module")
 def stopped(base_directory: Path, task_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of 12 steps that was stopped behind the last one, with checkpoints 10 and 12."""
@@ -137,7 +143,7 @@ def stopped(base_directory: Path, task_directory: Path, tmp_path_factory: pytest
     return output
 
 
-@pytest.mark.parametrize("damage", [emptied, halved, Path.unlink])
+@pytest.mark.parametrize("damage", [emptied, halved, flipped, Path.unlink])
 def test_a_damaged_checkpoint_is_passed_over_in_a_sentence(
     stopped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: Any
 ) -> None:

@@ -8,17 +8,32 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
+from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
 from scalabl.core.console import words_console
-from scalabl.core.files import ADAPTER, read_if_whole, remove
+from scalabl.core.files import ADAPTER, read_if_whole, remove, sha256, write_json
 from scalabl.runs.directory import saved_shapes
 from scalabl.runs.record import RECORD, RunRecord
 
 DIRECTORY = "checkpoints"
 _NAME = re.compile(r"checkpoint-(\d+)")
 _OF_ONE_MODEL = (ADAPTER, "optimizer.pt", "scheduler.pt")  # what Trainer writes of a model that is no shard
+_DIGESTS = "sha256.json"
+
+
+class Digests(TrainerCallback):
+    """Keeps the SHA-256 of a checkpoint's files beside them: those that the main process writes of a model that is no
+    shard."""
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        checkpoint = Path(args.output_dir, f"checkpoint-{state.global_step}")
+        if state.is_world_process_zero and checkpoint.is_dir() and not _is_sharded(checkpoint):
+            files = [path for path in sorted(checkpoint.iterdir()) if path.is_file() and path.name != _DIGESTS]
+            own = [path for path in files if not path.name.startswith("rng_state_")]
+            write_json(checkpoint / _DIGESTS, {path.name: sha256(path) for path in own})
 
 
 def last_checkpoint(output: Path, *, tell: bool = True) -> Path | None:
@@ -75,7 +90,7 @@ def _damage(checkpoint: Path, step: int) -> str | None:
     state = read_if_whole(checkpoint / TRAINER_STATE_NAME)  # written last
     if not isinstance(state, dict) or state.get("global_step") != step:
         return f"{TRAINER_STATE_NAME} is missing or not whole"
-    sharded = any(checkpoint.glob("*fsdp*")) or any(checkpoint.glob("global_step*"))
+    sharded = _is_sharded(checkpoint)
     needed = () if sharded else _OF_ONE_MODEL
     missing = [name for name in needed if not (checkpoint / name).is_file()]
     if not sharded and not any(checkpoint.glob("rng_state*.pth")):
@@ -90,7 +105,16 @@ def _damage(checkpoint: Path, step: int) -> str | None:
             saved_shapes(checkpoint)
         except ValueError:
             return f"{ADAPTER} is not whole"
+    # of older versions, and of a save that was killed behind its last file, there are none
+    digests = read_if_whole(checkpoint / _DIGESTS)
+    for name, digest in digests.items() if isinstance(digests, dict) else ():
+        if not (checkpoint / name).is_file() or sha256(checkpoint / name) != digest:
+            return f"{name} was lost or altered"
     return None
+
+
+def _is_sharded(checkpoint: Path) -> bool:
+    return any(checkpoint.glob("*fsdp*")) or any(checkpoint.glob("global_step*"))
 
 
 def _is_whole_archive(path: Path) -> bool:

@@ -35,7 +35,7 @@ from scalabl.scoring.reading import remember_reading
 from scalabl.scoring.scorer import Scorer
 from scalabl.scoring.trunk import Trunk
 from scalabl.scoring.trunk_store import with_stored_trunk
-from scalabl.training.checkpoints import DIRECTORY, last_checkpoint, remove_checkpoints, remove_traces
+from scalabl.training.checkpoints import DIRECTORY, Digests, last_checkpoint, remove_checkpoints, remove_traces
 from scalabl.training.choose_scoring import candidates, check_rows, choose_scoring, describe, has_several, takes_head
 from scalabl.training.features import fit_distance, write_features
 from scalabl.training.monitors import NonFiniteError, NonFiniteGuard, ProgressBar, StopOnInterrupt, finite
@@ -290,7 +290,7 @@ def optimise(
         model,
         arguments,
         train_dataset=rows,  # type: ignore[arg-type]
-        callbacks=[*_of_ranks(method), *of_method, NonFiniteGuard(), *shown, interrupt],
+        callbacks=[*_of_ranks(method), *of_method, NonFiniteGuard(), *shown, interrupt, Digests()],
         optimizers=(method.optimizer(weighing, model, len(rows)), None),
         scoring=scoring,
         trunk=trunk,
