@@ -15,6 +15,9 @@ from tiny_base import as_json, questions, tiny_base, write_jsonl, write_task
 from scalabl.cli.main import app
 from scalabl.core.errors import UserError
 from scalabl.core.outputs import require_writable
+from scalabl.study.benchmark import run_benchmark
+from scalabl.study.plan import make_plan
+from scalabl.study.study import read_study
 
 OUTPUTS = {"json", "html", "report", "output", "results"}
 INPUTS = {"run", "adapter", "data", "ood", "calibrate", "input", "pool", "priors", "config", "model", "recipe"}
@@ -167,6 +170,9 @@ def test_a_study_does_not_write_over_files_that_are_not_its_own(program: Program
     )
     said = program("benchmark", recipe, "--output", tmp_path / "cells").sentence()
     assert f"{results / name} is not of a study, and would be overwritten; choose another --results" in said
+    study = read_study(recipe)
+    with pytest.raises(UserError, match="is not of a study, and would be overwritten"):
+        run_benchmark(study, make_plan(study), tmp_path / "cells", results, command="")
     assert (results / name).read_text(encoding="utf-8") == "mine" and not (tmp_path / "cells").exists()
 
 

@@ -53,8 +53,7 @@ def benchmark(
     if ray is not None:
         require_ray()
     study = read_study(recipe)
-    chosen = results or study.results
-    results = chosen or output / study.name
+    results = results or study.results or output / study.name
     plan = make_plan(study, output)
     if dry_run:
         _list(plan, output)
@@ -63,21 +62,7 @@ def benchmark(
     if tables_only:
         _tables(study, plan, output, results, command)
         return
-    for option, directory in (("results" if chosen else "output", results), ("output", output / "cells")):
-        _make(directory, option)
     _run(study, plan, output, results, workers, ray, command)
-
-
-def _make(directory: Path, option: str) -> None:
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{directory} cannot be written ({error.strerror}); choose another --{option}.") from error
-    require_writable(directory / "results.csv")
-    if option == "results":
-        from scalabl.study.benchmark import require_results
-
-        require_results(directory)
 
 
 def _run(
@@ -114,7 +99,6 @@ def _tables(study: Study, plan: StudyPlan, output: Path, results: Path, command:
     rows = tidy(study, plan, output)
     if not rows:
         raise UserError(f"No prediction of this study is finished in {output}; run it without --tables-only first.")
-    _make(results, "results")
     write_results(study, plan, output, results, rows, command)
     say(f"{len(rows):,} rows in {results}/results.csv; tables and pictures in README.md and results.html")
 

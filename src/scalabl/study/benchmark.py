@@ -23,6 +23,7 @@ from rich.text import Text
 from scalabl.core.console import words_console
 from scalabl.core.errors import UserError
 from scalabl.core.files import write_bytes, write_text
+from scalabl.core.outputs import require_writable
 from scalabl.runs.registry import BASELINE
 from scalabl.study.cells import PREDICTION, Cell, failure, finished
 from scalabl.study.detection import detection_rows, detection_tables
@@ -39,7 +40,7 @@ from scalabl.study.summary import Table, summarize, summary_rows
 from scalabl.study.tried import COLUMNS, trials, tried_rows, tried_tables
 
 _PAGES = {"README.md": markdown, "results.tex": latex, "results.html": html}
-_WRITTEN = ("results.csv", "results.parquet", "summary.csv", *_PAGES)
+_WRITTEN = ("results.csv", "results.parquet", "summary.csv", "tried.csv", "pooled.csv", "detection.csv", *_PAGES)
 
 
 def run_benchmark(
@@ -66,10 +67,12 @@ def run_benchmark(
         the rows of the tidy table.
 
     Raises:
-        UserError: no worker is left alive, or there is no such cluster.
+        UserError: `results` holds files that are not a study's, or nothing can be written; no worker is left alive, or
+            there is no such cluster.
         Interrupted, KeyboardInterrupt: Ctrl-C; the same call goes on.
     """
-    results.mkdir(parents=True, exist_ok=True)
+    open_results(results)
+    _make(output / "cells", "output")
     with CellProgress(plan, output, 1 if ray else workers) as progress:
 
         def report() -> None:
@@ -89,12 +92,14 @@ def run_benchmark(
     return rows
 
 
-def require_results(directory: Path) -> None:
-    """Refuse a directory whose files of these names are not a study's, by the table that every study begins with.
+def open_results(directory: Path) -> None:
+    """Make a study's directory of results; one whose files of these names are not a study's, by the table that every
+    study begins with, is refused.
 
     Raises:
-        UserError: `write_results` would overwrite another's file.
+        UserError: another's file would be overwritten, or the directory cannot be written.
     """
+    _make(directory, "results")
     table, header = directory / "results.csv", ",".join(SCHEMA.names[:4])
     if table.is_file():
         with table.open(encoding="utf-8", errors="replace") as lines:
@@ -105,10 +110,23 @@ def require_results(directory: Path) -> None:
         raise UserError(f"{directory / foreign} is not of a study, and would be overwritten; choose another --results.")
 
 
+def _make(directory: Path, option: str) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{directory} cannot be written ({error.strerror}); choose another --{option}.") from error
+    require_writable(directory / "results.csv")
+
+
 def write_results(
     study: Study, plan: StudyPlan, output: Path, results: Path, rows: list[dict[str, Any]], command: str
 ) -> None:
-    """Everything that lies in `results`, from the rows of `tidy`; each file whole or not at all."""
+    """Everything that lies in `results`, from the rows of `tidy`; each file whole or not at all.
+
+    Raises:
+        UserError: as `open_results`.
+    """
+    open_results(results)
     write_tables(rows, results)
     if not rows:
         return

@@ -15,11 +15,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from scalabl.core.files import read_if_whole
+from scalabl.runs.record import is_of
 
 TRAINING, POST_HOC, PREDICTION = "training", "posthoc", "prediction"
 FORMAT = 1  # part of every address: raised when a cell's content changes its meaning
@@ -66,9 +68,44 @@ def digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
+class _Measured(TypedDict):
+    seconds: float
+    peak_memory: float
+    wall: float
+    device: str
+    versions: str
+
+
+class _Trained(_Measured):
+    scoring: str
+    parameters: dict[str, int]
+    rows: dict[str, int]
+    task: dict[str, Any]
+
+
+class _Fitted(_Measured):
+    extra_parameters: int
+
+
+class _Predicted(_Measured):
+    sha256: str
+    rows_also_tuned_on: dict[str, int]
+
+
+class _Losses(TypedDict):
+    raw: float | None
+    calibrated: float | None
+    temperature: float | None
+
+
 def finished(output: Path, address: str) -> dict[str, Any] | None:
-    """What a finished cell measured; None for a cell that is not finished."""
-    return _facts(output / "cells" / address / "finished.json")
+    """What a finished cell measured; None for a cell that is not finished, or whose file is not what it wrote."""
+    facts = _facts(output / "cells" / address / "finished.json")
+    if facts is None or not any(is_of(facts, kind) for kind in (_Trained, _Fitted, _Predicted)):
+        return None
+    if not is_of(facts.get("validation_nll"), _Losses | None):  # older predictions lack it
+        return None
+    return facts if 0 < facts["seconds"] < math.inf and 0 <= facts["wall"] < math.inf else None
 
 
 def failure(output: Path, address: str) -> dict[str, Any] | None:
