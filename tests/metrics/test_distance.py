@@ -45,7 +45,7 @@ def test_the_distance_is_its_definition() -> None:
 def test_what_is_kept_gives_the_same_numbers() -> None:
     features, labels = rows(60)
     distance = FeatureDistance.fit(features, labels)
-    again = FeatureDistance(**{name: tensor.clone() for name, tensor in distance.tensors().items()})
+    again = FeatureDistance.of({name: tensor.clone() for name, tensor in distance.tensors().items()})
     assert torch.equal(again(features), distance(features))
     assert all(tensor.dtype == torch.float32 for tensor in distance.tensors().values())
 
@@ -67,3 +67,20 @@ def test_fewer_rows_than_features_and_a_class_without_rows() -> None:
 def test_features_that_are_no_numbers_are_refused() -> None:
     with pytest.raises(UserError, match="are NaN or infinite"):
         FeatureDistance.fit(torch.full((4, 6), torch.nan), torch.tensor([0, 0, 1, 1]))
+
+
+def test_tensors_that_are_no_distance_are_refused() -> None:
+    known = FeatureDistance.fit(*rows(40)).tensors()
+    for changes, words in (
+        ({"means": known["means"][:, :-1]}, "are not means"),
+        ({"shares": known["shares"][:-1]}, "are not means"),
+        ({"factor": known["factor"][0]}, "are not means"),
+        ({"factor": known["factor"] * torch.nan}, "NaN or infinite"),
+        ({"shares": known["shares"].long()}, "NaN or infinite"),
+    ):
+        with pytest.raises(UserError, match=words):
+            FeatureDistance.of(known | changes)
+    with pytest.raises(UserError, match="are not means"):
+        FeatureDistance.of({name: known[name] for name in ("means", "shares")})
+    with pytest.raises(UserError, match="Features of 5 numbers are not of the model of these 6"):
+        FeatureDistance.of(known)(torch.zeros(2, 5))

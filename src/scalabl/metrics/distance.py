@@ -15,6 +15,7 @@ the background; Chen et al. 2010 (0907.4698, eq. 23) for OAS.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -66,12 +67,34 @@ class FeatureDistance:
         factor = torch.linalg.inv(torch.linalg.cholesky(within)).T
         return cls(means.float(), (counts / counts.sum()).float(), factor.float().contiguous())
 
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> FeatureDistance:
+        """What `tensors` gave, read from a disk.
+
+        Raises:
+            UserError: tensors of other names or sizes, or numbers that are NaN or infinite.
+        """
+        means, shares, factor = (tensors.get(name, torch.empty(0)) for name in ("means", "shares", "factor"))
+        sizes = (len(shares), len(factor))
+        if means.shape != sizes or shares.shape != sizes[:1] or factor.shape != (sizes[1], sizes[1]):
+            raise UserError("The tensors are not means (C, d), shares (C,) and factor (d, d); train the run again.")
+        if not all(tensor.is_floating_point() and tensor.isfinite().all() for tensor in (means, shares, factor)):
+            raise UserError("A tensor has no numbers, or some that are NaN or infinite; train the run again.")
+        return cls(means, shares, factor)
+
     def tensors(self) -> dict[str, Tensor]:
-        """What is kept on disk; `FeatureDistance(**tensors)` reads it."""
+        """What is kept on disk, for `of`."""
         return {"means": self.means, "shares": self.shares, "factor": self.factor}
 
     def __call__(self, features: Tensor) -> Tensor:
-        """features (n, d) -> (n,), higher is further out of scope."""
+        """features (n, d) -> (n,), higher is further out of scope.
+
+        Raises:
+            UserError: features of another size than those that it was fitted on.
+        """
+        if features.shape[1] != len(self.factor):
+            size, known = features.shape[1], len(self.factor)
+            raise UserError(f"Features of {size} numbers are not of the model of these {known}; train the run again.")
         factor, shares = self.factor.double(), self.shares.double()
         centre = shares @ self.means.double()
         # where S is the identity: S0 = I + M^T M, whose inverse is I - M^T (I + M M^T)^-1 M

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig, PeftModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -251,7 +252,12 @@ class Run:
                 f"{path} was lost or altered (its sha256 is not the one in the run's record); restore the file or "
                 "train the run again."
             )
-        return FeatureDistance(**load_file(path))
+        try:
+            return FeatureDistance.of(load_file(path))
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
+        except SafetensorError as error:
+            raise UserError(f"{path} is truncated or altered ({error}); train the run again.") from error
 
     def encode(self, rows: list[Example]) -> list[Encoded]:
         """Rows as tokens."""

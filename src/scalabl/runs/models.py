@@ -21,8 +21,6 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
@@ -37,9 +35,9 @@ from transformers import (
     TorchAoConfig,
 )
 
-from scalabl.core.errors import UserError, first_line, one_line
+from scalabl.core.errors import UserError
 from scalabl.core.files import OTHER_CACHE, cache_directory, require_place, writing
-from scalabl.core.remote_code import trust_remote_code, why_refused
+from scalabl.core.remote_code import reading_model, trust_remote_code
 from scalabl.runs.directory import EMBEDDED, EMBEDDED_ENCODER, as_recorded
 from scalabl.runs.head import head_names, head_options, keep_whole, require_trained
 from scalabl.runs.settings import check_bits
@@ -103,7 +101,7 @@ def load_base(
         options |= {"quantization_config": quantized, "device_map": {"": device}}
     if labels is not None:
         options |= head_options(config, labels, tokenizer, adapter, several)
-    try:
+    with reading_model(f"The model {name} cannot be loaded"):
         has_image_side = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
         kind: Any = AutoModelForImageTextToText if has_image_side else AutoModelForCausalLM
         if labels is not None:
@@ -111,8 +109,6 @@ def load_base(
         model, loaded = kind.from_pretrained(
             path, output_loading_info=True, trust_remote_code=trust_remote_code(), **options
         )
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"The model {name} cannot be loaded: {why_refused(error) or first_line(error)}") from error
     if labels is not None and adapter is not None:
         require_trained(loaded, adapter, name)
     if bits is None:
@@ -199,14 +195,10 @@ def read_config(name: str) -> Any:
         UserError: there is none, or a number in it is none.
     """
     path = model_path(name)
-    try:
+    with reading_model(f"The model {path} cannot be loaded"):
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code())
         for part in {id(each): each for each in (config, config.get_text_config())}.values():
             _require_numbers(part)
-    except (OSError, ValueError, StrictDataclassError) as error:
-        # a value of another type shows only further down in the text
-        why = one_line(error) if isinstance(error, StrictDataclassError) else first_line(error)
-        raise UserError(f"The model {path} cannot be loaded: {why_refused(error) or why}") from error
     return config
 
 
@@ -223,11 +215,8 @@ def _tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     local = Path(path)
     if local.is_dir() and not any(any(local.glob(name)) for name in ("tokenizer*", "*.model", "vocab*")):
         raise UserError(f"The model directory {path} has no tokenizer; save it there with tokenizer.save_pretrained.")
-    try:
+    with reading_model(f"The tokenizer of {path} cannot be loaded"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        why = why_refused(error) or first_line(error)
-        raise UserError(f"The tokenizer of {path} cannot be loaded: {why}") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

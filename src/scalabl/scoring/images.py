@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoImageProcessor
 
 from scalabl.core.errors import UserError
-from scalabl.core.remote_code import trust_remote_code, why_refused
+from scalabl.core.remote_code import reading_model, trust_remote_code
 from scalabl.data.example import open_image
 from scalabl.tuner.layers import language_side
 from scalabl.tuner.threads import base_model
@@ -96,16 +96,10 @@ class ImageReader:
 
 
 def _reader(path: str, config: Any, tokenizer: Any) -> ImageReader:
-    try:
+    what, mend = f"The image processor of {path} cannot be loaded", "; save it there with processor.save_pretrained."
+    with reading_model(what, mend):
         # without torchvision this is the slower one of Pillow, which is enough
         processor = AutoImageProcessor.from_pretrained(path, trust_remote_code=trust_remote_code())
-    except (OSError, ValueError, ImportError) as error:
-        if refused := why_refused(error):
-            raise UserError(f"The image processor of {path} cannot be loaded: {refused}.") from error
-        raise UserError(
-            f"The image processor of {path} cannot be loaded ({str(error).strip().splitlines()[0]}); save it there "
-            "with processor.save_pretrained."
-        ) from error
 
     def word(number: int) -> str:
         return str(tokenizer.convert_ids_to_tokens(number))
@@ -127,7 +121,8 @@ def image_reader(tokenizer: Any) -> ImageReader:
         UserError: it has no image side, one that is not known here, or no image processor.
     """
     path = str(tokenizer.name_or_path)
-    config: Any = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code())
+    with reading_model(f"The model {path} cannot be loaded"):
+        config: Any = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code())
     if config.model_type not in (*QWEN, *GEMMA):
         raise UserError(
             f"The rows have images, but {path} ({config.model_type}) reads text alone, or images in a way that is not "

@@ -123,7 +123,7 @@ class JSONClient:
     def _content(self, status: int, answer: bytes) -> Any:
         try:
             content = json.loads(answer)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             if status != 200:
                 raise HTTPError(status, self._hidden(answer[:1000].decode(errors="replace"))[:200]) from error
             raise UserError(f"The server at {self.url} answers something else than JSON; is it vLLM's?") from error

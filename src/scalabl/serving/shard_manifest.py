@@ -221,7 +221,7 @@ def count(path: Location, format: str, rows: int) -> Receipt:
                 found = [{n: row[n] for n in _COUNTED if n in row} for row in map(json.loads, lines)]
     except UserError:  # of a store
         raise
-    except (OSError, ValueError) as error:  # pyarrow's ArrowInvalid is a ValueError
+    except (OSError, ValueError, TypeError, RecursionError) as error:  # pyarrow's ArrowInvalid is a ValueError
         raise UserError(f"{path} is no longer what was written; delete it and run the same command again.") from error
     if len(found) != rows:
         raise UserError(
