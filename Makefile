@@ -48,7 +48,7 @@ lint: dev
 	$(BIN)/mypy
 
 # parts share their helpers; each says what it does with --help, and fails where it finds a fault
-PARTS = $(filter-out parts grammars,$(notdir $(basename $(wildcard scripts/campaign/*.py))))
+PARTS = $(filter-out parts grammars damage readable,$(notdir $(basename $(wildcard scripts/campaign/*.py))))
 campaign: dev
 	for part in $(PARTS); do \
 		OMP_NUM_THREADS=1 $(BIN)/python scripts/campaign/$$part.py || failed="$$failed $$part"; \

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 from campaign.parts import ROOT, Said
+from campaign.readable import lines
 
 
 @pytest.mark.parametrize(
@@ -25,7 +26,16 @@ def test_a_call_ends_in_a_result_or_in_one_sentence(said: Said, fault: str | Non
     assert said.fault is None if fault is None else str(said.fault).startswith(fault)
 
 
-@pytest.mark.parametrize("part", ["hostile", "threads", "versions"])
+@pytest.mark.parametrize("part", ["fuzz", "hostile", "threads", "versions"])
 def test_a_part_says_what_it_does(part: str) -> None:
     command = [sys.executable, str(ROOT / "scripts" / "campaign" / f"{part}.py"), "--help"]
     assert "--results" in subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+
+
+def test_the_table_of_threats_has_a_line_for_each_kind_of_file_and_no_other() -> None:
+    page = (ROOT / "docs" / "security.md").read_text(encoding="utf-8").splitlines()
+    first = [line.split("|")[1].strip() for line in page if line.startswith("| ")]
+    assert first[0] == "what is read"
+    found = [[name for name in lines() if row.startswith(name)] for row in first[1:]]
+    assert [len(names) for names in found] == [1] * len(found), found
+    assert sorted(name for names in found for name in names) == sorted(lines())
