@@ -1,5 +1,6 @@
 """Cells have the address of everything that decides them, and of nothing else; no work is planned twice."""
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,10 @@ from tiny_study import content
 from scalabl.core.errors import UserError
 from scalabl.study.cells import POST_HOC, PREDICTION, TRAINING, address_of
 from scalabl.study.plan import StudyPlan, make_plan
-from scalabl.study.study import make_study
+from scalabl.study.study import make_study, read_study
 
 BASE = Path("/base")
+ROOT = Path(__file__).parents[2]
 
 
 def plan(task: Path, **changes: Any) -> StudyPlan:
@@ -84,6 +86,13 @@ def test_test_rows_decide_predictions_alone_and_training_rows_everything(tmp_pat
     changed["answer"] = (changed["answer"] + 1) % len(changed["choices"])
     (task / "validation.jsonl").write_text("\n".join([json.dumps(changed), *lines[1:]]))
     assert not set(plan(task).cells) & set(other_test.cells)
+
+
+@pytest.mark.parametrize("name", ["kl", "rank"])
+def test_cells_of_results_that_were_published_have_the_addresses_that_they_had(name: str) -> None:
+    with (ROOT / "docs" / "results" / "ablations" / name / "results.csv").open() as file:
+        cells = {row["cell"] for row in csv.DictReader(file)}
+    assert cells and cells <= set(make_plan(read_study(ROOT / "recipes" / "ablations" / f"{name}.yaml")).cells)
 
 
 def test_rows_that_are_missing_are_missed_at_once(tmp_path: Path, shifted_directory: Path) -> None:
