@@ -12,10 +12,13 @@ from head_bases import body_of, own_probs
 from tiny_base import tiny_encoder, write_texts
 from torch import Tensor
 
+from scalabl.core.errors import UserError
 from scalabl.data import Example
 from scalabl.data.load import rows_of
 from scalabl.methods.laplace import LinearizedLaplacePredictive
+from scalabl.methods.last_layer_laplace import LastLayerPredictive, head_features
 from scalabl.predictive import MeanPredictive, predict
+from scalabl.predictive.head_features import head_layer
 from scalabl.predictive.lora_particles import DropoutPredictive, WeightNoisePredictive, lora_matrices, lora_parts
 from scalabl.runs.loading import load_run
 from scalabl.runs.method import Run, load_post_hoc
@@ -180,3 +183,71 @@ def test_projections_of_positions_carry_no_particles(on_head: Callable[..., Path
     assert any(name.endswith("value_proj") for name in names)
     assert not any(name.endswith(("query_proj", "key_proj")) for name in names)
     require_particles(run, run.predictive(samples=N, seed=2), rows)
+
+
+def test_last_layer_laplace_is_a_gaussian_on_the_heads_weights(
+    on_head: Callable[..., Path], texts: Path, rows: list[Example]
+) -> None:
+    directory = on_head("mle", seed=4)
+    before = {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()}
+    run, module = load_run(directory), load_post_hoc("last_layer_laplace")
+    train = rows_of(str(texts), split="train")
+    facts = module.fit(run, train, [], batch_size=4)
+    strategy = module.predictive(run, samples=N, seed=2)
+    assert isinstance(strategy, LastLayerPredictive) and strategy.samples == 32
+
+    def passed(some: list[Example]) -> tuple[Tensor, Tensor]:
+        """Transformers' own logits, and what the classifier reads, with a 1 behind."""
+        read: list[Tensor] = []
+        layer = head_layer(run.scorer.model)
+        assert layer is not None
+        handle = layer.register_forward_hook(lambda _module, inputs, _output: read.append(inputs[0]))
+        probs = own(run, some)
+        handle.remove()
+        features = torch.cat(read)
+        return probs, torch.cat([features, torch.ones(len(features), 1)], dim=1)
+
+    probs, features = passed(train)
+    out = torch.diag(probs.sum(dim=0)) - probs.T @ probs
+    curvature = torch.kron(out.double(), (features.T @ features / len(train)).double())
+    probs, features = passed(rows)
+    size, classes = features.shape[1], probs.shape[1]
+    covariance = (curvature + facts["prior_precision"] * torch.eye(size * classes)).inverse()
+    turned = strategy.block.out_vectors
+    for h, variances in zip(features, strategy.variances(features), strict=True):
+        jacobian = torch.kron(torch.eye(classes), h).double()
+        expected = (jacobian @ covariance @ jacobian.T).float()
+        torch.testing.assert_close(turned @ variances.diag() @ turned.T, expected, rtol=1e-3, atol=1e-5)
+    # without noise it is the run's own prediction, and its draws differ and average to about it
+    still = log_probs(run, LastLayerPredictive(strategy.block, 1e12, samples=2), rows)
+    torch.testing.assert_close(still.exp(), probs.expand(2, -1, -1), atol=1e-4, rtol=0)
+    drawn = log_probs(run, strategy, rows)
+    assert drawn.shape == (32, len(rows), classes) and drawn.exp().std(dim=0).max() > 1e-4
+    fresh = load_run(directory)
+    torch.testing.assert_close(
+        log_probs(fresh, module.predictive(fresh, samples=N, seed=2), rows, batch_size=2), drawn, atol=1e-5, rtol=0
+    )
+    assert before == {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()}
+
+
+def test_last_layer_laplace_reads_the_one_position_of_a_decoders_head(
+    trained: Callable[..., Path], texts: Path, rows: list[Example]
+) -> None:
+    own_settings = {"scoring": "head", "normalization": "auto", "steps": 4, "learning_rate": 0.02, "data": str(texts)}
+    run, module = load_run(trained("mle", **own_settings)), load_post_hoc("last_layer_laplace")
+    module.fit(run, rows_of(str(texts), split="train"), [])
+    strategy = module.predictive(run)
+    assert isinstance(strategy, LastLayerPredictive)
+    still = log_probs(run, LastLayerPredictive(strategy.block, 1e12, samples=1), rows, batch_size=3)
+    torch.testing.assert_close(still, log_probs(run, MeanPredictive(), rows), atol=1e-4, rtol=0)
+    layer = head_layer(run.scorer.model)
+    assert layer is not None and layer.bias is None
+    batch = run.scorer.scoring.collate(run.encode(rows))
+    logits, features = head_features(run.scorer, batch)
+    assert features.shape == (len(rows), layer.in_features)
+    torch.testing.assert_close(features @ layer.weight.T, logits, atol=1e-5, rtol=0)
+
+
+def test_last_layer_laplace_needs_a_head(trained: Callable[..., Path], train_rows: list[Example]) -> None:
+    with pytest.raises(UserError, match="is of a classification head, which this run has not; fit subspace_laplace"):
+        load_post_hoc("last_layer_laplace").fit(load_run(trained("mle")), train_rows, [])

@@ -31,6 +31,7 @@ class Row:
         needs: a package that is not of this project's own.
         refits: post-hoc, fitted on the training rows of a plain LoRA; refuses other runs, and no rows.
         members: post-hoc, fitted on runs of other seeds.
+        head: of a classification head alone: tests/methods/test_heads.py has what is tested here of the others.
     """
 
     method: str
@@ -39,6 +40,7 @@ class Row:
     needs: str | None = None
     refits: bool = False
     members: bool = False
+    head: bool = False
 
 
 MATRIX = [
@@ -53,6 +55,7 @@ MATRIX = [
     Row("ensemble", 2, members=True),
     Row("laplace", 1000, refits=True),
     Row("tfb", N, refits=True),
+    Row("last_layer_laplace", 32, refits=True, head=True),
     Row("subspace_laplace", 128, refits=True),  # draws of its linearised logits
 ]
 
@@ -165,7 +168,7 @@ def test_weight_decay_shrinks_both_a_and_b(trained: Callable[..., Path]) -> None
     assert any(not torch.equal(usual[name], plain[name]) for name in plain)
 
 
-@rows_of(*POST_HOC)
+@rows_of(*POST_HOC, head=False)
 def test_a_post_hoc_method_saves_beside_the_adapter_and_predicts_the_same_after_loading(
     row: Row,
     trained: Callable[..., Path],

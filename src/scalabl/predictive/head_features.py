@@ -31,6 +31,12 @@ _ITERATIONS = 8
 
 def head_weight(model: nn.Module) -> Tensor | None:
     """W, (C, d), of a head's last layer; None of a model without one."""
+    layer = head_layer(model)
+    return None if layer is None else layer.weight
+
+
+def head_layer(model: nn.Module) -> nn.Linear | None:
+    """A head's last layer, the active adapter's own where it has one; None of a model without a head."""
     base = sequence_classifier(model)
     if base is None:
         return None
@@ -39,7 +45,7 @@ def head_weight(model: nn.Module) -> Tensor | None:
         copy_of = name.partition("modules_to_save.")[2].partition(".")[0]  # an adapter's, behind the base's own
         if isinstance(module, nn.Linear) and module.out_features == base.config.num_labels:
             found = module if not copy_of or copy_of in active else found
-    return None if found is None else found.weight
+    return found
 
 
 def root_of(weight: Tensor) -> Tensor:

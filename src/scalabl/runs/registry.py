@@ -66,6 +66,9 @@ METHODS: dict[str, Traits] = {
     "ensemble": Traits("Deep ensemble", "ensemble:Ensemble", post_hoc=True, members=True),
     "laplace": Traits("Laplace-LoRA", "laplace:LaplaceLoRA", post_hoc=True, logit_draws=True),
     "tfb": Traits("TFB", "tfb:TFB", post_hoc=True, sampled=True),
+    "last_layer_laplace": Traits(
+        "Last-layer Laplace", "last_layer_laplace:LastLayerLaplace", post_hoc=True, logit_draws=True
+    ),
     "subspace_laplace": Traits("ScalaBL, post-hoc", "subspace_laplace:SubspaceLaplace", post_hoc=True),
 }  # fmt: skip
 BASELINE = "mle"  # what every method is compared with, and post-hoc methods are fitted on in a study
