@@ -154,7 +154,8 @@ def figures_of(directory: Path, a: Any) -> dict[str, Any]:
     auto = AutoPredictive(a.samples)
     auto.chosen(run.scorer, tokens, batch_size=a.batch)
     assert (choice := auto.choice) is not None
-    made.setdefault(choice.name, lambda _: choice.predictive)
+    for name, predictive in (*choice.refused.items(), (choice.name, choice.predictive)):
+        made.setdefault(name, lambda _, predictive=predictive: predictive)
     # a batch of rows of middling length, from tokens, as auto's model has it
     by_length = sorted(tokens, key=lambda row: len(row.input_ids))
     first = max(0, (len(tokens) - a.batch) // 2)

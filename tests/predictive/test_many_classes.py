@@ -175,6 +175,17 @@ def test_auto_takes_one_contrast_of_a_head_where_it_tells_what_particles_do() ->
         PredictionSettings(feature_variance=0.1)
 
 
+def test_what_was_tried_and_refused_can_be_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    scorer, rows = wide(40, sigma=0.03)
+    monkeypatch.setattr("scalabl.predictive.auto.MARGIN", 0.0)
+    auto = AutoPredictive(20, seed=2)
+    auto.chosen(scorer, rows)
+    assert auto.choice is not None and auto.choice.name == "mc, N = 20"
+    (refused,) = auto.choice.refused.values()
+    assert isinstance(refused, LinearizedPredictive) and refused.feature_variance
+    assert list(auto.choice.refused) == ["linearized, one contrast"] and "one contrast" in auto.choice.sentence
+
+
 def test_a_large_scale_of_the_posterior_is_seen() -> None:
     scorer, rows = wide(12)
     one, three = (LinearizedPredictive(256, feature_variance=0.01, scale=scale) for scale in (1.0, 3.0))

@@ -35,7 +35,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -72,12 +72,14 @@ class Choice:
         name: "mc, N = 10", "linearized", "linearized, one contrast", "linearized, s in last:3".
         sentence: what, and why.
         costs: of every candidate by its name, in plain forwards of the whole model a batch.
+        refused: candidates that were tried and are too far from the average over particles, by name.
     """
 
     predictive: Predictive
     name: str
     sentence: str
     costs: dict[str, float]
+    refused: dict[str, Predictive] = field(default_factory=dict)
 
 
 class AutoPredictive:
@@ -152,9 +154,10 @@ class AutoPredictive:
         sampled, linearized = f"mc, N = {self.samples}", _name(self.stochastic_layers)
         costs = {sampled: cost.mc(self.samples, start), linearized: cost.linearized(start)}
         price = f"{costs[sampled]:.1f} plain forwards a batch"
+        refused: dict[str, Predictive] = {}
 
         def by_mc(why: str) -> Choice:
-            return Choice(self._mc, sampled, f"auto chose {sampled} ({price}): {why}.", costs)
+            return Choice(self._mc, sampled, f"auto chose {sampled} ({price}): {why}.", costs, refused)
 
         # of a head alone: logits of choices have no weights of their own
         weight = head_weight(scorer.model) if scorer.scoring.per_row == 1 and cost.classes > 2 else None
@@ -178,6 +181,7 @@ class AutoPredictive:
                 fault = trial.fault(drawn)
                 if fault is None:
                     return self._linearized(trial, cost, drawn, costs)
+                refused[name] = self.linearized(self.stochastic_layers, features)
                 why = f"on {number} of the rows the {name} predictive ({costs[name]:.1f}) is {fault}"
         except torch.OutOfMemoryError:
             return by_mc(
