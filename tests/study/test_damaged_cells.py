@@ -42,3 +42,12 @@ def test_what_a_cell_writes_is_read(done: Done, tmp_path: Path) -> None:
 def test_facts_that_no_cell_writes_are_none(tmp_path: Path, whole: dict[str, Any], changes: dict[str, Any]) -> None:
     assert read(tmp_path, whole | changes) is None
     assert read(tmp_path, [whole]) is None
+
+
+def test_facts_of_another_kind_of_cell_are_none(tmp_path: Path) -> None:
+    for whole, other, kind in ((TRAINED, PREDICTED, "training"), (PREDICTED, TRAINED, "prediction")):
+        assert read(tmp_path, whole) == whole
+        (tmp_path / "cells" / "a" / "settings.json").write_text(json.dumps({"kind": kind}), encoding="utf-8")
+        assert read(tmp_path, whole) == whole
+        assert read(tmp_path, other) is None
+        (tmp_path / "cells" / "a" / "settings.json").unlink()

@@ -101,7 +101,10 @@ class _Losses(TypedDict):
 def finished(output: Path, address: str) -> dict[str, Any] | None:
     """What a finished cell measured; None for a cell that is not finished, or whose file is not what it wrote."""
     facts = _facts(output / "cells" / address / "finished.json")
-    if facts is None or not any(is_of(facts, kind) for kind in (_Trained, _Fitted, _Predicted)):
+    of_cell = _facts(output / "cells" / address / "settings.json") or {}
+    kinds = {TRAINING: _Trained, POST_HOC: _Fitted, PREDICTION: _Predicted}
+    possible = [kind for name, kind in kinds.items() if of_cell.get("kind", name) == name]
+    if facts is None or not any(is_of(facts, kind) for kind in possible):
         return None
     if not is_of(facts.get("validation_nll"), _Losses | None):  # older predictions lack it
         return None
