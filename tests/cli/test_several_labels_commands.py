@@ -258,7 +258,7 @@ def test_methods_that_are_fitted(texts: Path, tmp_path: Path) -> None:
     task = load_task(str(texts))
     train_rows, validation, test = (list(task.split(name)) for name in ("train", "validation", "test"))
     plain = Predictor(load_run(tmp_path / "0"), PredictionSettings(raw=True)).log_probs(test)
-    for name in ("temperature", "ensemble", "laplace", "tfb", "subspace_laplace"):
+    for name in ("temperature", "ensemble", "laplace", "tfb", "last_layer_laplace", "subspace_laplace"):
         method = load_post_hoc(name)
         members = [tmp_path / "1"] if name == "ensemble" else []
         facts = method.fit(load_run(tmp_path / "0"), train_rows, validation, members=members)
