@@ -270,8 +270,8 @@ class CellProgress(Progress):
             return new
         left = time_left(self.plan, self.output, self.workers)
         words = f"about {in_words(left)} left" if left else ""
-        counts = {"total": len(self.plan.cells), "completed": len(self._seen)}
-        self.update(self._bar, **counts, description=f"{words}, last: {new[-1].label}")
+        last = f"{words}, last: {new[-1].label}"
+        self.update(self._bar, total=len(self.plan.cells), completed=len(self._seen), description=last)
         if not self.console.is_terminal:
             for cell in new:
                 done = finished(self.output, cell.address) or {}

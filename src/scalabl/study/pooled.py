@@ -183,6 +183,8 @@ def pooled_tables(found: Sequence[Difference]) -> list[PageTable]:
 
 
 def _cell(d: Difference) -> PageCell:
+    if d.gap.value is None:
+        return PageCell("–")
     mark = ("△" if d.better else "▽") if d.told_apart else ""
     text = f"{number(d.gap.value, d.metric, signed=True)} ({span(d.gap.low, d.gap.high, d.metric, signed=True)})"
     return PageCell(text, marks=mark)
