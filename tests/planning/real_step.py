@@ -39,7 +39,8 @@ def real_model(settings: Settings) -> PeftModel:
     base, _ = load_base(settings.model, **settings.machine.of_base)
     model: Any = get_peft_model(base, load_method(settings.method).adapter_config(settings, base))
     if settings.optimisation.gradient_checkpointing:
-        model.get_base_model().activation_checkpointing_enable()
+        plain = model.get_base_model()
+        getattr(plain, "activation_checkpointing_enable", plain.gradient_checkpointing_enable)()
     return model.train()
 
 

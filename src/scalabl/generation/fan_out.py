@@ -19,6 +19,7 @@ from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
+import transformers
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import DynamicCache, LogitsProcessorList
@@ -182,15 +183,30 @@ def _fans_out_inside(model: Any, draws: Draws, start: int) -> bool:
         device = next(model.parameters()).device
         ids = torch.arange(2 * _PROMPT, device=device).view(2, -1) % model.config.get_text_config().vocab_size
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        inside: Tensor | None = None
         try:
             inside = _two_steps(model, draws, inputs, whole=False)
         except torch.OutOfMemoryError:
             raise
         except Exception:  # whatever a model says to rows that it did not expect
-            known[start] = False
-        else:
-            known[start] = _alike(model, inside, _two_steps(model, draws, inputs, whole=True))
+            pass
+        outside = _outside(model, draws, inputs)
+        known[start] = inside is not None and _alike(model, inside, outside)
     return known[start]
+
+
+def _outside(model: Any, draws: Draws, inputs: dict[str, Tensor]) -> Tensor:
+    """`_two_steps` with rows in front of the model; refused where the cache is made for those of `generate` alone."""
+    try:
+        return _two_steps(model, draws, inputs, whole=True)
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise UserError(
+            f"Particles of {model.config.model_type} do not generate together under Transformers "
+            f"{transformers.__version__}, which keeps this model's states for the prompts alone; upgrade it "
+            "(pip install --upgrade transformers), or generate with the mean."
+        ) from error
 
 
 def honours_padding(model: Any, prompts: Sequence[Sequence[int]]) -> bool:
@@ -291,7 +307,7 @@ def can_share(model: Any, inputs: dict[str, Tensor], texts: int, generation: dic
 
 def shared_prompts(model: nn.Module, draws: Draws, inputs: dict[str, Tensor], texts: int) -> dict[str, Any]:
     """What `generate` is given for B prompts with several texts each: B times that many rows, and a cache of their
-    prompts but for the last token.
+    prompts but for the last token, where the model has one of keys and values alone.
 
     Rows of a layer are particle by particle, of each the prompts: repeating every row in its place gives, particle by
     particle, of each the prompts' texts.
@@ -309,7 +325,9 @@ def shared_prompts(model: nn.Module, draws: Draws, inputs: dict[str, Tensor], te
             input_ids=inputs["input_ids"][:, :-1], attention_mask=mask, position_ids=positions, use_cache=True,
             logits_to_keep=1,
         )  # fmt: skip
-    cache = getattr(out, CACHE)
-    cache.batch_repeat_interleave(texts)
+    cache = getattr(out, CACHE, None)
     repeated = {name: value.repeat_interleave(texts, dim=0) for name, value in inputs.items()}
+    if type(cache) is not DynamicCache:  # older Transformers do not say beforehand that a model has states of its own
+        return repeated
+    cache.batch_repeat_interleave(texts)
     return {**repeated, CACHE: cache}

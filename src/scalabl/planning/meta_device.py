@@ -118,6 +118,13 @@ _MASK_ALIGNMENT = 8  # CUDA's kernel wants a mask's rows to begin at multiples o
 _IN_LOW_PRECISION = (F.linear, torch.matmul, torch.bmm, Tensor.matmul, Tensor.__matmul__, Tensor.bmm)
 
 
+_autocast_enabled = torch.is_autocast_enabled
+
+
+def _autocast_enabled_but_on_meta(*device: str) -> bool:
+    return device != ("meta",) and _autocast_enabled(*device)
+
+
 class DeviceKernels(TorchFunctionMode):
     """Within it, the meta device attends as a device of some type does, and casts as its automatic mixed precision.
 
@@ -134,7 +141,9 @@ class DeviceKernels(TorchFunctionMode):
         self.autocast = autocast
 
     def __enter__(self) -> Self:
-        self._before = torch.is_autocast_enabled(self.device)
+        self._asked, self._before = torch.is_autocast_enabled, torch.is_autocast_enabled(self.device)
+        # older Transformers ask of the meta device, of which torch has no answer
+        torch.is_autocast_enabled = _autocast_enabled_but_on_meta
         torch.set_autocast_enabled(
             self.device, self.autocast is not None
         )  # which PEFT asks for; no meta tensor heeds it
@@ -144,6 +153,7 @@ class DeviceKernels(TorchFunctionMode):
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
         torch.set_autocast_enabled(self.device, self._before)
+        torch.is_autocast_enabled = self._asked
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

@@ -100,6 +100,7 @@ def build(
             raise UserError(f"The model {settings.model} cannot be loaded: {why}.") from error
         except (RuntimeError, ArithmeticError, TypeError) as error:  # sizes that no layer can have
             raise UserError(f"The configuration of {settings.model} makes no model: {one_line(error)}") from error
+        base.tie_weights()  # which older Transformers leave to what loads numbers
         keep_whole(base)
         number = sum(parameter.numel() for parameter in base.parameters())
         if settings.machine.bits is not None:
@@ -188,6 +189,11 @@ _KEPT = 2
 class _Pass(nn.Module):
     """Stands in for a layer that is left out."""
 
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        if hasattr(layer, "attention_type"):
+            self.attention_type = layer.attention_type  # older Transformers choose a mask by it
+
     def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
         return hidden_states
 
@@ -254,7 +260,7 @@ def _shortened(layers: nn.ModuleList, kept: set[int]) -> Iterator[None]:
     try:
         for index, layer in enumerate(original):
             if index not in kept:
-                layers[index] = _Pass()
+                layers[index] = _Pass(layer)
             elif left_out:
                 handles.append(layer.register_forward_hook(_plain))
         yield

@@ -22,6 +22,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -247,6 +248,7 @@ def _tried(model: nn.Module, tokens: Tensor, length: int) -> Reading | None:
         rows, columns = (batch.segments > 0).nonzero(as_tuple=True)
         if not alone.isfinite().all():
             return None
+        _require_shared(model, batch.input_ids[:1])
         off = _off(model, batch, (rows, columns), alone)
         if off <= tolerance(model):
             return Reading(True, size)
@@ -259,6 +261,19 @@ def _tried(model: nn.Module, tokens: Tensor, length: int) -> Reading | None:
             "model."
         )
     return Reading(off <= ROUNDING * own_gap, size)
+
+
+def _require_shared(model: nn.Module, input_ids: Tensor) -> None:
+    """Refuse a model whose upper layers use keys and values of lower ones, where they find these in a cache alone."""
+    if not getattr(text_config(model), "num_kv_shared_layers", 0):
+        return
+    plain, cached = (model(input_ids=input_ids, use_cache=use).logits for use in (False, True))
+    if not gap(plain, cached) <= REFUSED * tolerance(model):
+        raise UserError(
+            f"Transformers {transformers.__version__} reads this model otherwise without a cache, which training and "
+            "scoring have none of (its upper layers share keys and values); upgrade it "
+            "(pip install --upgrade transformers)."
+        )
 
 
 def _off(model: nn.Module, batch: Batch, at: At, alone: Tensor) -> float:
