@@ -18,6 +18,7 @@ from scalabl.core.outputs import require_writable
 from scalabl.study.benchmark import run_benchmark
 from scalabl.study.plan import make_plan
 from scalabl.study.study import read_study
+from scalabl.training.posthoc.settings import require_free
 
 OUTPUTS = {"json", "html", "report", "output", "results"}
 INPUTS = {"run", "adapter", "data", "ood", "calibrate", "input", "pool", "priors", "config", "model", "recipe"}
@@ -156,6 +157,12 @@ def test_links_to_nowhere_and_devices_are_no_places(tmp_path: Path) -> None:
         require_writable(tmp_path / "link")
     with pytest.raises(UserError, match="cannot be written"):
         require_writable(Path(os.devnull))
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    require_writable(tmp_path / "new", reads=(tmp_path / "circle",))  # whoever reads it says that it is not there
+    with pytest.raises(UserError, match="is a link to nowhere"):
+        require_writable(tmp_path / "circle")
+    with pytest.raises(UserError, match="link is a link to nowhere; remove it, or choose another --output"):
+        require_free(tmp_path / "link")
 
 
 @pytest.mark.parametrize("name", ["README.md", "results.csv"])

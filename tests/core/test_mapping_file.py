@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from scalabl.core.errors import UserError
-from scalabl.core.files import read_json, read_yaml
+from scalabl.core.files import read_if_whole, read_json, read_yaml
 
 Read = Callable[..., dict[str, Any]]
 SENTENCES = {"missing": "There is no such thing.", "mend": "mend it", "expected": "a thing; make it again"}
@@ -115,3 +115,5 @@ def test_what_is_nested_too_deeply_or_of_another_type_than_its_tag_is_one_senten
         path.write_text(text)
         with pytest.raises(UserError, match=rf"is not {kind} \([^\n]+\); mend it\.$"):
             read(path, **SENTENCES)
+    path.write_text("[" * 100_000)
+    assert read_if_whole(path) is None

@@ -13,6 +13,7 @@ from program import Program
 from tiny_base import as_json, questions, tiny_base, write_jsonl
 
 from scalabl.core.errors import UserError
+from scalabl.data.example import rows_digest
 from scalabl.inference.batch_prediction import predict_file
 from scalabl.inference.calibrate import calibrate, calibration_at_the_end
 from scalabl.inference.calibration import Calibration, calibration_in_words
@@ -202,6 +203,9 @@ def test_evaluation_has_both_rows_once(write: Callable[..., Path]) -> None:
         assert torch.equal(plain.log_probs, expected.as_learnt().log_probs(rows)) and len(calibrated.notes) == 1
     raw = evaluate_run(write(GIVEN), rows, {}, [], PredictionSettings("mc", 5, raw=True), data="d")
     assert [method.name for method in raw.methods] == ["ScalaBL, N = 5"]
+    of_these = write(replace(GIVEN, rows_sha256=rows_digest(rows, named=True)))
+    optimistic = evaluate_run(of_these, rows, {}, [], PredictionSettings("mc", 5), data="d").methods[1]
+    assert optimistic.notes[1].startswith("it was fitted on these very rows, so that its figures are too good")
 
 
 def test_a_kill_while_it_is_fitted_resumes_to_the_same_bytes(fitted: Path, tmp_path: Path) -> None:

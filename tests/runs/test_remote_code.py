@@ -12,7 +12,7 @@ from tiny_base import tiny_base
 
 import scalabl
 from scalabl.core.errors import UserError
-from scalabl.core.remote_code import allow_remote_code
+from scalabl.core.remote_code import allow_remote_code, reading_model
 from scalabl.generation.equivalence import Entailment
 from scalabl.runs.models import load_base, load_tokenizer, read_config, saved_tokenizer
 from scalabl.scoring.images import _reader
@@ -116,3 +116,16 @@ def test_every_loader_of_transformers_is_told() -> None:
             if "trust_remote_code=" not in text[found.end() : end]:
                 silent.append(f"{path}: {text[found.start() : end]}")
     assert silent == []
+
+
+def test_whatever_fails_on_a_model_s_files_is_one_sentence() -> None:
+    for error in (Exception("no variant\nof it"), KeyError("x"), ZeroDivisionError(), RecursionError("deep")):
+        with (
+            pytest.raises(UserError, match="^The model m cannot be loaded: [^\n]+$"),
+            reading_model("The model m cannot be loaded"),
+        ):
+            raise error
+    for error in (MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory"), UserError("Own.")):
+        with pytest.raises(type(error)) as caught, reading_model("The model m cannot be loaded"):
+            raise error
+        assert caught.value is error

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from tiny_study import Done
 
-from scalabl.study.cells import finished
+from scalabl.study.cells import failure, finished
 
 MEASURED = {"seconds": 1.5, "peak_memory": 3, "wall": 2.0, "device": "cpu", "versions": "x", "label": "l"}
 TRAINED = MEASURED | {"scoring": "head", "parameters": {"base": 1}, "rows": {"train": 3}, "task": {"source": "s"}}
@@ -51,3 +51,10 @@ def test_facts_of_another_kind_of_cell_are_none(tmp_path: Path) -> None:
         assert read(tmp_path, whole) == whole
         assert read(tmp_path, other) is None
         (tmp_path / "cells" / "a" / "settings.json").unlink()
+
+
+def test_a_failure_without_its_error_is_none(tmp_path: Path) -> None:
+    (tmp_path / "cells" / "a").mkdir(parents=True)
+    for content, expected in (({"error": "x"}, {"error": "x"}), ({"error": 3}, None), ({}, None), ([], None)):
+        (tmp_path / "cells" / "a" / "failed.json").write_text(json.dumps(content), encoding="utf-8")
+        assert failure(tmp_path, "a") == expected

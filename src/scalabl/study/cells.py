@@ -113,7 +113,8 @@ def finished(output: Path, address: str) -> dict[str, Any] | None:
 
 def failure(output: Path, address: str) -> dict[str, Any] | None:
     """Why a cell failed when it was last tried, or None: {"error", "invocation"}."""
-    return _facts(output / "cells" / address / "failed.json")
+    facts = _facts(output / "cells" / address / "failed.json")
+    return facts if facts is not None and isinstance(facts.get("error"), str) else None
 
 
 def _facts(path: Path) -> dict[str, Any] | None:
