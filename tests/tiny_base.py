@@ -9,7 +9,9 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+import transformers
 from peft import PeftModel, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import nn
@@ -23,6 +25,7 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )
+from transformers.integrations.peft import MIN_PEFT_VERSION, check_peft_version
 
 import scalabl
 from scalabl.data import Example
@@ -156,6 +159,14 @@ def adapted(architecture: str = "llama", *, last: int | None = None, layers: int
 
 
 @torch.no_grad()
+def require_peft() -> None:
+    """Leave a test out where Transformers' own methods for adapters ask for a newer PEFT than is installed."""
+    try:
+        check_peft_version(MIN_PEFT_VERSION)
+    except ValueError:
+        pytest.skip(f"Transformers {transformers.__version__} asks for PEFT {MIN_PEFT_VERSION}")
+
+
 def perturb(model: nn.Module, seed: int = 2) -> None:
     """Move B away from zero and sigma to about a third of the means."""
     generator = torch.Generator().manual_seed(seed)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from matrix import adapt, close, load_base, logits, perturb, saved_base, tokens
 from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel
+from tiny_base import require_peft
 from torch import Tensor
 
 import scalabl
@@ -44,6 +45,7 @@ def test_pefts_auto_classes(saved: tuple[Path, Tensor, Tensor]) -> None:
 
 
 def test_transformers_own_adapter_methods(saved: tuple[Path, Tensor, Tensor]) -> None:
+    require_peft()
     path, mean, drawn = saved
     model = load_base()
     base_answer = logits(model, IDS)
@@ -67,6 +69,7 @@ def test_transformers_own_adapter_methods(saved: tuple[Path, Tensor, Tensor]) ->
 
 def test_transformers_own_saving_leaves_no_mean_of_older_weights(saved: tuple[Path, Tensor, Tensor]) -> None:
     """It writes the configuration before the weights."""
+    require_peft()
     path, mean, _ = saved
     model = load_base()
     model.load_adapter(str(path))

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel, get_peft_model, inject_adapter_in_model
-from tiny_base import tiny_base
+from tiny_base import require_peft, tiny_base
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, pipeline
 
 import scalabl
@@ -55,6 +55,7 @@ def injected(directory: Path) -> Any:
 
 
 def by_transformers(directory: Path) -> Any:
+    require_peft()
     model = base()
     model.add_adapter(config(), "b")
     return model

@@ -143,7 +143,7 @@ class DeviceKernels(TorchFunctionMode):
     def __enter__(self) -> Self:
         self._asked, self._before = torch.is_autocast_enabled, torch.is_autocast_enabled(self.device)
         # older Transformers ask of the meta device, of which torch has no answer
-        torch.is_autocast_enabled = _autocast_enabled_but_on_meta
+        torch.is_autocast_enabled = _autocast_enabled_but_on_meta  # type: ignore[assignment]
         torch.set_autocast_enabled(
             self.device, self.autocast is not None
         )  # which PEFT asks for; no meta tensor heeds it
