@@ -158,7 +158,6 @@ def adapted(architecture: str = "llama", *, last: int | None = None, layers: int
     return model.eval()
 
 
-@torch.no_grad()
 def require_peft() -> None:
     """Leave a test out where Transformers' own methods for adapters ask for a newer PEFT than is installed."""
     try:
@@ -167,6 +166,7 @@ def require_peft() -> None:
         pytest.skip(f"Transformers {transformers.__version__} asks for PEFT {MIN_PEFT_VERSION}")
 
 
+@torch.no_grad()
 def perturb(model: nn.Module, seed: int = 2) -> None:
     """Move B away from zero and sigma to about a third of the means."""
     generator = torch.Generator().manual_seed(seed)
