@@ -252,6 +252,7 @@ def main() -> None:
         __doc__, cases=(2000, "how many"), seed=(0, "of all cases"), only=(-1, "this one alone, shown whole"),
         results=("yes", "write them", ("yes", "no")),
     ).parse_args()  # fmt: skip
+    sys.argv[0] = str(Path(sys.argv[0]).resolve())  # the directory changes
     warnings.simplefilter("ignore")
     numbers = range(chosen.cases) if chosen.only < 0 else [chosen.only]
     tally, started = Tally(), time.monotonic()
