@@ -10,7 +10,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
 from typing import Any, Protocol
 
 import torch
@@ -248,16 +247,16 @@ def _of_images(pixels: dict[str, Tensor], images: list[int]) -> dict[str, Tensor
     return {"pixel_values": torch.cat([patches[i] for i in images]), "image_grid_thw": grids[images]}
 
 
-def _repeated(seen: Any, places: list[int]) -> SimpleNamespace:
-    """What the image side saw, image by image, in the order of the images of all copies."""
+def _repeated(seen: Any, places: list[int]) -> Any:
+    """What the image side saw, image by image, in the order of the images of all copies, in its own type."""
     embedded = seen.pooler_output
     if isinstance(embedded, Tensor):
-        return SimpleNamespace(pooler_output=embedded[places])
-    made = SimpleNamespace(pooler_output=tuple(embedded[i] for i in places))
+        return type(seen)(pooler_output=embedded[places])
+    made: dict[str, Any] = {"pooler_output": tuple(embedded[i] for i in places)}
     deeper = getattr(seen, "deepstack_features", None)  # what enters behind each of the lowest layers, image by image
     if deeper is not None:
-        made.deepstack_features = [tuple(layer[i] for i in places) for layer in deeper]
-    return made
+        made["deepstack_features"] = [tuple(layer[i] for i in places) for layer in deeper]
+    return type(seen)(**made)
 
 
 def _image_side_is_adapted(base: nn.Module) -> bool:
