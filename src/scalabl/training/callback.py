@@ -297,7 +297,7 @@ def _counts_rows_for_tokens(num_examples: int, dataset: Any) -> bool:
         return False
     row = dataset[0]
     tokens, labels = (row.get(name) if isinstance(row, Mapping) else None for name in ("input_ids", "labels"))
-    if tokens is None or np.ndim(labels) != 1 or np.shape(labels) != np.shape(tokens):
+    if tokens is None or labels is None or np.ndim(labels) != 1 or np.shape(labels) != np.shape(tokens):
         return False
     return count_trained_tokens([{"labels": labels}]) > 1
 
