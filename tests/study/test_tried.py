@@ -192,13 +192,25 @@ def test_p_values_are_corrected_as_holm_has_it() -> None:
     assert two_sided(torch.zeros(10)) == 1
 
 
-def test_nothing_is_planned_on_a_choice_before_all_are_finished(rows: Path, tmp_path: Path) -> None:
-    study = make_study(content(rows), "tiny")
+def test_what_was_tried_is_shown_before_anything_is_chosen(done: tuple[Study, StudyPlan, Path], tmp_path: Path) -> None:
+    study, _, output = done
+    plan = make_plan(study)
+    write_results(study, plan, output, tmp_path, tidy(study, plan, output), "scalabl benchmark tiny.yaml")
+    page = (tmp_path / "README.md").read_text()
+    assert "## Settings that were tried" in page and "0 of 7 runs, 4 of 4 settings tried" in page
+    assert (tmp_path / "tried.csv").read_text().count("\n") == 1 + len(plan.attempts)
+
+
+def test_nothing_is_planned_on_a_choice_before_all_are_finished(
+    done: tuple[Study, StudyPlan, Path], tmp_path: Path
+) -> None:
+    study, before, output = done
     plan = make_plan(study)
     assert not plan.entries and len(plan.attempts) == 4 and plan.renewed(tmp_path) is plan
     losses = [0.5, 0.4, None, 0.7]
     for i, (attempt, loss) in enumerate(zip(plan.attempts, losses, strict=True)):
-        facts = {"validation_nll": {"raw": 0.0, "calibrated": loss}, "label": str(i)}
+        facts = finished(output, before.attempts[i].prediction) or {}
+        facts |= {"validation_nll": {"raw": 0.0, "calibrated": loss, "temperature": 1.0}}
         directory = tmp_path / "cells" / attempt.prediction
         directory.mkdir(parents=True)
         write_json(directory / "finished.json", facts)

@@ -95,9 +95,10 @@ def _run(
 def _tables(study: Study, plan: StudyPlan, output: Path, results: Path, command: str) -> None:
     from scalabl.study.benchmark import write_results
     from scalabl.study.results import tidy
+    from scalabl.study.tried import trials
 
     rows = tidy(study, plan, output)
-    if not rows:
+    if not rows and not trials(plan, output):
         raise UserError(f"No prediction of this study is finished in {output}; run it without --tables-only first.")
     write_results(study, plan, output, results, rows, command)
     say(f"{len(rows):,} rows in {results}/results.csv; tables and pictures in README.md and results.html")

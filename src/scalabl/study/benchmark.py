@@ -128,13 +128,14 @@ def write_results(
     """
     open_results(results)
     write_tables(rows, results)
-    if not rows:
+    found = trials(plan, output)
+    if not rows and not found:
         return
     tables = summarize(study, plan, output, rows)
-    summary = summary_rows(tables)
-    write_text(results / "summary.csv", csv_of(summary, list(summary[0])))
+    if summary := summary_rows(tables):
+        write_text(results / "summary.csv", csv_of(summary, list(summary[0])))
     drawn, overall, tried = pictures(study, tables), _overall(study, plan, output, results, tables), []
-    if found := trials(plan, output):
+    if found:
         write_text(results / "tried.csv", csv_of(tried_rows(found, study.seeds[0]), COLUMNS))
         tried = [Section("Settings that were tried", [], tried_tables(found))]
     for picture in [*drawn, *(picture for section in overall for picture in section.pictures)]:

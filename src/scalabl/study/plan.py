@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from scalabl.runs.registry import POST_HOC as POST_HOC_METHODS
 from scalabl.runs.settings import DEFAULTS
 from scalabl.study.cells import POST_HOC, PREDICTION, TRAINING, Cell, finished
 from scalabl.study.study import Study
-from scalabl.study.tested import rows_of_set, sets_of, tuning_rows
+from scalabl.study.tested import TYPOS, rows_of_set, sets_of, tuning_rows
 from scalabl.study.variants import Variant, in_words
 
 # settings younger than the first studies: left out of an address at their default, so that older cells keep theirs
@@ -141,21 +142,32 @@ def make_plan(study: Study, output: Path | None = None) -> StudyPlan:
     Raises:
         UserError: a task, a split or an answer is missing, or a setting is out of range.
     """
-    made = _planned(study, {task: _rows(study, task) for task in study.tasks}, {})
+    known: dict[Any, Any] = {}
+    made = _planned(study, {task: _rows(study, task, known) for task in study.tasks}, {})
     return made if output is None else made.renewed(output)
 
 
-def _rows(study: Study, name: str) -> TaskRows:
+def _rows(study: Study, name: str, known: dict[Any, Any]) -> TaskRows:
+    """The rows of a task; what tasks of the same data have in common is read once, and lies in `known`."""
+
+    def once(key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
+        return known[key] if key in known else known.setdefault(key, make())
+
     data = study.task(name).data
-    task = load_task(data)
+    task = once((data,), lambda: load_task(data))
     task.split("train")
+
+    def facts(tested: str, what: Mapping[str, Any]) -> dict[str, Any]:
+        limits = {"test_rows": study.test_rows, "shift_rows": study.shift_rows}
+        rows = rows_of_set(tested, what, task, of=name, data=data, **limits)
+        return {"rows": len(rows), "sha256": rows_digest(rows)}
+
     tests: dict[str, Mapping[str, Any]] = {}
     for tested, what in sets_of(study, name).items():
-        rows = rows_of_set(
-            tested, what, task, of=name, data=data, test_rows=study.test_rows, shift_rows=study.shift_rows
-        )
-        tests[tested] = {"rows": len(rows), "sha256": rows_digest(rows), **what}
-    return TaskRows(rows_digest(tuning_rows(task)), tests)
+        own = tested == name or TYPOS in what  # whatever the task is called
+        key = (data, "" if own else tested, *what.items())
+        tests[tested] = once(key, functools.partial(facts, tested, what)) | what
+    return TaskRows(once((data, "learnt"), lambda: rows_digest(tuning_rows(task))), tests)
 
 
 def _planned(
