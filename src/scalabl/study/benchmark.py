@@ -22,7 +22,7 @@ from rich.text import Text
 
 from scalabl.core.console import words_console
 from scalabl.core.errors import UserError
-from scalabl.core.files import write_bytes, write_text
+from scalabl.core.files import require_place, write_bytes, write_text
 from scalabl.core.outputs import require_writable
 from scalabl.runs.registry import BASELINE
 from scalabl.study.cells import PREDICTION, Cell, failure, finished
@@ -71,6 +71,7 @@ def run_benchmark(
             there is no such cluster.
         Interrupted, KeyboardInterrupt: Ctrl-C; the same call goes on.
     """
+    require_place(output / "cells")  # first, since the results may lie in it
     open_results(results)
     _make(output / "cells", "output")
     with CellProgress(plan, output, 1 if ray else workers) as progress:
