@@ -115,7 +115,9 @@ def shown(found: dict[str, dict[str, Any]]) -> str:
     """
     environments = []
     for name, of in found.items():
-        versions = {package: number for each in of.values() for package, number in each["versions"].items()}
+        versions: dict[str, dict[str, None]] = {}  # of a package several, where a bound was raised in between
+        for package, number in (pair for each in of.values() for pair in each["versions"].items()):
+            versions.setdefault(package, {})[number] = None
         environments.append(
             {
                 "name": name,
@@ -123,7 +125,7 @@ def shown(found: dict[str, dict[str, Any]]) -> str:
                 "failed": sum(len(each["failed"]) for each in of.values()),
                 "left_out": sum(sum(each["left_out"].values()) for each in of.values()),
                 "commits": ", ".join(sorted({each["commit"] for each in of.values()})),
-                "versions": ", ".join(f"{package} {number}" for package, number in versions.items()),
+                "versions": ", ".join(f"{package} {' and '.join(numbers)}" for package, numbers in versions.items()),
             }
         )
 
