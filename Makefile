@@ -7,8 +7,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-# of 20,000 modules a tenth is ever imported, and compiled then
-PIP := $(BIN)/pip install --quiet --no-compile --constraint constraints.txt
+PIP := $(BIN)/pip install --quiet --constraint constraints.txt
 
 .PHONY: demo test check quick lint campaign env dev clean
 
