@@ -82,12 +82,13 @@ def _run(
         f"{len(rows):,} rows in {results}/results.csv; tables and pictures in README.md and results.html",
         soft_wrap=True,
     )
-    failed = failures(plan.renewed(output), output)
+    plan = plan.renewed(output)
+    failed = failures(plan, output)
     if failed:
         first, why = next(iter(failed.items()))
         more = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
         fail(f"Not done: {first}{more}: {why} The rest is in the tables; run the same command again to retry.", code=1)
-    left = len(open_cells(plan.renewed(output), output, ""))
+    left = len(open_cells(plan, output, ""))
     if left:
         fail(f"{left} cells are not done; another call may hold them. Run the same command again.", code=1)
 
