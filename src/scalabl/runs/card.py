@@ -143,9 +143,13 @@ def _training(record: RunRecord) -> str:
 
 def _plain(text: str) -> str:
     """Text of others as Markdown that shows it, and nothing else, on one line."""
-    return re.sub(r"([\\`*_{}\[\]()<>#!|~&])", r"\\\1", visible(" ".join(text.split())))
+    return re.sub(r"([\\`*_{}\[\]()<>#!|~&])", r"\\\1", _on_one_line(text))
 
 
 def _code(text: str) -> str:
     """Text of others between backticks."""
-    return visible(" ".join(text.split())).replace("`", "'")
+    return _on_one_line(text).replace("`", "'")
+
+
+def _on_one_line(text: str) -> str:
+    return visible(" ".join(text.split()))
