@@ -39,7 +39,8 @@ from harness import options, table  # isort: skip
 MEMORY = 16 << 30  # bytes of address space of a case
 # where a command keeps what it makes, beside its outputs; of train, what is damaged in a run is taken away too
 _KEEPS = {
-    "calibrate": ("{1}/scalabl.json",), "evaluate": ("{1}/confidence.json",), "export": ("{1}/particles",),
+    "calibrate": ("{1}/scalabl.json", "{1}/README.md", "{1}/mean/README.md"),
+    "evaluate": ("{1}/confidence.json",), "export": ("{1}/particles",),
     "benchmark": ("cells", "results", "runs"), "train": ("stopped",), "demo": ("runs",),
 }  # fmt: skip
 

@@ -1,12 +1,14 @@
 """Which answers mean the same: matches, entailment both ways, and embeddings."""
 
+import shutil
 import types
 
 import numpy as np
 import pytest
 import torch
 from tiny_base import tiny_base, tiny_tokenizer
-from transformers import BertConfig, BertForSequenceClassification
+from tokenizers import Tokenizer, models
+from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
 from scalabl.core.errors import UserError
 from scalabl.generation.equivalence import (
@@ -142,6 +144,15 @@ def test_a_model_from_a_directory_decides_as_its_labels_do(nli_directory):
     expected = [[a == b or (entails(a, b) and entails(b, a)) for b in texts] for a in texts]
     assert found.tolist() == expected
     assert (found == found.T).all() and found.diagonal().all()
+
+
+def test_a_tokenizer_that_lacks_characters_is_refused_before_any_answer(nli_directory, tmp_path):
+    shutil.copytree(nli_directory, tmp_path / "nli")
+    words = Tokenizer(models.WordPiece({"[PAD]": 0, "a": 1, "b": 2}, unk_token="[UNK]"))
+    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]").save_pretrained(tmp_path / "nli")
+    for name, kind in (("entailment", "entailment"), ("embedding", "embedding")):
+        with pytest.raises(UserError, match=rf"The {kind} model .*nli cannot be loaded: .*\[UNK\]"):
+            equivalence(f"{name}:{tmp_path / 'nli'}")
 
 
 def test_models_that_infer_nothing_are_refused(tmp_path):

@@ -133,6 +133,15 @@ def flipped(file: Path) -> None:
     file.write_bytes(content)
 
 
+def misnamed(file: Path) -> None:
+    """An entry's name in the archive's directory is no UTF-8, and said to be it."""
+    content = bytearray(file.read_bytes())
+    entry = content.index(b"PK\x01\x02")
+    content[entry + 9] |= 8
+    content[entry + 46] = 0xFA
+    file.write_bytes(content)
+
+
 @pytest.fixture(scope="module")
 def stopped(base_directory: Path, task_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of 12 steps that was stopped behind the last one, with checkpoints 10 and 12."""
@@ -160,6 +169,12 @@ def test_a_damaged_checkpoint_is_passed_over_in_a_sentence(
         damage(run / "checkpoints" / "checkpoint-10" / name)
         assert last_checkpoint(run) is None
         assert capsys.readouterr().err.endswith("; the run begins anew.\n")
+
+
+def test_an_archive_that_zipfile_cannot_name_is_damaged(stopped: Path, tmp_path: Path) -> None:
+    shutil.copytree(stopped, tmp_path / "run")
+    misnamed(tmp_path / "run" / "checkpoints" / "checkpoint-12" / "scheduler.pt")
+    assert last_checkpoint(tmp_path / "run") == tmp_path / "run" / "checkpoints" / "checkpoint-10"
 
 
 def test_a_run_whose_checkpoints_are_damaged_ends_with_the_same_weights(

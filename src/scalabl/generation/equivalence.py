@@ -241,8 +241,12 @@ class Entailment:
         return both[number][:, number]
 
 
+@torch.no_grad()
 def _loaded(kind: str, auto: Any, name: str) -> tuple[Any, Any]:
     """A model in evaluation mode and its tokenizer, of a directory or a Hub id."""
     with reading_model(f"The {kind} model {name} cannot be loaded"):
-        model = auto.from_pretrained(name, trust_remote_code=trust_remote_code())
-        return model.eval(), AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code())
+        model = auto.from_pretrained(name, trust_remote_code=trust_remote_code()).eval()
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code())
+        # one pass, with a character that few vocabularies have: what fails on it would fail behind the answers
+        model(**tokenizer(["a", "\u2603 b"], padding=True, truncation=True, return_tensors="pt"))
+    return model, tokenizer

@@ -15,7 +15,7 @@ from ray import get_runtime_context
 
 from scalabl.core.console import quiet, quiet_imports
 from scalabl.core.errors import UserError, first_line
-from scalabl.core.files import write_text
+from scalabl.core.files import read_if_whole, write_text
 from scalabl.core.locations import Location
 from scalabl.data.example import Example
 from scalabl.inference.settings import PredictionSettings
@@ -102,7 +102,8 @@ class Worker:
     def _counted(self, name: str, title: str) -> Iterator[None]:
         """Refuse what workers have begun before and did not survive, instead of repeating it for ever."""
         note = self.setup.work / BEGUN / name
-        begun = int(note.read_text()) if note.is_file() else 0
+        count = read_if_whole(note)  # a number, or damaged
+        begun = count if isinstance(count, int) else 0
         if begun >= ATTEMPTS:
             raise deadly(title)
         note.parent.mkdir(exist_ok=True)

@@ -98,9 +98,10 @@ def open_results(directory: Path) -> None:
     study begins with, is refused.
 
     Raises:
-        UserError: another's file would be overwritten, or the directory cannot be written.
+        UserError: another's file would be overwritten, the directory cannot be written, or its answer is no text.
     """
     _make(directory, "results")
+    answer_in(directory)
     table, header = directory / "results.csv", ",".join(SCHEMA.names[:4])
     if table.is_file():
         with table.open(encoding="utf-8", errors="replace") as lines:
@@ -109,6 +110,19 @@ def open_results(directory: Path) -> None:
     foreign = next((name for name in _WRITTEN if (directory / name).exists()), None)
     if foreign is not None:
         raise UserError(f"{directory / foreign} is not of a study, and would be overwritten; choose another --results.")
+
+
+def answer_in(results: Path) -> str:
+    """What a person has written on top of a study's page, in `answer.md`; nothing where there is none.
+
+    Raises:
+        UserError: it is no UTF-8.
+    """
+    path = results / "answer.md"
+    try:
+        return path.read_text(encoding="utf-8") if path.is_file() else ""
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is no UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8.") from None
 
 
 def _make(directory: Path, option: str) -> None:
@@ -141,10 +155,10 @@ def write_results(
         tried = [Section("Settings that were tried", [], tried_tables(found))]
     for picture in [*drawn, *(picture for section in overall for picture in section.pictures)]:
         write_bytes(results / f"{picture.name}.svg", svg(picture))
-    written = results / "answer.md"
-    answer = written.read_text(encoding="utf-8") if written.is_file() else ""
     facts = facts_of(study, plan, output, rows, command)
-    document = layout(study.name, study.about, facts, tables, drawn, answer=answer, first=overall, last=tried)
+    document = layout(
+        study.name, study.about, facts, tables, drawn, answer=answer_in(results), first=overall, last=tried
+    )
     for name, render in _PAGES.items():
         write_text(results / name, render(document))
 
@@ -172,8 +186,11 @@ def facts_of(study: Study, plan: StudyPlan, output: Path, rows: list[dict[str, A
     for task in study.tasks:
         of_task = [(entry, done) for entry, done in predicted if entry.task == task]
         if of_task:
-            trained = finished(output, of_task[0][0].training[0]) or {}
-            leaked = max(max(done["rows_also_tuned_on"].values()) for _, done in of_task)
+            trained = finished(output, of_task[0][0].training[0])
+            if trained is None:  # damaged since
+                facts[f"data, {task}"] = "what it was trained on is not on record"
+                continue
+            leaked = max(max(done["rows_also_tuned_on"].values(), default=0) for _, done in of_task)
             facts[f"data, {task}"] = (
                 f"{trained['rows']['train']:,} training, {trained['rows']['validation']:,} validation rows "
                 f"({trained['task']['source']}; {trained['task']['licence']}), scored by {trained['scoring']}; "

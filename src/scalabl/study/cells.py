@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from scalabl.core.files import read_if_whole
-from scalabl.runs.record import is_of
+from scalabl.runs.record import RowCounts, TaskFacts, is_of
 
 TRAINING, POST_HOC, PREDICTION = "training", "posthoc", "prediction"
 FORMAT = 1  # part of every address: raised when a cell's content changes its meaning
@@ -79,8 +79,8 @@ class _Measured(TypedDict):
 class _Trained(_Measured):
     scoring: str
     parameters: dict[str, int]
-    rows: dict[str, int]
-    task: dict[str, Any]
+    rows: RowCounts
+    task: TaskFacts
 
 
 class _Fitted(_Measured):

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -185,12 +186,21 @@ def read_predictions(cell: Cell, output: Path) -> Predictions:
         UserError: the file is missing or was altered.
     """
     path, done = cell.directory(output) / PREDICTIONS, finished(output, cell.address)
+    altered = UserError(f"{path} is missing or was altered; delete {path.parent} and run the benchmark again.")
     if done is None or not path.is_file() or sha256(path) != done["sha256"]:
-        raise UserError(f"{path} is missing or was altered; delete {path.parent} and run the benchmark again.")
-    tensors = load_file(path)
+        raise altered
+    try:
+        tensors = load_file(path)
+    except SafetensorError:
+        raise altered from None
 
     def part(name: str) -> tuple[Tensor, Tensor]:
-        return tensors[f"{name}|log_probs"], tensors[f"{name}|labels"]
+        log_probs, labels = (tensors.get(f"{name}|{what}", torch.empty(0)) for what in ("log_probs", "labels"))
+        whole = log_probs.ndim == 3 and log_probs.is_floating_point() and not log_probs.isnan().any()
+        fits = labels.dtype == torch.int64 and len(labels) > 0 and labels.shape == log_probs.shape[1:2]
+        if not whole or not fits or not UNLABELLED <= int(labels.min()) <= int(labels.max()) < log_probs.shape[2]:
+            raise altered
+        return log_probs, labels
 
     return Predictions(part(VALIDATION), {name: part(f"test:{name}") for name in cell.settings["test_sets"]})
 
