@@ -62,7 +62,7 @@ def each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def read_if_whole(path: Path) -> Any:
+def read_if_whole(path: Location) -> Any:
     """What a JSON file holds; None where it is missing or half written, as a killed process leaves it."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
