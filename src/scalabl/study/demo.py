@@ -25,7 +25,6 @@ from scalabl.runs.settings import ALL_LINEAR
 from scalabl.study.demos import DEMOS, LANGUAGE, ROUTING, SAMPLES, demo_settings
 from scalabl.training.run import read_log, train
 
-BATCH = 32  # rows at a time
 MEMBERS = 3  # of the ensemble
 
 
@@ -101,7 +100,7 @@ def _routing(directory: Path, rows: _Rows, samples: int, seed: int) -> list[Meth
     """A run as learnt and calibrated, by as many particles for every method that has any."""
     predictive = "mc" if RunRecord.read(directory).method in OVER_S else None
     settings = PredictionSettings(predictive=predictive, samples=samples, seed=seed)
-    predictor = Predictor.load(directory, settings, batch_size=BATCH)
+    predictor = Predictor.load(directory, settings)
     return results_of(predictor, as_learnt(predictor, rows.test), rows.test, rows.shifted)
 
 
@@ -123,7 +122,7 @@ def _ensemble(first: MethodResult, directories: Sequence[Path], rows: _Rows) -> 
     name, held_out = f"ensemble of {len(directories)}", []
     test, shifted = [first.log_probs], {other: [log_probs] for other, log_probs in first.ood.items()}
     for i, directory in enumerate(directories):
-        predictor = Predictor.load(directory, PredictionSettings(raw=True), batch_size=BATCH)
+        predictor = Predictor.load(directory, PredictionSettings(raw=True))
         held_out.append(predictor.log_probs(rows.held_out, dataset="temperature"))
         if i > 0:
             test.append(predictor.log_probs(rows.test, dataset=name))
