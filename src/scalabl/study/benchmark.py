@@ -185,17 +185,18 @@ def facts_of(study: Study, plan: StudyPlan, output: Path, rows: list[dict[str, A
     predicted = [(entry, done) for entry in plan.entries if (done := finished(output, entry.prediction)) is not None]
     for task in study.tasks:
         of_task = [(entry, done) for entry, done in predicted if entry.task == task]
-        if of_task:
-            trained = finished(output, of_task[0][0].training[0])
-            if trained is None:  # damaged since
-                facts[f"data, {task}"] = "what it was trained on is not on record"
-                continue
-            leaked = max(max(done["rows_also_tuned_on"].values(), default=0) for _, done in of_task)
-            facts[f"data, {task}"] = (
-                f"{trained['rows']['train']:,} training, {trained['rows']['validation']:,} validation rows "
-                f"({trained['task']['source']}; {trained['task']['licence']}), scored by {trained['scoring']}; "
-                f"test rows that are also training or validation rows: {leaked}"
-            )
+        if not of_task:
+            continue
+        trained = finished(output, of_task[0][0].training[0])
+        if trained is None:  # damaged since
+            facts[f"data, {task}"] = "what it was trained on is not on record"
+            continue
+        leaked = max(max(done["rows_also_tuned_on"].values(), default=0) for _, done in of_task)
+        facts[f"data, {task}"] = (
+            f"{trained['rows']['train']:,} training, {trained['rows']['validation']:,} validation rows "
+            f"({trained['task']['source']}; {trained['task']['licence']}), scored by {trained['scoring']}; "
+            f"test rows that are also training or validation rows: {leaked}"
+        )
     return facts | {
         "training": ", ".join(f"{name} {value}" for name, value in study.settings.items()) or "defaults",
         "particles": f"{study.samples} where a method samples",
