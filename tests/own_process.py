@@ -118,6 +118,8 @@ def _in_place(place: tuple[dict[str, str], str, str, str], function: Callable[..
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(directory)
+    # a shell's background jobs, and what they start, ignore it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     for path, stream in ((stdout, sys.stdout), (stderr, sys.stderr)):
         stream.flush()
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
