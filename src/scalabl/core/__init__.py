@@ -1,3 +1,3 @@
 """What every room needs and none owns: errors, files, progress, the processes of one command."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
