@@ -7,12 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_base import write_task
 from tiny_study import Done, content
 
 from scalabl.core.errors import UserError
 from scalabl.data import load_task
 from scalabl.data.load import rows_of
-from scalabl.inference.predictor import labels_of, log_probabilities
+from scalabl.inference.calibrate import calibrate
+from scalabl.inference.predictor import Predictor, labels_of, log_probabilities
+from scalabl.inference.settings import PredictionSettings
+from scalabl.metrics.uncertainty import fit_temperature
 from scalabl.runs.loading import load_run
 from scalabl.runs.method import load_post_hoc
 from scalabl.runs.settings import Settings
@@ -75,6 +79,34 @@ def test_other_predictives_of_the_same_run(done: Done, tmp_path: Path) -> None:
     chosen = read_predictions(auto, output).tests[done.task][0]
     by_draws = read_predictions(done.plan.cells[entry_of(done, "scalabl").prediction], output).tests[done.task][0]
     assert chosen.shape[0] in (by_draws.shape[0], expected.shape[0])
+
+
+def test_calibrated_predictions_are_those_of_a_run_that_was_calibrated(done: Done, tmp_path: Path) -> None:
+    output, task = tmp_path / "output", tmp_path / "task"
+    task.mkdir()
+    write_task(task, validation=24)
+    methods = [{"name": "shipped", "method": "scalabl", "predictive": "calibrated"}]
+    recipe = content(Path(done.study.model), task, methods=methods, seeds=[0], validation_rows=24)
+    plan = make_plan(make_study(recipe, "tiny"))
+    facts = [do(cell, output) for cell in plan.cells.values()]
+    (entry,) = plan.entries
+    cell, choice = plan.cells[entry.prediction], facts[-1]["choice"]
+    held = read_predictions(cell, output)
+    directory = tmp_path / "run"
+    shutil.copytree(output / "cells" / entry.training[0] / RUN, directory)
+    run = load_run(directory)
+    validation = select_rows(load_task(str(task)), Settings.flat(**run.record.recipe).rows).validation
+    settings = PredictionSettings(samples=cell.settings["samples"])
+    _, made = calibrate(directory, validation, settings)
+    assert choice == made.in_words()
+    predictor = Predictor.load(directory, settings)
+    predictor.resolve(validation)
+    rows = rows_of(str(task), split="test")
+    expected = log_probabilities(predictor.whole_run(), rows, predictor.strategy)
+    torch.testing.assert_close(held.tests[str(task)][0], expected, atol=1e-5, rtol=0)
+    # its temperature, which the tables fit, is the one that the run keeps
+    fitted = fit_temperature(*held.validation)
+    assert fitted == pytest.approx(made.temperature, rel=1e-3)
 
 
 def test_the_ensembles_particles_are_its_members(done: Done) -> None:

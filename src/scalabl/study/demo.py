@@ -20,7 +20,7 @@ from scalabl.inference.settings import PredictionSettings
 from scalabl.metrics.uncertainty import fit_temperature
 from scalabl.runs.loading import load_run
 from scalabl.runs.record import RunRecord
-from scalabl.runs.registry import BASELINE, OVER_S
+from scalabl.runs.registry import BASELINE
 from scalabl.runs.settings import ALL_LINEAR
 from scalabl.study.demos import DEMOS, LANGUAGE, ROUTING, SAMPLES, demo_settings
 from scalabl.training.run import read_log, train
@@ -97,10 +97,8 @@ _TITLES = {
 
 
 def _routing(directory: Path, rows: _Rows, samples: int, seed: int) -> list[MethodResult]:
-    """A run as learnt and calibrated, by as many particles for every method that has any."""
-    predictive = "mc" if RunRecord.read(directory).method in OVER_S else None
-    settings = PredictionSettings(predictive=predictive, samples=samples, seed=seed)
-    predictor = Predictor.load(directory, settings)
+    """A run as learnt and calibrated, by the predictive that is everybody's default."""
+    predictor = Predictor.load(directory, PredictionSettings(samples=samples, seed=seed))
     return results_of(predictor, as_learnt(predictor, rows.test), rows.test, rows.shifted)
 
 

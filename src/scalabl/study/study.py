@@ -11,7 +11,7 @@ typos: [0.05, 0.15]                      and each task on its own test rows with
 methods:                                 a name, or a mapping with a name, settings and a grid of its own
   - mle
   - {method: blob, name: blob mean, samples: 0}
-  - {method: scalabl, name: scalabl linearized, predictive: linearized}     mc if left out, or auto
+  - {method: scalabl, name: scalabl linearized, predictive: linearized}     mc if left out, or auto, calibrated
   - {method: scalabl, grid: {r: [4, 8, 16]}}
   - {method: map, tried: {weight_decay: [0.01, 0.1], learning_rate: [1e-3, 2e-3]}}
 seeds: [0, 1, 2]

@@ -26,6 +26,9 @@ from scalabl.core.files import sha256, write_json, writing
 from scalabl.data.assemble import TrainingRows, select_rows
 from scalabl.data.example import Example, rows_digest
 from scalabl.data.load import load_task
+from scalabl.inference.calibrate import fit_run
+from scalabl.inference.predictor import Predictor
+from scalabl.inference.settings import PredictionSettings
 from scalabl.methods.saved import POST_HOC_DIRECTORY
 from scalabl.metrics.calibration import row_losses
 from scalabl.metrics.uncertainty import fit_temperature
@@ -112,8 +115,11 @@ def _fit(cell: Cell, output: Path) -> dict[str, Any]:
 def _predict(cell: Cell, output: Path) -> dict[str, Any]:
     settings = cell.settings
     run = _loaded(settings["run"], output, fitted=settings["post_hoc"])
-    method = settings["method"]
-    if "predictive" in settings:
+    method, held_out = settings["method"], list(_rows_of(run).validation)
+    choice = None
+    if settings.get("predictive") == "calibrated":
+        strategy, choice = _calibrated(run, held_out, settings)
+    elif "predictive" in settings:
         strategy = run.predictive(settings["predictive"], samples=settings["samples"], seed=settings["seed"])
     else:
         own = load_post_hoc(method) if method in POST_HOC_METHODS else load_method(method)
@@ -127,7 +133,7 @@ def _predict(cell: Cell, output: Path) -> dict[str, Any]:
         tensors[f"{name}|log_probs"], tensors[f"{name}|labels"] = log_probs.contiguous(), _labels(rows)
         return seconds
 
-    held_out, tuning = list(_rows_of(run).validation), tuning_rows(task)
+    tuning = tuning_rows(task)
     limits = {name: settings[name] for name in ("test_rows", "shift_rows")}
     seconds, overlaps = {}, {}
     with measured() as cost:
@@ -140,6 +146,8 @@ def _predict(cell: Cell, output: Path) -> dict[str, Any]:
     path = cell.directory(output) / PREDICTIONS
     with writing(path) as unfinished:
         save_file(tensors, unfinished)
+    if isinstance(strategy, AutoPredictive) and strategy.choice is not None:
+        choice = strategy.choice.sentence
     return {
         # of its own test set; of validation rows where these alone are predicted
         "seconds": cost.busy * seconds.get(settings["task"], seconds[VALIDATION]),
@@ -147,9 +155,20 @@ def _predict(cell: Cell, output: Path) -> dict[str, Any]:
         "validation_rows": len(held_out),
         "validation_nll": _losses(tensors[f"{VALIDATION}|log_probs"], tensors[f"{VALIDATION}|labels"]),
         "rows_also_tuned_on": overlaps,
-        **({"choice": strategy.choice.sentence} if isinstance(strategy, AutoPredictive) and strategy.choice else {}),
+        **({} if choice is None else {"choice": choice}),
         "sha256": sha256(path),
     }
+
+
+def _calibrated(run: Run, held_out: list[Example], settings: dict[str, Any]) -> tuple[Predictive, str]:
+    """What a finished run is predicted by, at the scale of the posterior that these rows choose, and that in words; the
+    temperature is fitted on what it predicts, as every method's."""
+    chosen, size = PredictionSettings(samples=settings["samples"], seed=settings["seed"]), settings["batch_size"]
+    calibration = fit_run(run, held_out, chosen, batch_size=size)
+    calibrated = replace(run, record=replace(run.record, calibration=calibration.as_dict()))
+    predictor = Predictor(calibrated, chosen, batch_size=size)
+    predictor.resolve(held_out)
+    return predictor.strategy, calibration.in_words()
 
 
 def _losses(log_probs: Tensor, labels: Tensor) -> dict[str, float | None]:
