@@ -28,8 +28,8 @@ class Variant:
         family: its name without its point of a grid.
         point: setting -> its value in the grid; empty where there is no grid.
         without_grid: the settings that the family would have without one.
-        predictive: of ScalaBL, "mc", "linearized", "auto", or "calibrated", as a run is predicted by default: auto at the
-            posterior's scale that validation rows choose; "mc" is every other method's own.
+        predictive: of ScalaBL, "mc", "linearized", "auto", or "calibrated", as a run is predicted by default: auto at
+            the posterior's scale that validation rows choose; "mc" is every other method's own.
         tried: settings of which one is chosen on each task; none where there is nothing to choose.
         of: the name of the variant whose runs and choice it has; its own name where they are its own.
         seeds, tasks: those that it is run with and on; None for all of the study.
