@@ -2,6 +2,7 @@
 # make test   bare machine -> environment -> the whole test suite
 # make check  lint and the tests that need no model: before every commit
 # make lint   ruff, the contract of the floors (import-linter), mypy
+# make docs   the site, build/site/; a warning is an error
 # make campaign  every part of the campaign against faults (scripts/campaign/), an hour; writes docs/results/campaign/
 PYTHON ?= python3
 VENV := .venv
@@ -9,7 +10,7 @@ BIN := $(VENV)/bin
 
 PIP := $(BIN)/pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test check quick lint campaign env dev clean
+.PHONY: demo test check quick lint docs campaign env dev clean
 
 # what runs the program, and on top of it what runs the tests
 env: $(VENV)/.ready
@@ -45,6 +46,9 @@ lint: dev
 	$(BIN)/ruff format --check src tests benchmarks scripts
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/mypy
+
+docs: dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # parts share their helpers; each says what it does with --help, and fails where it finds a fault
 PARTS = $(filter-out parts grammars damage readable,$(notdir $(basename $(wildcard scripts/campaign/*.py))))
