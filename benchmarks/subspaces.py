@@ -61,8 +61,9 @@ from scalabl.study.study import read_study
 from scalabl.training.choose_scoring import candidates
 from scalabl.training.trainer import LengthGroupedOrder
 
-PRIOR = 0.577  # mean and standard deviation of the prior on s: where LoRA's draw puts it
-SIGMA, OFF_DIAGONAL = 0.3, 0.1  # of each number at the first step; of those off a core's diagonal
+PRIOR_MEAN = 0.577  # of s: where LoRA's draw puts it
+SPREAD = 0.5  # between the components of a mixture that begin near each other
+OFF_DIAGONAL = 8**-0.5  # the noise off a core's diagonal, beside that on it: r of them make one number's
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,7 @@ class Variant:
         averaged: whether the point estimates are averaged over the last third of the steps.
         heads: whether each component has a head.
         faster: the rate of A, B and the head is so many times the others'.
+        width: standard deviation of the prior on s, whose posterior begins half as wide.
     """
 
     kind: str
@@ -84,6 +86,7 @@ class Variant:
     averaged: bool = False
     heads: bool = False
     faster: float = 1.0
+    width: float = 0.2
 
     @property
     def name(self) -> str:
@@ -99,13 +102,12 @@ VARIANTS = (
     Variant("diagonal"),
     Variant("mixture", 4),
     Variant("mixture", 4, signs=False),
-    Variant("mixture", 2, signs=False),
     Variant("mixture", 4, faster=2),
     Variant("mixture", 4, heads=True),
     Variant("core"),
     Variant("plain", averaged=True),
     Variant("diagonal", averaged=True),
-    Variant("mixture", 4, averaged=True),
+    Variant("mixture", 4, signs=False, averaged=True),
 )
 
 
@@ -123,17 +125,17 @@ class Between(nn.Module):
         if variant.kind == "core":
             diagonal = torch.eye(r)
             self.mean = nn.Parameter(torch.diag(singular_values))
-            self.log_std = nn.Parameter((SIGMA * diagonal + OFF_DIAGONAL * (1 - diagonal)).log())
-            self.register_buffer("prior_mean", PRIOR * diagonal)
-            self.register_buffer("prior_std", PRIOR * (diagonal + OFF_DIAGONAL / SIGMA * (1 - diagonal)))
+            self.register_buffer("prior_mean", PRIOR_MEAN * diagonal)
+            self.register_buffer("prior_std", variant.width * (diagonal + OFF_DIAGONAL * (1 - diagonal)))
+            self.log_std = nn.Parameter((self.prior_std / 2).log())
         else:
             begin = singular_values.repeat(k, 1)
             signs = torch.where(torch.rand(k, r) < 0.5, -1.0, 1.0) if variant.signs and k > 1 else torch.ones(k, r)
-            spread = torch.ones(k, r) if variant.signs or k == 1 else (0.5 * torch.randn(k, r)).exp()
+            spread = torch.ones(k, r) if variant.signs or k == 1 else (SPREAD * torch.randn(k, r)).exp()
             self.mean = nn.Parameter(begin * signs * spread)
-            self.log_std = nn.Parameter(torch.full((k, r), SIGMA).log())
-            self.register_buffer("prior_mean", PRIOR * signs)
-            self.register_buffer("prior_std", torch.full((k, r), PRIOR))
+            self.log_std = nn.Parameter(torch.full((k, r), variant.width / 2).log())
+            self.register_buffer("prior_mean", PRIOR_MEAN * signs)
+            self.register_buffer("prior_std", torch.full((k, r), variant.width))
 
     @property
     def weight(self) -> Tensor:
@@ -472,7 +474,7 @@ def main() -> None:
         runs.setdefault(task, {})[str(seed)] = of_seed(settings, Path(a.runs), a)
     noted = facts(
         model=study.model, data="; ".join(a.tasks), seeds=", ".join(map(str, a.seeds)),
-        training=f"steps as there, rate {a.learning_rate:g}, N = {a.samples}; prior N({PRIOR}, {PRIOR}^2)",
+        training=f"steps as there, rate {a.learning_rate:g}, N = {a.samples}; prior N({PRIOR_MEAN}, {VARIANTS[1].width}^2)",
     )  # fmt: skip
     parts = ["# Richer distributions between A and B", "NLL in nats with a temperature, means over seeds."]
     parts += ["## Validation rows", page(runs, "validation"), "## Test rows", page(runs, "test")]
