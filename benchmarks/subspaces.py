@@ -474,7 +474,7 @@ def main() -> None:
         runs.setdefault(task, {})[str(seed)] = of_seed(settings, Path(a.runs), a)
     noted = facts(
         model=study.model, data="; ".join(a.tasks), seeds=", ".join(map(str, a.seeds)),
-        training=f"steps as there, rate {a.learning_rate:g}, N = {a.samples}; prior N({PRIOR_MEAN}, {VARIANTS[1].width}^2)",
+        training=f"steps as there, rate {a.learning_rate:g}, N = {a.samples}; N({PRIOR_MEAN}, {VARIANTS[1].width}^2)",
     )  # fmt: skip
     parts = ["# Richer distributions between A and B", "NLL in nats with a temperature, means over seeds."]
     parts += ["## Validation rows", page(runs, "validation"), "## Test rows", page(runs, "test")]
