@@ -39,7 +39,8 @@ _OPTIONAL = {
 def doctor(json: Annotated[Path | None, typer.Option(help="Write the figures here.")] = None) -> None:
     """What is installed here, what is missing, on which devices, and where the cache lies: paste it into a report."""
     require_writable(json)
-    installed = {name: found for name in (*_REQUIRED, *_OPTIONAL) if (found := _version(name)) is not None}
+    versions = {name: _version(name) for name in (*_REQUIRED, *_OPTIONAL)}
+    installed = {name: number for name, number in versions.items() if number is not None}
     missing = [
         {"name": name, "brings": brings, "install": install}
         for name, (brings, install) in _OPTIONAL.items()

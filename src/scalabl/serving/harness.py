@@ -95,14 +95,14 @@ class HarnessLM(HFLM):  # type: ignore[misc]
         return {"model_dtype": self.model.dtype, "model_num_parameters": self.model.num_parameters()}
 
 
-def calibration(samples: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+def calibration(samples: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
     """ECE and NLL of a task's samples where these are choices, by the name of their filter; else nothing.
 
     Args:
         samples: what the harness logs of every document. The probabilities are the softmax over the choices'
             log-likelihoods, as its own `brier_score` has them.
     """
-    found = {}
+    found: dict[str, float | None] = {}
     for name in {sample["filter"] for sample in samples}:
         of_filter = [sample for sample in samples if sample["filter"] == name]
         if not all(map(_is_choice, of_filter)):
