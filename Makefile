@@ -42,8 +42,8 @@ quick: dev
 		tests/data --ignore tests/data/test_wheel.py --ignore tests/data/test_open_tasks.py
 
 lint: dev
-	$(BIN)/ruff check src tests benchmarks scripts
-	$(BIN)/ruff format --check src tests benchmarks scripts
+	$(BIN)/ruff check src tests benchmarks scripts examples
+	$(BIN)/ruff format --check src tests benchmarks scripts examples
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/mypy
 

@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from formats import FORMATS, Format, adapted, base_in, tokens
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from safetensors.torch import load_file
+from tiny_base import tiny_tokenizer
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -161,3 +163,32 @@ def test_a_trainer_in_bfloat16_keeps_them_in_float32(held: Format, tmp_path: Pat
         # Adam's first steps are of the size of the rate, below the spacing of bfloat16 near these numbers
         assert value.dtype == torch.float32 and (moved > 0).all() and (moved < 4e-4).all(), name
     assert all(entry["elbo/kl"] > 0 for entry in trainer.state.log_history if "elbo/kl" in entry)
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["given", "added"])
+def test_trl_on_a_quantised_base_keeps_them_in_float32(given: bool, tmp_path: Path) -> None:
+    """It casts what is trained to bfloat16, before a callback is called that was given, or after."""
+    trl = pytest.importorskip("trl")
+    model = adapted(base_in(FORMATS[3]))
+    config = trl.SFTConfig(
+        str(tmp_path), max_steps=2, per_device_train_batch_size=4, learning_rate=1e-4, bf16=False, use_cpu=True,
+        save_strategy="no", gradient_checkpointing=False, disable_tqdm=True,
+    )  # fmt: skip
+    rows = Dataset.from_list([{"prompt": "red or blue? ", "completion": "red"}] * 4)
+    seen, elbo = _Seen(), ELBOCallback(8, learning_rate=1e-4)
+    trainer = trl.SFTTrainer(
+        model,
+        config,
+        train_dataset=rows,
+        processing_class=tiny_tokenizer(),
+        callbacks=[elbo, seen] if given else [seen],
+    )
+    before = numbers(model)
+    if not given:
+        assert {value.dtype for value in before.values()} == {torch.bfloat16}, "TRL leaves them by itself now"
+        trainer.add_callback(elbo)
+    trainer.train()
+    assert seen.dtypes == {torch.float32}
+    for name, value in numbers(model).items():
+        moved = (value - before[name].float()).abs()
+        assert value.dtype == torch.float32 and (moved > 0).all() and (moved < 4e-4).all(), name

@@ -12,6 +12,8 @@ from scalabl.cli import acquire as _acquire  # noqa: F401
 from scalabl.cli import bayesianize as _bayesianize  # noqa: F401
 from scalabl.cli import benchmark as _benchmark  # noqa: F401
 from scalabl.cli import calibrate as _calibrate  # noqa: F401
+from scalabl.cli import card as _card  # noqa: F401
+from scalabl.cli import doctor as _doctor  # noqa: F401
 from scalabl.cli import evaluate as _evaluate  # noqa: F401
 from scalabl.cli import export as _export  # noqa: F401
 from scalabl.cli import generate as _generate  # noqa: F401

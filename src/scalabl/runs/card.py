@@ -16,6 +16,7 @@ from scalabl.runs.directory import EMBEDDED, EMBEDDED_ENCODER
 from scalabl.runs.record import CHOICES, HEAD, RunRecord
 from scalabl.tuner.mean_adapter import MEAN_DIRECTORY
 
+PICTURE = "reliability.svg"
 _OURS = "<!-- Written by scalabl from the run's record. Delete this line to keep a card of your own. -->"
 _BLANK = "# Model Card for Model ID"  # PEFT's, which nobody has filled in
 _ON_HUB = {EMBEDDED: "HuggingFaceTB/SmolLM2-135M-Instruct", EMBEDDED_ENCODER: "sentence-transformers/all-MiniLM-L6-v2"}
@@ -23,26 +24,34 @@ _SHOWN = 20  # labels that are written out
 _PAPER = "ScalaBL (Samplawski et al., UAI 2025, [arXiv 2506.21408](https://arxiv.org/abs/2506.21408))"
 
 
-def write_cards(directory: Path, record: RunRecord) -> None:
+def write_cards(directory: Path, record: RunRecord, *, pictured: str | None = None) -> None:
     """Write the card of a finished run and that of its mean, in the place of PEFT's blank ones and of older ones.
 
     Args:
         directory: the run's.
         record: its record.
+        pictured: the rows whose reliability `PICTURE` beside the card shows; None leaves the picture out.
     """
-    for place, text in ((directory, card(record)), (directory / MEAN_DIRECTORY, card(record, of_mean=True))):
+    cards = ((directory, card(record, pictured=pictured)), (directory / MEAN_DIRECTORY, card(record, of_mean=True)))
+    for place, text in cards:
         path = place / "README.md"
         before = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
         if place.is_dir() and (not before or _OURS in before or _BLANK in before):
             write_text(path, text)
 
 
-def card(record: RunRecord, *, of_mean: bool = False) -> str:
+def shows_picture(directory: Path) -> bool:
+    """Whether a run's card has the picture of its reliability: one that somebody else wrote has not."""
+    return f"]({PICTURE})" in (directory / "README.md").read_text(encoding="utf-8", errors="replace")
+
+
+def card(record: RunRecord, *, of_mean: bool = False, pictured: str | None = None) -> str:
     """The Markdown of a run's card.
 
     Args:
         record: of a finished run.
         of_mean: of the plain LoRA beside it, which any other tool loads.
+        pictured: as in `write_cards`.
     """
     base = _ON_HUB.get(record.model, record.model)
     on_hub = not Path(base).is_absolute()
@@ -63,6 +72,9 @@ def card(record: RunRecord, *, of_mean: bool = False) -> str:
     parts += ["## Use", _use(record, of_mean, head, base if on_hub else "BASE")]
     if record.kind == CHOICES:
         parts += ["## Calibration", _calibration(record, of_mean)]
+    if pictured is not None:
+        shown = f"Accuracy against confidence on {_plain(pictured)}, in 15 bins with their 95 % intervals"
+        parts += [f"![{shown}]({PICTURE})", f"{shown}; on the dashed line a confidence is true."]
     parts += ["## Training", _training(record)]
     if record.warnings:
         parts.append("\n".join(f"- {_plain(warning)}" for warning in record.warnings))

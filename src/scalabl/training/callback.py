@@ -142,6 +142,7 @@ class ELBOCallback(LogContributor):
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         refuse_drawn_reference(args, kwargs["model"])
+        keep_float32(kwargs["model"])
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -169,6 +170,7 @@ class ELBOCallback(LogContributor):
             )
         refuse_hidden_gradients(args, model, optimizer)
         refuse_flattened_batches(args, dataloader)
+        keep_float32(model, optimizer)
         trainable = self._trainable()
         refuse_untrained(optimizer, trainable)
         if _counts_rows_for_tokens(self.num_examples, getattr(dataloader, "dataset", None)):
@@ -260,6 +262,21 @@ class ELBOCallback(LogContributor):
         for leaf, state in self._still:
             leaf.state = state
         self._still = []
+
+
+def keep_float32(model: nn.Module, optimizer: Optimizer | None = None) -> None:
+    """Bring every posterior back to float32, and what an optimiser has kept of it.
+
+    On a quantised base TRL's trainers cast all that is trained to bfloat16 by `param.data`, past what a module can
+    refuse; steps of mean and sigma are finer than bfloat16 is.
+    """
+    state = {} if optimizer is None else innermost(optimizer).state
+    for leaf in (module for module in model.modules() if isinstance(module, StochasticProjection)):
+        for parameter in leaf.posterior.parameters():
+            if parameter.dtype != torch.float32:
+                parameter.data = parameter.data.float()
+                kept = state.get(parameter, {})
+                kept |= {k: v.float() for k, v in kept.items() if torch.is_tensor(v) and v.is_floating_point()}
 
 
 def _unscale(optimizer: Optimizer) -> None:
