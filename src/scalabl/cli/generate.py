@@ -101,7 +101,7 @@ def _prompts(given: list[str] | None, file: Path | None) -> list[str]:
 
 def _with_line_ends(texts: list[str] | None) -> list[str]:
     """Texts of the command line, where a shell leaves a line's end as a backslash and an n."""
-    return [text.replace("\\n", "\n") for text in texts or ()]
+    return [str(options.with_line_ends(text)) for text in texts or ()]
 
 
 def _sampled(temperature: float | None, top_p: float | None) -> dict[str, object]:

@@ -66,6 +66,11 @@ Priors = Annotated[
 BaseModel = Annotated[str | None, typer.Option(help="The base model, if it has moved.")]
 
 
+def with_line_ends(text: str | None) -> str | None:
+    """A text of the command line, where a shell leaves a line's end as a backslash and an n."""
+    return None if text is None else text.replace("\\n", "\n")
+
+
 def refuse_unread(command: Callable[..., None], where: str, **given: Any) -> None:
     """Refuse options that a command would not read, where they are not at their defaults.
 
@@ -230,7 +235,8 @@ def _option(name: str, names: str | None = None, help: str | None = None) -> ins
         text += f" Default: {each.default}."
     shown = None if each.metadata["first"] or PLACES[name] is None else str(PLACES[name]).capitalize()
     declared = f"{long}/{long.replace('--', '--no-')}" if kind is bool else names or each.metadata["option"] or long
-    option = typer.Option(*declared.split(","), help=text, rich_help_panel=shown)
+    read = with_line_ends if name == "template" else None
+    option = typer.Option(*declared.split(","), help=text, rich_help_panel=shown, callback=read)
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
     )

@@ -202,6 +202,7 @@ def _read(block: Block, labels: Sequence[str] | None, done: frozenset[int]) -> l
                 "choices": pa.array([list(row.choices) for _, row in rows], texts),
                 "images": pa.array([list(row.images) for _, row in rows], texts),
                 "pair": pa.array([row.pair for _, row in rows], pa.string()),
+                "rendered": pa.array([row.rendered for _, row in rows], pa.bool_()),
             }
         )
     ]
