@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @app.command()
 def predict(
-    run: Annotated[Path, typer.Argument(metavar="DIR", help="A run directory.")],
+    run: Annotated[Path, typer.Argument(metavar="DIR", help="A run directory, or an adapter's.")],
     input: Annotated[str, typer.Option("--input", metavar="PATH", help="JSONL or Parquet rows; answers are ignored.")],
     output: Annotated[str, typer.Option("--output", metavar="PATH", help="JSONL answers, in the order of the rows.")],
     predictive: options.Predictive = None,
@@ -58,6 +58,11 @@ def predict(
     set_score: Annotated[str, typer.Option(help="Of --coverage: lac (the smallest sets), aps or raps.")] = "lac",
     per_class: Annotated[bool, typer.Option("--per-class", help="Of --coverage: at that rate in each class.")] = False,
     model: options.BaseModel = None,
+    labels: options.Labels = None,
+    scoring: options.Scoring = None,
+    template: options.Template = None,
+    chat: options.Chat = None,
+    max_length: options.MaxLength = None,
     ray: Annotated[
         str | None,
         typer.Option(metavar="ADDRESS", help="Use a Ray cluster that shares the files: its address, auto, or local."),
@@ -81,6 +86,7 @@ def predict(
     with a file of answers for each of them; either may be an address of a store, such as s3://bucket/rows. The same
     command goes on after a kill, with what is missing.
     """
+    from scalabl.core.locations import is_address
     from scalabl.core.outputs import require_writable
     from scalabl.data.jsonl import load_rows
     from scalabl.data.load import with_labels
@@ -96,7 +102,16 @@ def predict(
         options.refuse_unread(predict, "of --coverage; leave it out", set_score=set_score, per_class=per_class)
     if ray is None:
         options.refuse_unread(predict, "of --ray; leave it out", block_rows=block_rows)
-    record = read_classifier(run, model=model)
+    else:
+        options.refuse_unread(
+            predict, "of an adapter without a record, which workers cannot read; leave out --ray", labels=labels,
+            scoring=scoring, template=template, chat=chat, max_length=max_length,
+        )  # fmt: skip
+    on_rows = None if ray is not None or is_address(input) else input
+    asked = options.asked_of(
+        run, on_rows, labels=labels, scoring=scoring, template=template, chat=chat, max_length=max_length
+    )
+    record = read_classifier(run, model=model, asked=None if ray is not None else asked)
     settings = options.prediction_settings(
         record, predictive=predictive, samples=samples, seed=seed, draws=draws, adaptive=adaptive,
         confidence=confidence, stochastic_layers=stochastic_layers, batch_size=batch_size, abstain=abstain,
@@ -113,14 +128,14 @@ def predict(
         raise UserError("--format is for --ray; without it the answers are JSONL.")
     given, written = _on_this_machine(input), _on_this_machine(output)
     require_writable(written, reads=(given, run, priors, model))
-    labels = record.labels
-    rows = with_labels(load_rows(given, labels=labels, require_answer=False), labels, given)
+    known = record.labels
+    rows = with_labels(load_rows(given, labels=known, require_answer=False), known, given)
 
     from scalabl.core.console import quiet
     from scalabl.inference.batch_prediction import predict_file
 
     quiet()
-    done = predict_file(run, rows, written, settings, batch_size=batch_size, tell=_tell, model=model)
+    done = predict_file(run, rows, written, settings, batch_size=batch_size, tell=_tell, model=model, asked=asked)
     if not processes.is_main():
         return
     if done.cut is not None:

@@ -218,7 +218,7 @@ def _label_set(rows: Iterable[_Row], given: Sequence[str] | None, path: Path) ->
     if not labels and any(row.several is not None for row in rows):
         raise UserError(f'{path}: no row has a label, every "{SEVERAL}" is empty; give rows that have some.')
     if not labels:
-        raise UserError(f"{path}: rows without a label and no labels given; say which labels there are.")
+        raise UserError(f"{path}: rows without a label and no labels given; say which there are (--labels).")
     if given is None and rows[0].rendered and len(labels) > max(len(LETTERS), len(rows) // 2):
         raise UserError(
             f"{path}: {len(labels):,} different completions in {len(rows):,} rows are free text and no labels; "

@@ -20,7 +20,7 @@ from scalabl.runs.directory import find_base, reading_config
 from scalabl.runs.loading import longest_row
 from scalabl.runs.models import load_base, require_vocabulary, saved_tokenizer
 from scalabl.runs.record import HEAD, SEVERAL_LABELS, RunRecord
-from scalabl.runs.stock import UNNAMED, find_record, is_stock
+from scalabl.runs.stock import LONGEST, UNNAMED, find_record, is_stock
 from scalabl.scoring.base import Encoded, Scoring
 from scalabl.scoring.head import Head
 from scalabl.scoring.letters import Letters
@@ -106,7 +106,7 @@ def letters_of(
     max_length: int | None,
 ) -> Letters:
     """The scoring of label words; without a template texts given to it are taken for prompts (`rows_of`)."""
-    longest = 4096 if max_length is None else max_length
+    longest = LONGEST if max_length is None else max_length
     return Letters(tokenizer, labels=tuple(labels), template=template, chat=bool(chat), max_length=longest)
 
 

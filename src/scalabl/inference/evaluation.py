@@ -21,7 +21,10 @@ from scalabl.metrics.uncertainty import apply_temperature, fit_temperature, mean
 from scalabl.predictive.adaptive import AdaptivePredictive
 from scalabl.predictive.base import Predictive
 from scalabl.runs.method import Run
+from scalabl.runs.record import RunRecord
+from scalabl.runs.stock import Asked, is_stock
 from scalabl.scoring.base import cut_rows_sentence
+from scalabl.scoring.prompted import Prompted
 from scalabl.tuner.diagnostics import summarize, warnings_of, weights_of
 from scalabl.tuner.layers import prior_of
 
@@ -36,6 +39,7 @@ def evaluate_run(
     data: str,
     batch_size: int = 8,
     model: str | None = None,
+    asked: Asked | None = None,
 ) -> Report:
     """Evaluate a run directory.
 
@@ -49,12 +53,15 @@ def evaluate_run(
         data: what `rows` are called.
         batch_size: questions at a time.
         model: the base model, if it has moved.
+        asked: how the rows of an adapter without a record are scored.
     """
-    predictor = Predictor.load(directory, settings, model=model, batch_size=batch_size)
+    predictor = Predictor.load(directory, settings, model=model, batch_size=batch_size, asked=asked)
     settings = predictor.resolve(rows)
     run, calibration = predictor.whole_run(), predictor.calibration
     plain = as_learnt(predictor, rows)
     methods = results_of(predictor, plain, rows, shifted)
+    if is_stock(run.record) and isinstance(run.scoring, Prompted):  # nobody has told it
+        methods[0].notes[:0] = run.scoring.in_words(rows[0])
     if settings.promise is not None and settings.threshold is not None:
         # a curve of several labels is of questions, the threshold of rows
         methods[-1].threshold = settings.threshold if predictor.per_row == 1 else None
@@ -68,7 +75,8 @@ def evaluate_run(
         facts={
             "model": recipe["model"],
             "data": f"{data}, {len(rows):,} rows",
-            "trained on": f"{run.record.task['name']}, {run.record.rows['train']:,} rows, {recipe['steps']} steps",
+            "trained on": _trained_on(run.record),
+            **({"prompt": run.scoring.template.text} if isinstance(run.scoring, Prompted) else {}),
             "seed": str(recipe["seed"]),
             "versions": ", ".join(f"{k} {v}" for k, v in run.record.versions.items()),
             "device": run.record.device,
@@ -77,6 +85,12 @@ def evaluate_run(
         questions=_questions(rows),
         labels=run.record.labels,
     )
+
+
+def _trained_on(record: RunRecord) -> str:
+    if is_stock(record):
+        return record.task["name"]
+    return f"{record.task['name']}, {record.rows['train']:,} rows, {record.recipe['steps']} steps"
 
 
 def _questions(rows: Sequence[Example]) -> list[tuple[str, tuple[str, ...]]]:

@@ -37,6 +37,7 @@ from scalabl.runs.loading import load_run
 from scalabl.runs.method import Run, load_post_hoc
 from scalabl.runs.record import RunRecord
 from scalabl.runs.registry import METHODS
+from scalabl.runs.stock import Asked
 from scalabl.scoring.base import Encoded
 from scalabl.scoring.features import MeanPass
 from scalabl.scoring.prefix import SharedPrefix, shared_prefix
@@ -143,19 +144,21 @@ class Predictor:
         *,
         model: str | None = None,
         batch_size: int = 8,
+        asked: Asked | None = None,
     ) -> Predictor:
         """Of a finished run's directory.
 
         Args:
-            directory: made by `scalabl train`.
+            directory: made by `scalabl train`, or an adapter that another trainer saved.
             settings: as above.
             model: the base model, if it has moved since.
             batch_size: as above.
+            asked: how the rows of an adapter without a record are scored.
 
         Raises:
             UserError: not a finished run, altered files, another base model, settings that the run does not have.
         """
-        return cls(load_run(directory, model=model), settings, batch_size=batch_size)
+        return cls(load_run(directory, model=model, asked=asked), settings, batch_size=batch_size)
 
     @property
     def per_row(self) -> int:
