@@ -193,7 +193,7 @@ def test_evaluate_tells_rows_without_the_run_s_labels_apart(
     ("options", "sentence"),
     [
         (("--coverage", 1.5), "The coverage is 1.5; it must lie between 0 and 1"),
-        (("--coverage", 0.99), "takes at least 99 held-out rows, and the run has 39; train with more validation rows"),
+        (("--coverage", 0.99), "takes at least 99 held-out rows, and the run has 39; put "),
         (("--coverage", 0.95, "--per-class"), "takes at least 19 held-out rows of each, and 'about blue' has 13"),
         (("--coverage", 0.8, "--set-score", "top"), "no score of sets 'top'; choose one of lac, aps, raps"),
         (("--max-false-alarms", 0.0), "The share of false alarms is 0.0; it must lie between 0 and 1"),

@@ -15,6 +15,7 @@ from scalabl.core.errors import UserError
 
 if TYPE_CHECKING:
     from scalabl.inference.settings import PredictionSettings
+    from scalabl.runs.record import RunRecord
 
 
 @app.command()
@@ -122,7 +123,7 @@ def predict(
     if ray is not None:
         if processes.world_size() > 1:
             raise UserError("--ray shares the work by itself; start it without accelerate launch.")
-        _predict_shards(run, input, output, ray, settings, format, batch_size, block_rows, model)
+        _predict_shards(record, run, input, output, ray, settings, format, batch_size, block_rows, model)
         return
     if format is not None:
         raise UserError("--format is for --ray; without it the answers are JSONL.")
@@ -135,16 +136,25 @@ def predict(
     from scalabl.inference.batch_prediction import predict_file
 
     quiet()
-    done = predict_file(run, rows, written, settings, batch_size=batch_size, tell=_tell, model=model, asked=asked)
+
+    def tell(resolved: PredictionSettings) -> None:
+        _tell(resolved, record)
+
+    done = predict_file(run, rows, written, settings, batch_size=batch_size, tell=tell, model=model, asked=asked)
     if not processes.is_main():
         return
     if done.cut is not None:
         say(f"warning: {done.cut}", stderr=True)
     if done.particles is not None:
         say(f"{len(rows):,} answers from {done.particles:.1f} of at most {samples} particles each, on average")
-    if max_error is not None or max_false_alarms is not None:
-        share = done.answered / len(rows)
-        say(f"answered   {done.answered:,} of {len(rows):,} rows ({share:.1%}) in {written}")
+    if abstain is not None or max_error is not None or max_false_alarms is not None:
+        expected = "" if done.error is None else f", {done.error:.1%} of them wrong by their own probabilities"
+        say(f"answered   {done.answered:,} of {len(rows):,} rows ({done.answered / len(rows):.1%}){expected}")
+        say(
+            f"answers    {written}" + ('; "guess" is the best label beside a null' if done.answered < len(rows) else "")
+        )
+    if abstain is not None and done.answered == 0:
+        say(f"next       the surest row's confidence is {done.surest:.3f}; lower --abstain")
 
 
 def _on_this_machine(text: str) -> Path:
@@ -159,6 +169,7 @@ def _on_this_machine(text: str) -> Path:
 
 
 def _predict_shards(
+    record: RunRecord,
     run: Path,
     input: str,
     output: str,
@@ -176,7 +187,7 @@ def _predict_shards(
 
     done = predict_shards(
         run, input, output, address, settings, format=format, batch_size=batch_size, block_rows=block_rows,
-        model=model, tell=_tell,
+        model=model, tell=lambda resolved: _tell(resolved, record),
     )  # fmt: skip
     say(f"{done.rows:,} answers to {done.shards:,} shards in {output}")
     if done.particles is not None:
@@ -185,8 +196,9 @@ def _predict_shards(
         say(f"answered   {done.answered:,} of {done.rows:,} rows ({done.answered / done.rows:.1%})")
 
 
-def _tell(settings: PredictionSettings) -> None:
+def _tell(settings: PredictionSettings, record: RunRecord) -> None:
     """What auto took and why; the thresholds, what they promise, and what to expect, before rows are answered."""
+    from scalabl.inference.promise import next_step
     from scalabl.inference.thresholds import describe
 
     if settings.why is not None:
@@ -199,4 +211,6 @@ def _tell(settings: PredictionSettings) -> None:
     counts = f"{threshold.answered:,} of {threshold.rows:,} held-out rows, {threshold.wrong:,} of them wrong"
     say(f"threshold  {promise.describe(threshold)}")
     say(f"promise    {threshold.sentence}")
+    if threshold.abstains:
+        say(f"next       {next_step(record, threshold)}")
     say(f"expected   {threshold.coverage:.1%} of rows answered ({counts})")

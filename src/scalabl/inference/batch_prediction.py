@@ -38,11 +38,15 @@ class FileSummary:
 
     Attributes:
         answered: how many answers are not null.
+        error: which share of them is wrong by their own probabilities; None where there are none.
+        surest: the highest confidence of a row.
         particles: under adaptive N the mean number of particles a row took, else None.
         cut: a sentence on rows that lost their beginning; None where none did.
     """
 
     answered: int
+    error: float | None
+    surest: float
     particles: float | None
     cut: str | None = None
 
@@ -209,7 +213,10 @@ def _finish(unfinished: Path, output: Path, order: Sequence[int], is_adaptive: b
     by_row = dict(zip(order, lines, strict=True))
     write_text(output, "".join(f"{by_row[i]}\n" for i in range(len(lines))))
     answers = [json.loads(line) for line in lines]  # of a call that was killed too
+    given = [answer["confidence"] for answer in answers if is_answered(answer)]
     return FileSummary(
-        answered=sum(is_answered(answer) for answer in answers),
+        answered=len(given),
+        error=1 - statistics.fmean(given) if given else None,
+        surest=max(answer["confidence"] for answer in answers),
         particles=statistics.fmean(answer["particles"] for answer in answers) if is_adaptive else None,
     )

@@ -12,7 +12,7 @@ from torch import Tensor
 from scalabl.data.example import Example, rows_digest
 from scalabl.inference.calibration import Calibration
 from scalabl.inference.predictor import Predictor, labels_of
-from scalabl.inference.promise import Promise
+from scalabl.inference.promise import Promise, next_step
 from scalabl.inference.report.results import MethodResult, Report
 from scalabl.inference.settings import PredictionSettings
 from scalabl.metrics.selective import Threshold
@@ -66,6 +66,8 @@ def evaluate_run(
         # a curve of several labels is of questions, the threshold of rows
         methods[-1].threshold = settings.threshold if predictor.per_row == 1 else None
         methods[-1].notes.append(_kept(methods[-1], settings.promise, settings.threshold))
+        if settings.threshold.abstains:
+            methods[-1].notes.append(next_step(run.record, settings.threshold))
     if held_out and not (calibration is not None and calibration.rows_sha256 == rows_digest(held_out, named=True)):
         validation = plain.log_probs(held_out, dataset="temperature")
         methods.append(tempered(methods[0], fit_temperature(validation, labels_of(held_out))))

@@ -288,7 +288,8 @@ class Predictor:
         return settings.temperature or 1.0
 
     def answers(self, rows: Sequence[Example], encoded: Sequence[Encoded] | None = None) -> Iterator[dict[str, Any]]:
-        """One answer a row: id, label, probs (choice -> probability), confidence, entropy, aleatoric, epistemic (nats).
+        """One answer a row: id, text, label, probs (choice -> probability), confidence, entropy, aleatoric, epistemic
+        (nats). Where the label is None, `guess` is what it would have been.
 
         Of a row that may have several labels `labels`, those whose probability is above 1/2; the confidence is the
         probability that none of them is wrong or missing, were they independent, and the entropies are sums over
@@ -317,7 +318,9 @@ class Predictor:
             given: Any = those_above_half(row, of_row) if several else likeliest(row, of_row)
             yield {
                 "id": row.id,
+                "text": row.text,
                 "labels" if several else "label": given if reasons[i] is None else None,
+                **({} if reasons[i] is None else {"guess": given}),
                 "probs": dict(zip(row.choices, of_row, strict=True)),
                 "confidence": float(sure[i]),
                 "entropy": uncertainty.total[i].item(),
