@@ -183,9 +183,11 @@ def test_evaluate_marks_the_threshold_and_tells_what_became_of_it(program: Progr
     arguments = ("evaluate", run, "--data", task, "--samples", 4, "--predictive", "mc", "--json", figures)
     arguments += ("--report", page)
     assert program(*arguments).code == 0
-    assert "threshold_0" not in page.read_text(encoding="utf-8")
+    text = page.read_text(encoding="utf-8")
+    assert "threshold_0" not in text
+    assert "Against ScalaBL, mean, on the same rows" in text and 'id="training"' in text
     assert program(*arguments, "--max-error", rate, "--confidence", 0.6).code == 0
-    assert page.read_text(encoding="utf-8").count('id="risk-threshold_0"') == 1
+    assert page.read_text(encoding="utf-8").count('id="risk-threshold_') == 1
     output = tmp_path / "answers.jsonl"
     program("predict", run, "--input", task / "test.jsonl", "--samples", 4, "--predictive", "mc", "--output", output)
     given = [row["confidence"] > threshold.above for row in read(output)]

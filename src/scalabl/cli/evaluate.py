@@ -123,8 +123,9 @@ def evaluate(
 
     quiet()
     made = evaluate_run(
-        run, rows, shifted, held_out, settings, data=data, batch_size=batch_size, model=model, asked=asked
-    )
+        run, rows, shifted, held_out, settings, data=data, batch_size=batch_size, model=model, asked=asked,
+        with_baseline=report is not None,
+    )  # fmt: skip
     if not processes.is_main():
         return
     figures = table(made)

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from scalabl.core.files import LOG, read_if_whole
 from scalabl.data.example import Example, rows_digest
 from scalabl.inference.calibration import Calibration
 from scalabl.inference.predictor import Predictor, labels_of
@@ -40,6 +41,7 @@ def evaluate_run(
     batch_size: int = 8,
     model: str | None = None,
     asked: Asked | None = None,
+    with_baseline: bool = False,
 ) -> Report:
     """Evaluate a run directory.
 
@@ -54,6 +56,7 @@ def evaluate_run(
         batch_size: questions at a time.
         model: the base model, if it has moved.
         asked: how the rows of an adapter without a record are scored.
+        with_baseline: predict by the posterior's mean alone too, uncalibrated, where the run has a posterior.
     """
     predictor = Predictor.load(directory, settings, model=model, batch_size=batch_size, asked=asked)
     settings = predictor.resolve(rows)
@@ -71,7 +74,7 @@ def evaluate_run(
     if held_out and not (calibration is not None and calibration.rows_sha256 == rows_digest(held_out, named=True)):
         validation = plain.log_probs(held_out, dataset="temperature")
         methods.append(tempered(methods[0], fit_temperature(validation, labels_of(held_out))))
-    recipe = run.record.recipe
+    recipe, log = run.record.recipe, _log(directory)
     return Report(
         title=f"{recipe['model']} on {data}",
         facts={
@@ -85,8 +88,31 @@ def evaluate_run(
         },
         methods=methods,
         questions=_questions(rows),
+        training={methods[0].name: log} if log else {},
+        baseline=_mean_of(predictor, rows, shifted, methods) if with_baseline else None,
         labels=run.record.labels,
     )
+
+
+def _log(directory: Path) -> list[dict[str, float]]:
+    """What the trainer of a run logged; nothing where there is no such file, or it is damaged."""
+    entries = read_if_whole(directory / LOG)
+    records = [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
+    return [{k: v for k, v in entry.items() if type(v) in (int, float)} for entry in records]
+
+
+def _mean_of(
+    predictor: Predictor, rows: Sequence[Example], shifted: Mapping[str, Sequence[Example]], methods: list[MethodResult]
+) -> MethodResult | None:
+    """The run's own plain LoRA, its posterior's mean, as learnt; None where a method is that already."""
+    run = predictor.whole_run()
+    if not run.is_sampled or predictor.settings.predictive == "mean":
+        return None
+    settings = PredictionSettings("mean", raw=True)
+    mean = Predictor(run, settings, batch_size=predictor.batch_size, over_ranks=predictor.over_ranks)
+    made = method_result(mean, rows, shifted, methods[0])
+    made.notes[:] = ["the baseline: one pass at the posterior's mean, as a plain LoRA answers, uncalibrated"]
+    return made
 
 
 def _trained_on(record: RunRecord) -> str:

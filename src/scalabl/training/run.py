@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallba
 
 from scalabl.core import processes
 from scalabl.core.errors import UserError
-from scalabl.core.files import ADAPTER, read_if_whole, sha256, write_json, writing
+from scalabl.core.files import ADAPTER, LOG, read_if_whole, sha256, write_json, writing
 from scalabl.data.assemble import TrainingRows, select_rows
 from scalabl.data.class_balance import balance_warnings, label_counts
 from scalabl.data.example import Example, Task, rows_digest
@@ -53,7 +53,6 @@ from scalabl.training.trainer import token_counts, trainer_of, weighing_the_kl, 
 from scalabl.tuner.diagnostics import unconverged
 from scalabl.tuner.model import fingerprint
 
-LOG = "training_log.json"
 # a run that can predict, and its held-out rows -> its record's calibration; None where it cannot be fitted
 Calibrating = Callable[[Run, Sequence[Example]], dict[str, Any] | None]
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from scalabl.core.errors import UserError
-from scalabl.core.files import ADAPTER, sha256, write_json, writing
+from scalabl.core.files import ADAPTER, LOG, sha256, write_json, writing
 from scalabl.data.example import Example, Task
 from scalabl.predictive.base import MeanPredictive, predict
 from scalabl.runs.card import write_cards
@@ -45,7 +45,7 @@ from scalabl.training.monitors import finite
 from scalabl.training.posthoc.laplace import fit_laplace, used_components
 from scalabl.training.posthoc.settings import PosthocSettings, SourceAdapter, refuse_options
 from scalabl.training.posthoc.svd import scalabl_config, scalabl_tensors
-from scalabl.training.run import LOG, Calibrating, cut_rows_warning, optimise, record_of, tell_prompt
+from scalabl.training.run import Calibrating, cut_rows_warning, optimise, record_of, tell_prompt
 from scalabl.tuner.config import SUPPORTED_LORA_OPTIONS, ScalaBLConfig
 from scalabl.tuner.diagnostics import unconverged
 from scalabl.tuner.joint import save_joint, set_joint
