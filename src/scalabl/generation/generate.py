@@ -58,6 +58,7 @@ def generate(
 
 def generate(
     run: Run | Path | str | PreTrainedModel | PeftModel,
+    /,
     *given: Any,
     samples: int = 10,
     seed: int = 0,

@@ -68,7 +68,7 @@ class Prompted(Scoring):
         """The template, and what the model reads of a row and is scored on behind it: a line each."""
         encoded = self.encode(row)
         read = self.tokenizer.decode([t for t, s in zip(encoded.input_ids, encoded.segments, strict=True) if s == 0])
-        lines = ["the row's own prompt" if row.rendered else self.template.text, f'"{_short(read)}"']
+        lines = ["the row's own prompt" if row.rendered else self.template.text, f'"{_short(str(read))}"']
         if row.answer is not None:
             word = self.words(row)[row.answer]
             lines[1] += f' answered by "{self.tokenizer.decode(self.continuation_ids(word))}"'

@@ -205,8 +205,9 @@ def _train(
 
 def tell_prompt(scoring: Scoring, row: Any, tell: Callable[[str], None] | None) -> None:
     """Tell how a template makes a prompt of a row, where one does."""
-    for line in scoring.in_words(row) if isinstance(scoring, Prompted) and tell is not None else ():
-        tell(line)
+    if tell is not None and isinstance(scoring, Prompted):
+        for line in scoring.in_words(row):
+            tell(line)
 
 
 def cut_rows_warning(rows: Sequence[Encoded], scoring: Scoring) -> list[str]:
