@@ -69,6 +69,8 @@ def test_a_template_is_told_kept_and_read_by_all(program: Program, texts: Path, 
     np.testing.assert_allclose(named.probs, expected, atol=1e-4)
     other = classifier([{"prompt": row["text"]} for row in rows_of(4)])
     assert np.abs(other.probs - expected).max() > 1e-3
+    with pytest.raises(UserError, match="labels are the run's own, in the order no, red, yes; leave them out"):
+        scalabl.Classifier.from_pretrained(run, labels=LABELS[::-1])
     with pytest.raises(UserError, match="template is the run's own"):
         scalabl.Classifier.from_pretrained(run, template="{text}:")
 

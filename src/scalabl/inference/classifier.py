@@ -163,8 +163,11 @@ class Classifier:
             labels = None
         if labels is None and record is None:
             raise UserError(f"{path} does not say what its labels are; pass labels=[...].")
-        if record is not None and labels is not None and tuple(labels) == record.labels:
+        own_labels = None if record is None else record.labels
+        if labels is not None and tuple(labels) == own_labels:
             labels = None  # as it was trained
+        if labels is not None and own_labels is not None and set(labels) == set(own_labels):
+            raise UserError(f"labels are the run's own, in the order {', '.join(own_labels)}; leave them out.")
         promise = Promise(max_error) if isinstance(max_error, float) else max_error
         settings = PredictionSettings(
             predictive, samples, seed, sampling, method=method, temperature=temperature, abstain=abstain,
