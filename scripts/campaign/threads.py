@@ -53,7 +53,7 @@ class Askers:
         from scalabl.inference.classifier import Classifier
         from scalabl.scoring.letters import Letters
 
-        scoring = Letters(tokenizer, labels=LABELS, raw_prompt=True)
+        scoring = Letters(tokenizer, labels=LABELS, template="{text}")
         self.model = model
         self.inputs = torch.arange(3, 43).view(2, 20)
         self.classifiers = {name: Classifier(model, scoring, **form) for name, form in FORMS.items()}

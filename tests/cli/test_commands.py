@@ -189,7 +189,7 @@ def test_predict_writes_one_answer_a_row_in_their_order(program: Program, scalab
     found = answers(output)
     assert [answer["id"] for answer in found] == [row.id for row in rows]
     for answer, row in zip(found, rows, strict=True):
-        assert answer.keys() == {"id", "label", "probs", "confidence", "entropy", "aleatoric", "epistemic"}
+        assert answer.keys() == {"id", "text", "label", "probs", "confidence", "entropy", "aleatoric", "epistemic"}
         assert list(answer["probs"]) == list(row.choices)
         assert sum(answer["probs"].values()) == pytest.approx(1)
         assert answer["confidence"] == max(answer["probs"].values()) == answer["probs"][answer["label"]]

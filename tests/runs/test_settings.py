@@ -136,7 +136,7 @@ def test_settings_are_flat_on_disk_and_keep_their_order() -> None:
     flat = Settings.flat(r=3, prior_mean=0.5).as_dict()
     assert Settings.flat(**flat).as_dict() == flat and flat["r"] == 3
     assert list(flat)[:4] == ["model", "data", "method", "steps"]
-    assert list(flat)[-2:] == ["class_weights", "rows_per_class"]
+    assert list(flat)[-2:] == ["rows_per_class", "template"]
     assert Settings().changed(beta=2.0).posterior.beta == 2.0
 
 

@@ -47,7 +47,7 @@ def test_the_prompt_shows_the_lettered_choices() -> None:
     row = Example("x", "Which?", ("red", "blue"), 1)
     assert Letters(tokenizer).prompt(row) == "Question: Which?\nA. red\nB. blue\nAnswer:"
     assert Letters(tokenizer, labels=("yes", "no")).prompt(row) == "Which?\nLabel:"
-    assert Letters(tokenizer, labels=("yes", "no"), raw_prompt=True).prompt(row) == "Which?"
+    assert Letters(tokenizer, labels=("yes", "no"), template="{text}").prompt(row) == "Which?"
 
 
 def test_labels_of_several_tokens_and_of_the_same_token_are_refused() -> None:
@@ -100,7 +100,7 @@ def test_a_sentencepiece_tokenizer_has_its_letters_as_one_token() -> None:
 
 def test_the_settings_make_the_same_scoring_again() -> None:
     _, tokenizer = loaded()
-    for scoring in (Letters(tokenizer, num_letters=3), Letters(tokenizer, labels=("yes", "no"), raw_prompt=True)):
+    for scoring in (Letters(tokenizer, num_letters=3), Letters(tokenizer, labels=("yes", "no"), template="{text}")):
         again = make_scoring(scoring.settings(), tokenizer)
         assert isinstance(again, Letters) and again.settings() == scoring.settings()
         assert again.label_ids.tolist() == scoring.label_ids.tolist()

@@ -61,7 +61,7 @@ def sentencepiece(template: str) -> PreTrainedTokenizerFast:
 )
 def test_a_label_behind_a_chat_is_the_token_that_the_template_writes(template: str, word: str, ends: str) -> None:
     tokenizer = sentencepiece(template)
-    scoring = Letters(tokenizer, labels=("yes", "no"), raw_prompt=True, chat=True)
+    scoring = Letters(tokenizer, labels=("yes", "no"), template="{text}", chat=True)
     assert tokenizer.convert_ids_to_tokens(scoring.label_ids.tolist()) == [word, word.replace("yes", "no")]
     prompt = scoring.encode(Example("x", "a?", ("yes", "no"), 0)).input_ids
     assert tokenizer.convert_ids_to_tokens(prompt)[-1] == ends
@@ -74,7 +74,7 @@ def test_a_label_behind_a_chat_is_the_token_that_the_template_writes(template: s
 
 def test_a_run_that_is_older_keeps_its_labels() -> None:
     tokenizer = sentencepiece(MISTRAL)
-    scoring = Letters(tokenizer, labels=("yes", "no"), raw_prompt=True, chat=True)
+    scoring = Letters(tokenizer, labels=("yes", "no"), template="{text}", chat=True)
     settings = scoring.settings()
     assert make_scoring(settings, tokenizer).settings() == settings and settings.pop("turn") == "template"
     old = make_scoring(settings, tokenizer)
@@ -116,7 +116,7 @@ def test_no_end_token_stands_in_front_of_a_completion_or_a_generated_text() -> N
 @pytest.mark.parametrize("text", ["", " ", "\n"])
 def test_a_blank_prompt_is_refused(text: str) -> None:
     _, tokenizer = loaded()
-    classifier = Classifier(adapted(), Letters(tokenizer, labels=("yes", "no"), raw_prompt=True), samples=0)
+    classifier = Classifier(adapted(), Letters(tokenizer, labels=("yes", "no"), template="{text}"), samples=0)
     with pytest.raises(UserError, match="question 1: the prompt is blank; write its text"):
         classifier(["red", text])
 
@@ -125,7 +125,7 @@ def test_a_prompt_without_tokens_is_refused() -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
     tokenizer.backend_tokenizer.normalizer = normalizers.Replace("\u200b", "")
-    scoring = Letters(tokenizer, labels=("yes", "no"), raw_prompt=True)
+    scoring = Letters(tokenizer, labels=("yes", "no"), template="{text}")
     with pytest.raises(UserError, match=r"'\\u200b' is empty for this tokenizer; write what is asked"):
         scoring.encode(Example("x", "\u200b", ("yes", "no"), 0))
 
@@ -147,7 +147,7 @@ def test_rows_that_are_cut_are_counted_with_their_mend(kind: type[Scoring]) -> N
 
 def test_a_classifier_warns_of_rows_that_it_cuts_and_marks_their_answers() -> None:
     _, tokenizer = loaded()
-    scoring = Letters(tokenizer, labels=("yes", "no"), raw_prompt=True, max_length=20)
+    scoring = Letters(tokenizer, labels=("yes", "no"), template="{text}", max_length=20)
     classifier = Classifier(adapted(), scoring, samples=0)
     rows = [Example(str(i), text, ("yes", "no"), None) for i, text in enumerate(("red", "word " * 30 + "?"))]
     with pytest.warns(UserWarning, match="1 of 2 rows are longer than 20 tokens .*--max-length"):

@@ -128,7 +128,7 @@ def test_a_row_beyond_the_positions_that_a_model_has_learnt_is_refused() -> None
     sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 48}
     config = transformers.GPT2Config(vocab_size=310, bos_token_id=1, eos_token_id=2, pad_token_id=0, **sizes)
     model = AutoModelForCausalLM.from_config(config).eval()
-    scoring = Letters(TOKENIZER, labels=("yes", "no"), raw_prompt=True)
+    scoring = Letters(TOKENIZER, labels=("yes", "no"), template="{text}")
     fitting, longer = (Example("x", "red " * n + "?", ("yes", "no"), 0) for n in (10, 60))
     scorer = Scorer(model, scoring)
     found = predict(scorer, [scoring.encode(fitting)], MeanPredictive())[0, 0]

@@ -256,7 +256,7 @@ def test_what_kills_workers_again_and_again_is_named(tmp_path: Path, monkeypatch
     def die(*_: Any) -> list[tuple[int, str]]:
         raise SystemExit
 
-    texts = {"id": ["a", "b"], "question": ["?", "?"], "pair": [None, None]}
+    texts = {"id": ["a", "b"], "question": ["?", "?"], "pair": [None, None], "rendered": [False, False]}
     batch = pa.table({"key": [5, 6], **texts, "choices": [[], []], "images": [[], []]})
     with monkeypatch.context() as patch:
         patch.setattr(worker, "_answers", die)

@@ -20,14 +20,19 @@ from scalabl.core.files import write_text
 @app.command()
 def acquire(
     pool: Annotated[Path, typer.Argument(metavar="POOL", help="JSONL rows without answers; answers are ignored.")],
-    run: Annotated[Path, typer.Argument(metavar="DIR", help="A run directory.")],
+    run: Annotated[Path, typer.Argument(metavar="DIR", help="A run directory, or an adapter's.")],
     k: Annotated[int, typer.Option("-k", help="How many rows.")],
     by: Annotated[str, typer.Option(help="bald (mutual information), entropy or random.")] = "bald",
     output: Annotated[Path | None, typer.Option(help="JSONL; standard output if left out.")] = None,
     samples: Annotated[int, typer.Option(help="Particles.")] = 10,
     seed: Annotated[int, options.seed_option("Of the particles, or of the random order.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Questions at a time.")] = 8,
-    model: Annotated[str | None, typer.Option(help="The base model, if it has moved.")] = None,
+    model: options.BaseModel = None,
+    labels: options.Labels = None,
+    scoring: options.Scoring = None,
+    template: options.Template = None,
+    chat: options.Chat = None,
+    max_length: options.MaxLength = None,
 ) -> None:
     """The k rows to label next, most informative first: each as it stands in the pool, with its score (nats)."""
     from scalabl.core.outputs import require_writable
@@ -41,7 +46,10 @@ def acquire(
 
     if by not in STRATEGIES:
         raise UserError(f"--by is {by!r}; it must be one of {', '.join(STRATEGIES)}.")
-    record = read_classifier(run, model=model)
+    asked = options.asked_of(
+        run, pool, labels=labels, scoring=scoring, template=template, chat=chat, max_length=max_length
+    )
+    record = read_classifier(run, model=model, asked=asked)
     options.require_counts(samples=samples, batch_size=batch_size)
     if by == "bald" and (record.method not in SAMPLED or samples == 1):
         raise UserError(
@@ -49,8 +57,8 @@ def acquire(
             "with a posterior and more --samples."
         )
     require_writable(output, reads=(pool, run, model))
-    labels = record.labels
-    rows = with_labels(load_rows(pool, labels=labels, require_answer=False), labels, pool)
+    known = record.labels
+    rows = with_labels(load_rows(pool, labels=known, require_answer=False), known, pool)
     if not 1 <= k <= len(rows):
         raise UserError(f"-k is {k}; it must be between 1 and the {len(rows)} rows of {pool}.")
     originals = [original for _, _, original in read_fields(pool)]
@@ -60,7 +68,9 @@ def acquire(
         from scalabl.core.console import quiet
 
         quiet()
-    chosen = chosen_rows(run, rows, k, by=by, samples=samples, seed=seed, batch_size=batch_size, model=model)
+    chosen = chosen_rows(
+        run, rows, k, by=by, samples=samples, seed=seed, batch_size=batch_size, model=model, asked=asked
+    )
     # images by whole paths: the rows may be written to another directory
     images = [{"image": list(row.images)} if row.images else {} for row in rows]
     _write(({**originals[i], **images[i], "score": score} for i, score in chosen), output)

@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from scalabl.cli.app import app, fail
-from scalabl.core.console import quiet, words_console
+from scalabl.cli.options import with_line_ends
+from scalabl.core.console import quiet, say, words_console
 from scalabl.runs.record import RunRecord
 
 
@@ -25,6 +26,13 @@ def bayesianize(
         str | None, typer.Option(help="Of a classification head, a,b,c in the order of its outputs, if no file says.")
     ] = None,
     scoring: Annotated[str | None, typer.Option(help="auto, letters or continuation; a run's own by default.")] = None,
+    template: Annotated[
+        str | None,
+        typer.Option(
+            help='How its rows became prompts, "{text}\\nLabel:" if left out; a run\'s own by default.',
+            callback=with_line_ends,
+        ),
+    ] = None,
     chat: Annotated[bool | None, typer.Option("--chat/--no-chat", help="Use the chat template.")] = None,
     max_length: Annotated[int | None, typer.Option(help="Tokens a row.")] = None,
     train_rows: Annotated[int | None, typer.Option(help="Take so many rows.")] = None,
@@ -49,8 +57,8 @@ def bayesianize(
 
     source = read_source(adapter, model, None if labels is None else [name.strip() for name in labels.split(",")])
     settings = settings_for(
-        source, data, method, structure=structure, prior_precision=prior_precision, scoring=scoring, chat=chat,
-        max_length=max_length, train_rows=train_rows, batch_size=batch_size, steps=steps,
+        source, data, method, structure=structure, prior_precision=prior_precision, scoring=scoring,
+        template=template, chat=chat, max_length=max_length, train_rows=train_rows, batch_size=batch_size, steps=steps,
         variational_learning_rate=variational_learning_rate, prior_std=prior_std, seed=seed, dtype=dtype, bits=bits,
         quantization=quantization,
     )  # fmt: skip
@@ -58,18 +66,23 @@ def bayesianize(
     require_writable(json, reads=(output, adapter, data, source.model))
     task, rows, held_out = rows_for(source, data, train_rows)
 
+    from scalabl.inference.before_after import BeforeAndAfter
     from scalabl.inference.calibrate import calibration_at_the_end
     from scalabl.training.posthoc.run import bayesianize as make
     from scalabl.training.run import Interrupted
 
     quiet()
+    judged = BeforeAndAfter()
     try:
-        record = make(source, task, rows, held_out, output, settings, calibration_at_the_end)
+        record = make(
+            source, task, rows, held_out, output, settings, calibration_at_the_end, tell=say, judge=judged.judge
+        )
     except Interrupted:
         fail("Interrupted; nothing was written.", code=130)
     if json is not None:
         write_json(json, record.as_dict())
     _print(record, output)
+    judged.print(words_console())
 
 
 def _print(record: RunRecord, output: Path) -> None:

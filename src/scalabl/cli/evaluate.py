@@ -12,14 +12,14 @@ from scalabl.cli.app import app
 from scalabl.core import processes
 from scalabl.core.console import quiet, words_console
 from scalabl.core.errors import UserError
-from scalabl.runs.record import RunRecord
+from scalabl.runs.record import HEAD, RunRecord
 
 _OPEN = "Open questions"
 
 
 @app.command()
 def evaluate(
-    run: Annotated[Path, typer.Argument(metavar="DIR", help="A run directory.")],
+    run: Annotated[Path, typer.Argument(metavar="DIR", help="A run directory, or an adapter's.")],
     data: Annotated[
         str | None, typer.Option(help="A benchmark's name, a JSONL file or a directory; else the run's held-out rows.")
     ] = None,
@@ -46,6 +46,11 @@ def evaluate(
     model: options.BaseModel = None,
     json: Annotated[Path | None, typer.Option(help="Write the figures here.")] = None,
     report: Annotated[Path | None, typer.Option(help="Write an HTML report here.")] = None,
+    labels: options.Labels = None,
+    scoring: options.Scoring = None,
+    template: options.Template = None,
+    chat: options.Chat = None,
+    max_length: options.MaxLength = None,
     measure: Annotated[str, typer.Option(help="Of right: exact_match, contains, number.", rich_help_panel=_OPEN)] = (
         "exact_match"
     ),
@@ -69,8 +74,8 @@ def evaluate(
             evaluate, "for questions with choices; leave it out for open questions", predictive=predictive,
             draws=draws, adaptive=adaptive, bound=bound, confidence=confidence,
             stochastic_layers=stochastic_layers, priors=priors, raw=raw, ood=ood, calibrate=calibrate,
-            max_error=max_error,
-            report=report,
+            max_error=max_error, report=report, labels=labels, scoring=scoring, template=template,
+            max_length=max_length,
         )  # fmt: skip
         return evaluate_open(
             run, data, samples=samples, seed=seed, split=split, limit=limit, batch_size=batch_size, measure=measure,
@@ -82,9 +87,12 @@ def evaluate(
     from scalabl.core.outputs import require_writable
     from scalabl.data.load import rows_of, shifted_rows, some_of
     from scalabl.inference.promise import held_out_rows
-    from scalabl.runs.stock import read_classifier
+    from scalabl.runs.stock import OTHER_PROMPT, is_stock, read_classifier
 
-    record = read_classifier(run, model=model)
+    asked = options.asked_of(
+        run, data, labels=labels, scoring=scoring, template=template, chat=chat, max_length=max_length
+    )
+    record = read_classifier(run, model=model, asked=asked)
     settings = options.prediction_settings(
         record, predictive=predictive, samples=samples, seed=seed, draws=draws, adaptive=adaptive,
         confidence=confidence, stochastic_layers=stochastic_layers, batch_size=batch_size, limit=limit,
@@ -93,28 +101,31 @@ def evaluate(
     if priors is not None and calibrate is not None:
         raise UserError("--calibrate fits under the training rows' priors, not under --priors; leave out one of them.")
     require_writable(json, report, reads=(run, data, *(ood or ()), calibrate, priors, model))
-    labels = record.labels
+    known = record.labels
     if data is None:
         options.refuse_unread(evaluate, "of --data; without it the run's held-out rows are taken", split=split)
         rows, data = some_of(held_out_rows(record, "scalabl evaluate needs --data"), limit), _of_the_run(record)
         if not rows:
             raise UserError("The run held out no rows; give labelled ones as --data.")
     else:
-        rows = rows_of(data, split=split, limit=limit, labels=labels)
+        rows = rows_of(data, split=split, limit=limit, labels=known)
     several = record.several
-    shifted = {name: shifted_rows(name, limit=limit, labels=labels, several=several) for name in ood or []}
+    shifted = {name: shifted_rows(name, limit=limit, labels=known, several=several) for name in ood or []}
     options.refuse_unread(
         evaluate, "for open questions; leave it out for questions with choices", measure=measure,
         max_new_tokens=max_new_tokens, answers=answers, equivalence=equivalence,
     )  # fmt: skip
-    held_out = rows_of(calibrate, split="validation", labels=labels) if calibrate else []
+    held_out = rows_of(calibrate, split="validation", labels=known) if calibrate else []
 
     from scalabl.inference.evaluation import evaluate_run
     from scalabl.inference.report.render import write
     from scalabl.inference.report.table import print_table, table
 
     quiet()
-    made = evaluate_run(run, rows, shifted, held_out, settings, data=data, batch_size=batch_size, model=model)
+    made = evaluate_run(
+        run, rows, shifted, held_out, settings, data=data, batch_size=batch_size, model=model, asked=asked,
+        with_baseline=report is not None,
+    )  # fmt: skip
     if not processes.is_main():
         return
     figures = table(made)
@@ -123,6 +134,8 @@ def evaluate(
     if report is not None:
         write(made, report)
     print_table(figures, words_console())
+    if figures[0]["collapsed"] and is_stock(record) and record.scoring["scoring"] != HEAD:
+        words_console().print(OTHER_PROMPT, style="bold yellow")
 
 
 def _of_the_run(record: RunRecord) -> str:

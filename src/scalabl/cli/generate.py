@@ -18,7 +18,7 @@ _COLDEST = 1e-3  # of --temperature
 
 @app.command()
 def generate(
-    run: Annotated[Path, typer.Argument(metavar="DIR", help="A run directory.")],
+    run: Annotated[Path, typer.Argument(metavar="DIR", help="A run directory, or an adapter's.")],
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt; may be given again; \\n is a line's end.")] = None,
     input: Annotated[Path | None, typer.Option("--input", help="JSONL prompts: {prompt} or {question}.")] = None,
     samples: Annotated[int, options.samples_option("Particles; 0 is the posterior mean.")] = 10,
@@ -44,13 +44,13 @@ def generate(
     """
     from scalabl.core.files import write_json
     from scalabl.core.outputs import require_writable
-    from scalabl.runs.record import RunRecord
+    from scalabl.runs.stock import read_generating
 
     if answers == 0:
         options.refuse_unread(generate, "of --answers, of which there are none; leave it out", equivalence=equivalence)
     prompts = _prompts(prompt, input)
     require_writable(json, html, reads=(run, input, model, equivalence.partition(":")[2] or None))
-    RunRecord.read_generating(run)
+    read_generating(run, model=model)
     sampled = _sampled(temperature, top_p)
 
     quiet()
@@ -101,7 +101,7 @@ def _prompts(given: list[str] | None, file: Path | None) -> list[str]:
 
 def _with_line_ends(texts: list[str] | None) -> list[str]:
     """Texts of the command line, where a shell leaves a line's end as a backslash and an n."""
-    return [text.replace("\\n", "\n") for text in texts or ()]
+    return [str(options.with_line_ends(text)) for text in texts or ()]
 
 
 def _sampled(temperature: float | None, top_p: float | None) -> dict[str, object]:

@@ -40,9 +40,9 @@ def evaluate_open(
     from scalabl.core.files import write_json
     from scalabl.core.outputs import require_writable
     from scalabl.data.load import load_open_task
-    from scalabl.runs.record import RunRecord
+    from scalabl.runs.stock import read_generating
 
-    RunRecord.read_generating(run)
+    read_generating(run, model=model)
     require_writable(json, reads=(run, data, model, equivalence.partition(":")[2] or None))
     options.require_counts(limit=limit)
     task = load_open_task(data)

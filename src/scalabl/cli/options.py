@@ -24,6 +24,7 @@ from scalabl.runs.settings import FIELDS, LARGEST_SEED, PLACES, kind_of
 if TYPE_CHECKING:
     from scalabl.inference.settings import PredictionSettings
     from scalabl.runs.record import RunRecord
+    from scalabl.runs.stock import Asked
 
 
 Predictive = Annotated[str | None, typer.Option(help="mean, mc, linearized or auto, the default.")]
@@ -64,6 +65,67 @@ Priors = Annotated[
     Path | None, typer.Option(help="JSON {label: probability}: how often each is here, if not as in training.")
 ]
 BaseModel = Annotated[str | None, typer.Option(help="The base model, if it has moved.")]
+
+
+_ASKED = "Of an adapter that another trainer saved"
+Labels = Annotated[
+    str | None,
+    typer.Option(help="a,b,c; of a head in the order of its outputs, else as in the rows.", rich_help_panel=_ASKED),
+]
+Scoring = Annotated[str | None, typer.Option(help="auto, letters or continuation.", rich_help_panel=_ASKED)]
+Template = Annotated[
+    str | None,
+    typer.Option(
+        help='How its rows became prompts, "{text}\\nLabel:" if left out.', rich_help_panel=_ASKED,
+        callback=lambda text: with_line_ends(text),
+    ),
+]  # fmt: skip
+Chat = Annotated[bool | None, typer.Option("--chat/--no-chat", help="Use the chat template.", rich_help_panel=_ASKED)]
+MaxLength = Annotated[int | None, typer.Option(help="Tokens of a row.", rich_help_panel=_ASKED)]
+
+
+def asked_of(
+    run: Path,
+    data: str | Path | None,
+    *,
+    labels: str | None,
+    scoring: str | None,
+    template: str | None,
+    chat: bool | None,
+    max_length: int | None,
+) -> Asked:
+    """How the rows of an adapter without a record are scored: as the options say, and as the rows are.
+
+    Args:
+        run: the directory.
+        data: the rows, which tell their labels, and whether they are prompts already.
+        labels, scoring, template, chat, max_length: the options.
+
+    Raises:
+        UserError: what the options say is none, or the rows cannot be read.
+    """
+    from scalabl.core.files import read_if_whole
+    from scalabl.data.load import labels_in
+    from scalabl.data.template import template_of_prompts
+    from scalabl.runs.record import CONFIG, RECORD
+    from scalabl.runs.stock import Asked, has_head
+
+    given = None if labels is None else tuple(name.strip() for name in labels.split(","))
+    asked = Asked(given, scoring, template, chat, max_length)
+    config = read_if_whole(run / CONFIG)
+    if data is None or (run / RECORD).is_file() or not isinstance(config, dict) or has_head(config):
+        return asked
+    if given is not None and template is not None:
+        return asked
+    shared, first = labels_in(data) if given is None else (given, None)
+    if first is not None and first.rendered and template is None:
+        template = template_of_prompts([first])
+    return Asked(shared, scoring, template, chat, max_length)
+
+
+def with_line_ends(text: str | None) -> str | None:
+    """A text of the command line, where a shell leaves a line's end as a backslash and an n."""
+    return None if text is None else text.replace("\\n", "\n")
 
 
 def refuse_unread(command: Callable[..., None], where: str, **given: Any) -> None:
@@ -230,7 +292,8 @@ def _option(name: str, names: str | None = None, help: str | None = None) -> ins
         text += f" Default: {each.default}."
     shown = None if each.metadata["first"] or PLACES[name] is None else str(PLACES[name]).capitalize()
     declared = f"{long}/{long.replace('--', '--no-')}" if kind is bool else names or each.metadata["option"] or long
-    option = typer.Option(*declared.split(","), help=text, rich_help_panel=shown)
+    read = with_line_ends if name == "template" else None
+    option = typer.Option(*declared.split(","), help=text, rich_help_panel=shown, callback=read)
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
     )

@@ -149,8 +149,31 @@ def _print(made: Plan, console: Any) -> None:
             f"Generation keeps {in_words(made.cache)} of keys and values for {rows.batch} rows of {rows.length} tokens"
             + (f" and {particles} particles each." if particles > 1 else ".")
         )
-    if made.peak > made.card:
-        console.print(Text(f"This recipe does not fit: {in_words(made.peak)} of {in_words(made.card)}.", "bold yellow"))
+    fits = made.peak <= made.card
+    console.print(Text(_fits(made) if fits else _does_not_fit(made), "" if fits else "bold yellow"))
+
+
+def _fits(made: Plan) -> str:
+    from scalabl.planning.memory import in_words
+
+    largest = made.largest["training_checkpointed" if made.settings.optimisation.gradient_checkpointing else "training"]
+    room = f", and so do up to {_at_most(largest)} rows a step" if largest > made.rows.batch else ""
+    return f"fits: {in_words(made.peak)} of {in_words(made.card)} at {made.rows.batch} rows a step{room}."
+
+
+def _does_not_fit(made: Plan) -> str:
+    from scalabl.planning.memory import in_words
+    from scalabl.planning.refusal import savings
+
+    said = f"does not fit: {in_words(made.peak)} of {in_words(made.card)}; "
+    found = savings(made.settings, made.rows, made.peak, made.device)
+    enough = [f"{option} ({in_words(left)})" for left, option in reversed(found) if left <= made.card]
+    if enough:
+        return f"{said}do this: {' or '.join(enough[:3])}."
+    if found:
+        several = ", ".join(f"{option} ({in_words(left)})" for left, option in found[:3])
+        return f"{said}no one setting is enough; combine several of {several}, or take a larger card."
+    return f"{said}take a smaller model, or a larger card."
 
 
 def _positions(made: Plan) -> str:

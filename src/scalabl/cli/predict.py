@@ -15,11 +15,12 @@ from scalabl.core.errors import UserError
 
 if TYPE_CHECKING:
     from scalabl.inference.settings import PredictionSettings
+    from scalabl.runs.record import RunRecord
 
 
 @app.command()
 def predict(
-    run: Annotated[Path, typer.Argument(metavar="DIR", help="A run directory.")],
+    run: Annotated[Path, typer.Argument(metavar="DIR", help="A run directory, or an adapter's.")],
     input: Annotated[str, typer.Option("--input", metavar="PATH", help="JSONL or Parquet rows; answers are ignored.")],
     output: Annotated[str, typer.Option("--output", metavar="PATH", help="JSONL answers, in the order of the rows.")],
     predictive: options.Predictive = None,
@@ -58,6 +59,11 @@ def predict(
     set_score: Annotated[str, typer.Option(help="Of --coverage: lac (the smallest sets), aps or raps.")] = "lac",
     per_class: Annotated[bool, typer.Option("--per-class", help="Of --coverage: at that rate in each class.")] = False,
     model: options.BaseModel = None,
+    labels: options.Labels = None,
+    scoring: options.Scoring = None,
+    template: options.Template = None,
+    chat: options.Chat = None,
+    max_length: options.MaxLength = None,
     ray: Annotated[
         str | None,
         typer.Option(metavar="ADDRESS", help="Use a Ray cluster that shares the files: its address, auto, or local."),
@@ -81,6 +87,7 @@ def predict(
     with a file of answers for each of them; either may be an address of a store, such as s3://bucket/rows. The same
     command goes on after a kill, with what is missing.
     """
+    from scalabl.core.locations import is_address
     from scalabl.core.outputs import require_writable
     from scalabl.data.jsonl import load_rows
     from scalabl.data.load import with_labels
@@ -96,7 +103,16 @@ def predict(
         options.refuse_unread(predict, "of --coverage; leave it out", set_score=set_score, per_class=per_class)
     if ray is None:
         options.refuse_unread(predict, "of --ray; leave it out", block_rows=block_rows)
-    record = read_classifier(run, model=model)
+    else:
+        options.refuse_unread(
+            predict, "of an adapter without a record, which workers cannot read; leave out --ray", labels=labels,
+            scoring=scoring, template=template, chat=chat, max_length=max_length,
+        )  # fmt: skip
+    on_rows = None if ray is not None or is_address(input) else input
+    asked = options.asked_of(
+        run, on_rows, labels=labels, scoring=scoring, template=template, chat=chat, max_length=max_length
+    )
+    record = read_classifier(run, model=model, asked=None if ray is not None else asked)
     settings = options.prediction_settings(
         record, predictive=predictive, samples=samples, seed=seed, draws=draws, adaptive=adaptive,
         confidence=confidence, stochastic_layers=stochastic_layers, batch_size=batch_size, abstain=abstain,
@@ -107,29 +123,38 @@ def predict(
     if ray is not None:
         if processes.world_size() > 1:
             raise UserError("--ray shares the work by itself; start it without accelerate launch.")
-        _predict_shards(run, input, output, ray, settings, format, batch_size, block_rows, model)
+        _predict_shards(record, run, input, output, ray, settings, format, batch_size, block_rows, model)
         return
     if format is not None:
         raise UserError("--format is for --ray; without it the answers are JSONL.")
     given, written = _on_this_machine(input), _on_this_machine(output)
     require_writable(written, reads=(given, run, priors, model))
-    labels = record.labels
-    rows = with_labels(load_rows(given, labels=labels, require_answer=False), labels, given)
+    known = record.labels
+    rows = with_labels(load_rows(given, labels=known, require_answer=False), known, given)
 
     from scalabl.core.console import quiet
     from scalabl.inference.batch_prediction import predict_file
 
     quiet()
-    done = predict_file(run, rows, written, settings, batch_size=batch_size, tell=_tell, model=model)
+
+    def tell(resolved: PredictionSettings) -> None:
+        _tell(resolved, record)
+
+    done = predict_file(run, rows, written, settings, batch_size=batch_size, tell=tell, model=model, asked=asked)
     if not processes.is_main():
         return
     if done.cut is not None:
         say(f"warning: {done.cut}", stderr=True)
     if done.particles is not None:
         say(f"{len(rows):,} answers from {done.particles:.1f} of at most {samples} particles each, on average")
-    if max_error is not None or max_false_alarms is not None:
-        share = done.answered / len(rows)
-        say(f"answered   {done.answered:,} of {len(rows):,} rows ({share:.1%}) in {written}")
+    if abstain is not None or max_error is not None or max_false_alarms is not None:
+        expected = "" if done.error is None else f", {done.error:.1%} of them wrong by their own probabilities"
+        say(f"answered   {done.answered:,} of {len(rows):,} rows ({done.answered / len(rows):.1%}){expected}")
+        say(
+            f"answers    {written}" + ('; "guess" is the best label beside a null' if done.answered < len(rows) else "")
+        )
+    if abstain is not None and done.answered == 0:
+        say(f"next       the surest row's confidence is {done.surest:.3f}; lower --abstain")
 
 
 def _on_this_machine(text: str) -> Path:
@@ -144,6 +169,7 @@ def _on_this_machine(text: str) -> Path:
 
 
 def _predict_shards(
+    record: RunRecord,
     run: Path,
     input: str,
     output: str,
@@ -161,7 +187,7 @@ def _predict_shards(
 
     done = predict_shards(
         run, input, output, address, settings, format=format, batch_size=batch_size, block_rows=block_rows,
-        model=model, tell=_tell,
+        model=model, tell=lambda resolved: _tell(resolved, record),
     )  # fmt: skip
     say(f"{done.rows:,} answers to {done.shards:,} shards in {output}")
     if done.particles is not None:
@@ -170,8 +196,9 @@ def _predict_shards(
         say(f"answered   {done.answered:,} of {done.rows:,} rows ({done.answered / done.rows:.1%})")
 
 
-def _tell(settings: PredictionSettings) -> None:
+def _tell(settings: PredictionSettings, record: RunRecord) -> None:
     """What auto took and why; the thresholds, what they promise, and what to expect, before rows are answered."""
+    from scalabl.inference.promise import next_step
     from scalabl.inference.thresholds import describe
 
     if settings.why is not None:
@@ -184,4 +211,6 @@ def _tell(settings: PredictionSettings) -> None:
     counts = f"{threshold.answered:,} of {threshold.rows:,} held-out rows, {threshold.wrong:,} of them wrong"
     say(f"threshold  {promise.describe(threshold)}")
     say(f"promise    {threshold.sentence}")
+    if threshold.abstains:
+        say(f"next       {next_step(record, threshold)}")
     say(f"expected   {threshold.coverage:.1%} of rows answered ({counts})")

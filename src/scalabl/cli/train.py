@@ -69,7 +69,7 @@ def _train(settings: Settings, output: Path, task: Task | TextTask, ignore_memor
         quiet()
         tokenizer = _plan(settings, task, ignore_memory)
         try:
-            return train(settings, output, task=task, tokenizer=tokenizer, calibrate=calibration_at_the_end)
+            return train(settings, output, task=task, tokenizer=tokenizer, calibrate=calibration_at_the_end, tell=say)
         except Interrupted as stopped:
             fail(f"Interrupted, {stopped}; run the same command again to go on.", code=130)
     finally:

@@ -26,6 +26,7 @@ OTHER_CACHE = "set SCALABL_CACHE to a directory that you may write"
 ADAPTER = "adapter_model.safetensors"
 JOINT = "joint_covariance.safetensors"
 FEATURES = "features.safetensors"
+LOG = "training_log.json"
 
 
 def read_json(path: Location, *, missing: str, mend: str, expected: str, key: str | None = None) -> dict[str, Any]:

@@ -113,6 +113,7 @@ class Example:
         pair: the second text of a pair, as a hypothesis behind its premise; None for a single text.
         answers: of a row that may have several of the labels, or none: the indices of those it has, rising; None of an
             unlabelled one, and of rows with one answer.
+        rendered: whether the question is a prompt already, which goes through no template.
     """
 
     id: str
@@ -122,6 +123,7 @@ class Example:
     images: tuple[str, ...] = ()
     pair: str | None = None
     answers: tuple[int, ...] | None = None
+    rendered: bool = False
 
     @property
     def target(self) -> int | tuple[int, ...] | None:
@@ -137,7 +139,8 @@ class Example:
     def content(self) -> tuple[Any, ...]:
         """The row's text, without its name and its answer; images by what is in them, not by where they lie."""
         images = (tuple(image_digest(path) for path in self.images),) if self.images else ()
-        return self.question, self.choices, *images, *(() if self.pair is None else (self.pair,))
+        more = (*(() if self.pair is None else (self.pair,)), *(("prompt",) if self.rendered else ()))
+        return self.question, self.choices, *images, *more
 
     @property
     def labelled(self) -> tuple[Any, ...]:

@@ -15,6 +15,7 @@ _QUESTION_KEYS = ("question", "choices", "answer")
 _TEXT_KEYS = ("text", "label")
 SEVERAL = "labels"  # of a text row: all that it has, in the place of its one label
 PAIR = "text_pair"  # of a text row: its second text
+PROMPT, COMPLETION = "prompt", "completion"  # of a row that is a prompt already: itself, and its label
 _IGNORED = ("score",)  # what `scalabl acquire` adds to a row
 
 
@@ -45,6 +46,20 @@ def check_keys(raw: dict[str, Any], where: str, text_row: bool, require_answer: 
     for key in keys if require_answer else keys[:-1]:
         if key not in raw:
             raise UserError(f'{where}: no "{key}"; every row needs {", ".join(keys)}.')
+
+
+def is_prompt_row(raw: Mapping[str, Any]) -> bool:
+    """Whether a row to be scored is a prompt already, ``{"prompt", "completion"}``, which goes through no template."""
+    return PROMPT in raw and not {"text", "question"} & raw.keys()
+
+
+def check_prompt_keys(raw: Mapping[str, Any], where: str, require_answer: bool) -> None:
+    """Refuse unknown keys of such a row, and one without a completion where it needs one."""
+    for key in raw:
+        if key not in (PROMPT, COMPLETION, *_IGNORED, "id"):
+            raise UserError(f"{where}: unknown key {key!r}; leave it out, a row has {PROMPT}, {COMPLETION} and id.")
+    if require_answer and COMPLETION not in raw:
+        raise UserError(f'{where}: no "{COMPLETION}"; every row needs {PROMPT}, {COMPLETION}.')
 
 
 def require_keys(raw: Mapping[str, Any], keys: Sequence[str], where: str) -> None:
@@ -165,13 +180,16 @@ def _kind(value: Any) -> str:
 Question = str | Mapping[str, Any] | Example
 
 
-def rows_of(questions: Question | Sequence[Question], labels: tuple[str, ...] | None) -> list[Example]:
+def rows_of(
+    questions: Question | Sequence[Question], labels: tuple[str, ...] | None, *, prompts: bool = False
+) -> list[Example]:
     """Questions as rows.
 
     Args:
-        questions: prompts (with label words), or rows {"question", "choices"}, with an "image" or not, or `Example`s;
-            one, or several.
+        questions: texts (with label words), or rows {"text"}, {"prompt"} or {"question", "choices"}, with an "image" or
+            not, or `Example`s; one, or several.
         labels: the label words of a classifier that has them.
+        prompts: whether texts are prompts already, as {"prompt"} is.
 
     Raises:
         UserError: no questions, what is none, a prompt where the scoring needs choices, or choices other than the
@@ -180,24 +198,25 @@ def rows_of(questions: Question | Sequence[Question], labels: tuple[str, ...] | 
     if questions is None:
         raise UserError("There are no questions to answer; pass at least one.")
     given = [questions] if isinstance(questions, str | Mapping | Example) else questions
-    rows = [_row(index, question, labels) for index, question in enumerate(given)]
+    rows = [_row(index, question, labels, prompts) for index, question in enumerate(given)]
     if not rows:
         raise UserError("There are no questions to answer; pass at least one.")
     return rows
 
 
-def _row(index: int, question: Question, labels: tuple[str, ...] | None) -> Example:
+def _row(index: int, question: Question, labels: tuple[str, ...] | None, prompts: bool) -> Example:
     where = f"question {index}"
     if isinstance(question, Example):
         return _checked(question, labels)
     if isinstance(question, str):
         if labels is None:
             raise UserError('This classifier scores choices; pass rows {"question": ..., "choices": [...]}.')
-        return Example(str(index), unstripped_text(question, "the prompt", where), labels, None)
+        return Example(str(index), unstripped_text(question, "the prompt", where), labels, None, rendered=prompts)
     if not isinstance(question, Mapping):
         kind = "None" if question is None else f"a {type(question).__name__}"
         raise UserError(f'Question {index} is {kind}; give a text, or a row {{"question": ..., "choices": [...]}}.')
-    key = "question" if "question" in question else "text"
+    key = PROMPT if is_prompt_row(question) else "question" if "question" in question else "text"
+    rendered = key == PROMPT or (prompts and key == "question")  # of shared labels, "question" is another text
     text, choices = question.get(key), question.get("choices", labels)
     if text is None or choices is None:
         raise UserError(f'Question {index} lacks "question" or "choices"; give both.')
@@ -206,7 +225,8 @@ def _row(index: int, question: Question, labels: tuple[str, ...] | None) -> Exam
     texts = tuple(unstripped_text(choice, f"choice {i}", where) for i, choice in enumerate(choices))
     images = images_of(question, Path(), where)
     pair = unstripped_text(question[PAIR], f'"{PAIR}"', where) if PAIR in question else None
-    return _checked(Example(str(index), unstripped_text(text, f'"{key}"', where), texts, None, images, pair), labels)
+    body = unstripped_text(text, f'"{key}"', where)
+    return _checked(Example(str(index), body, texts, None, images, pair, rendered=rendered), labels)
 
 
 def _checked(row: Example, labels: tuple[str, ...] | None) -> Example:

@@ -7,6 +7,9 @@ Either kind may carry an ``"id"``; without one the row is called ``stem:line``. 
 called ``.parquet`` holds the same fields as columns. An ``"image"`` of either kind is a path, or a list of paths,
 relative to the file.
 A ``"score"``, which ``scalabl acquire`` adds, is read over.
+
+A row that is to be scored may be a prompt already, ``{"prompt", "completion"}``: the completions of a file are its
+labels.
 """
 
 from __future__ import annotations
@@ -18,18 +21,23 @@ from typing import Any
 
 from scalabl.core.errors import UserError
 from scalabl.core.locations import Location
-from scalabl.data.example import Example, Task, check, few, first_duplicate, images_of
+from scalabl.data.example import LETTERS, Example, Task, check, few, first_duplicate, images_of
 from scalabl.data.fields import (
+    COMPLETION,
     PAIR,
+    PROMPT,
     SEVERAL,
     answer_index,
     check_keys,
+    check_prompt_keys,
     choices_of,
+    is_prompt_row,
     is_text_row,
     label_of,
     row_id,
     several_of,
     text_of,
+    unstripped_text,
 )
 from scalabl.data.records import Ids, name_of, read_fields, split_files
 
@@ -47,6 +55,7 @@ class _Row:
     images: tuple[str, ...] = ()
     pair: str | None = None
     several: tuple[str, ...] | None = None  # the labels of a row that may have several
+    rendered: bool = False  # a prompt already
 
     @property
     def named(self) -> tuple[str, ...]:
@@ -164,6 +173,8 @@ def _parse(
             raise UserError(f"{where}: text rows and question rows in one file; keep to one kind of row.")
         if (row.pair is None) != (first.pair is None):
             raise UserError(f'{where}: rows with and without "{PAIR}" in one file; give all of them one, or none.')
+        if row.rendered != first.rendered:
+            raise UserError(f'{where}: rows with "{PROMPT}" and rows without in one file; keep to one kind of row.')
         kind = kind or row.kind
         if row.kind not in (None, kind):
             raise UserError(f'{where}: rows with "label" and rows with "{SEVERAL}" in one file; keep to one of them.')
@@ -171,6 +182,8 @@ def _parse(
 
 
 def _parse_row(raw: dict[str, Any], where: str, name: str, require_answer: bool, folder: Location) -> _Row:
+    if is_prompt_row(raw):
+        return _parse_prompt(raw, where, name, require_answer)
     text_row = is_text_row(raw, where)
     check_keys(raw, where, text_row, require_answer)
     name = row_id(raw, where, name)
@@ -187,6 +200,16 @@ def _parse_row(raw: dict[str, Any], where: str, name: str, require_answer: bool,
     return _Row(where, name, question, choices, answer, None, images_of(raw, folder, where))
 
 
+def _parse_prompt(raw: dict[str, Any], where: str, name: str, require_answer: bool) -> _Row:
+    check_prompt_keys(raw, where, require_answer)
+    for key in (PROMPT, COMPLETION):
+        if isinstance(raw.get(key), list):
+            raise UserError(f'{where}: "{key}" is a list of messages, which is not scored here; write it as a text.')
+    label = text_of(raw, COMPLETION, where) if COMPLETION in raw else None
+    prompt = unstripped_text(raw[PROMPT], f'"{PROMPT}"', where)
+    return _Row(where, row_id(raw, where, name), prompt, None, None, label, rendered=True)
+
+
 def _label_set(rows: Iterable[_Row], given: Sequence[str] | None, path: Path) -> tuple[str, ...] | None:
     rows = list(rows)
     if rows[0].choices is not None:
@@ -195,7 +218,12 @@ def _label_set(rows: Iterable[_Row], given: Sequence[str] | None, path: Path) ->
     if not labels and any(row.several is not None for row in rows):
         raise UserError(f'{path}: no row has a label, every "{SEVERAL}" is empty; give rows that have some.')
     if not labels:
-        raise UserError(f"{path}: rows without a label and no labels given; say which labels there are.")
+        raise UserError(f"{path}: rows without a label and no labels given; say which there are (--labels).")
+    if given is None and rows[0].rendered and len(labels) > max(len(LETTERS), len(rows) // 2):
+        raise UserError(
+            f"{path}: {len(labels):,} different completions in {len(rows):,} rows are free text and no labels; "
+            'judge it by rows {"question", "answers"}.'
+        )
     if len(labels) < 2:
         raise UserError(f"{path}: only one label, {labels[0]!r}; a classifier needs at least two.")
     twice = first_duplicate(label.casefold() for label in labels)
@@ -221,4 +249,4 @@ def _example(row: _Row, labels: tuple[str, ...] | None) -> Example:
             )
     answer = None if row.label is None else labels.index(row.label)
     answers = None if row.several is None else tuple(sorted(map(labels.index, row.several)))
-    return Example(row.id, row.question, labels, answer, row.images, row.pair, answers)
+    return Example(row.id, row.question, labels, answer, row.images, row.pair, answers, row.rendered)

@@ -168,6 +168,20 @@ def rows_of(
     return some_of(with_labels(rows, labels, data), limit)
 
 
+def labels_in(data: str | Path) -> tuple[tuple[str, ...] | None, Example]:
+    """The labels that the rows of a benchmark or file share, where they do, and the first of the rows.
+
+    Raises:
+        UserError: no such data, bad rows, or texts without a label.
+    """
+    path = expanded(str(data))
+    if not path.is_file():
+        task = load_task(str(data))
+        return task.labels, next(iter(task.splits.values()))[0]
+    first = load_rows(path, require_answer=False)[0]
+    return (None if "question" in first_row(path)[1] else first.choices), first
+
+
 def some_of(rows: Sequence[Example], limit: int | None) -> list[Example]:
     """So many of the rows, the same ones every time; all of them in their order where there are no more."""
     return random.Random(0).sample(list(rows), limit) if limit is not None and limit < len(rows) else list(rows)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from scalabl.core.errors import UserError
 from scalabl.generation.answer import AnswerEnd, GeneratedAnswer, answer_span, tokens_of
@@ -16,7 +20,7 @@ from scalabl.generation.decoding import Decoded, decode, with_stop_criterion
 from scalabl.generation.equivalence import Equivalence, equivalence
 from scalabl.generation.fan_out import Draws, MeanDraws, honours_padding
 from scalabl.generation.scores import sampled_scores, sequence_scores
-from scalabl.runs.loading import load_run
+from scalabl.runs.loading import load_run, run_in_memory
 from scalabl.runs.method import Run, load_method
 from scalabl.scoring.text import Text
 from scalabl.tuner.threads import alone
@@ -42,10 +46,20 @@ class AnswerSampling:
     equivalence: str = "normalised"
 
 
+@overload
+def generate(run: Run | Path | str, prompts: Sequence[str], /, **options: Any) -> list[GeneratedAnswer]: ...
+
+
+@overload
 def generate(
-    run: Run | Path | str,
-    prompts: Sequence[str],
-    *,
+    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], /, **options: Any
+) -> list[GeneratedAnswer]: ...
+
+
+def generate(
+    run: Run | Path | str | PreTrainedModel | PeftModel,
+    /,
+    *given: Any,
     samples: int = 10,
     seed: int = 0,
     max_new_tokens: int = 64,
@@ -56,11 +70,11 @@ def generate(
     advance: Callable[[int], None] | None = None,
     **generation: Any,
 ) -> list[GeneratedAnswer]:
-    """Answer prompts with the average over particles.
+    """Answer prompts with the average over particles: `generate(run, prompts)`, `generate(model, tokenizer, prompts)`.
 
     Args:
-        run: a finished run, or its directory.
-        prompts: texts.
+        run: a finished run, its directory or that of an adapter that another trainer saved; or a model in memory.
+        given: the prompts, texts; in front of them a model's tokenizer.
         samples: N particles; 0 is the posterior mean. A plain LoRA has one, itself.
         seed: of the particles, and of the texts where they are sampled.
         max_new_tokens: the limit of an answer's tokens.
@@ -77,18 +91,46 @@ def generate(
     Raises:
         UserError: not a finished run, no prompt, an empty prompt, numbers out of range.
     """
-    run = run if isinstance(run, Run) else load_run(Path(run), generating=True)
+    prompts = _prompts(run, given)
     sampling = sampling or AnswerSampling()
     check(samples, max_new_tokens, batch_size, sampling)
-    if not prompts:
-        raise UserError("There is no prompt to answer; give at least one.")
-    with alone(run.model):  # sampled texts take their numbers from one stream, which the seed begins
+    if isinstance(run, PreTrainedModel | PeftModel):
+        run = run_in_memory(run, given[0])
+    elif not isinstance(run, Run):
+        run = load_run(Path(run), generating=True)
+    with (
+        alone(run.model),
+        _evaluating(run.model),
+    ):  # sampled texts take their numbers from one stream, which the seed begins
         found = answers_with_samples(
             run, prompts, draws_of(run, samples, seed), seed=seed, chat=chat, stop=stop, sampling=sampling,
             max_new_tokens=max_new_tokens, batch_size=batch_size, advance=advance, fitted=fitted_confidence(run),
             **generation,
         )  # fmt: skip
         return [answer for answer, _, _ in found]
+
+
+def _prompts(run: Any, given: Sequence[Any]) -> Sequence[str]:
+    """What is to be answered, of `generate`'s arguments."""
+    in_memory = isinstance(run, PreTrainedModel | PeftModel)
+    if len(given) != 1 + in_memory or (in_memory and not isinstance(given[0], PreTrainedTokenizerBase)):
+        raise UserError("generate takes (run, prompts), or (model, tokenizer, prompts) of a model in memory.")
+    prompts: Sequence[str] = [given[-1]] if isinstance(given[-1], str) else given[-1]
+    if not prompts:
+        raise UserError("There is no prompt to answer; give at least one.")
+    return prompts
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Context in which a model that is being trained has no dropout."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 def answers_with_samples(

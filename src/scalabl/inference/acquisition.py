@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from scalabl.core.errors import UserError
-from scalabl.runs.record import RunRecord
+from scalabl.runs.stock import Asked, read_classifier
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -71,6 +71,7 @@ def acquire(
     seed: int = 0,
     batch_size: int = 8,
     model: str | None = None,
+    asked: Asked | None = None,
 ) -> list[tuple[int, float]]:
     """The k rows of a pool that a finished run would learn most from.
 
@@ -83,6 +84,7 @@ def acquire(
         seed: of its particles, or of the random order.
         batch_size: rows at a time.
         model: the base model, if it has moved.
+        asked: how the rows of an adapter without a record are scored.
 
     Returns:
         (place in the pool, score) of each, most informative first.
@@ -97,9 +99,9 @@ def acquire(
         from scalabl.inference.settings import PredictionSettings
 
         # not auto, which may take a predictive without particles
-        predictive = RunRecord.read_finished(directory).predictive or "mc"
+        predictive = read_classifier(directory, model=model, asked=asked).predictive or "mc"
         settings = PredictionSettings(predictive, samples, seed, raw=True)  # what the posterior learnt is asked for
-        predictor = Predictor.load(directory, settings, model=model, batch_size=batch_size)
+        predictor = Predictor.load(directory, settings, model=model, batch_size=batch_size, asked=asked)
         log_probs = predictor.log_probs(rows, dataset="ranking the pool")
         scores = informativeness(log_probs, by, predictor.per_row)
     return [(i, scores[i].item()) for i in most_informative(scores, k)]

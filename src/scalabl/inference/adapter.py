@@ -20,8 +20,8 @@ from scalabl.runs.directory import find_base, reading_config
 from scalabl.runs.loading import longest_row
 from scalabl.runs.models import load_base, require_vocabulary, saved_tokenizer
 from scalabl.runs.record import HEAD, SEVERAL_LABELS, RunRecord
-from scalabl.runs.stock import UNNAMED, find_record, is_stock
-from scalabl.scoring.base import Encoded
+from scalabl.runs.stock import LONGEST, UNNAMED, find_record, is_stock
+from scalabl.scoring.base import Encoded, Scoring
 from scalabl.scoring.head import Head
 from scalabl.scoring.letters import Letters
 from scalabl.scoring.scorer import Scorer
@@ -86,12 +86,28 @@ def refuse_unread(scoring: Mapping[str, Any], **given: Any) -> None:
             raise UserError(f"{name} is the run's own where rows are scored as it was trained; leave it out.")
 
 
+def shared_labels(scoring: Scoring, known: Sequence[str] | None) -> tuple[str, ...] | None:
+    """The labels that all rows of a scoring share; None for questions with choices of their own.
+
+    Args:
+        scoring: which names them itself, but for a continuation.
+        known: those of the run's record.
+    """
+    named = getattr(scoring, "labels", None) or (known if getattr(scoring, "shared", False) else None)
+    return None if named is None else tuple(named)
+
+
 def letters_of(
-    labels: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, chat: bool | None, max_length: int | None
+    labels: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    template: str | None,
+    chat: bool | None,
+    max_length: int | None,
 ) -> Letters:
-    """The scoring of label words behind prompts that are used as they are."""
-    longest = 4096 if max_length is None else max_length
-    return Letters(tokenizer, labels=tuple(labels), raw_prompt=True, chat=bool(chat), max_length=longest)
+    """The scoring of label words; without a template texts given to it are taken for prompts (`rows_of`)."""
+    longest = LONGEST if max_length is None else max_length
+    return Letters(tokenizer, labels=tuple(labels), template=template, chat=bool(chat), max_length=longest)
 
 
 def head_of(model: PeftModel | PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Head:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +37,7 @@ class Answer:
         distance: (n,) to the training rows, higher is further out of scope; None for a run that keeps no features.
         sets: of each row the labels that hold the right one at the coverage that was asked for, None where it has every
             label; None where no coverage was.
+        guess: the n most probable labels (of several, those above 1/2), those that were not given too.
         reason: why a row has no label: "out of scope", "unsure" or "promise"; None for one that has.
     """
 
@@ -49,6 +51,7 @@ class Answer:
     sets: list[list[str] | None] | None = None
     reason: list[str | None] = field(default_factory=list)
     labels: list[list[str] | None] | None = None
+    guess: list[Any] = field(default_factory=list)
 
 
 def likeliest(row: Example, probs: Sequence[float]) -> str:
@@ -85,13 +88,16 @@ def answer_of(
     reasons = reasons_of(settings, log_probs, known, per_row)
     of_rows = list(zip(rows, probs.tolist(), reasons, strict=True))
     several = per_row > 1
+    guess: list[Any] = [those_above_half(row, p) if several else likeliest(row, p) for row, p, _ in of_rows]
+    given = [None if why else best for best, why in zip(guess, reasons, strict=True)]
     return Answer(
         probs=probs.float().numpy(),
         entropy=uncertainty.total.float().numpy(),
         aleatoric=uncertainty.aleatoric.float().numpy(),
         epistemic=uncertainty.epistemic.float().numpy(),
-        label=[] if several else [None if why else likeliest(row, p) for row, p, why in of_rows],
-        labels=[None if why else those_above_half(row, p) for row, p, why in of_rows] if several else None,
+        label=[] if several else given,
+        labels=given if several else None,
+        guess=guess,
         particle_log_probs=(log_probs[..., 1].unflatten(1, (-1, per_row)) if several else log_probs).float().numpy(),
         distance=known["distance"].float().numpy() if "distance" in known else None,
         sets=sets_under(settings, probs, rows),

@@ -27,6 +27,7 @@ from scalabl.inference.predictor import Predictor
 from scalabl.inference.promise import held_out_rows
 from scalabl.inference.settings import PredictionSettings, is_answered
 from scalabl.runs.record import RECORD, RunRecord
+from scalabl.runs.stock import Asked
 from scalabl.scoring.base import cut_rows_sentence
 from scalabl.scoring.scorer import longest_first
 
@@ -37,11 +38,15 @@ class FileSummary:
 
     Attributes:
         answered: how many answers are not null.
+        error: which share of them is wrong by their own probabilities; None where there are none.
+        surest: the highest confidence of a row.
         particles: under adaptive N the mean number of particles a row took, else None.
         cut: a sentence on rows that lost their beginning; None where none did.
     """
 
     answered: int
+    error: float | None
+    surest: float
     particles: float | None
     cut: str | None = None
 
@@ -55,6 +60,7 @@ def predict_file(
     batch_size: int = 8,
     tell: Callable[[PredictionSettings], None] | None = None,
     model: str | None = None,
+    asked: Asked | None = None,
 ) -> FileSummary:
     """Answer rows into a JSONL file.
 
@@ -70,14 +76,15 @@ def predict_file(
         batch_size: rows at a time.
         tell: called with the resolved settings before rows are answered.
         model: the base model, if it has moved.
+        asked: how the rows of an adapter without a record are scored.
 
     Raises:
         UserError: the run's held-out rows cannot be had, or rows that it cannot answer.
     """
     settings = settings or PredictionSettings()
-    unfinished = output.with_name(f".{output.name}.{_identity(directory, rows, settings)}")
+    unfinished = output.with_name(f".{output.name}.{_identity(directory, rows, settings, asked)}")
     with _alone(unfinished, output) as file:
-        predictor = Predictor.load(directory, settings, model=model, batch_size=batch_size)
+        predictor = Predictor.load(directory, settings, model=model, batch_size=batch_size, asked=asked)
         encoded = predictor.run.encode(list(rows))  # refuses what it cannot answer before the first answer is written
         # resolved for all rows, so that a call that goes on resolves alike
         settings = predictor.resolve(rows)
@@ -152,7 +159,9 @@ def _remove_open(unfinished: Path, file: TextIO) -> None:
     unfinished.unlink(missing_ok=True)
 
 
-def _identity(directory: Path, rows: Sequence[Example], settings: PredictionSettings) -> str:
+def _identity(
+    directory: Path, rows: Sequence[Example], settings: PredictionSettings, asked: Asked | None = None
+) -> str:
     """Of the answers: they go on only under the same settings, adapter and rows."""
     decisive: list[Any] = [settings.to_dict(), sha256(directory / "adapter_model.safetensors")]
     if settings.method is not None:
@@ -165,6 +174,8 @@ def _identity(directory: Path, rows: Sequence[Example], settings: PredictionSett
         decisive.append(record.calibration)
     if record is not None and settings.has_promise:
         decisive += [row.labelled for row in held_out_rows(record)]
+    if asked is not None:
+        decisive += [value for value in vars(asked).values() if value is not None]
     whole = json.dumps([decisive, [[r.id, *r.content] for r in rows]])
     return hashlib.sha256(whole.encode()).hexdigest()[:12]
 
@@ -202,7 +213,10 @@ def _finish(unfinished: Path, output: Path, order: Sequence[int], is_adaptive: b
     by_row = dict(zip(order, lines, strict=True))
     write_text(output, "".join(f"{by_row[i]}\n" for i in range(len(lines))))
     answers = [json.loads(line) for line in lines]  # of a call that was killed too
+    given = [answer["confidence"] for answer in answers if is_answered(answer)]
     return FileSummary(
-        answered=sum(is_answered(answer) for answer in answers),
+        answered=len(given),
+        error=1 - statistics.fmean(given) if given else None,
+        surest=max(answer["confidence"] for answer in answers),
         particles=statistics.fmean(answer["particles"] for answer in answers) if is_adaptive else None,
     )

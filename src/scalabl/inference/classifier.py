@@ -17,7 +17,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from scalabl.core.errors import UserError
 from scalabl.data.example import Example
 from scalabl.data.fields import rows_of
-from scalabl.inference.adapter import BareRun, base_of, head_of, letters_of, record_of, refuse_unread
+from scalabl.data.template import TEXT
+from scalabl.inference.adapter import BareRun, base_of, head_of, letters_of, record_of, refuse_unread, shared_labels
 from scalabl.inference.answer import Answer, answer_of
 from scalabl.inference.predictor import Predictor
 from scalabl.inference.promise import Promise
@@ -57,6 +58,9 @@ class Classifier:
         temperature: on the class logits of every particle.
         abstain: label None where the highest probability is below this.
 
+    Attributes:
+        takes_prompts: whether texts are prompts already, which go through no template.
+
     Raises:
         UserError: a tokenizer beside a model without a head, or a head that scores rows in another way than its own.
     """
@@ -84,6 +88,7 @@ class Classifier:
     def _take(self, predictor: Predictor) -> None:
         self.predictor = predictor
         self.scorer = predictor.run.scorer
+        self.takes_prompts = False
 
     @classmethod
     def from_pretrained(
@@ -91,6 +96,7 @@ class Classifier:
         directory: str | Path,
         *,
         labels: Sequence[str] | None = None,
+        template: str | None = None,
         samples: int = 10,
         seed: int = 0,
         sampling: Sampling = PLAIN,
@@ -114,10 +120,11 @@ class Classifier:
 
         Args:
             directory: the adapter's directory.
-            labels: the label words, each one token; questions are then prompts, used as they are. Of an adapter with
-                a classification head: its labels in the order of the head's outputs. None takes labels or choices
-                from the directory's own record (`scalabl train` writes one), or a head's from the `id2label` of a
-                `config.json` there or of the base model's.
+            labels: the label words, each one token. Of an adapter with a classification head: its labels in the order
+                of the head's outputs. None takes labels or choices from the directory's own record (`scalabl train`
+                writes one), or a head's from the `id2label` of a `config.json` there or of the base model's.
+            template: with `labels`: how a text becomes a prompt, "{text}\\nLabel:". A run's own template holds where it
+                has one. Where nothing says how, texts are prompts already, used as they are; {"prompt"} always is.
             samples: N particles; 0 for the posterior mean.
             seed: the seed of the particles.
             sampling: another kind of draws, or adaptive N.
@@ -156,6 +163,11 @@ class Classifier:
             labels = None
         if labels is None and record is None:
             raise UserError(f"{path} does not say what its labels are; pass labels=[...].")
+        own_labels = None if record is None else record.labels
+        if labels is not None and tuple(labels) == own_labels:
+            labels = None  # as it was trained
+        if labels is not None and own_labels is not None and set(labels) == set(own_labels):
+            raise UserError(f"labels are the run's own, in the order {', '.join(own_labels)}; leave them out.")
         promise = Promise(max_error) if isinstance(max_error, float) else max_error
         settings = PredictionSettings(
             predictive, samples, seed, sampling, method=method, temperature=temperature, abstain=abstain,
@@ -165,7 +177,7 @@ class Classifier:
         if record is not None and record.several:
             refuse_of_one_label(adaptive=settings.is_adaptive, priors=priors, coverage=coverage)
         if labels is None and record is not None:
-            refuse_unread(record.scoring, chat=chat, max_length=max_length)
+            refuse_unread(record.scoring, template=template, chat=chat, max_length=max_length)
         if priors is not None and (record is None or labels is not None):
             raise UserError("priors are of a run's own labels, with its record beside the adapter; leave them out.")
         if record is None and (method is not None or settings.has_promise):
@@ -184,7 +196,11 @@ class Classifier:
             require_base(base, record)
         scoring: Scoring
         if labels is not None:
-            scoring = letters_of(labels, base_tokenizer, chat=chat, max_length=max_length)
+            # other labels of the same texts; records of older runs lack the template, which was this
+            own = {} if record is None or record.labels is None else {"template": TEXT, **record.scoring}
+            template = template or own.get("template")
+            chat, max_length = own.get("chat") if chat is None else chat, max_length or own.get("max_length")
+            scoring = letters_of(labels, base_tokenizer, template=template, chat=chat, max_length=max_length)
         else:
             assert record is not None
             scoring = scoring_of(record, base, base_tokenizer)
@@ -192,6 +208,7 @@ class Classifier:
         run = BareRun(scorer) if record is None else Run(record, scorer, base_tokenizer, path)
         classifier = cls.__new__(cls)
         classifier._take(Predictor(run, settings, batch_size=batch_size, over_ranks=False))
+        classifier.takes_prompts = labels is not None and template is None
         if settings.has_promise:
             classifier.predictor.resolve()
         elif classifier.predictor.settings.why is not None:
@@ -211,13 +228,13 @@ class Classifier:
         """Classify questions.
 
         Args:
-            questions: prompts (with label words), or rows {"question", "choices"} or `Example`s.
+            questions: texts (with label words), rows as `scalabl train` takes them, {"text"} or {"question",
+                "choices"}, rows {"prompt"} that go through no template, or `Example`s.
 
         Raises:
-            UserError: no questions, or a prompt where the scoring needs choices.
+            UserError: no questions, or a text where the scoring needs choices.
         """
-        labels = getattr(self.scorer.scoring, "labels", None)
-        rows = rows_of(questions, labels)
+        rows = rows_of(questions, self._labels, prompts=self.takes_prompts)
         with alone(self.scorer.model):  # threads take turns
             encoded = self.predictor.run.encode(rows)
             cut = cut_rows_sentence(encoded, self.scorer.scoring)
@@ -230,10 +247,15 @@ class Classifier:
             of_mean = self.predictor.mean_scores(rows, encoded) if self.predictor.needs_mean_pass else {}
         return answer_of(rows, log_probs, self.predictor.settings, of_mean, self.predictor.per_row)
 
+    @property
+    def _labels(self) -> tuple[str, ...] | None:
+        """The labels that all rows share, where they do."""
+        return shared_labels(self.scorer.scoring, getattr(getattr(self.predictor.run, "record", None), "labels", None))
+
     @cached_property
     def _shared_prefix(self) -> SharedPrefix | None:
         """What every prompt begins with, to be encoded once; None where it is too short for that."""
-        labels = getattr(self.scorer.scoring, "labels", None) or ("yes", "no")
+        labels = self._labels or ("yes", "no")
         two = [self.scorer.scoring.encode(Example(question, question, labels, None)) for question in ("A", "1")]
         return shared_prefix(self.scorer, two)
 

@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from scalabl.core.files import LOG, read_if_whole
 from scalabl.data.example import Example, rows_digest
 from scalabl.inference.calibration import Calibration
 from scalabl.inference.predictor import Predictor, labels_of
-from scalabl.inference.promise import Promise
+from scalabl.inference.promise import Promise, next_step
 from scalabl.inference.report.results import MethodResult, Report
 from scalabl.inference.settings import PredictionSettings
 from scalabl.metrics.selective import Threshold
@@ -21,7 +22,10 @@ from scalabl.metrics.uncertainty import apply_temperature, fit_temperature, mean
 from scalabl.predictive.adaptive import AdaptivePredictive
 from scalabl.predictive.base import Predictive
 from scalabl.runs.method import Run
+from scalabl.runs.record import RunRecord
+from scalabl.runs.stock import Asked, is_stock
 from scalabl.scoring.base import cut_rows_sentence
+from scalabl.scoring.prompted import Prompted
 from scalabl.tuner.diagnostics import summarize, warnings_of, weights_of
 from scalabl.tuner.layers import prior_of
 
@@ -36,6 +40,8 @@ def evaluate_run(
     data: str,
     batch_size: int = 8,
     model: str | None = None,
+    asked: Asked | None = None,
+    with_baseline: bool = False,
 ) -> Report:
     """Evaluate a run directory.
 
@@ -49,34 +55,70 @@ def evaluate_run(
         data: what `rows` are called.
         batch_size: questions at a time.
         model: the base model, if it has moved.
+        asked: how the rows of an adapter without a record are scored.
+        with_baseline: predict by the posterior's mean alone too, uncalibrated, where the run has a posterior.
     """
-    predictor = Predictor.load(directory, settings, model=model, batch_size=batch_size)
+    predictor = Predictor.load(directory, settings, model=model, batch_size=batch_size, asked=asked)
     settings = predictor.resolve(rows)
     run, calibration = predictor.whole_run(), predictor.calibration
     plain = as_learnt(predictor, rows)
     methods = results_of(predictor, plain, rows, shifted)
+    if is_stock(run.record) and isinstance(run.scoring, Prompted):  # nobody has told it
+        methods[0].notes[:0] = run.scoring.in_words(rows[0])
     if settings.promise is not None and settings.threshold is not None:
         # a curve of several labels is of questions, the threshold of rows
         methods[-1].threshold = settings.threshold if predictor.per_row == 1 else None
         methods[-1].notes.append(_kept(methods[-1], settings.promise, settings.threshold))
+        if settings.threshold.abstains:
+            methods[-1].notes.append(next_step(run.record, settings.threshold))
     if held_out and not (calibration is not None and calibration.rows_sha256 == rows_digest(held_out, named=True)):
         validation = plain.log_probs(held_out, dataset="temperature")
         methods.append(tempered(methods[0], fit_temperature(validation, labels_of(held_out))))
-    recipe = run.record.recipe
+    recipe, log = run.record.recipe, _log(directory)
     return Report(
         title=f"{recipe['model']} on {data}",
         facts={
             "model": recipe["model"],
             "data": f"{data}, {len(rows):,} rows",
-            "trained on": f"{run.record.task['name']}, {run.record.rows['train']:,} rows, {recipe['steps']} steps",
+            "trained on": _trained_on(run.record),
+            **({"prompt": run.scoring.template.text} if isinstance(run.scoring, Prompted) else {}),
             "seed": str(recipe["seed"]),
             "versions": ", ".join(f"{k} {v}" for k, v in run.record.versions.items()),
             "device": run.record.device,
         },
         methods=methods,
         questions=_questions(rows),
+        training={methods[0].name: log} if log else {},
+        baseline=_mean_of(predictor, rows, shifted, methods) if with_baseline else None,
         labels=run.record.labels,
     )
+
+
+def _log(directory: Path) -> list[dict[str, float]]:
+    """What the trainer of a run logged; nothing where there is no such file, or it is damaged."""
+    entries = read_if_whole(directory / LOG)
+    records = [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
+    return [{k: v for k, v in entry.items() if type(v) in (int, float)} for entry in records]
+
+
+def _mean_of(
+    predictor: Predictor, rows: Sequence[Example], shifted: Mapping[str, Sequence[Example]], methods: list[MethodResult]
+) -> MethodResult | None:
+    """The run's own plain LoRA, its posterior's mean, as learnt; None where a method is that already."""
+    run = predictor.whole_run()
+    if not run.is_sampled or predictor.settings.predictive == "mean":
+        return None
+    settings = PredictionSettings("mean", raw=True)
+    mean = Predictor(run, settings, batch_size=predictor.batch_size, over_ranks=predictor.over_ranks)
+    made = method_result(mean, rows, shifted, methods[0])
+    made.notes[:] = ["the baseline: one pass at the posterior's mean, as a plain LoRA answers, uncalibrated"]
+    return made
+
+
+def _trained_on(record: RunRecord) -> str:
+    if is_stock(record):
+        return record.task["name"]
+    return f"{record.task['name']}, {record.rows['train']:,} rows, {record.recipe['steps']} steps"
 
 
 def _questions(rows: Sequence[Example]) -> list[tuple[str, tuple[str, ...]]]:

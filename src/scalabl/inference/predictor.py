@@ -37,6 +37,7 @@ from scalabl.runs.loading import load_run
 from scalabl.runs.method import Run, load_post_hoc
 from scalabl.runs.record import RunRecord
 from scalabl.runs.registry import METHODS
+from scalabl.runs.stock import Asked
 from scalabl.scoring.base import Encoded
 from scalabl.scoring.features import MeanPass
 from scalabl.scoring.prefix import SharedPrefix, shared_prefix
@@ -143,19 +144,21 @@ class Predictor:
         *,
         model: str | None = None,
         batch_size: int = 8,
+        asked: Asked | None = None,
     ) -> Predictor:
         """Of a finished run's directory.
 
         Args:
-            directory: made by `scalabl train`.
+            directory: made by `scalabl train`, or an adapter that another trainer saved.
             settings: as above.
             model: the base model, if it has moved since.
             batch_size: as above.
+            asked: how the rows of an adapter without a record are scored.
 
         Raises:
             UserError: not a finished run, altered files, another base model, settings that the run does not have.
         """
-        return cls(load_run(directory, model=model), settings, batch_size=batch_size)
+        return cls(load_run(directory, model=model, asked=asked), settings, batch_size=batch_size)
 
     @property
     def per_row(self) -> int:
@@ -285,7 +288,8 @@ class Predictor:
         return settings.temperature or 1.0
 
     def answers(self, rows: Sequence[Example], encoded: Sequence[Encoded] | None = None) -> Iterator[dict[str, Any]]:
-        """One answer a row: id, label, probs (choice -> probability), confidence, entropy, aleatoric, epistemic (nats).
+        """One answer a row: id, text, label, probs (choice -> probability), confidence, entropy, aleatoric, epistemic
+        (nats). Where the label is None, `guess` is what it would have been.
 
         Of a row that may have several labels `labels`, those whose probability is above 1/2; the confidence is the
         probability that none of them is wrong or missing, were they independent, and the entropies are sums over
@@ -314,7 +318,9 @@ class Predictor:
             given: Any = those_above_half(row, of_row) if several else likeliest(row, of_row)
             yield {
                 "id": row.id,
+                "text": row.text,
                 "labels" if several else "label": given if reasons[i] is None else None,
+                **({} if reasons[i] is None else {"guess": given}),
                 "probs": dict(zip(row.choices, of_row, strict=True)),
                 "confidence": float(sure[i]),
                 "entropy": uncertainty.total[i].item(),

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scalabl.core.errors import UserError
+from scalabl.core.locations import expanded
 from scalabl.metrics.selective import (
     GUARANTEES,
     SCORES,
@@ -70,7 +72,7 @@ class Promise:
         if rows < needed:
             raise UserError(
                 f"At most {100 * self.max_error:.4g} % errors cannot be promised from {rows} held-out rows, even if "
-                f"all were answered rightly: it takes {needed}; train with more validation rows or raise --max-error"
+                f"all were answered rightly: it takes {needed}; {more_rows(record, needed)}, or raise --max-error"
                 f"{' or lower --confidence' if exact else ''}."
             )
         if self.score == "epistemic" and (predictive == "mean" or record.method not in SAMPLED):
@@ -109,6 +111,29 @@ class Promise:
     def as_dict(self) -> dict[str, Any]:
         """The promise as plain values."""
         return asdict(self)
+
+
+def more_rows(record: RunRecord, needed: int) -> str:
+    """Where held-out rows are put, and how a run gets them: the middle of a sentence."""
+    data = str(record.recipe["data"])
+    limit = "" if record.recipe["validation_rows"] >= needed else f" with --validation-rows {needed}"
+    if expanded(data).is_dir():
+        return f"put more into {expanded(data) / 'validation.jsonl'} and train again{limit}"
+    if expanded(data).is_file():
+        return (
+            f"put them as validation.jsonl beside {Path(data).name} as train.jsonl, and train on that directory{limit}"
+        )
+    return f"train again{limit}"
+
+
+def next_step(record: RunRecord, threshold: Threshold) -> str:
+    """What would have rows answered where a promise cannot be kept: a sentence."""
+    more = "More held-out rows like these would not do"
+    if threshold.wanted is not None:
+        more = f"About {threshold.wanted:,} held-out rows would do: {more_rows(record, threshold.wanted)}"
+    if threshold.possible is None:
+        return f"{more}; no rate below a half can be promised of these."
+    return f"{more}; of these, --max-error {threshold.possible:g} can be promised."
 
 
 PROMISE = "no error rate can be promised; give a run of scalabl train, or --abstain"

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scalabl.core.errors import UserError
-from scalabl.inference.promise import require_known
+from scalabl.inference.promise import more_rows, require_known
 from scalabl.metrics.conformal import (
     conformal_quantile,
     label_scores,
@@ -81,7 +81,7 @@ def require_scope(record: RunRecord, max_false_alarms: float, score: str | None,
     if rows < needed:
         raise UserError(
             f"False alarms of at most {100 * max_false_alarms:.4g} % take at least {needed} held-out rows, and the run "
-            f"has {rows}; train with more validation rows or raise --max-false-alarms."
+            f"has {rows}; {more_rows(record, needed)}, or raise --max-false-alarms."
         )
     if score == "epistemic" and (predictive == "mean" or record.method not in SAMPLED):
         raise UserError("A single prediction has no epistemic part; take another --oos-score.")
@@ -108,7 +108,7 @@ def require_coverage(record: RunRecord, coverage: float, held_out: Sequence[Exam
     if rows < needed:
         raise UserError(
             f"A coverage of {100 * coverage:.4g} % takes at least {needed} held-out rows, and the run has {rows}; "
-            "train with more validation rows or lower --coverage."
+            f"{more_rows(record, needed)}, or lower --coverage."
         )
     if held_out is None:
         return

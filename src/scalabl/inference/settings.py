@@ -182,6 +182,8 @@ class PredictionSettings:
         values = {k: v for k, v in values.items() if k not in _YOUNGER or v != _YOUNGER[k]}
         if self.threshold is not None and math.isinf(self.threshold.above):
             values["threshold"]["above"] = str(self.threshold.above)
+        if self.threshold is not None:
+            values["threshold"] = {name: value for name, value in values["threshold"].items() if value is not None}
         return values
 
     @classmethod

@@ -47,6 +47,8 @@ class Threshold:
         answered: how many of them lie above.
         wrong: how many of those are wrong.
         sentence: the promise in words, or why no row is answered.
+        wanted: where none is, about how many held-out rows like these would show the rate; None where more would not.
+        possible: likewise, the lowest rate in whole per cent that these rows could promise; None above a half.
     """
 
     above: float
@@ -55,6 +57,8 @@ class Threshold:
     answered: int
     wrong: int
     sentence: str
+    wanted: int | None = None
+    possible: float | None = None
 
     @property
     def abstains(self) -> bool:
@@ -162,7 +166,7 @@ def exact_threshold(score: ArrayLike, wrong: ArrayLike, max_error: float, *, con
     nothing += f"{_percent(confidence)}; "
     if total < needed:
         why = f"that takes {needed} held-out rows without an error, and there are {total}."
-        return Threshold(math.inf, max_error, total, 0, 0, nothing + why)
+        return Threshold(math.inf, max_error, total, 0, 0, nothing + why, wanted=needed)
     answered = np.arange(1, total + 1)
     between = np.append(values[:-1] > values[1:], True)  # a cut through equal scores is no threshold
     first = first_tested(total, max_error, confidence)
@@ -171,7 +175,11 @@ def exact_threshold(score: ArrayLike, wrong: ArrayLike, max_error: float, *, con
     number = len(passed) if passed.all() else int(passed.argmin())
     if number == 0:
         why = f"{errors[tested[0] - 1]} of the {tested[0]} surest held-out rows are wrong."
-        return Threshold(math.inf, max_error, total, 0, 0, nothing + why)
+        wanted, possible = (
+            _rows_wanted(errors, max_error, confidence),
+            _possible(errors, answered[between], max_error, confidence),
+        )
+        return Threshold(math.inf, max_error, total, 0, 0, nothing + why, wanted, possible)
     k = int(tested[number - 1])
     sentence = (
         f"At most {_percent(max_error)} of answered rows are wrong, with confidence {_percent(confidence)}, for rows "
@@ -204,7 +212,8 @@ def conformal_threshold(score: ArrayLike, wrong: ArrayLike, max_error: float) ->
     if allowed < 0:
         sentence = f"No row is answered: to promise at most {_percent(max_error)} takes "
         sentence += f"{rows_needed_on_average(max_error)} held-out rows, "
-        return Threshold(math.inf, max_error, total, 0, 0, f"{sentence}and there are {total}.")
+        needed = rows_needed_on_average(max_error)
+        return Threshold(math.inf, max_error, total, 0, 0, f"{sentence}and there are {total}.", wanted=needed)
     above = -math.inf
     if errors[-1] > allowed:
         above = float(values[int(np.searchsorted(errors, allowed + 1))])  # the score of the first error too many
@@ -214,6 +223,29 @@ def conformal_threshold(score: ArrayLike, wrong: ArrayLike, max_error: float) ->
         "and coming rows, for rows drawn like the held-out ones (not under shift)."
     )
     return Threshold(above, max_error, total, answered, int(errors[answered - 1]) if answered else 0, sentence)
+
+
+_MORE = (2, 3, 4, 6, 8, 12, 16, 24, 32)  # times as many rows as there are
+
+
+def _rows_wanted(errors: NDArray[Any], max_error: float, confidence: float) -> int | None:
+    """How many rows with the errors of these, (n,) counted among the surest 1..n, would pass the first test."""
+    total = len(errors)
+    for times in _MORE:
+        surest = math.ceil(first_tested(times * total, max_error, confidence) / times)
+        if surest <= total and error_bound(times * errors[surest - 1], times * surest, confidence) <= max_error:
+            return times * total
+    return None
+
+
+def _possible(errors: NDArray[Any], cuts: NDArray[Any], max_error: float, confidence: float) -> float | None:
+    """The first of rising rates, in per cent, that rows with these errors among the surest 1..n could promise; a
+    threshold lies behind one of `cuts`."""
+    for rate in np.arange(math.floor(100 * max_error) + 1, 51) / 100:
+        tested = cuts[cuts >= first_tested(len(errors), rate, confidence)]
+        if len(tested) and error_bound(errors[tested[0] - 1], tested[0], confidence) <= rate:
+            return float(rate)
+    return None
 
 
 def _surest_first(score: ArrayLike, wrong: ArrayLike) -> tuple[NDArray[np.float64], NDArray[Any]]:

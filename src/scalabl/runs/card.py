@@ -147,10 +147,16 @@ def _training(record: RunRecord) -> str:
         f", {parameters.get('variational', 0):,} variational",
         f"{recipe['steps']:,} steps of {recipe['batch_size'] * recipe['gradient_accumulation']:,} rows at a learning "
         f"rate of {recipe['learning_rate']:g}, seed {recipe['seed']}",
-        f"scored by {_plain(record.scoring_name)}",
+        f"scored by {_plain(record.scoring_name)}{_prompt(record)}",
         f"scalabl {record.scalabl}, {versions}, on {_plain(record.device)}",
     ]
     return "\n".join(f"- {fact}" for fact in facts)
+
+
+def _prompt(record: RunRecord) -> str:
+    template = record.scoring.get("template")
+    line = str(template).replace("\n", "\\n")
+    return "" if template is None else f" behind the prompt `{_code(line)}`"
 
 
 def _plain(text: str) -> str:

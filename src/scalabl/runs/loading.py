@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
 from safetensors import SafetensorError
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from scalabl.core import processes
 from scalabl.core.errors import UserError, one_line
 from scalabl.runs.directory import find_base, reading_config
 from scalabl.runs.method import Run
 from scalabl.runs.models import load_base
-from scalabl.runs.record import HEAD, RECORD, RunRecord
-from scalabl.runs.stock import read_classifier
+from scalabl.runs.record import CHOICES, HEAD, LANGUAGE, RECORD, RunRecord
+from scalabl.runs.settings import DEFAULTS
+from scalabl.runs.stock import METHOD_OF, Asked, is_stock, read_classifier, read_generating
 from scalabl.scoring.base import Scoring
+from scalabl.scoring.continuation import Continuation
+from scalabl.scoring.letters import Letters
 from scalabl.scoring.scorer import Scorer, make_scoring
+from scalabl.scoring.text import Text
 from scalabl.scoring.trunk import Trunk
 from scalabl.tuner.joint import load_joint, set_joint
 from scalabl.tuner.layers import learnt_positions
@@ -104,23 +109,69 @@ def scoring_of(record: RunRecord, model: nn.Module, tokenizer: PreTrainedTokeniz
         ) from error
 
 
+def asked_scoring(settings: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> Scoring:
+    """The scoring of an adapter without a record: label words by the token of each where they are one, else by their
+    log-likelihood; choices of their own by that per token.
+
+    Args:
+        settings: what was asked (`scalabl.runs.stock.Asked`); "scoring" may be "auto".
+        tokenizer: the adapter's.
+
+    Raises:
+        UserError: letters were asked for, but a label is not one token; no chat template; another's template.
+    """
+    common = {name: settings[name] for name in ("template", "chat", "max_length")}
+    labels, kind = settings["labels"], settings["scoring"]
+    if kind == "letters" or (kind == "auto" and labels is not None):
+        try:
+            return Letters(tokenizer, labels=labels, num_letters=26, **common)
+        except UserError:
+            if kind == "letters":
+                raise
+    return Continuation(
+        tokenizer, normalization="token" if labels is None else "sum", task_labels=labels is not None, **common
+    )
+
+
 def longest_row(model: nn.Module) -> int:
     """How many tokens a row of a classification head has at most: 512, or the model's learnt positions."""
     return min(_LONGEST, learnt_positions(model) or _LONGEST)
 
 
-def load_run(directory: Path, *, model: str | None = None, generating: bool = False) -> Run:
+def run_in_memory(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> Run:
+    """A language model that is in memory, with its active adapter or without one, as a run that writes text.
+
+    Raises:
+        UserError: it has a classification head, or an adapter of a kind that is not known here.
+    """
+    config = model.peft_config[model.active_adapter] if isinstance(model, PeftModel) else None
+    kind = "LORA" if config is None else str(getattr(config.peft_type, "value", config.peft_type))
+    if kind not in METHOD_OF:
+        raise UserError(f"The model has an adapter of type {kind}; give one with a ScalaBL adapter or a plain LoRA.")
+    record = RunRecord(recipe={**DEFAULTS, "method": METHOD_OF[kind], "steps": 0}, status="finished", kind=LANGUAGE)
+    return Run(record, Scorer(model, Text(tokenizer), Trunk(model)), tokenizer)
+
+
+def load_run(directory: Path, *, model: str | None = None, generating: bool = False, asked: Asked | None = None) -> Run:
     """Load a finished run.
 
     Args:
-        directory: made by `scalabl train`, or an adapter with a classification head whose labels its files name.
+        directory: made by `scalabl train`, or an adapter that another trainer saved.
         model: the base model, if it has moved since.
         generating: for its texts rather than for choices: one that was trained on rows of text will do too.
+        asked: how the rows of an adapter without a record are scored; None refuses a language model's.
 
     Raises:
         UserError: not a finished run, altered files, another base model.
     """
-    record = RunRecord.read_generating(directory) if generating else read_classifier(directory, model=model)
+    if generating:
+        record = read_generating(directory, model=model)
+    else:
+        record = read_classifier(directory, model=model, asked=asked)
     adapted, tokenizer = load_adapted(directory, record, model)
-    scoring = scoring_of(record, adapted, tokenizer)
+    if is_stock(record) and record.kind == CHOICES and record.scoring["scoring"] != HEAD:
+        scoring = asked_scoring(record.scoring, tokenizer)
+        record = replace(record, scoring=scoring.settings(), scoring_name=scoring.name)
+    else:
+        scoring = scoring_of(record, adapted, tokenizer)
     return Run(record, Scorer(adapted, scoring, Trunk(adapted)), tokenizer, directory)

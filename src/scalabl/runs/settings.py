@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 from scalabl.core.errors import UserError
 from scalabl.core.files import read_yaml
 from scalabl.core.modules import check_spec
+from scalabl.data.template import Template
 from scalabl.runs.registry import SETTINGS, TRAINED
 
 LARGEST_SEED = 2**32 - 1  # that torch and numpy both take
@@ -205,6 +206,9 @@ class RowSettings(Checked):
     normalization: str = setting(
         "auto", "Of continuations: log-probability summed (sum) or a token (token), or auto.", ("auto", "sum", "token")
     )
+    template: str | None = setting(
+        None, 'How a row becomes a prompt, "{text}\\nLabel:" for texts with a label; \\n is a line\'s end.'
+    )
     chat: bool = setting(False, "Use the chat template.")
     max_length: int = setting(300, "Tokens a row.", COUNT)
     train_rows: int | None = setting(None, "Take so many training rows.", COUNT)
@@ -212,6 +216,11 @@ class RowSettings(Checked):
     validation_rows: int = setting(
         300, "Held out at most, where the data have no such split.", Range("zero or more", lambda value: value >= 0)
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.template is not None:
+            Template(self.template)  # refuses what is none
 
 
 @dataclass(frozen=True)
@@ -285,7 +294,7 @@ class Settings(Checked):
 
 PANELS: dict[str, Any] = {f.name: type(f.default) for f in fields(Settings) if is_dataclass(f.default)}  # type: ignore[misc]
 # settings that came after the others of their panel: records name them last
-_LATER = ("kl_normalization", "prior_mean", "class_weights", "rows_per_class")
+_LATER = ("kl_normalization", "prior_mean", "class_weights", "rows_per_class", "template")
 
 
 def _fields() -> dict[str, tuple[str | None, Field[Any]]]:

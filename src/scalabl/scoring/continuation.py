@@ -15,15 +15,19 @@ from transformers import PreTrainedTokenizerBase
 
 from scalabl.core.errors import UserError
 from scalabl.data.example import Example
-from scalabl.scoring.base import Batch, Encoded, Scoring, require_single
+from scalabl.data.template import ASKED, QUESTION, TEXT
+from scalabl.scoring.base import Batch, Encoded, require_single
+from scalabl.scoring.prompted import Prompted
 
 
-class Continuation(Scoring):
+class Continuation(Prompted):
     """p(choice | question) = softmax over choices of log p(choice text | prompt).
 
     Args:
         normalization: "sum" of the tokens' log-likelihoods, or their mean per "token".
         task_labels: the choices are class words of a text rather than answers to a question.
+        template: how a row becomes a prompt; by default "{text}\\nLabel:" or "Question: {question}\\nAnswer:", whose
+            second line a chat leaves out.
     """
 
     name = "continuation"
@@ -34,11 +38,14 @@ class Continuation(Scoring):
         *,
         normalization: Literal["sum", "token"] = "token",
         task_labels: bool = False,
+        template: str | None = None,
         chat: bool = False,
         max_length: int = 512,
         turn: str = "template",
     ) -> None:
-        super().__init__(tokenizer, chat=chat, max_length=max_length, turn=turn)
+        if template is None:
+            template = TEXT if task_labels else ASKED if chat else QUESTION
+        super().__init__(tokenizer, template=template, shared=task_labels, chat=chat, max_length=max_length, turn=turn)
         if normalization not in ("sum", "token"):
             raise UserError(f"normalization is {normalization!r}; it must be sum or token.")
         self.normalization = normalization
@@ -51,12 +58,6 @@ class Continuation(Scoring):
             "task_labels": self.task_labels,
             **self.common_settings(),
         }
-
-    def prompt(self, example: Example) -> str:
-        """The text in front of the answer."""
-        if self.task_labels:
-            return f"{example.question}\nLabel:"
-        return f"Question: {example.question}" if self.chat else f"Question: {example.question}\nAnswer:"
 
     def encode(self, example: Example) -> Encoded:
         require_single(example)

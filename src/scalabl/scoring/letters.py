@@ -7,6 +7,7 @@ tokens and leaves `lm_head` in place.
 from __future__ import annotations
 
 import string
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,18 +16,22 @@ from transformers import PreTrainedTokenizerBase
 
 from scalabl.core.errors import UserError
 from scalabl.data.example import Example, first_duplicate
-from scalabl.scoring.base import Batch, Encoded, Scoring, require_single
+from scalabl.data.template import LETTERED, TEXT
+from scalabl.scoring.base import Batch, Encoded, require_single
+from scalabl.scoring.prompted import Prompted
 
 
-class Letters(Scoring):
+class Letters(Prompted):
     """p(label | prompt) over C label words, each one token.
 
     Args:
         labels: the label words; None for letters A, B, ... over the lettered choices of each question.
         num_letters: how many letters, when `labels` is None.
+        template: how a row becomes a prompt; by default "{text}\\nLabel:", and the lettered choices behind a question.
 
     Raises:
-        UserError: a label is not one token, or two labels are the same text or token.
+        UserError: a label is not one token, or two labels are the same text or token; a template without the choices
+            that the letters stand for.
     """
 
     name = "letters"
@@ -37,15 +42,22 @@ class Letters(Scoring):
         *,
         labels: tuple[str, ...] | list[str] | None = None,
         num_letters: int = 5,
-        raw_prompt: bool = False,
+        template: str | None = None,
         chat: bool = False,
         max_length: int = 512,
         turn: str = "template",
     ) -> None:
-        super().__init__(tokenizer, chat=chat, max_length=max_length, turn=turn)
+        shared = labels is not None
+        if template is None:
+            template = TEXT if shared else LETTERED
+        super().__init__(tokenizer, template=template, shared=shared, chat=chat, max_length=max_length, turn=turn)
+        if not shared and "choices" not in self.template.fields:
+            raise UserError(
+                f"template is {template!r}, without the {{choices}} that letters stand for; name them or take "
+                "--scoring continuation."
+            )
         self.labels = tuple(labels) if labels is not None else None
         self.num_letters = num_letters
-        self.raw_prompt = raw_prompt
         words = self.labels or tuple(string.ascii_uppercase[:num_letters])
         twice = first_duplicate(words)
         if twice is not None:
@@ -69,18 +81,11 @@ class Letters(Scoring):
             "scoring": self.name,
             "labels": list(self.labels) if self.labels is not None else None,
             "num_letters": self.num_letters,
-            "raw_prompt": self.raw_prompt,
             **self.common_settings(),
         }
 
-    def prompt(self, example: Example) -> str:
-        """The text in front of the answer."""
-        if self.raw_prompt:
-            return example.question
-        if self.labels is not None:
-            return f"{example.question}\nLabel:"
-        lines = [f"{string.ascii_uppercase[i]}. {choice}" for i, choice in enumerate(example.choices)]
-        return "\n".join([f"Question: {example.question}", *lines, "Answer:"])
+    def words(self, row: Example) -> Sequence[str]:
+        return self.labels or string.ascii_uppercase
 
     def encode(self, example: Example) -> Encoded:
         require_single(example)
@@ -89,14 +94,8 @@ class Letters(Scoring):
                 f"Row {example.id} has {len(example.choices)} choices, but this scoring was made for "
                 f"{len(self.label_ids)}; score rows with as many choices as in training."
             )
-        prompt = self.prompt(example)
-        if self.raw_prompt and not self.chat and prompt != prompt.rstrip():
-            raise UserError(
-                f"Prompt {example.id} ends in white space, but a label is scored with the space in front of it; "
-                "take the white space off the prompt's end."
-            )
         images = self.images_of(example)
-        whole = self.prompt_ids(prompt, images)
+        whole = self.prompt_ids(self.prompt(example), images)
         ids = self.clip(whole, 0, images)
         positions, segments = list(range(len(ids))), [0] * len(ids)
         dropped = len(whole) - len(ids)

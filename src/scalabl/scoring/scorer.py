@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from scalabl.core.errors import UserError
+from scalabl.data.template import AS_IT_IS
 from scalabl.scoring.base import Batch, Encoded, Scoring
 from scalabl.scoring.continuation import Continuation, choice_log_likelihoods
 from scalabl.scoring.head import Head
@@ -209,4 +210,6 @@ def make_scoring(settings: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -
     arguments = dict(settings)
     if arguments.get("chat"):
         arguments.setdefault("turn", "bare")
+    if arguments.pop("raw_prompt", False):
+        arguments.setdefault("template", AS_IT_IS)
     return kinds[arguments.pop("scoring")](tokenizer, **arguments)

@@ -202,6 +202,7 @@ def _read(block: Block, labels: Sequence[str] | None, done: frozenset[int]) -> l
                 "choices": pa.array([list(row.choices) for _, row in rows], texts),
                 "images": pa.array([list(row.images) for _, row in rows], texts),
                 "pair": pa.array([row.pair for _, row in rows], pa.string()),
+                "rendered": pa.array([row.rendered for _, row in rows], pa.bool_()),
             }
         )
     ]
@@ -275,7 +276,8 @@ def write_answers(answers: Sequence[str], path: Location, format: str) -> Receip
     with writing(path) as unfinished:
         if format == "parquet":
             types = {
-                "id": pa.string(), "label": pa.string(), "labels": pa.list_(pa.string()),
+                "id": pa.string(), "text": pa.string(), "label": pa.string(), "labels": pa.list_(pa.string()),
+                "guess": pa.list_(pa.string()) if "labels" in made[0] else pa.string(),
                 "probs": pa.map_(pa.string(), pa.float64()), "set": pa.list_(pa.string()), "reason": pa.string(),
                 "particles": pa.int64(), "predictive": pa.string(), "truncated": pa.bool_(),
             }  # fmt: skip

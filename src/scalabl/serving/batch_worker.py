@@ -113,7 +113,8 @@ class Worker:
 
 
 def _example(row: dict[str, Any]) -> Example:
-    return Example(row["id"], row["question"], tuple(row["choices"]), None, tuple(row["images"]), row["pair"])
+    choices, images = tuple(row["choices"]), tuple(row["images"])
+    return Example(row["id"], row["question"], choices, None, images, row["pair"], rendered=row["rendered"])
 
 
 def load(setup: Setup) -> Predictor:

@@ -27,7 +27,7 @@ from scalabl.core.console import progress_bar
 from scalabl.core.errors import UserError
 from scalabl.data.example import Example
 from scalabl.data.fields import rows_of
-from scalabl.inference.adapter import letters_of, refuse_unread
+from scalabl.inference.adapter import letters_of, refuse_unread, shared_labels
 from scalabl.inference.answer import Answer, answer_of
 from scalabl.metrics.uncertainty import apply_temperature
 from scalabl.runs.models import load_tokenizer, saved_tokenizer
@@ -67,6 +67,9 @@ class VLLMClassifier:
         temperature: T of the particles' log-probabilities, log softmax(log p / T); `manifest.temperature` is the
             fitted one. None leaves them as they are.
         api_key: sent as a bearer token; the environment's VLLM_API_KEY by default.
+
+    Attributes:
+        takes_prompts: whether texts are prompts already.
 
     Raises:
         UserError: a value out of range, a classification head, or log-probabilities that vLLM would get wrong.
@@ -109,6 +112,7 @@ class VLLMClassifier:
         key = api_key if api_key is not None else os.environ.get("VLLM_API_KEY")
         self._client = JSONClient(_root(url), timeout=timeout, retries=retries, api_key=key)
         self._concurrency, self._top_logprobs, self._by = concurrency, top_logprobs, by
+        self.takes_prompts = False
         self._checked = False
 
     @classmethod
@@ -117,6 +121,7 @@ class VLLMClassifier:
         directory: str | Path,
         *,
         labels: Sequence[str] | None = None,
+        template: str | None = None,
         chat: bool | None = None,
         max_length: int | None = None,
         prefix: str = "",
@@ -127,8 +132,9 @@ class VLLMClassifier:
 
         Args:
             directory: OUT, or OUT/particles.
-            labels: label words, each one token; questions are then prompts, used as they are. None takes labels or
-                choices from the manifest, as the run was trained.
+            labels: label words, each one token; texts are then prompts, used as they are, but for a `template`. None
+                takes labels or choices from the manifest, as the run was trained.
+            template: with `labels`: how a text becomes a prompt, "{text}\\nLabel:".
             chat: with `labels`: put each prompt through the tokenizer's chat template; None is False.
             max_length: with `labels`: longest prompt in tokens, 4096 if None; longer ones lose their beginning.
             prefix: in front of every prompt; the server encodes it once a particle (its prefix caching).
@@ -145,7 +151,7 @@ class VLLMClassifier:
         if labels is None and manifest.scoring is None:
             raise UserError(f"{directory} does not say how rows are scored; pass labels=[...].")
         if labels is None and manifest.scoring is not None:
-            refuse_unread(manifest.scoring, chat=chat, max_length=max_length)
+            refuse_unread(manifest.scoring, template=template, chat=chat, max_length=max_length)
         if tokenizer is None:
             tokenizer = saved_tokenizer(particles_directory(Path(directory)) / TOKENIZER)
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
@@ -155,13 +161,15 @@ class VLLMClassifier:
             tokenizer = load_tokenizer(where)
         scoring: Scoring
         if labels is not None:
-            scoring = letters_of(labels, tokenizer, chat=chat, max_length=max_length)
+            scoring = letters_of(labels, tokenizer, template=template, chat=chat, max_length=max_length)
         else:
             assert manifest.scoring is not None
             scoring = make_scoring(manifest.scoring, tokenizer)
         if manifest.calibrated and labels is None and not prefix:
             options.setdefault("temperature", manifest.temperature)
-        return cls(manifest, scoring.with_prefix(prefix) if prefix else scoring, **options)
+        made = cls(manifest, scoring.with_prefix(prefix) if prefix else scoring, **options)
+        made.takes_prompts = labels is not None and template is None
+        return made
 
     def __call__(self, questions: str | Sequence[str | Mapping[str, Any] | Example]) -> Answer:
         """Classify questions.
@@ -173,7 +181,7 @@ class VLLMClassifier:
             UserError: questions that cannot be scored; a server that is not there, lacks an adapter, does not answer,
                 or leaves a token out of its answer. Nothing is answered then: no probability is ever made up.
         """
-        rows = rows_of(questions, self.scoring.labels if isinstance(self.scoring, Letters) else None)
+        rows = rows_of(questions, shared_labels(self.scoring, self.manifest.labels), prompts=self.takes_prompts)
         encoded = [self.scoring.encode(row) for row in rows]
         self.check()
         log_probs = self.log_probs(encoded)

@@ -20,7 +20,9 @@ from scalabl.study.tested import TYPOS, rows_of_set, sets_of, tuning_rows
 from scalabl.study.variants import Variant, in_words
 
 # settings younger than the first studies: left out of an address at their default, so that older cells keep theirs
-LATER: tuple[str, ...] = ("quantization", "kl_normalization", "prior_mean", "class_weights", "rows_per_class")
+LATER: tuple[str, ...] = (
+    "quantization", "kl_normalization", "prior_mean", "class_weights", "rows_per_class", "template",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,12 @@ from transformers import PreTrainedTokenizerBase
 from scalabl.core.errors import UserError
 from scalabl.data.class_balance import class_weights
 from scalabl.data.example import Example, Task
+from scalabl.data.template import template_of_prompts
 from scalabl.data.text_rows import TextRow, TextTask
 from scalabl.metrics.uncertainty import negative_log_likelihood
 from scalabl.predictive.base import predict
 from scalabl.runs.models import is_encoder
-from scalabl.runs.settings import Settings
+from scalabl.runs.settings import FIELDS, Settings
 from scalabl.scoring.base import Batch, Scoring
 from scalabl.scoring.continuation import Continuation
 from scalabl.scoring.conversation import require_template
@@ -40,8 +41,8 @@ def check_rows(settings: Settings, task: Task | TextTask) -> None:
         UserError: a scoring for rows of text, or a normalisation of the KL for questions with choices.
     """
     if isinstance(task, TextTask):
-        for name in ("scoring", "normalization"):
-            if getattr(settings.rows, name) != "auto":
+        for name in ("scoring", "normalization", "template"):
+            if getattr(settings.rows, name) != FIELDS[name].default:
                 raise UserError(
                     f"{name} is {getattr(settings.rows, name)}, which is of questions with choices, but "
                     f"{settings.data} has rows of text; leave it out."
@@ -68,10 +69,11 @@ def takes_head(settings: Settings, task: Task | TextTask, tokenizer: PreTrainedT
         )
     encoder = is_encoder(settings.model)
     if not encoder and scoring != "head":
-        plain = scoring == "auto" and settings.rows.normalization == "auto" and not settings.rows.chat
+        rows = settings.rows
+        plain = scoring == "auto" and rows.normalization == "auto" and not rows.chat and rows.template is None
         if has_several(task):
             return True  # what is not plain is refused by the head
-        pairs = any(getattr(rows[0], "pair", None) is not None for rows in task.splits.values())
+        pairs = any(getattr(each[0], "pair", None) is not None for each in task.splits.values())
         return plain and labels is not None and (pairs or not _single_tokens(labels, tokenizer))
     if labels is None:
         what = f"{settings.model} is an encoder" if encoder else "scoring is head"
@@ -132,12 +134,22 @@ def candidates(
         return [Text(tokenizer, chat=settings.rows.chat or of_messages, max_length=settings.rows.max_length)]
     if head:
         assert labels is not None
+        if settings.rows.template is not None:
+            raise UserError(
+                f"template is {settings.rows.template!r}, but a classification head reads a text as it is, without a "
+                "prompt; leave it out, or take --scoring letters or continuation."
+            )
         of_labels = None if weights is None or counts is None else class_weights(weights, counts)
         pairs, longest = rows[0].pair is not None, settings.rows.max_length
         several = rows[0].answers is not None
         common_head: dict[str, Any] = {"chat": settings.rows.chat, "max_length": longest, "pairs": pairs}
         return [Head(tokenizer, labels=labels, class_weights=of_labels, several=several, **common_head)]
-    common: dict[str, Any] = {"chat": settings.rows.chat, "max_length": settings.rows.max_length}
+    template = settings.rows.template
+    if template is None and rows[0].rendered:
+        template = template_of_prompts(rows)
+    common: dict[str, Any] = {
+        "chat": settings.rows.chat, "max_length": settings.rows.max_length, "template": template,
+    }  # fmt: skip
     found: list[Scoring] = []
     if settings.rows.scoring in ("auto", "letters"):
         try:

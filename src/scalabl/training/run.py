@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallba
 
 from scalabl.core import processes
 from scalabl.core.errors import UserError
-from scalabl.core.files import ADAPTER, read_if_whole, sha256, write_json, writing
+from scalabl.core.files import ADAPTER, LOG, read_if_whole, sha256, write_json, writing
 from scalabl.data.assemble import TrainingRows, select_rows
 from scalabl.data.class_balance import balance_warnings, label_counts
 from scalabl.data.example import Example, Task, rows_digest
@@ -31,6 +31,7 @@ from scalabl.runs.models import embedded_directory, load_base, load_tokenizer
 from scalabl.runs.record import CHOICES, LANGUAGE, RowCounts, RunRecord, TaskFacts, config_digest
 from scalabl.runs.settings import OptimisationSettings, Settings
 from scalabl.scoring.base import Encoded, Scoring, cut_rows_sentence
+from scalabl.scoring.prompted import Prompted
 from scalabl.scoring.reading import remember_reading
 from scalabl.scoring.scorer import Scorer
 from scalabl.scoring.trunk import Trunk
@@ -52,7 +53,6 @@ from scalabl.training.trainer import token_counts, trainer_of, weighing_the_kl, 
 from scalabl.tuner.diagnostics import unconverged
 from scalabl.tuner.model import fingerprint
 
-LOG = "training_log.json"
 # a run that can predict, and its held-out rows -> its record's calibration; None where it cannot be fitted
 Calibrating = Callable[[Run, Sequence[Example]], dict[str, Any] | None]
 
@@ -68,6 +68,7 @@ def train(
     task: Task | TextTask | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     calibrate: Calibrating | None = None,
+    tell: Callable[[str], None] | None = None,
 ) -> RunRecord:
     """Train, and write a finished run directory; resumes what an earlier call left unfinished.
 
@@ -78,6 +79,7 @@ def train(
         output: the run's directory.
         task, tokenizer: the settings' own, where they are loaded already.
         calibrate: fits the run's calibration on its held-out rows, before it is finished; None leaves it uncalibrated.
+        tell: called, in the main process, with lines on how rows are put to the model, before the training.
 
     Returns:
         the run's record, as in its `scalabl.json`.
@@ -95,7 +97,7 @@ def train(
         return RunRecord.of_main(lambda: RunRecord.read_finished(output))
     try:
         with processes.cleaning_up(lambda: remove_traces(output)):
-            return _train(settings, output, task, rows, tokenizer, calibrate)
+            return _train(settings, output, task, rows, tokenizer, calibrate, tell)
     except NonFiniteError as error:
         last = last_checkpoint(output) if processes.is_main() else None
         kept = f" and choose another --output ({last} is the last good checkpoint)" if last else ""
@@ -121,6 +123,7 @@ def _train(
     rows: TrainingRows[Any],
     tokenizer: PreTrainedTokenizerBase | None,
     calibrate: Calibrating | None,
+    tell: Callable[[str], None] | None,
 ) -> RunRecord:
     if settings.optimisation.optimizer != OptimisationSettings.optimizer:
         require_optimizer(settings.optimisation.optimizer, "cuda" if torch.cuda.is_available() else "cpu")
@@ -151,6 +154,8 @@ def _train(
 
     chosen, nll = processes.on_main(choose)
     scoring = options[chosen]
+    if processes.is_main():
+        tell_prompt(scoring, rows.train[0], tell)
     counts = RowCounts(train=len(rows.train), validation=len(rows.validation))
     record = record_of(settings, task, task.labels, counts, scoring, nll, adapted, fingerprint(model))
     held_out = None if isinstance(task, TextTask) else rows_digest(rows.validation)
@@ -196,6 +201,13 @@ def _train(
         return finished
 
     return RunRecord.of_main(finish)
+
+
+def tell_prompt(scoring: Scoring, row: Any, tell: Callable[[str], None] | None) -> None:
+    """Tell how a template makes a prompt of a row, where one does."""
+    if tell is not None and isinstance(scoring, Prompted):
+        for line in scoring.in_words(row):
+            tell(line)
 
 
 def cut_rows_warning(rows: Sequence[Encoded], scoring: Scoring) -> list[str]:

@@ -17,6 +17,7 @@ from scalabl.inference.report.figures import key
 from scalabl.inference.report.lead import lead_pictures
 from scalabl.inference.report.results import MethodResult, Report
 from scalabl.inference.report.table import ood_names, table
+from scalabl.inference.report.verdict import in_short, pure_guess
 from scalabl.metrics.figures import METRICS
 from scalabl.metrics.uncertainty import average
 
@@ -32,7 +33,7 @@ class ReportPicture:
 
 
 def write(report: Report, path: Path, rows: list[dict[str, Any]] | None = None) -> None:
-    """Write the report to `path`, whole or not at all (a file beside it is renamed over it).
+    """Write the report to `path`, whole or not at all (a file beside it is renamed over it), its baseline first.
 
     Args:
         rows: what `table(report)` gave, where it was computed already.
@@ -41,6 +42,8 @@ def write(report: Report, path: Path, rows: list[dict[str, Any]] | None = None) 
         UserError: as `table`, and when the file cannot be written.
     """
     path = Path(path)
+    if report.baseline is not None:
+        report, rows = report.with_baseline(), None
     html = render(report, table(report) if rows is None else rows)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -66,6 +69,8 @@ def render(report: Report, rows: list[dict[str, Any]]) -> str:
     return environment.from_string(source).render(
         report=report,
         rows=rows,
+        in_short=in_short(report, rows),
+        guess=pure_guess(report.methods[0]),
         ood=ood_names(report),
         lead=[ReportPicture(heading, Markup(svg)) for heading, svg in lead_pictures(report, rows)],
         reliability=[

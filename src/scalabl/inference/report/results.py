@@ -3,7 +3,7 @@
 The rows worth reading: the surest mistakes and the least sure hits of a method.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -78,6 +78,7 @@ class Report:
         labels: the C labels that all rows share, for figures of each; None for questions with choices of their own.
         training: name of a run -> its logged records (step; nll or loss, kl, sigma_mean, s_mean).
         lead: which method stands on top beside the first; the last by default.
+        baseline: what the page compares the methods with, where it is none of them.
     """
 
     title: str
@@ -87,6 +88,13 @@ class Report:
     training: dict[str, list[dict[str, float]]] = field(default_factory=dict)
     labels: tuple[str, ...] | None = None
     lead: int = -1
+    baseline: MethodResult | None = None
+
+    def with_baseline(self) -> "Report":
+        """The same with its baseline as the first method."""
+        if self.baseline is None:
+            return self
+        return replace(self, methods=[self.baseline, *self.methods], baseline=None)
 
     def check(self) -> None:
         """Raises UserError unless there are methods, with distinct names, on the same rows."""

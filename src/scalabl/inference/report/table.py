@@ -3,7 +3,7 @@
 Figures as text: names, units, digits.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -188,14 +188,14 @@ _SHIFTED = ("accuracy", "nll", "ece")
 WORST = 10  # labels that the terminal shows
 
 
-def print_table(rows: list[dict[str, Any]], console: Console) -> None:
-    """Print the rows that `report.table` gives: figures with half their interval, the best in bold.
+def print_table(rows: list[dict[str, Any]], console: Console, metrics: Sequence[str] = tuple(METRICS)) -> None:
+    """Print the rows that `report.table` gives: some figures with half their interval, the best in bold.
 
     Below stand a warning for each collapsed method, the notes, and one table for each shifted data set.
     """
-    grid = _grid(in_words(rows[0]) if rows else None, [f"{heading(m)} {ARROWS[m]}" for m in METRICS])
+    grid = _grid(in_words(rows[0]) if rows else None, [f"{heading(m)} {ARROWS[m]}" for m in metrics])
     for row in rows:
-        grid.add_row(_name(row["method"], row), *(_cell(row, metric) for metric in METRICS))
+        grid.add_row(_name(row["method"], row), *(_cell(row, metric) for metric in metrics))
     console.print(grid)
     if rows and "sets" in rows[0]:
         sets = _grid("the labels of a row together", [f"{name} ↑" for name in SET_NAMES.values()])

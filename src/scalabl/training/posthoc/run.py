@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import random
 import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from scalabl.core.errors import UserError
-from scalabl.core.files import ADAPTER, sha256, write_json, writing
+from scalabl.core.files import ADAPTER, LOG, sha256, write_json, writing
 from scalabl.data.example import Example, Task
+from scalabl.predictive.base import MeanPredictive, predict
 from scalabl.runs.card import write_cards
 from scalabl.runs.directory import reading_config
 from scalabl.runs.loading import load_adapter, longest_row, require_base
@@ -43,7 +45,7 @@ from scalabl.training.monitors import finite
 from scalabl.training.posthoc.laplace import fit_laplace, used_components
 from scalabl.training.posthoc.settings import PosthocSettings, SourceAdapter, refuse_options
 from scalabl.training.posthoc.svd import scalabl_config, scalabl_tensors
-from scalabl.training.run import LOG, Calibrating, cut_rows_warning, optimise, record_of
+from scalabl.training.run import Calibrating, cut_rows_warning, optimise, record_of, tell_prompt
 from scalabl.tuner.config import SUPPORTED_LORA_OPTIONS, ScalaBLConfig
 from scalabl.tuner.diagnostics import unconverged
 from scalabl.tuner.joint import save_joint, set_joint
@@ -51,6 +53,8 @@ from scalabl.tuner.layers import stochastic_layers, without_rows
 from scalabl.tuner.mean_adapter import MEAN_DIRECTORY
 from scalabl.tuner.model import fingerprint
 
+# a finished run, rows, what the adapter itself said of them, whether they were held out
+Judging = Callable[[Run, Sequence[Example], Tensor, bool], None]
 # of the rows that choose a scoring, where the adapter does not say what it was trained with
 _CHOOSING_ROWS = 300
 
@@ -63,6 +67,9 @@ def bayesianize(
     output: Path,
     settings: PosthocSettings,
     calibrate: Calibrating | None = None,
+    *,
+    tell: Callable[[str], None] | None = None,
+    judge: Judging | None = None,
 ) -> RunRecord:
     """Fit the posterior and write a finished run directory; it appears whole or not at all.
 
@@ -75,7 +82,9 @@ def bayesianize(
         held_out: rows that choose the scoring where neither source nor settings name one; some of `rows` if none.
         output: an empty or missing directory.
         settings: what decides the posterior.
-        calibrate: as in `scalabl.training.run.train`.
+        calibrate, tell: as in `scalabl.training.run.train`.
+        judge: called at the end with the finished run, rows, the adapter's own log class probabilities of them before
+            anything was fitted, and whether they were held out; they are some of `rows` where none were.
 
     Returns:
         the run's record.
@@ -85,7 +94,7 @@ def bayesianize(
     """
     output.parent.mkdir(parents=True, exist_ok=True)
     with writing(output) as unfinished:
-        return _build(source, task, rows, held_out, unfinished, settings, calibrate)
+        return _build(source, task, rows, held_out, unfinished, settings, calibrate, tell, judge)
 
 
 def _build(
@@ -96,6 +105,8 @@ def _build(
     directory: Path,
     settings: PosthocSettings,
     calibrate: Calibrating | None,
+    tell: Callable[[str], None] | None,
+    judge: Judging | None,
 ) -> RunRecord:
     training = settings.training
     config, plain = _source(source, training)
@@ -124,7 +135,10 @@ def _build(
     trunk = Trunk(model)
     shared = trunk if trunk.depth else None
     scoring, nll = _scoring(source, settings, model, shared, tokenizer, rows, held_out, labels)
+    tell_prompt(scoring, rows[0], tell)
     scorer = Scorer(model, scoring, shared)
+    judged = list(held_out) or _some(rows)
+    before = None if judge is None else _log_probs(scorer, judged, training.optimisation.batch_size)
     used_components(scorer)
     encoded = with_stored_trunk(
         scorer, [scorer.scoring.encode(row) for row in rows], batch_size=training.optimisation.batch_size
@@ -144,9 +158,11 @@ def _build(
     )  # fmt: skip
     if saved_tokenizer(source.directory) is not None:  # it is read beside the new adapter too
         tokenizer.save_pretrained(str(directory))
+    run = Run(record, Scorer(model, scoring, trunk), tokenizer, directory)
     if calibrate is not None:
-        run = Run(record, Scorer(model, scoring, trunk), tokenizer, directory)
         record = replace(record, calibration=calibrate(run, held_out))
+    if judge is not None and before is not None:
+        judge(replace(run, record=record), judged, before, bool(held_out))
     write_cards(directory, record)
     record.write(directory)
     return record
@@ -199,8 +215,18 @@ def _scoring(
     options = candidates(settings.training, tokenizer, (*rows, *held_out), labels)
     longest = max((options[-1].encode(row) for row in rows[:50]), key=lambda row: sum(map(bool, row.segments)))
     Scorer(model, options[-1]).check_packing(longest)
-    choosing = list(held_out or rows)
-    return choose_scoring(options, model, trunk, random.Random(0).sample(choosing, min(_CHOOSING_ROWS, len(choosing))))
+    return choose_scoring(options, model, trunk, _some(held_out or rows))
+
+
+def _some(rows: Sequence[Example]) -> list[Example]:
+    return random.Random(0).sample(list(rows), min(_CHOOSING_ROWS, len(rows)))
+
+
+def _log_probs(scorer: Scorer, rows: list[Example], batch_size: int) -> Tensor:
+    """(1, n, C) of the adapter as it was given."""
+    encoded = with_stored_trunk(scorer, [scorer.scoring.encode(row) for row in rows], batch_size=batch_size)
+    found = predict(scorer, encoded, MeanPredictive(), batch_size=batch_size)
+    return scorer.scoring.likelihood.questions(found)
 
 
 def _laplace(

@@ -152,7 +152,7 @@ STRUCTURES = ("joint", "layer", "diagonal")
 # settings of a run that its adapter keeps; how it was trained is over
 _KEPT = (
     "r", "lora_alpha", "target_modules", "layers", "scoring", "normalization", "chat", "max_length", "seed", "dtype",
-    "bits", "quantization",
+    "bits", "quantization", "template",
 )  # fmt: skip
 _VARIATIONAL = {"steps", "variational_learning_rate", "prior_std", "init_sigma", "schedule", "beta"}
 
@@ -222,8 +222,10 @@ def settings_for(
         }
     if source.has_head and (other := named.pop("scoring", HEAD)) not in (HEAD, "auto"):
         raise UserError(f"{source.directory} has a classification head, which has no {other}; leave out scoring.")
+    if source.has_head and "template" in named:
+        raise UserError(f"{source.directory} has a classification head, which has no prompt; leave out template.")
     own = source.record and not is_stock(source.record)  # what its record says of rows holds
-    if own and "scoring" not in named and (unread := sorted(named.keys() & {"chat", "max_length"})):
+    if own and "scoring" not in named and (unread := sorted(named.keys() & {"chat", "max_length", "template"})):
         raise UserError(f"{unread[0]} belongs to a scoring, and a run keeps its own; name one with --scoring too.")
     if method == "laplace" and (unread := sorted(named.keys() & _VARIATIONAL)):
         raise UserError(f"{unread[0]} belongs to vi; leave it out for laplace, which takes one pass over the rows.")
