@@ -123,6 +123,13 @@ def test_a_run_directory_knows_its_scoring(run: Path) -> None:
     np.testing.assert_array_equal(classifier(mappings).probs, answer.probs)
 
 
+def test_what_would_have_been_answered_stands_beside_what_is_not(run: Path) -> None:
+    rows = questions(3)
+    sure = Classifier.from_pretrained(run, samples=3)(rows)
+    unsure = Classifier.from_pretrained(run, samples=3, abstain=1.0)(rows)
+    assert unsure.label == [None] * 3 and unsure.guess == sure.guess == sure.label
+
+
 def test_a_run_of_mc_dropout_keeps_its_masks(task_directory: Path, tmp_path: Path) -> None:
     """As `evaluate` predicts with it: the method's own predictive, on the same rows."""
     train(settings_of(tiny_base(), task_directory, steps=6, method="mc_dropout", lora_dropout=0.3), tmp_path / "run")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,21 @@ def test_a_plain_lora_is_judged_by_its_own_prompt(program: Program, saved: Path,
     np.testing.assert_allclose(scores, entropies[:3], atol=1e-5)
 
 
+def test_a_posterior_without_a_record_is_averaged_over(program: Program, files: Path, tmp_path: Path) -> None:
+    adapted().save_pretrained(str(tmp_path / "out"))
+    arguments = ("evaluate", tmp_path / "out", "--data", files / "texts.jsonl", "--template", TYPED)
+    arguments += ("--predictive", "mc", "--samples", 4, "--report", tmp_path / "report.html")
+    found, _ = figures(program, *arguments, file=tmp_path / "figures.json")
+    classifier = scalabl.Classifier.from_pretrained(
+        tmp_path / "out", labels=LABELS, template=TEMPLATE, predictive="mc", samples=4
+    )
+    probs = classifier(TEXTS).probs
+    nll = -np.log(probs[np.arange(len(TEXTS)), np.arange(len(TEXTS)) % 3]).mean()
+    assert found["method"] == "ScalaBL, N = 4" and found["nll"]["value"] == pytest.approx(nll, abs=1e-4)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "Against ScalaBL, mean, on the same rows" in page and "Tweet: {text}" in page
+
+
 def test_an_adapter_at_chance_is_warned_about(program: Program, files: Path, tmp_path: Path) -> None:
     base, tokenizer = loaded()
     torch.manual_seed(0)
@@ -140,6 +156,9 @@ def test_bayesianize_compares_before_and_after(program: Program, saved: Path, fi
     table = [line.strip() for line in said.out.splitlines()]
     methods = [line.split("  ")[0] for line in table if line.startswith(("plain LoRA", "ScalaBL"))]
     assert methods == ["plain LoRA", "plain LoRA + T", "ScalaBL, linearized", "ScalaBL, linearized, calibrated"]
+    # no temperature below 1 where every row is right, before as after
+    plain, tempered = (re.findall(r"[\d.]+ ±", line) for line in table if line.startswith("plain LoRA"))
+    assert plain[0] == "100.0 ±" and plain == tempered
     record = json.loads((tmp_path / "run" / "scalabl.json").read_text())
     assert record["recipe"]["template"] == record["scoring"]["template"] == TEMPLATE
     judged, _ = figures(

@@ -13,7 +13,7 @@ from scalabl.inference.evaluation import as_learnt, results_of, tempered
 from scalabl.inference.predictor import Predictor, labels_of
 from scalabl.inference.report.results import MethodResult, Report
 from scalabl.inference.report.table import print_table, table
-from scalabl.metrics.uncertainty import fit_temperature
+from scalabl.metrics.calibration import bounded_temperature
 from scalabl.runs.method import Run
 from scalabl.runs.stock import OTHER_PROMPT
 from scalabl.scoring.prompted import Prompted
@@ -49,10 +49,10 @@ class BeforeAndAfter:
         plain = MethodResult("plain LoRA", before, labels, per_row=predictor.per_row)
         after = results_of(predictor, as_learnt(predictor, rows), rows, {})
         if len(after) == 1:  # not calibrated: too few rows were held out
-            after.append(tempered(after[0], fit_temperature(after[0].log_probs, labels)))
+            after.append(tempered(after[0], bounded_temperature(after[0].log_probs, labels)))
         for method in after:
             method.notes.clear()  # the run's own warnings are told beside
-        methods = [plain, tempered(plain, fit_temperature(before, labels)), *after]
+        methods = [plain, tempered(plain, bounded_temperature(before, labels)), *after]
         methods[1].notes.clear()
         self.figures = table(Report("before and after", {}, methods))
         of = (
