@@ -64,6 +64,16 @@ def test_each_failure_is_named_with_its_layers(model: PeftModel, mean: float, si
     assert warning.startswith(f"2 of 6 layers (model.layers.1.self_attn.q_proj first): {sentence}")
 
 
+@pytest.mark.parametrize(("mean", "sigma", "named"), [(0.6, 0.18, True), (0.6, 0.1, False), (0.9, 0.2, False)])
+def test_a_posterior_that_is_its_prior_is_named(model: PeftModel, mean: float, sigma: float, named: bool) -> None:
+    for leaf in stochastic_layers(model).values():
+        leaf.posterior = DiagonalGaussian(torch.full((4,), mean), torch.full((4,), sigma))
+    warnings = warnings_of(summarize(weights_of(model), Prior(0.577, 0.2)))
+    assert [warning.partition(": ")[2].startswith("the posterior is the prior") for warning in warnings] == [
+        True
+    ] * named
+
+
 def test_an_untrained_layer_is_named(model: PeftModel) -> None:
     with torch.no_grad():
         model.get_submodule("base_model.model.model.layers.2.self_attn.v_proj").lora_B["default"].weight.zero_()  # type: ignore[union-attr, operator, index]

@@ -13,6 +13,7 @@ from scalabl.posterior.gaussian import Gaussian, Prior
 from scalabl.tuner.layers import stochastic_layers
 
 COLLAPSED, BEYOND_PRIOR, DROWNED, STILL_FALLING = 1e-3, 1.2, 1.0, 0.15
+AT_PRIOR = 0.03  # nats a number: sigma is then within a sixth of the prior's, the mean within a quarter of that
 PREFIX = "elbo/"  # of what the callbacks of the ELBO add to a training log
 
 
@@ -102,7 +103,7 @@ def summarize(layers: list[LayerWeights], prior: Prior) -> list[LayerSummary]:
 
 
 def warnings_of(rows: list[LayerSummary]) -> list[str]:
-    """Sentences about a posterior that collapsed, outgrew its prior, drowns its signal, or moves nothing."""
+    """Sentences about a posterior that collapsed, outgrew its prior or is it, drowns its signal, or moves nothing."""
     found = []
     for many, sentence in (
         (
@@ -111,6 +112,10 @@ def warnings_of(rows: list[LayerSummary]) -> list[str]:
         ),
         ([r for r in rows if r.sigma > BEYOND_PRIOR * r.prior_std], "sigma has grown past the prior's"),
         ([r for r in rows if r.noise > DROWNED], "the noise is larger than the mean of s"),
+        (
+            [r for r in rows if r.kl < AT_PRIOR * r.r],
+            "the posterior is the prior: rows say nothing about s, and the doubt is as large as --prior-std has it",
+        ),
         ([r for r in rows if r.effect < 1e-8], "B is zero: the layer was never trained"),
     ):
         if many:
