@@ -28,10 +28,11 @@ def main() -> None:
     plain, bayesian = f"{args.output}/plain", f"{args.output}/bayesian"
 
     task = scalabl.load_task(args.data)
+    train, test = task.split("train"), [row.text for row in task.split("test")[:100]]
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     base = AutoModelForSequenceClassification.from_pretrained(args.model, num_labels=len(task.labels))
     model = get_peft_model(base, LoraConfig(task_type="SEQ_CLS", r=8, lora_alpha=16, target_modules=["query", "value"]))
-    rows = Dataset.from_list([{"text": row.text, "labels": row.answer} for row in task.split("train")])
+    rows = Dataset.from_list([{"text": row.text, "labels": row.answer} for row in train])
     rows = rows.map(lambda row: tokenizer(row["text"], truncation=True, max_length=300), remove_columns="text")
     settings = TrainingArguments(
         plain, max_steps=args.steps, per_device_train_batch_size=16, learning_rate=1e-3, save_strategy="no",
@@ -45,7 +46,6 @@ def main() -> None:
     command = [sys.executable, "-m", "scalabl", "bayesianize", plain, "--data", args.data, "--output", bayesian]
     subprocess.run([*command, *labels], check=True)
 
-    test = [row.text for row in task.split("test")[:100]]
     before = scalabl.Classifier.from_pretrained(plain, labels=task.labels)(test)
     after = scalabl.Classifier.from_pretrained(bayesian)(test)
     same = sum(old == new for old, new in zip(before.label, after.label, strict=True))

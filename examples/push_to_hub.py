@@ -29,8 +29,11 @@ def main() -> None:
     parser.add_argument("--repo", help="YOU/NAME on the Hub; a directory beside the run if left out.")
     args = parser.parse_args()
 
+    task = scalabl.load_task(args.data)
+    test = [row.text for row in task.split("test")[:5]]
     train = ["train", "--model", args.model, "--data", args.data, "--output", args.output, "--steps", args.steps]
-    subprocess.run([sys.executable, "-m", "scalabl", *map(str, train)], check=True)
+    for command in (train, ["card", args.output]):
+        subprocess.run([sys.executable, "-m", "scalabl", *map(str, command)], check=True)
     if args.repo is None:
         shared = args.output.with_name(f"{args.output.name}-hub")
         shutil.copytree(args.output, shared, dirs_exist_ok=True)
@@ -41,8 +44,7 @@ def main() -> None:
 
     card = ModelCard.load(shared / "README.md")
     print(f"{card.data.library_name}, {card.data.pipeline_tag}, on {card.data.base_model}: {', '.join(card.data.tags)}")
-    task = scalabl.load_task(args.data)
-    answer = scalabl.Classifier.from_pretrained(shared, model=args.model)([row.text for row in task.split("test")[:5]])
+    answer = scalabl.Classifier.from_pretrained(shared, model=args.model)(test)
     print("with scalabl:", answer.label, "epistemic", answer.epistemic.round(3))
     base = AutoModelForSequenceClassification.from_pretrained(args.model, num_labels=len(task.labels))
     plain = PeftModel.from_pretrained(base, shared / "mean")  # any tool that knows PEFT does this

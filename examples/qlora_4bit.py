@@ -36,7 +36,8 @@ def main() -> None:
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
     base = AutoModelForCausalLM.from_pretrained(args.model, quantization_config=nf4, dtype=dtype, device_map="auto")
     tokenizer, task = AutoTokenizer.from_pretrained(args.model), scalabl.load_task(args.data)
-    rows = [{"prompt": prompt(row), "completion": f" {LETTERS[row.answer]}"} for row in task.split("train")]
+    train, test = task.split("train"), task.split("test")[:20]
+    rows = [{"prompt": prompt(row), "completion": f" {LETTERS[row.answer]}"} for row in train]
     adapter = scalabl.ScalaBLConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"])
     settings = SFTConfig(args.output, max_steps=args.steps, bf16=torch.cuda.is_available(), save_strategy="no")
     trainer = SFTTrainer(base, settings, train_dataset=Dataset.from_list(rows), peft_config=adapter)
@@ -44,7 +45,6 @@ def main() -> None:
     trainer.train()
     trainer.model.save_pretrained(args.output)  # and args.output/mean, a plain LoRA
 
-    test = task.split("test")[:20]
     scoring = Letters(tokenizer, labels=list(LETTERS[: max(len(row.choices) for row in test)]), raw_prompt=True)
     answer = scalabl.Classifier(trainer.model.eval(), scoring, samples=10)([prompt(row) for row in test])
     for i, row in enumerate(test):

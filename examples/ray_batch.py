@@ -40,10 +40,10 @@ def main() -> None:
     parser.add_argument("--ray", default="local", help="The cluster's address, auto or local.")
     args = parser.parse_args()
 
+    test = list(scalabl.load_task(args.data).split("test"))
     adapter, answers = args.output / "run", args.output / "answers"
     if not (adapter / "scalabl.json").exists():
         run("train", "--model", args.model, "--data", args.data, "--output", adapter, "--steps", args.steps)
-    test = list(scalabl.load_task(args.data).split("test"))
     shards = args.shards or write_shards(test, args.output / "shards")
     run("predict", adapter, "--input", shards, "--output", answers, "--ray", args.ray, "--samples", 10)
     for file in sorted(answers.glob("*.jsonl")):

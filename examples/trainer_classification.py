@@ -24,6 +24,7 @@ def main() -> None:
     args = parser.parse_args()
 
     task = scalabl.load_task(args.data)
+    train, test = task.split("train"), task.split("test")[:200]
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     names = dict(enumerate(task.labels))
     base = AutoModelForSequenceClassification.from_pretrained(
@@ -32,7 +33,7 @@ def main() -> None:
     config = scalabl.ScalaBLConfig(task_type="SEQ_CLS", r=8, lora_alpha=16, target_modules="all-linear")
     model = get_peft_model(base, config)
 
-    rows = Dataset.from_list([{"text": row.text, "labels": row.answer} for row in task.split("train")])
+    rows = Dataset.from_list([{"text": row.text, "labels": row.answer} for row in train])
     rows = rows.map(lambda row: tokenizer(row["text"], truncation=True, max_length=300), remove_columns="text")
     settings = TrainingArguments(
         args.output, max_steps=args.steps, per_device_train_batch_size=16, learning_rate=1e-3, save_strategy="no",
@@ -44,7 +45,6 @@ def main() -> None:
     model.config.save_pretrained(args.output)  # the names of the labels
     tokenizer.save_pretrained(args.output)
 
-    test = task.split("test")[:200]
     answer = scalabl.Classifier.from_pretrained(args.output, samples=10)([row.text for row in test])
     right = [label == row.choices[row.answer] for label, row in zip(answer.label, test, strict=True)]
     print(f"{sum(right)} of {len(right)} right")

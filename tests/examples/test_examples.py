@@ -173,3 +173,5 @@ def test_push_to_hub(example: Example, texts: Path, tmp_path: Path) -> None:
     assert "peft, text-classification, on None: scalabl, lora, bayesian, uncertainty-quantification" in said
     assert "with scalabl: ['about" in said and "without: PeftModelForSequenceClassification of" in said
     posterior_of(tmp_path / "out-hub")
+    assert "](reliability.svg)" in (tmp_path / "out-hub" / "README.md").read_text()
+    assert (tmp_path / "out-hub" / "reliability.svg").is_file()
