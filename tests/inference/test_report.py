@@ -341,6 +341,8 @@ def test_a_verdict_stands_on_top(tmp_path: Path) -> None:
     difference = rows[1]["versus_first"]["nll"]
     assert difference["high"] < 0 and f"Its NLL is lower than that of plain LoRA by {-difference['value']:.3f}" in said
     assert in_short(report(), rows).startswith("flat: At chance: its accuracy")
+    nearly = report(methods=[method("one"), method("two", 1.00001)])
+    assert in_short(nearly, table(nearly)).endswith("Its NLL is that of one, to three digits.")
     write(made, tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert 0 < page.index('<p id="verdict">') < page.index('id="figures"')

@@ -200,12 +200,17 @@ def test_commands_read_it_where_its_labels_are_named(program: Program, bert: Pat
     write_jsonl(rows, [{"text": text, "label": LABELS[i % 3]} for i, text in enumerate(TEXTS)])
     said = program("evaluate", copy, "--data", rows).sentence()
     assert "does not say what its labels are" in said
+    given = ("--labels", ",".join(LABELS), "--json", tmp_path / "given.json")
+    assert program("evaluate", copy, "--data", rows, *given).code == 0
+    said = program("evaluate", copy, "--data", rows, *given, "--template", "{text}:").sentence()
+    assert "template is of a prompt, and a classification head has none; leave it out" in said
     (copy / "config.json").write_text(json.dumps({"id2label": dict(enumerate(LABELS))}))
     judged = program("evaluate", copy, "--data", rows, "--json", tmp_path / "judged.json")
     assert judged.code == 0, judged.err
     probs = scalabl.Classifier.from_pretrained(copy)(TEXTS).probs
     nll = -np.log(probs[np.arange(4), np.arange(4) % 3]).mean()
     assert json.loads((tmp_path / "judged.json").read_text())["nll"]["value"] == pytest.approx(nll, abs=1e-4)
+    assert json.loads((tmp_path / "given.json").read_text())["nll"]["value"] == pytest.approx(nll, abs=1e-4)
     predicted = program("predict", copy, "--input", rows, "--output", tmp_path / "answers.jsonl")
     assert predicted.code == 0, predicted.err
     answers = [json.loads(line)["probs"] for line in (tmp_path / "answers.jsonl").read_text().splitlines()]

@@ -363,3 +363,21 @@ def test_halves_of_parts_are_taken_away_and_their_rows_are_not_done(
     assert done(parts).tolist() == [2, 3]
     assert sorted(path.name for path in tmp_path.rglob("*.parquet")) == ["1.parquet", "2.parquet"]
     assert answers_in(parts / "shard=0") == {-4: "1--4", 2: "2-2", 3: "1-3"}
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_what_stands_beside_a_null_is_a_column_of_its_own(tmp_path: Path, several: bool) -> None:
+    import pyarrow.parquet as pq
+
+    from scalabl.serving.batch import write_answers
+
+    key, best = ("labels", ["yes"]) if several else ("label", "yes")
+    common = {"probs": {"yes": 0.7, "no": 0.3}, "confidence": 0.7}
+    given = {"id": "a", "text": "one", key: best, **common}
+    withheld = {"id": "b", "text": "two", key: None, "guess": best, **common}
+    path = tmp_path / "answers.parquet"
+    receipt = write_answers([json.dumps(given), json.dumps(withheld)], path, "parquet")
+    assert (receipt.rows, receipt.answered) == (2, 1)
+    rows = pq.read_table(path).to_pylist()
+    assert [row["guess"] for row in rows] == [None, best] and [row[key] for row in rows] == [best, None]
+    assert [row["text"] for row in rows] == ["one", "two"]

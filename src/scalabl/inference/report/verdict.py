@@ -8,6 +8,7 @@ from scalabl.inference.report.table import in_words, number, span
 from scalabl.metrics.uncertainty import average
 
 _SAME = 0.01  # of confidence and accuracy: less is told by no report
+_SAME_NLL = 5e-4  # nats: what three digits do not show
 _WELL, _SOMEWHAT = 0.8, 0.65  # AUROC
 
 
@@ -48,6 +49,8 @@ def _against(first: str, difference: dict[str, Any]) -> str:
     value, low, high = difference["value"], difference["low"], difference["high"]
     if low is None or low <= 0 <= high:
         return f"These rows do not tell its NLL from that of {first}."
+    if abs(value) < _SAME_NLL:
+        return f"Its NLL is that of {first}, to three digits."
     by = f"{number(abs(value), 'nll')} nats (difference {span(difference, 'nll', signed=True)})"
     return f"Its NLL is {'lower' if value < 0 else 'higher'} than that of {first} by {by}."
 
