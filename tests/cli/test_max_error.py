@@ -98,7 +98,10 @@ def test_rows_below_the_threshold_get_no_answer(
     assert (said.code, said.err) == (0, "")
     found, without = read(output), read(plain)
     key, sign = {"probability": ("confidence", 1), "entropy": ("entropy", -1), "epistemic": ("epistemic", -1)}[score]
-    expected = [row | {"label": row["label"] if sign * row[key] > threshold.above else None} for row in without]
+    expected = [
+        row | ({"reason": None} if sign * row[key] > threshold.above else {"label": None, "reason": "promise"})
+        for row in without
+    ]
     assert found == expected
     given = sum(row["label"] is not None for row in found)
     text = " ".join(said.out.split())
