@@ -22,7 +22,7 @@ from scalabl.scoring.text import Text
 from scalabl.tuner.threads import alone
 
 # a model's own defaults (its generation_config.json) would take other tokens than the average's
-PLAIN = {"do_sample": False, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
+PLAIN: dict[str, Any] = {"do_sample": False, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
 CONFIDENCE = "confidence.json"  # in a run's directory: what `scalabl evaluate` fitted on validation answers
 
 
