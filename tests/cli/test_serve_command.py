@@ -27,6 +27,7 @@ def test_refusals_in_a_sentence(program: Program, scalabl_run: Path, tmp_path: P
         (scalabl_run, "--abstain", 2): "--abstain is 2",
         (scalabl_run, "--timeout", 0): "--timeout is 0",
         (scalabl_run, "--max-tokens", 0): "--max-tokens is 0",
+        (scalabl_run, "--max-prompt", 0): "--max-prompt is 0",
         (scalabl_run, "--batch-size", 0): "--batch-size is 0",
     }.items():
         assert words in program("serve", *arguments).sentence(), arguments

@@ -31,7 +31,7 @@ def served(runs: dict[str, Path]) -> dict[str, ServedAdapter]:
 
 @pytest.fixture(scope="module")
 def running(served: dict[str, ServedAdapter]) -> Iterator[Answering]:
-    with answering(served, Limits(tokens=400, rows=16)) as found:
+    with answering(served, Limits(tokens=400, rows=16, prompt=480)) as found:
         yield found
 
 
@@ -184,7 +184,8 @@ REFUSED: dict[str, dict[str, Any]] = {
         "messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]
     },
     "401 tokens are asked for, and this server writes at most 400": {"max_tokens": 401},
-    "are more than the 512 that the model has positions for": {"messages": turn("red " * 500)},
+    "are more than the 512 that the model has positions for": {"messages": turn("red " * 400), "max_tokens": 150},
+    "tokens; this server reads at most 480": {"messages": turn("red " * 500)},
     "top_logprobs are given with logprobs alone": {"top_logprobs": 2},
 }
 

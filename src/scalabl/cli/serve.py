@@ -50,6 +50,7 @@ def serve(
     queue: Annotated[int, typer.Option(help="Rows that may wait; beyond, 429.", rich_help_panel=_PANEL)] = 1024,
     max_rows: Annotated[int, typer.Option(help="Of a request.", rich_help_panel=_PANEL)] = 256,
     max_tokens: Annotated[int, typer.Option(help="That a text may have.", rich_help_panel=_PANEL)] = 512,
+    max_prompt: Annotated[int, typer.Option(help="Tokens of a prompt.", rich_help_panel=_PANEL)] = 4096,
     max_body: Annotated[int, typer.Option(help="Bytes of a request.", rich_help_panel=_PANEL)] = 1 << 20,
     timeout: Annotated[float, typer.Option(help="Seconds until an answer is there.", rich_help_panel=_PANEL)] = 120.0,
 ) -> None:
@@ -64,7 +65,9 @@ def serve(
 
     _require_extra()
     directories = _named(runs)
-    options.require_counts(queue=queue, max_rows=max_rows, max_tokens=max_tokens, max_body=max_body)
+    options.require_counts(
+        queue=queue, max_rows=max_rows, max_tokens=max_tokens, max_prompt=max_prompt, max_body=max_body
+    )
     if not timeout > 0:
         raise UserError(f"--timeout is {timeout}; it must be above 0.")
     if max_error is None:
@@ -91,7 +94,7 @@ def serve(
 
     quiet()
     known_by = None if token is not None or anonymous else (*LOOPBACK, host.lower())
-    limits = Limits(max_body, max_rows, max_tokens, timeout, token=token, hosts=known_by)
+    limits = Limits(max_body, max_rows, max_tokens, max_prompt, timeout, token=token, hosts=known_by)
     with bound(host, port) as at:  # before the minutes of loading
         adapters = load_adapters(
             directories, records, settings, samples=samples, seed=seed, batch_size=batch_size, model=model

@@ -71,7 +71,9 @@ class Server:
         self.worker = ModelWorker(self.metrics, most_waiting=most_waiting)
         self.classify = Classify(self.metrics)
         self.write = Write(self.metrics, batch_size)
-        self.readers = {name: PromptReader(each) for name, each in adapters.items() if each.draws is not None}
+        self.readers = {
+            name: PromptReader(each, limits.prompt) for name, each in adapters.items() if each.draws is not None
+        }
         self.app = self._app()
 
     def _app(self) -> Guard:

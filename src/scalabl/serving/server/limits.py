@@ -30,6 +30,7 @@ class Limits:
         body: bytes of a request.
         rows: of a request.
         tokens: that a text may have.
+        prompt: tokens that a prompt may have.
         seconds: from a request's last byte to its answer.
         body_seconds: from a request's headers to its last byte, and for a part of an answer to be taken.
         token: that requests bear; None asks for none.
@@ -39,6 +40,7 @@ class Limits:
     body: int = 1 << 20
     rows: int = 256
     tokens: int = 512
+    prompt: int = 4096
     seconds: float = 120.0
     body_seconds: float = 15.0
     token: str | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import signal
 import socket
 from collections.abc import Iterator
@@ -13,10 +14,18 @@ import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from scalabl.core.console import say
 from scalabl.core.errors import UserError
 from scalabl.serving.server.app import Server
 
 _CONNECTIONS = 1000  # at once; the next is answered 503
+
+
+class _Terminal(logging.Handler):
+    """Shows what is logged, where texts of requests cannot steer the terminal."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        say(self.format(record), stderr=True)
 
 
 class _TimedHeaders(H11Protocol):
@@ -85,6 +94,9 @@ def made(server: Server, *, grace: float = 30.0) -> uvicorn.Server:
 
 def run(server: Server, at: socket.socket, *, grace: float = 30.0) -> None:
     """Answer at a socket until SIGINT or SIGTERM, and then what was taken before."""
+    for name in ("uvicorn.error", "scalabl.serving.server"):
+        logging.getLogger(name).addHandler(_Terminal())
+        logging.getLogger(name).propagate = False
     with _ends_quietly():
         made(server, grace=grace).run(sockets=[at])
 

@@ -26,6 +26,8 @@ from scalabl.serving.server.metrics import Metrics
 from scalabl.serving.server.worker import Job
 from scalabl.tuner.threads import alone
 
+AT_ONCE = 8192  # tokens of a batch of texts, padding and those to come counted; one text may have more
+
 
 @dataclass(frozen=True)
 class TextAsked:
@@ -94,9 +96,11 @@ class PromptReader:
 
     Args:
         adapter: one that writes texts. Its tokenizer is copied: the model's thread uses it at the same time.
+        most: tokens that a prompt may have.
     """
 
-    def __init__(self, adapter: ServedAdapter) -> None:
+    def __init__(self, adapter: ServedAdapter, most: int) -> None:
+        self.most = most
         self.text = Text(copy.deepcopy(adapter.run.tokenizer))
         self.positions = positions_of(adapter.run)
         embedding: Tensor = adapter.run.scorer.model.get_input_embeddings().weight
@@ -106,7 +110,7 @@ class PromptReader:
         """A text, messages, or tokens as they are.
 
         Raises:
-            UserError: it is empty, has a token that is none, or messages and no template that writes them.
+            UserError: it is empty or too long, has a token that is none, or messages and no template that writes them.
         """
         found = prompt if isinstance(prompt, list) else self.text.prompt_tokens(prompt)
         if not found:
@@ -114,6 +118,10 @@ class PromptReader:
         if not all(0 <= token < self.vocabulary for token in found):
             raise UserError(
                 f"A prompt has a token that is none; the model has those from 0 to {self.vocabulary - 1:,}."
+            )
+        if len(found) > self.most:
+            raise UserError(
+                f"A prompt has {len(found):,} tokens; this server reads at most {self.most:,} (--max-prompt)."
             )
         return found
 
@@ -155,8 +163,8 @@ class Write:
         model = adapter.run.model
         with alone(model):
             prompts = [text.asked.prompt for text in texts]
-            together = [texts] if honours_padding(model, prompts) else [[text] for text in texts]
-            for batch in together:
+            batches = _within(texts) if honours_padding(model, prompts) else [[text] for text in texts]
+            for batch in batches:
                 self._decode(adapter, batch, of_jobs)
 
     def _decode(self, adapter: ServedAdapter, texts: list[_Growing], of_jobs: list[list[_Growing]]) -> None:
@@ -177,6 +185,17 @@ class Write:
             top=max(text.asked.top for text in texts), max_new_tokens=max(text.asked.max_tokens for text in texts),
             logits_processor=LogitsProcessorList([_Sampled(texts)]), **PLAIN,
         )  # fmt: skip
+
+
+def _within(texts: Sequence[_Growing]) -> list[list[_Growing]]:
+    """Texts in batches, those of like length together, whose tokens' keys and values fit beside each other."""
+    batches: list[list[_Growing]] = []
+    for text in sorted(texts, key=lambda text: -text.longest):
+        if batches and (1 + len(batches[-1])) * batches[-1][0].longest <= AT_ONCE:
+            batches[-1].append(text)
+        else:
+            batches.append([text])
+    return batches
 
 
 class _Sampled(LogitsProcessor):  # type: ignore[misc]
@@ -213,6 +232,11 @@ class _Growing:
         self.log_probs: list[Tensor] = []
         self.figures: list[TokenFigures] = []
         self.reason: str | None = None
+
+    @property
+    def longest(self) -> int:
+        """Tokens that it may come to, with its prompt."""
+        return len(self.asked.prompt) + self.asked.max_tokens
 
     @property
     def is_over(self) -> bool:
