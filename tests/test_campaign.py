@@ -27,7 +27,7 @@ def test_a_call_ends_in_a_result_or_in_one_sentence(said: Said, fault: str | Non
     assert said.fault is None if fault is None else str(said.fault).startswith(fault)
 
 
-@pytest.mark.parametrize("part", ["fuzz", "hostile", "threads", "versions"])
+@pytest.mark.parametrize("part", ["fuzz", "hostile", "soak", "threads", "versions"])
 def test_a_part_says_what_it_does(part: str) -> None:
     command = [sys.executable, str(ROOT / "scripts" / "campaign" / f"{part}.py"), "--help"]
     # a command that was run in this process before has left safe paths behind, and a part imports what lies beside it

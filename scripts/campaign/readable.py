@@ -179,6 +179,7 @@ READ = (
 ELSEWHERE = {
     "a chat template": "with the base model",
     "answers of a vLLM server": "tests/serving/test_http_client.py",
+    "requests over HTTP": "scripts/campaign/soak.py",
     "a Ray cluster": "trusted",
     "the wheel of benchmarks": "tests/data/test_wheel.py",
     "benchmarks on the Hub": "tests/data/test_hub.py",

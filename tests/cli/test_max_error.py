@@ -99,7 +99,10 @@ def test_rows_below_the_threshold_get_no_answer(
     found, without = read(output), read(plain)
     key, sign = {"probability": ("confidence", 1), "entropy": ("entropy", -1), "epistemic": ("epistemic", -1)}[score]
     expected = [
-        row if sign * row[key] > threshold.above else row | {"label": None, "guess": row["label"]} for row in without
+        row | {"reason": None}
+        if sign * row[key] > threshold.above
+        else row | {"label": None, "guess": row["label"], "reason": "promise"}
+        for row in without
     ]
     assert found == expected
     given = sum(row["label"] is not None for row in found)

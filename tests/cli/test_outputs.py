@@ -21,7 +21,7 @@ from scalabl.study.study import read_study
 from scalabl.training.posthoc.settings import require_free
 
 OUTPUTS = {"json", "html", "report", "output", "results"}
-INPUTS = {"run", "adapter", "data", "ood", "calibrate", "input", "pool", "priors", "config", "model", "recipe"}
+INPUTS = {"run", "runs", "adapter", "data", "ood", "calibrate", "input", "pool", "priors", "config", "model", "recipe"}
 # texts that name no file, and `equivalence`, which may end in a model's directory
 TEXTS = {
     "abstain", "bound", "by", "card", "covariance", "device", "draws", "dtype", "equivalence", "format", "guarantee",

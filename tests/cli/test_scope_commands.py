@@ -153,7 +153,7 @@ def test_a_run_of_an_older_version_answers_as_it_did(program: Program, run: Path
     old, output = altered(run, tmp_path / "old"), tmp_path / "answers.jsonl"
     arguments = ("predict", old, "--input", rows, *DRAWN, "--output", output)
     assert program(*arguments, "--abstain", 0.6).code == 0
-    known = {"id", "text", "label", "guess", "probs", "confidence", "entropy", "aleatoric", "epistemic"}
+    known = {"id", "text", "label", "guess", "probs", "confidence", "entropy", "aleatoric", "epistemic", "reason"}
     assert set(read(output)[0]) | {"guess"} == known
     said = program(*arguments, "--max-false-alarms", 0.4)
     assert said.code == 0 and "null where entropy above" in " ".join(said.out.split())

@@ -94,6 +94,27 @@ def test_without_noise_it_is_the_means_text(model, tokenizer, settings):
     assert max(float(a[0].epistemic.max()) for a in several) < 1e-5
 
 
+def test_steps_are_told_as_they_are_taken_and_end_texts(model, tokenizer):
+    draws, steps = MonteCarloPredictive(3, seed=1), []
+    limits = torch.tensor([2, 4, 3])
+
+    def told(step):
+        steps.append(step)
+        return limits <= len(steps)
+
+    found = [one for [one] in decode(model, tokenizer, PROMPTS[:3], draws, told=told, top=2, **GREEDY)]
+    plain = [one for [one] in decode(model, tokenizer, PROMPTS[:3], draws, **GREEDY)]
+    assert len(steps) == 4 and [len(one.token_ids) for one in found] == limits.tolist()
+    for row, (one, other) in enumerate(zip(found, plain, strict=True)):
+        assert one.token_ids == other.token_ids[: len(one.token_ids)] and one.finished
+        for t, token in enumerate(one.token_ids):
+            step = steps[t]
+            assert int(step.token_ids[row]) == token == int(step.top_ids[row, 0])
+            torch.testing.assert_close(step.log_probs[:, row], one.log_probs[:, t])
+            torch.testing.assert_close(step.figures.epistemic[row], one.epistemic[t])
+            torch.testing.assert_close(step.top_log_probs[row, 0], one.average_log_probs[t])
+
+
 def test_figures_are_those_of_the_particles():
     log_probs = torch.randn(5, 3, 40, generator=torch.Generator().manual_seed(0)).mul(2).log_softmax(-1)
     figures, split = token_figures(log_probs), decompose(log_probs)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from particle_server import Faults, ParticleServer, serving
 from served import NUMBER, SEED
+from server_runs import served_runs
 from tiny_base import tiny_base
 
 from scalabl.runs.settings import Settings
@@ -65,3 +66,9 @@ def server(running: ParticleServer) -> ParticleServer:
             thread.join(timeout=10)
     running.faults, running.bodies, running.batches, running.under_way = Faults(), [], [], 0
     return running
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Finished runs on one base, and "encoder" on another; not to be changed."""
+    return served_runs(tmp_path_factory.mktemp("adapters"))

@@ -20,6 +20,7 @@ from scalabl.cli import generate as _generate  # noqa: F401
 from scalabl.cli import inspect as _inspect  # noqa: F401
 from scalabl.cli import plan as _plan  # noqa: F401
 from scalabl.cli import predict as _predict  # noqa: F401
+from scalabl.cli import serve as _serve  # noqa: F401
 from scalabl.cli import train as _train  # noqa: F401
 from scalabl.cli.app import app, fail
 from scalabl.core import processes

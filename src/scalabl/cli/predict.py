@@ -79,7 +79,7 @@ def predict(
     --predictive auto says which predictive it took and why, and names it in every answer.
 
     With --max-error the label is null where the run is not sure enough to keep that error rate; with
-    --max-false-alarms where a row is unlike those that the run was trained on, and "reason" says so; with --coverage
+    --max-false-alarms where a row is unlike those that the run was trained on; "reason" says which. With --coverage
     there is a "set" of labels too, null where it has them all. Thresholds come from the run's own held-out rows, which
     are predicted first.
 

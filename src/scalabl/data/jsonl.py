@@ -121,9 +121,28 @@ def stream_rows(
         UserError: see :func:`load_jsonl_task`; also text rows where there are no labels.
     """
     for at, row in _parse(path, path.stem if name is None else name, require_answer=False, place=place, line=number):
-        if row.choices is None and labels is None:
-            raise UserError(f'{row.where}: a text row, but there are no labels; write "question" and "choices".')
-        yield PlacedRow(at, int(row.where.rpartition(":")[2]), _example(row, None if labels is None else tuple(labels)))
+        yield PlacedRow(at, int(row.where.rpartition(":")[2]), _unlabelled(row, labels))
+
+
+def row_of(raw: dict[str, Any], labels: Sequence[str] | None, *, where: str, name: str) -> Example:
+    """A prediction row that is at hand, read as a line of a file is.
+
+    Args:
+        raw: its fields.
+        labels: the class words of text rows.
+        where: how a refusal names it.
+        name: what it is called without an id.
+
+    Raises:
+        UserError: see :func:`load_jsonl_task`; also a text row where there are no labels.
+    """
+    return _unlabelled(_parse_row(raw, where, name, require_answer=False, folder=Path()), labels)
+
+
+def _unlabelled(row: _Row, labels: Sequence[str] | None) -> Example:
+    if row.choices is None and labels is None:
+        raise UserError(f'{row.where}: a text row, but there are no labels; write "question" and "choices".')
+    return _example(row, None if labels is None else tuple(labels))
 
 
 def load_jsonl_task(path: str | Path) -> Task:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,20 +110,39 @@ class Decoded:
         return self.log_probs.logsumexp(dim=0) - math.log(self.log_probs.shape[0])
 
 
+@dataclass(frozen=True)
+class DecodedStep:
+    """The token that each of B texts took last.
+
+    Attributes:
+        token_ids: (B,) the tokens.
+        log_probs: (N, B) their log-probabilities under each particle.
+        figures: of the distributions that they were taken from.
+        top_ids, top_log_probs: (B, k) the k likeliest tokens of the average over particles.
+    """
+
+    token_ids: Tensor
+    log_probs: Tensor
+    figures: TokenFigures
+    top_ids: Tensor
+    top_log_probs: Tensor
+
+
 class _Recorder:
     """Keeps the particles' figures of every generated token.
 
-    A step's distribution is kept until the token is known that was taken from it: the next step's input.
+    A step's distribution is kept until the token is known that was taken from it: from `take`, or the next step's
+    input.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, top: int = 0) -> None:
         self.figures: list[TokenFigures] = []
         self.log_probs: list[Tensor] = []
+        self.top = top
         self._last: Tensor | None = None
 
     def __call__(self, input_ids: Tensor, log_probs: Tensor) -> None:
-        if self._last is not None:
-            self.take(input_ids[:, -1])
+        self.take(input_ids[:, -1])
         if log_probs.isnan().any():
             raise UserError("The model gives logits that are NaN or infinite; check its weights and its precision.")
         self._last = log_probs
@@ -131,11 +150,20 @@ class _Recorder:
         self.figures.append(TokenFigures(*(getattr(figures, name).cpu() for name in TokenFigures.__dataclass_fields__)))
 
     def take(self, tokens: Tensor) -> None:
-        """The tokens (B,) that were taken from the last distribution."""
-        assert self._last is not None
+        """The tokens (B,) that were taken from the last distribution, if they are not known yet."""
+        if self._last is None:
+            return
         index = tokens.to(self._last.device)[None, :, None].expand(self._last.shape[0], -1, 1)
         self.log_probs.append(self._last.gather(-1, index)[..., 0].cpu())
         self._last = None
+
+    def step(self, tokens: Tensor) -> DecodedStep:
+        """The tokens (B,) with what is known of them and of the distribution that they are taken from now."""
+        assert self._last is not None
+        average = self._last.logsumexp(dim=0) - math.log(self._last.shape[0])
+        log_probs, ids = average.topk(self.top, dim=-1)
+        self.take(tokens)
+        return DecodedStep(tokens.cpu(), self.log_probs[-1], self.figures[-1], ids.cpu(), log_probs.cpu())
 
     def figure(self, name: str) -> Tensor:
         """(B, steps) of one figure."""
@@ -161,6 +189,16 @@ class _Stops(StoppingCriteria):  # type: ignore[misc]
         return 0 if self.lengths is None else int(self.lengths[row])
 
 
+class _Told(StoppingCriteria):  # type: ignore[misc]
+    """Tells each step, and ends the texts that it is said to."""
+
+    def __init__(self, recorder: _Recorder, told: Callable[[DecodedStep], Tensor]) -> None:
+        self.recorder, self.told = recorder, told
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        return self.told(self.recorder.step(input_ids[:, -1])).to(input_ids.device)
+
+
 @torch.no_grad()
 def decode(
     model: nn.Module,
@@ -169,6 +207,8 @@ def decode(
     draws: Draws,
     *,
     num_return_sequences: int = 1,
+    told: Callable[[DecodedStep], Tensor] | None = None,
+    top: int = 0,
     **generation: Any,
 ) -> list[list[Decoded]]:
     """Generate from the average over particles, which advance together on one shared text.
@@ -179,6 +219,10 @@ def decode(
         prompts: texts, or token numbers, each at least one token.
         draws: the particles (`MonteCarloPredictive(samples, seed=seed)`).
         num_return_sequences: texts for each prompt; more than one needs do_sample=True.
+        told: called with every step as soon as its tokens are taken; gives (B,) which texts end there. An end token
+            ends a text all the same; what it takes behind it says nothing. Of prompts that share a batch: those of a
+            model that does not honour padding (`honours_padding`) are given one by one.
+        top: so many likeliest tokens each step tells.
         **generation: of transformers' `generate`: max_new_tokens, do_sample, temperature, top_p, stopping_criteria,
             streamer (one prompt), generation_config ...
 
@@ -197,13 +241,14 @@ def decode(
     generation["num_beams"] = 1  # whatever the model's own default is
     ids = [_tokens(tokenizer, prompt) for prompt in prompts]
     if not honours_padding(model, ids):
-        each = {"num_return_sequences": num_return_sequences} | generation
+        each = {"num_return_sequences": num_return_sequences, "told": told, "top": top} | generation
         return [decode(model, tokenizer, [prompt], draws, **each)[0] for prompt in prompts]
     inputs = left_padded(ids, tokenizer.pad_token_id or 0, next(model.parameters()).device)
-    recorder, length = _Recorder(), inputs["input_ids"].shape[1]
+    recorder, length = _Recorder(top), inputs["input_ids"].shape[1]
     generation.setdefault("pad_token_id", tokenizer.pad_token_id)
     generation = with_stop_criterion(tokenizer, generation)
-    stops = _Stops(StoppingCriteriaList(generation.pop("stopping_criteria", None) or []), length)
+    criteria = [*(generation.pop("stopping_criteria", None) or []), *([] if told is None else [_Told(recorder, told)])]
+    stops = _Stops(StoppingCriteriaList(criteria), length)
     if stops.criteria:
         generation["stopping_criteria"] = StoppingCriteriaList([stops])
     with alone(model), eval_mode(model):
@@ -213,7 +258,7 @@ def decode(
         with averaged(model, draws, recorder):
             sequences = model.generate(**texts, return_dict_in_generate=False, **generation)  # type: ignore[operator]
     recorder.take(sequences[:, -1])
-    new, ends = sequences[:, length:].cpu(), _end_tokens(model, tokenizer, generation)
+    new, ends = sequences[:, length:].cpu(), end_tokens(model, tokenizer, generation)
     log_probs = torch.stack(recorder.log_probs, dim=2)
     out: list[list[Decoded]] = []
     for i, prompt in enumerate(prompts):
@@ -251,7 +296,8 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, prompt: str | list[int]) -> list
     return found
 
 
-def _end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase, generation: dict[str, Any]) -> set[int]:
+def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase, generation: dict[str, Any]) -> set[int]:
+    """The tokens that end a text under settings of `generate`."""
     default = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     given = [*_given(generation, "eos_token_id"), default, tokenizer.eos_token_id]
     found: Any = next((value for value in given if value is not None), None)
@@ -273,14 +319,34 @@ def _cut(tokens: list[int], ends: set[int], stopped: int) -> tuple[list[int], bo
 
 
 def _pieces(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> list[str]:
-    """The text of each token: what it adds to the text before it, so that letters of several tokens are not lost."""
-    pieces: list[str] = []
-    before = ""
-    for i in range(len(tokens)):
-        text = str(tokenizer.decode(tokens[: i + 1]))
-        if text.endswith("\ufffd") and i + 1 < len(tokens):  # half a letter: the token that completes it shows it
-            pieces.append("")
-            continue
-        pieces.append(text[len(before) :])
-        before = text
-    return pieces
+    """The text of each token."""
+    growing = Pieces(tokenizer)
+    pieces = [growing.add(token) for token in tokens]
+    return [*pieces[:-1], pieces[-1] + growing.rest()] if pieces else []
+
+
+class Pieces:
+    """What each token adds to the text before it, so that letters of several tokens are not lost.
+
+    Args:
+        tokenizer: the model's.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._before = ""
+
+    def add(self, token: int) -> str:
+        """What the next token adds; nothing, where it is half a letter: the token that completes it shows it."""
+        self._ids.append(token)
+        text = str(self.tokenizer.decode(self._ids))
+        return "" if text.endswith("\ufffd") else self._added(text)
+
+    def rest(self) -> str:
+        """Half a letter that nothing completes."""
+        return self._added(str(self.tokenizer.decode(self._ids)))
+
+    def _added(self, text: str) -> str:
+        added, self._before = text[len(self._before) :], text
+        return added

@@ -26,7 +26,7 @@ from scalabl.scoring.text import Text
 from scalabl.tuner.threads import alone
 
 # a model's own defaults (its generation_config.json) would take other tokens than the average's
-_PLAIN = {"do_sample": False, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
+PLAIN: dict[str, Any] = {"do_sample": False, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
 CONFIDENCE = "confidence.json"  # in a run's directory: what `scalabl evaluate` fitted on validation answers
 
 
@@ -174,9 +174,15 @@ def answers_with_samples(
             advance(len(rows))
 
 
+def positions_of(run: Run) -> int | None:
+    """How many tokens the model has positions for, where it says so."""
+    found: int | None = getattr(run.scorer.model.config.get_text_config(), "max_position_embeddings", None)
+    return found
+
+
 def _require_room(run: Run, tokens: int, max_new_tokens: int) -> None:
     """Refuse a prompt and an answer that the model has no positions for: its tokens would be noise, or an error."""
-    room = getattr(run.scorer.model.config.get_text_config(), "max_position_embeddings", None)
+    room = positions_of(run)
     if room is not None and tokens + max_new_tokens > room:
         raise UserError(
             f"A prompt of {tokens:,} tokens and an answer of up to {max_new_tokens:,} are more than the {room:,} that "
@@ -198,11 +204,11 @@ def decoded_with_samples(
     """Each prompt with its answer and k further, sampled ones, all cut behind the first stop text."""
     tokens = [prompt_tokens(run, prompt, chat) for prompt in prompts]
     ends = [AnswerEnd(run.tokenizer, stop, max(map(len, tokens)))] if stop else []
-    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, **_PLAIN, "stopping_criteria": ends}
+    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, **PLAIN, "stopping_criteria": ends}
     own = settings | generation | {"stopping_criteria": [*ends, *(generation.get("stopping_criteria") or ())]}
     config = generation.get("generation_config")
     if config is not None:  # it says itself how a token is taken
-        own = {name: value for name, value in own.items() if name not in _PLAIN or name in generation}
+        own = {name: value for name, value in own.items() if name not in PLAIN or name in generation}
         own.setdefault("do_sample", bool(config.do_sample))
     first = decode(run.model, run.tokenizer, tokens, draws, **own)
     further: list[list[Decoded]] = [[] for _ in prompts]

@@ -296,7 +296,7 @@ class Predictor:
         labels, each for itself.
 
         Where the run keeps its features, `distance`; where a coverage is asked for, `set`, None where it has every
-        label; under max_false_alarms `reason`, why the label is None: "out of scope", "unsure" (abstain) or "promise".
+        label; where a label may be None `reason`, why it is: "out of scope", "unsure" (abstain) or "promise".
         Under adaptive N also `particles`, how many the answer is averaged over; where auto chose, `predictive`; of a
         row that was cut, `truncated`.
 
@@ -328,7 +328,7 @@ class Predictor:
                 "epistemic": uncertainty.epistemic[i].item(),
                 **{name: values[i].item() for name, values in of_mean.items()},
                 **({} if sets is None else {"set": sets[i]}),
-                **({} if settings.max_false_alarms is None else {"reason": reasons[i]}),
+                **({"reason": reasons[i]} if settings.may_abstain else {}),
                 **({"particles": int(used[i])} if self.settings.is_adaptive else {}),
                 **({"predictive": self.settings.chosen} if self.settings.chosen is not None else {}),
                 **({"truncated": True} if encoded[i].dropped else {}),

@@ -171,6 +171,11 @@ class PredictionSettings:
         """Whether thresholds come from held-out rows: of a promised error rate, of scope, or of sets."""
         return self.promise is not None or self.max_false_alarms is not None or self.coverage is not None
 
+    @property
+    def may_abstain(self) -> bool:
+        """Whether a row may have no label."""
+        return self.abstain is not None or self.promise is not None or self.max_false_alarms is not None
+
     def drawn(self) -> Sampling:
         """The draws; adaptive N is settled by the threshold that answers are given by."""
         return self.sampling if self.abstain is None else replace(self.sampling, threshold=self.abstain)
