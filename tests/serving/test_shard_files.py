@@ -17,9 +17,8 @@ from scalabl.core.locations import Location, locate
 from scalabl.data import load_rows
 from scalabl.inference.settings import PredictionSettings
 from scalabl.predictive.sampling import PLAIN
-from scalabl.serving.batch import write_answers
 from scalabl.serving.parts import answers_in, done
-from scalabl.serving.shard_manifest import Receipt, ShardManifest, count, open_output, survey
+from scalabl.serving.shard_manifest import Receipt, ShardManifest, count, open_output, survey, write_answers
 from scalabl.serving.shards import (
     Block,
     ShardSource,

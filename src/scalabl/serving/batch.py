@@ -22,7 +22,6 @@ for the model. The manifest keeps it for calls that go on.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import sys
@@ -34,13 +33,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from ray.data import ActorPoolStrategy, DataContext, Datasource, ReadTask, read_datasource
 from ray.data.block import BlockMetadata
 from ray.exceptions import NodeDiedError, OutOfMemoryError, WorkerCrashedError
 
 from scalabl.core.errors import UserError
-from scalabl.core.files import remove, writing
+from scalabl.core.files import remove
 from scalabl.core.locations import Location, StorePath, locate
 from scalabl.inference.calibration import calibration_for
 from scalabl.inference.settings import PredictionSettings
@@ -52,13 +50,12 @@ from scalabl.serving.parts import answers_in, done
 from scalabl.serving.ray_address import connected, gpus_each
 from scalabl.serving.shard_manifest import (
     WORK,
-    Receipt,
     ShardManifest,
     answers_path,
     open_output,
-    receipt_of,
     require_device,
     survey,
+    write_answers,
 )
 from scalabl.serving.shards import Block, NamedRow, ShardSource, find_sources, first_rows
 
@@ -267,27 +264,6 @@ def _put_together(output: Location, format: str, manifest: ShardManifest, source
         others = f" {len(failed) - 1} more shards have such rows." if len(failed) > 1 else ""
         raise UserError(f"{failed[0]}{others} All else is done; mend it and run the same command again.")
     remove(output / WORK)
-
-
-def write_answers(answers: Sequence[str], path: Location, format: str) -> Receipt:
-    """Write the answers of a shard, given as JSON, into a file that appears whole or not at all."""
-    made = [json.loads(answer) for answer in answers]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with writing(path) as unfinished:
-        if format == "parquet":
-            types = {
-                "id": pa.string(), "text": pa.string(), "label": pa.string(), "labels": pa.list_(pa.string()),
-                "guess": pa.list_(pa.string()) if "labels" in made[0] else pa.string(),
-                "probs": pa.map_(pa.string(), pa.float64()), "set": pa.list_(pa.string()), "reason": pa.string(),
-                "particles": pa.int64(), "predictive": pa.string(), "truncated": pa.bool_(),
-            }  # fmt: skip
-            names = dict.fromkeys(name for answer in made for name in answer)  # not every row is truncated
-            schema = pa.schema([(name, types.get(name, pa.float64())) for name in names])
-            rows = [answer | {"probs": [*answer["probs"].items()]} for answer in made]
-            pq.write_table(pa.Table.from_pylist(rows, schema), unfinished)
-        else:
-            unfinished.write_text("".join(f"{answer}\n" for answer in answers), encoding="utf-8")
-    return receipt_of(made)
 
 
 def _resolve_remotely(ray: Any, gpus: int, setup: Setup, rows: list[NamedRow]) -> tuple[PredictionSettings, int]:

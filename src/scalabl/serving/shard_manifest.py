@@ -19,7 +19,7 @@ from typing import Any
 from scalabl.core import __version__
 from scalabl.core.console import progress_bar
 from scalabl.core.errors import UserError
-from scalabl.core.files import read_json, require_place, sha256, write_json
+from scalabl.core.files import read_json, require_place, sha256, write_json, writing
 from scalabl.core.locations import Location, StorePath, for_arrow
 from scalabl.inference.settings import PredictionSettings, is_answered
 from scalabl.serving.shards import Block, Shard, ShardSource, examine, searched
@@ -195,6 +195,30 @@ def survey(
     return shards, blocks
 
 
+def write_answers(answers: Sequence[str], path: Location, format: str) -> Receipt:
+    """Write the answers of a shard, given as JSON, into a file that appears whole or not at all."""
+    made = [json.loads(answer) for answer in answers]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with writing(path) as unfinished:
+        if format == "parquet":
+            import pyarrow as pa
+            import pyarrow.parquet as pq
+
+            types = {
+                "id": pa.string(), "text": pa.string(), "label": pa.string(), "labels": pa.list_(pa.string()),
+                "guess": pa.list_(pa.string()) if "labels" in made[0] else pa.string(),
+                "probs": pa.map_(pa.string(), pa.float64()), "set": pa.list_(pa.string()), "reason": pa.string(),
+                "particles": pa.int64(), "predictive": pa.string(), "truncated": pa.bool_(),
+            }  # fmt: skip
+            names = dict.fromkeys(name for answer in made for name in answer)  # not every row is truncated
+            schema = pa.schema([(name, types.get(name, pa.float64())) for name in names])
+            rows = [answer | {"probs": [*answer["probs"].items()]} for answer in made]
+            pq.write_table(pa.Table.from_pylist(rows, schema), unfinished)
+        else:
+            unfinished.write_text("".join(f"{answer}\n" for answer in answers), encoding="utf-8")
+    return _receipt_of(made)
+
+
 _COUNTED = ("label", "labels", "particles")  # what a receipt is made of
 
 
@@ -227,10 +251,10 @@ def count(path: Location, format: str, rows: int) -> Receipt:
         raise UserError(
             f"{path} has {len(found):,} answers for {rows:,} rows; delete it and run the same command again."
         )
-    return receipt_of(found)
+    return _receipt_of(found)
 
 
-def receipt_of(answers: Sequence[Mapping[str, Any]]) -> Receipt:
+def _receipt_of(answers: Sequence[Mapping[str, Any]]) -> Receipt:
     """The receipt of answers, at least one."""
     adaptive = answers[0].get("particles") is not None
     particles = sum(answer["particles"] for answer in answers) if adaptive else None
