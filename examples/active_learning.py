@@ -41,8 +41,8 @@ def main() -> None:
     args = parser.parse_args()
 
     task, tokenizer = scalabl.load_task(args.data), AutoTokenizer.from_pretrained(args.model)
-    pool, test = list(task.split("train")), task.split("test")[:200]
-    random.Random(0).shuffle(pool)
+    pool, test = (random.Random(0).sample(rows, len(rows)) for rows in map(task.split, ("train", "test")))
+    test = test[:200]
     labelled = [pool.pop() for _ in range(args.label)]
     for number in range(args.rounds):
         classifier = trained(args, tokenizer, task.labels, labelled)

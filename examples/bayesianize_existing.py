@@ -28,7 +28,7 @@ def main() -> None:
     plain, bayesian = f"{args.output}/plain", f"{args.output}/bayesian"
 
     task = scalabl.load_task(args.data)
-    train, test = task.split("train"), [row.text for row in task.split("test")[:100]]
+    train, test = task.split("train"), [row.text for row in task.split("test")]
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     base = AutoModelForSequenceClassification.from_pretrained(args.model, num_labels=len(task.labels))
     model = get_peft_model(base, LoraConfig(task_type="SEQ_CLS", r=8, lora_alpha=16, target_modules=["query", "value"]))

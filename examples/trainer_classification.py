@@ -24,7 +24,7 @@ def main() -> None:
     args = parser.parse_args()
 
     task = scalabl.load_task(args.data)
-    train, test = task.split("train"), task.split("test")[:200]
+    train, test = task.split("train"), task.split("test")
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     names = dict(enumerate(task.labels))
     base = AutoModelForSequenceClassification.from_pretrained(
