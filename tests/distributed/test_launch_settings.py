@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -190,14 +191,17 @@ def test_a_run_continues_in_other_processes_where_its_steps_keep_their_rows(tmp_
 def test_a_checkpoint_gets_the_random_states_that_its_next_processes_look_for(
     two: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    state = tmp_path / "trainer_state.json"
+    write_json(state, {"global_step": 5, "train_batch_size": 8})
     (tmp_path / "rng_state.pth").write_text("of one process")
-    fit_checkpoint(tmp_path, dropout=True)
-    assert len(list(tmp_path.iterdir())) == 1  # the ranks' streams differ: one process's is nobody's
-    fit_checkpoint(tmp_path, dropout=False)
+    fit_checkpoint(tmp_path, dropout=True, batch_size=4)
+    assert json.loads(state.read_text()) == {"global_step": 5, "train_batch_size": 4}
+    assert len(list(tmp_path.iterdir())) == 2  # the ranks' streams differ: one process's is nobody's
+    fit_checkpoint(tmp_path, dropout=False, batch_size=4)
     assert {(tmp_path / f"rng_state_{rank}.pth").read_text() for rank in range(2)} == {"of one process"}
     (tmp_path / "pytorch_model_fsdp.bin").touch()
     with pytest.raises(UserError, match="written under FSDP and cannot be resumed without it"):
-        fit_checkpoint(tmp_path, dropout=False)
+        fit_checkpoint(tmp_path, dropout=False, batch_size=4)
 
 
 def test_in_one_process_nothing_is_shared() -> None:

@@ -8,6 +8,7 @@ Trainer seeds all ranks alike. Left at that, rank 0's first row and rank 1's wou
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import shutil
 from collections.abc import Iterable
@@ -17,9 +18,11 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 
 from scalabl.core import processes
 from scalabl.core.errors import UserError
+from scalabl.core.files import write_json
 from scalabl.runs.registry import METHODS
 from scalabl.runs.settings import Settings
 from scalabl.tuner.layers import decoder_layers, unwrap
@@ -100,16 +103,18 @@ def require_rows(settings: Settings, rows: int) -> None:
         )
 
 
-def fit_checkpoint(checkpoint: Path, *, dropout: bool) -> None:
+def fit_checkpoint(checkpoint: Path, *, dropout: bool, batch_size: int) -> None:
     """Let a checkpoint be resumed by another number of processes than wrote it.
 
     Trainer looks for a state of the random numbers by the process's number, and goes on with whatever they are if there
     is none. All processes went through the same stream (`share_noise`), so that any one's will do. With
-    dropout they did not: then other masks are drawn after resuming.
+    dropout they did not: then other masks are drawn after resuming. Older Transformers goes on with the batch size in
+    the checkpoint, which is that of a process.
 
     Args:
         checkpoint: a directory of Trainer's; called in one process.
         dropout: whether dropout masks are drawn.
+        batch_size: of each process now.
 
     Raises:
         UserError: it was written by FSDP and this is not, or the other way round.
@@ -118,6 +123,10 @@ def fit_checkpoint(checkpoint: Path, *, dropout: bool) -> None:
     if sharded != processes.is_sharded():
         was, now = ("FSDP", "without it") if sharded else ("no FSDP", "with it")
         raise UserError(f"{checkpoint} was written under {was} and cannot be resumed {now}; launch as before.")
+    written = checkpoint / TRAINER_STATE_NAME
+    state = json.loads(written.read_text(encoding="utf-8"))
+    if state["train_batch_size"] != batch_size:
+        write_json(written, state | {"train_batch_size": batch_size})
     if dropout:
         return
     present = sorted(checkpoint.glob("rng_state*.pth"))
