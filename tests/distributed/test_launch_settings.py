@@ -25,6 +25,7 @@ from scalabl.core.errors import UserError
 from scalabl.core.files import write_json
 from scalabl.predictive.base import share
 from scalabl.runs.directory import claim
+from scalabl.training import ranks
 from scalabl.training.ranks import check_launch, fit_checkpoint, has_dropout, require_rows, shard_by_layers
 from scalabl.training.refusals import refuse_hidden_gradients
 from scalabl.tuner import stochastic_layers
@@ -61,6 +62,7 @@ REFUSED: dict[str, tuple[dict[str, str], dict[str, Any], str]] = {
 @pytest.mark.parametrize("case", list(REFUSED))
 def test_what_fsdp_cannot_train_is_refused_before_any_work(case: str, two: pytest.MonkeyPatch, tmp_path: Path) -> None:
     environment, changes, words = REFUSED[case]
+    two.setattr(ranks, "compare_versions", lambda *_: False)
     for name, value in environment.items():
         two.setenv(name, value)
     with pytest.raises(UserError, match=words):
@@ -70,6 +72,9 @@ def test_what_fsdp_cannot_train_is_refused_before_any_work(case: str, two: pytes
     for name in ("FSDP_ACTIVATION_CHECKPOINTING", "FSDP_CPU_RAM_EFFICIENT_LOADING"):
         two.setenv(name, "false")
     check_launch(settings_of(tmp_path))
+    two.setattr(ranks, "compare_versions", lambda *_: True)
+    with pytest.raises(UserError, match=r'pip install "accelerate>=1\.15"'):
+        check_launch(settings_of(tmp_path))
 
 
 def test_deepspeed_is_refused_where_it_is_missing_and_where_it_would_hide_the_kl(

@@ -15,7 +15,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import torch
+from accelerate.utils import compare_versions
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
@@ -30,6 +32,8 @@ from scalabl.tuner.projection import StochasticProjection
 
 # a prime far apart from the small seeds that people give: the streams of two ranks and two runs never meet
 _SEEDS_BETWEEN_RANKS = 1_000_003
+# older Accelerate gives whole tensors to PEFT, and where parameters are shards (FSDP 2) nothing is loaded
+_READS_SHARDS_BACK = "1.15"
 
 
 def check_launch(settings: Settings) -> None:
@@ -37,7 +41,7 @@ def check_launch(settings: Settings) -> None:
 
     Raises:
         UserError: DeepSpeed is not installed or would hide the KL's gradient; an FSDP setting that this package does
-            not train with.
+            not train with, or an Accelerate that would not go on.
     """
     if processes.uses_deepspeed():
         if importlib.util.find_spec("deepspeed") is None:
@@ -68,6 +72,12 @@ def check_launch(settings: Settings) -> None:
         raise UserError("A base of 4 or 8 bits is not sharded; leave out --bits, or launch with ddp.yaml.")
     if not METHODS[settings.method].shardable:
         raise UserError(f"{settings.method} was not tried with FSDP; launch with recipes/accelerate/ddp.yaml.")
+    if compare_versions("accelerate", "<", _READS_SHARDS_BACK):
+        raise UserError(
+            f"A sharded run would go on without what it had learned: Accelerate {accelerate.__version__} does not read "
+            f'shards of an adapter back; pip install "accelerate>={_READS_SHARDS_BACK}", or launch with '
+            "recipes/accelerate/ddp.yaml."
+        )
 
 
 def shard_by_layers(plugin: Any, model: nn.Module) -> None:
