@@ -99,12 +99,12 @@ def run(python: Path, report: Path, tests: list[str], processes: int) -> dict[st
     }
 
 
-def kept(path: Path, of: str) -> dict[str, Any] | None:
-    """Figures that are there, if they are wanted: of this commit, or of any one at which all passed."""
+def kept(path: Path, of: str, failed_too: bool = False) -> dict[str, Any] | None:
+    """Figures that are there, if they are wanted: of this commit, or of any one at which all passed (or failed too)."""
     if not path.exists():
         return None
     known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return known if known["commit"] == commit() or (of == "any" and not known["failed"]) else None
+    return known if known["commit"] == commit() or (of == "any" and (failed_too or not known["failed"])) else None
 
 
 def shown(found: dict[str, dict[str, Any]]) -> str:
@@ -180,7 +180,7 @@ def main() -> None:
                 of = run(python, path.with_suffix(".xml"), parts()[part], chosen.processes)
                 path.write_text(json.dumps(of, indent=1) + "\n", encoding="utf-8")
                 print(name, part, {k: v for k, v in of.items() if k != "versions"}, flush=True)
-        known = {part: kept(figures / f"{part}.json", chosen.keep) for part in parts()}
+        known = {part: kept(figures / f"{part}.json", chosen.keep, failed_too=True) for part in parts()}
         found[name] = {part: of for part, of in known.items() if of}
     page = shown(found)
     if chosen.results == "yes":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +25,7 @@ from scalabl.core.errors import UserError
 from scalabl.core.files import write_json
 from scalabl.predictive.base import share
 from scalabl.runs.directory import claim
+from scalabl.training import ranks
 from scalabl.training.ranks import check_launch, fit_checkpoint, has_dropout, require_rows, shard_by_layers
 from scalabl.training.refusals import refuse_hidden_gradients
 from scalabl.tuner import stochastic_layers
@@ -60,6 +62,7 @@ REFUSED: dict[str, tuple[dict[str, str], dict[str, Any], str]] = {
 @pytest.mark.parametrize("case", list(REFUSED))
 def test_what_fsdp_cannot_train_is_refused_before_any_work(case: str, two: pytest.MonkeyPatch, tmp_path: Path) -> None:
     environment, changes, words = REFUSED[case]
+    two.setattr(ranks, "compare_versions", lambda *_: False)
     for name, value in environment.items():
         two.setenv(name, value)
     with pytest.raises(UserError, match=words):
@@ -69,6 +72,9 @@ def test_what_fsdp_cannot_train_is_refused_before_any_work(case: str, two: pytes
     for name in ("FSDP_ACTIVATION_CHECKPOINTING", "FSDP_CPU_RAM_EFFICIENT_LOADING"):
         two.setenv(name, "false")
     check_launch(settings_of(tmp_path))
+    two.setattr(ranks, "compare_versions", lambda *_: True)
+    with pytest.raises(UserError, match=r'pip install "accelerate>=1\.15"'):
+        check_launch(settings_of(tmp_path))
 
 
 def test_deepspeed_is_refused_where_it_is_missing_and_where_it_would_hide_the_kl(
@@ -190,14 +196,17 @@ def test_a_run_continues_in_other_processes_where_its_steps_keep_their_rows(tmp_
 def test_a_checkpoint_gets_the_random_states_that_its_next_processes_look_for(
     two: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    state = tmp_path / "trainer_state.json"
+    write_json(state, {"global_step": 5, "train_batch_size": 8})
     (tmp_path / "rng_state.pth").write_text("of one process")
-    fit_checkpoint(tmp_path, dropout=True)
-    assert len(list(tmp_path.iterdir())) == 1  # the ranks' streams differ: one process's is nobody's
-    fit_checkpoint(tmp_path, dropout=False)
+    fit_checkpoint(tmp_path, dropout=True, batch_size=4)
+    assert json.loads(state.read_text()) == {"global_step": 5, "train_batch_size": 4}
+    assert len(list(tmp_path.iterdir())) == 2  # the ranks' streams differ: one process's is nobody's
+    fit_checkpoint(tmp_path, dropout=False, batch_size=4)
     assert {(tmp_path / f"rng_state_{rank}.pth").read_text() for rank in range(2)} == {"of one process"}
     (tmp_path / "pytorch_model_fsdp.bin").touch()
     with pytest.raises(UserError, match="written under FSDP and cannot be resumed without it"):
-        fit_checkpoint(tmp_path, dropout=False)
+        fit_checkpoint(tmp_path, dropout=False, batch_size=4)
 
 
 def test_in_one_process_nothing_is_shared() -> None:

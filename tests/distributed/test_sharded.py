@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import sharded_launch
 import torch
+from accelerate.utils import compare_versions
 from own_process import OwnProcess, program, ranks, written
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -28,7 +29,10 @@ from scalabl.runs.record import RunRecord
 from scalabl.training.run import train
 from scalabl.tuner.config import ScalaBLConfig, write_mean_adapter
 
-pytestmark = pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`"),
+    pytest.mark.skipif(compare_versions("accelerate", "<", "1.15"), reason="Accelerate does not read shards back"),
+]
 
 # every layer, the output layer too; noise that has to be the same again when a checkpointed layer is run once more
 CHANGES: dict[str, Any] = {

@@ -74,6 +74,9 @@ def connect() -> None:
         import torch
         from accelerate import PartialState
 
+        if not torch.cuda.is_available():
+            # Accelerate's own name is "cpu:0", which older Transformers gives torch.load, and that knows no such place
+            os.environ.setdefault("ACCELERATE_TORCH_DEVICE", "cpu")
         # the ranks' shares take different times
         PartialState(cpu=not torch.cuda.is_available(), timeout=_UNEVEN)
 

@@ -272,6 +272,11 @@ class CellProgress(Progress):
         self._started = time.time()
         self._bar = self.add_task("", total=len(plan.cells), completed=len(self._seen))
 
+    def stop(self) -> None:
+        """In a log nothing was begun: older Rich would put an empty line there."""
+        if not self.disable:
+            super().stop()
+
     def __call__(self) -> list[Cell]:
         """Look again, and give the cells that were finished since the last look."""
         new = []

@@ -8,18 +8,23 @@ Trainer seeds all ranks alike. Left at that, rank 0's first row and rank 1's wou
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import torch
+from accelerate.utils import compare_versions
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 
 from scalabl.core import processes
 from scalabl.core.errors import UserError
+from scalabl.core.files import write_json
 from scalabl.runs.registry import METHODS
 from scalabl.runs.settings import Settings
 from scalabl.tuner.layers import decoder_layers, unwrap
@@ -27,6 +32,8 @@ from scalabl.tuner.projection import StochasticProjection
 
 # a prime far apart from the small seeds that people give: the streams of two ranks and two runs never meet
 _SEEDS_BETWEEN_RANKS = 1_000_003
+# older Accelerate gives whole tensors to PEFT, and where parameters are shards (FSDP 2) nothing is loaded
+_READS_SHARDS_BACK = "1.15"
 
 
 def check_launch(settings: Settings) -> None:
@@ -34,7 +41,7 @@ def check_launch(settings: Settings) -> None:
 
     Raises:
         UserError: DeepSpeed is not installed or would hide the KL's gradient; an FSDP setting that this package does
-            not train with.
+            not train with, or an Accelerate that would not go on.
     """
     if processes.uses_deepspeed():
         if importlib.util.find_spec("deepspeed") is None:
@@ -65,6 +72,12 @@ def check_launch(settings: Settings) -> None:
         raise UserError("A base of 4 or 8 bits is not sharded; leave out --bits, or launch with ddp.yaml.")
     if not METHODS[settings.method].shardable:
         raise UserError(f"{settings.method} was not tried with FSDP; launch with recipes/accelerate/ddp.yaml.")
+    if compare_versions("accelerate", "<", _READS_SHARDS_BACK):
+        raise UserError(
+            f"A sharded run would go on without what it had learned: Accelerate {accelerate.__version__} does not read "
+            f'shards of an adapter back; pip install "accelerate>={_READS_SHARDS_BACK}", or launch with '
+            "recipes/accelerate/ddp.yaml."
+        )
 
 
 def shard_by_layers(plugin: Any, model: nn.Module) -> None:
@@ -100,16 +113,18 @@ def require_rows(settings: Settings, rows: int) -> None:
         )
 
 
-def fit_checkpoint(checkpoint: Path, *, dropout: bool) -> None:
+def fit_checkpoint(checkpoint: Path, *, dropout: bool, batch_size: int) -> None:
     """Let a checkpoint be resumed by another number of processes than wrote it.
 
     Trainer looks for a state of the random numbers by the process's number, and goes on with whatever they are if there
     is none. All processes went through the same stream (`share_noise`), so that any one's will do. With
-    dropout they did not: then other masks are drawn after resuming.
+    dropout they did not: then other masks are drawn after resuming. Older Transformers goes on with the batch size in
+    the checkpoint, which is that of a process.
 
     Args:
         checkpoint: a directory of Trainer's; called in one process.
         dropout: whether dropout masks are drawn.
+        batch_size: of each process now.
 
     Raises:
         UserError: it was written by FSDP and this is not, or the other way round.
@@ -118,6 +133,10 @@ def fit_checkpoint(checkpoint: Path, *, dropout: bool) -> None:
     if sharded != processes.is_sharded():
         was, now = ("FSDP", "without it") if sharded else ("no FSDP", "with it")
         raise UserError(f"{checkpoint} was written under {was} and cannot be resumed {now}; launch as before.")
+    written = checkpoint / TRAINER_STATE_NAME
+    state = json.loads(written.read_text(encoding="utf-8"))
+    if state["train_batch_size"] != batch_size:
+        write_json(written, state | {"train_batch_size": batch_size})
     if dropout:
         return
     present = sorted(checkpoint.glob("rng_state*.pth"))

@@ -312,7 +312,7 @@ def optimise(
     if trainer.is_fsdp_enabled:
         shard_by_layers(trainer.accelerator.state.fsdp_plugin, model)
     trainer.remove_callback(PrinterCallback)
-    last = processes.on_main(lambda: _checkpoint_to_resume(output, has_dropout(model)))
+    last = processes.on_main(lambda: _checkpoint_to_resume(output, has_dropout(model), arguments.train_batch_size))
     try:
         trainer.train(resume_from_checkpoint=last)
     finally:
@@ -328,10 +328,10 @@ def _reading(scorer: Scorer, rows: list[Encoded]) -> tuple[bool, int]:
     return scorer.reads_packed(rows), max(len(row.input_ids) for row in rows)
 
 
-def _checkpoint_to_resume(output: Path, dropout: bool) -> str | None:
+def _checkpoint_to_resume(output: Path, dropout: bool, batch_size: int) -> str | None:
     last = last_checkpoint(output)
     if last is not None:
-        fit_checkpoint(last, dropout=dropout)
+        fit_checkpoint(last, dropout=dropout, batch_size=batch_size)
     return None if last is None else str(last)
 
 
