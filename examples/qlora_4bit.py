@@ -45,8 +45,8 @@ def main() -> None:
     trainer.train()
     trainer.model.save_pretrained(args.output)  # and args.output/mean, a plain LoRA
 
-    scoring = Letters(tokenizer, labels=list(LETTERS[: max(len(row.choices) for row in test)]), raw_prompt=True)
-    answer = scalabl.Classifier(trainer.model.eval(), scoring, samples=10)([prompt(row) for row in test])
+    scoring = Letters(tokenizer, labels=list(LETTERS[: max(len(row.choices) for row in test)]))
+    answer = scalabl.Classifier(trainer.model.eval(), scoring, samples=10)([{"prompt": prompt(row)} for row in test])
     for i, row in enumerate(test):
         said = f"{answer.label[i]} at {answer.probs[i].max():.2f}, epistemic {answer.epistemic[i]:.3f}"
         print(f"{said}; right is {LETTERS[row.answer]}: {row.question}")

@@ -21,8 +21,9 @@ class Output(NamedTuple):
     def sentence(self) -> str:
         """Its one sentence on standard error, after exit code 2 and no result on standard output."""
         assert self.code == 2, self
-        # a training writes what it takes before it begins
-        assert all(line.startswith(("training: ", "memory: ")) for line in self.out.splitlines())
+        # a training writes what it takes and reads before it begins
+        told = ("training: ", "memory: ", "template: ", "first row: ")
+        assert all(line.startswith(told) for line in self.out.splitlines())
         lines = self.err.splitlines()
         assert len(lines) == 1 and lines[0].startswith("scalabl: "), self.err
         return lines[0].removeprefix("scalabl: ")

@@ -65,7 +65,9 @@ def test_every_extra_is_known_to_it() -> None:
     """Those of users; the developers' own are not shown."""
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     text = (ROOT / "src/scalabl/cli/doctor.py").read_text()
-    assert [name for name in extras if name not in ("dev", "integrations") and f"scalabl[{name}]" not in text] == []
+    assert [
+        name for name in extras if name not in ("dev", "docs", "integrations") and f"scalabl[{name}]" not in text
+    ] == []
 
 
 def test_the_form_of_a_bug_asks_for_it() -> None:

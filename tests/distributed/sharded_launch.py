@@ -52,3 +52,4 @@ def main(output: Path, *arguments: object) -> None:
             raise
     own_trainer(output, batch_size=2)
     train(head_settings_of(output.parent, batch_size=2, layers="all"), output.parent / "head")
+    torch.distributed.barrier()  # the main process holds the store that the others still read

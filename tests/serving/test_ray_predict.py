@@ -78,6 +78,8 @@ def assert_equal(found: list[dict[str, Any]], alone: list[dict[str, Any]]) -> No
     """The same rows in the same order with the same answers, up to float32's rounding in other batches."""
     assert [answer["id"] for answer in found] == [row.id for row in all_rows()]
     for one, other in zip(found, alone, strict=True):
+        if one.get("guess", "") is None:  # a column of Parquet has a place in every row
+            one = {name: value for name, value in one.items() if name != "guess"}
         assert one.keys() == other.keys() and list(one["probs"]) == list(other["probs"])
         assert one["probs"] == pytest.approx(other["probs"], abs=1e-5)
         for name in one.keys() - {"probs"}:

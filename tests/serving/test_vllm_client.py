@@ -1,6 +1,7 @@
 """`serving.vllm`: the answers of a server that serves exported particles are the run's own, and what is refused."""
 
 import json
+import subprocess
 import sys
 import threading
 from dataclasses import replace
@@ -208,4 +209,6 @@ def test_threads_of_a_client_have_connections_of_their_own(server: ParticleServe
 
 
 def test_no_server_library_is_imported() -> None:
-    assert "vllm" not in sys.modules and "openai" not in sys.modules
+    imports = "import sys, scalabl.serving.vllm, scalabl.serving.http"
+    code = f"{imports}; sys.exit(bool({{'vllm', 'openai'}} & sys.modules.keys()))"
+    assert subprocess.run([sys.executable, "-P", "-c", code], check=False).returncode == 0
