@@ -23,13 +23,14 @@ _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Within it the model is in eval mode; afterwards in the mode that it was in."""
-    was_training = model.training
+    """Within it the model is in eval mode; afterwards each of its modules in the mode that it was in."""
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         yield
     finally:
-        model.train(was_training)
+        for module, training in modes.items():
+            module.training = training
 
 
 def gathered(tensor: Tensor) -> Tensor:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
 
 import torch
 from peft import PeftModel
-from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from scalabl.core.errors import UserError
+from scalabl.core.modules import eval_mode
 from scalabl.generation.answer import AnswerEnd, GeneratedAnswer, answer_span, tokens_of
 from scalabl.generation.confidence import Confidence
 from scalabl.generation.decoding import Decoded, decode, with_stop_criterion
@@ -98,10 +97,8 @@ def generate(
         run = run_in_memory(run, given[0])
     elif not isinstance(run, Run):
         run = load_run(Path(run), generating=True)
-    with (
-        alone(run.model),
-        _evaluating(run.model),
-    ):  # sampled texts take their numbers from one stream, which the seed begins
+    # sampled texts take their numbers from one stream, which the seed begins
+    with alone(run.model), eval_mode(run.model):
         found = answers_with_samples(
             run, prompts, draws_of(run, samples, seed), seed=seed, chat=chat, stop=stop, sampling=sampling,
             max_new_tokens=max_new_tokens, batch_size=batch_size, advance=advance, fitted=fitted_confidence(run),
@@ -119,18 +116,6 @@ def _prompts(run: Any, given: Sequence[Any]) -> Sequence[str]:
     if not prompts:
         raise UserError("There is no prompt to answer; give at least one.")
     return prompts
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Context in which a model that is being trained has no dropout."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def answers_with_samples(
