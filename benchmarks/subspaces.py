@@ -47,18 +47,18 @@ from scalabl.data.assemble import select_rows
 from scalabl.data.load import load_task, rows_of
 from scalabl.metrics.calibration import row_losses
 from scalabl.metrics.uncertainty import average, fit_temperature
-from scalabl.posterior.evidence import best_precision
-from scalabl.predictive.linearized import gaussian_points, matrix_root
+from scalabl.predictive.linearized import LinearizedPredictive
 from scalabl.runs.method import load_method
 from scalabl.runs.models import load_base
 from scalabl.runs.settings import Settings
 from scalabl.scoring.base import Encoded
-from scalabl.scoring.likelihood import OneLabel
+from scalabl.scoring.likelihood import log_likelihood
 from scalabl.scoring.scorer import Scorer
 from scalabl.scoring.trunk import Trunk, token_logits
 from scalabl.scoring.trunk_store import with_stored_trunk
 from scalabl.study.study import read_study
 from scalabl.training.choose_scoring import candidates
+from scalabl.training.posthoc.laplace import JointCurvature, posterior_of
 from scalabl.training.trainer import LengthGroupedOrder
 
 PRIOR_MEAN = 0.577  # of s: where LoRA's draw puts it
@@ -361,37 +361,30 @@ def laplace(scorer: Scorer, train_rows: list[Encoded], rows: dict[str, list[Enco
             ]  # fmt: skip
             return logits.detach(), torch.stack(contrasts, dim=1), batch.answers
 
-        size, total = len(cores) * r * r, 0.0
+        size, total, likelihood = len(cores) * r * r, 0.0, scorer.scoring.likelihood
         matrix = torch.zeros(size, size, dtype=torch.float64)
         for _, chunk in scorer.batches(train_rows, 16):
             logits, each, answers = jacobian(chunk)
-            p = logits.double().softmax(-1)
-            root = torch.diag_embed(p.sqrt()) - p[:, :, None] * p.sqrt()[:, None]
+            root = likelihood.curvature_root(logits.double())
             weighted = torch.einsum("bck,bcd->bkd", root, each.double()).flatten(0, 1)
             matrix.addmm_(weighted.T, weighted)
-            total += -F.cross_entropy(logits, answers, reduction="sum").item()
+            total += log_likelihood(likelihood, logits, answers).item()
         diagonal = torch.cat([torch.eye(r).flatten().bool()] * len(cores))
-        roots = {}
+        factors = {}
         for name, kept_ in (("r", diagonal), ("r x r", torch.ones_like(diagonal))):
             own = matrix[kept_][:, kept_]
-            values, vectors = torch.linalg.eigh(own)
-            precision = best_precision(float(diagonal.sum()), [values.clamp_min(0)])
-            roots[name] = kept_, (vectors / (values.clamp_min(0) + precision).sqrt()).float()
-        found: dict[str, dict[str, Any]] = {name: {} for name in roots}
+            curvature = JointCurvature(own, {name: len(own)}, total, len(train_rows))
+            factors[name] = kept_, posterior_of(curvature, int(diagonal.sum()))[0].factor
+        found: dict[str, dict[str, Any]] = {name: {} for name in factors}
+        linearized = LinearizedPredictive()
         for part, listed in rows.items():
-            drawn: dict[str, Tensor] = {}
             for indices, chunk in scorer.batches(listed, 16):
                 logits, each, _ = jacobian(chunk)
-                for name, (kept_, root) in roots.items():
-                    half = (each[:, :, kept_] - each[:, :1, kept_])[:, 1:] @ root
-                    noise = gaussian_points(128, logits.shape[1] - 1, 0).to(half.double())
-                    shift = torch.einsum("pk,bck->pbc", noise, matrix_root((half @ half.mT).double())).float()
-                    log_probs = OneLabel().log_probs(OneLabel().moved(logits, shift))
-                    drawn.setdefault(name, torch.empty(len(noise), len(listed), logits.shape[1]))[:, indices] = (
-                        log_probs
-                    )
-            for name, log_probs in drawn.items():
-                found[name][part] = log_probs
+                for name, (kept_, factor) in factors.items():
+                    half = (each[:, 1:, kept_] - each[:, :1, kept_]) @ factor
+                    drawn = linearized.log_probs(logits, half @ half.mT, likelihood)
+                    blank = torch.empty(len(drawn), len(listed), drawn.shape[2])
+                    found[name].setdefault(part, blank)[:, indices] = drawn.float()
         for core in cores:
             core.given = None
         return found
