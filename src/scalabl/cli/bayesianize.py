@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from scalabl.cli.app import app, fail
-from scalabl.cli.options import with_line_ends
+from scalabl.cli.options import names_in, with_line_ends
 from scalabl.core.console import quiet, say, words_console
 from scalabl.runs.record import RunRecord
 
@@ -55,7 +55,7 @@ def bayesianize(
     from scalabl.core.outputs import require_writable
     from scalabl.training.posthoc.settings import read_source, require_free, rows_for, settings_for
 
-    source = read_source(adapter, model, None if labels is None else [name.strip() for name in labels.split(",")])
+    source = read_source(adapter, model, names_in(labels))
     settings = settings_for(
         source, data, method, structure=structure, prior_precision=prior_precision, scoring=scoring,
         template=template, chat=chat, max_length=max_length, train_rows=train_rows, batch_size=batch_size, steps=steps,

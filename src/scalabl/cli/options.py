@@ -110,7 +110,7 @@ def asked_of(
     from scalabl.runs.record import CONFIG, RECORD
     from scalabl.runs.stock import Asked, has_head
 
-    given = None if labels is None else tuple(name.strip() for name in labels.split(","))
+    given = names_in(labels)
     asked = Asked(given, scoring, template, chat, max_length)
     config = read_if_whole(run / CONFIG)
     if data is None or (run / RECORD).is_file() or not isinstance(config, dict) or has_head(config):
@@ -121,6 +121,11 @@ def asked_of(
     if first is not None and first.rendered and template is None:
         template = template_of_prompts([first])
     return Asked(shared, scoring, template, chat, max_length)
+
+
+def names_in(listed: str | None) -> tuple[str, ...] | None:
+    """The names of an option "a,b,c"."""
+    return None if listed is None else tuple(name.strip() for name in listed.split(","))
 
 
 def with_line_ends(text: str | None) -> str | None:
