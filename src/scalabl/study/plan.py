@@ -184,16 +184,17 @@ def _planned(
 
     for task in study.tasks:
         learnt, tests = rows[task].learnt, rows[task].tests
+        chosen_on = study.task(task).chosen_on or task
         for variant in study.variants:
             runs_on = study.runs_on(variant, task)
-            if variant.chooses and runs_on:
+            if variant.chooses and runs_on and chosen_on == task:
                 for point in variant.tried:
                     run = add(_training(study, variant, task, study.seeds[0], learnt, point))
                     trial = Entry(variant, task, study.seeds[:1], (run,), None, "", point)
                     attempts.append(Attempt(variant, task, point, run, add(_prediction(study, trial, {}))))
-            if variant.tried and (task, variant.of) not in choices:
+            if variant.tried and (chosen_on, variant.of) not in choices:
                 continue
-            point = choices.get((task, variant.of), {})
+            point = choices.get((chosen_on, variant.of), {})
             for seeds in runs_on:
                 runs = tuple(add(_training(study, variant, task, seed, learnt, point)) for seed in seeds)
                 fitted = add(_post_hoc(variant, task, seeds, runs)) if variant.method in POST_HOC_METHODS else None

@@ -28,7 +28,8 @@ and one that is tried.
 
 Of settings that are `tried` (a mapping of lists, or a list of mappings) one is chosen on each task, by the NLL of its
 validation rows under the first seed and with a temperature, and taken for all seeds; no test row is read before. A
-variant `of` another one has the other's runs and choice; a method fitted on finished runs is of the first `mle`.
+task with `chosen_on: OTHER` takes what was chosen on the other one. A variant `of` another one has the other's runs and
+choice; a method fitted on finished runs is of the first `mle`.
 
     - {name: scalabl mean, of: scalabl, samples: 0}
     - {name: ensemble of 3, method: ensemble, members: 3}      the runs of the first three seeds; all, if left out
@@ -213,6 +214,14 @@ def _check(study: Study) -> None:
             raise UserError(f"Two methods are called {name!r}; give one of them a name of its own.")
         if TEMPERED in name:
             raise UserError(f"The name {name!r} holds {TEMPERED!r}, which marks tempered rows; choose another.")
+    for task in study.tasks:
+        source = study.task(task).chosen_on
+        if source is not None and (source not in study.tasks or study.task(source).chosen_on is not None):
+            raise UserError(f"chosen_on of {task} names {source}, which is no task that tries settings itself.")
+        for variant in study.variants:
+            lacking = source is not None and variant.tried and not study.runs_on(variant, source)
+            if lacking and study.runs_on(variant, task):
+                raise UserError(f"{variant.name} runs on {task}, but not on {source}, where its settings are chosen.")
     for variant in study.variants:
         if METHODS[variant.method].members and len(study.seeds_of(variant)) < 2:
             raise UserError("An ensemble is made of the seeds' runs, but there is one seed; give two or more.")

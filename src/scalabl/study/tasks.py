@@ -22,6 +22,7 @@ class StudyTask:
         model: where it is another one than the study's.
         settings: of its training runs, over those of methods.
         out_of_scope: data with rows of none of its labels.
+        chosen_on: the task on which its settings are chosen, where some are tried; its own if None.
         wave: cells of a higher one come later.
     """
 
@@ -30,6 +31,7 @@ class StudyTask:
     model: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     out_of_scope: tuple[str, ...] = ()
+    chosen_on: str | None = None
     wave: int = 0
 
 
@@ -53,13 +55,15 @@ def tasks_in(listed: Any) -> dict[str, StudyTask]:
         name = name or data
         if name in found:
             raise UserError(f"Two tasks are called {name!r}; give one of them a name of its own.")
-        others, model, wave = own.pop("out_of_scope", []), own.pop("model", None), own.pop("wave", 0)
+        others, wave = own.pop("out_of_scope", []), own.pop("wave", 0)
+        model, chosen_on = own.pop("model", None), own.pop("chosen_on", None)
         found[name] = StudyTask(
             name,
             data,
             None if model is None else str(model),
             settings_in(f"the task {name}", own),
             texts_in(f"out_of_scope of {name}", others) if others else (),
+            None if chosen_on is None else str(chosen_on),
             whole(f"wave of {name}", wave, 0),
         )
     return found
