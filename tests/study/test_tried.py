@@ -95,6 +95,17 @@ def test_the_choice_is_of_validation_rows_and_of_every_seed(done: tuple[Study, S
             assert recipe["rows_per_class"] == 4
 
 
+def test_a_task_takes_what_was_chosen_on_another(done: tuple[Study, StudyPlan, Path], rows: Path) -> None:
+    _, plan, output = done
+    few = content(rows)["tasks"][0]
+    more = {"name": "more", "data": str(rows), "rows_per_class": 5, "chosen_on": "few"}
+    both = make_plan(make_study(content(rows, tasks=[few, more]), "both"), output)
+    assert both.choices == plan.choices and [a.task for a in both.attempts] == [a.task for a in plan.attempts]
+    taken = [entry for entry in both.entries if entry.task == "more"]
+    assert len(taken) == 7 and all(entry.chosen == plan.choices["few", entry.variant.of] for entry in taken)
+    assert all(both.cells[entry.training[0]].settings["recipe"]["rows_per_class"] == 5 for entry in taken)
+
+
 def test_runs_are_shared(done: tuple[Study, StudyPlan, Path]) -> None:
     _, plan, output = done
     trained = [cell.settings["recipe"] for cell in plan.cells.values() if cell.kind == TRAINING]
@@ -241,6 +252,15 @@ def test_waves_come_after_each_other(rows: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
+        ({"tasks": [{"data": "a", "chosen_on": "b"}]}, "chosen_on of a names b, which is no task that tries"),
+        ({"tasks": ["a", {"data": "b", "chosen_on": "a"}, {"data": "c", "chosen_on": "b"}]}, "chosen_on of c names b"),
+        (
+            {
+                "tasks": ["a", {"data": "b", "chosen_on": "a"}],
+                "methods": [{"method": "mle", "tasks": ["b"], "tried": {"r": [4]}}],
+            },
+            "mle runs on b, but not on a, where its settings are chosen",
+        ),
         ({"methods": [{"method": "mle", "tried": {"r": 4}}]}, "tried of mle must name settings with lists"),
         ({"methods": [{"method": "mle", "tried": {"r": [4]}, "grid": {"r": [4]}}]}, "leave out one of the two"),
         ({"methods": [{"method": "mle", "tried": {"seed": [1]}}]}, "sets seed, which the study itself decides"),
