@@ -6,6 +6,7 @@ real model and real rows. `data`: which benchmarks there are, and fetching them.
 
 from __future__ import annotations
 
+import os
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -138,7 +139,9 @@ def demo(
     from scalabl.study.demo import run_demo
 
     quiet()
-    made = run_demo(output, task=task, seed=seed, steps=steps, test_rows=test_rows, samples=samples)
+    # each has the model in memory
+    workers = min(4, os.cpu_count() or 1)
+    made = run_demo(output, task=task, seed=seed, steps=steps, test_rows=test_rows, samples=samples, workers=workers)
     figures = table(made)
     write(made, report)
     if json is not None:

@@ -64,10 +64,19 @@ def words_console(*, stderr: bool = False) -> Console:
     return _Words(stderr=stderr, markup=False, emoji=False)
 
 
+_in_lines = False
+
+
+def progress_in_lines() -> None:
+    """From now on this process writes its progress as into a log: it shares the terminal with others."""
+    global _in_lines
+    _in_lines = True
+
+
 def progress_bar() -> Progress:
     """A bar on standard error: what, how many of how many, time gone, time left. In a log: a line every ten seconds."""
     console = words_console(stderr=True)
-    if not console.is_terminal or not is_main():
+    if _in_lines or not console.is_terminal or not is_main():
         return _Lines(shown=is_main())  # of several processes one shows it
     return Progress(
         TextColumn("{task.description}", markup=False),

@@ -8,7 +8,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from scalabl.core.console import quiet
+from scalabl.core.workers import side_by_side
 from scalabl.data.assemble import select_rows
 from scalabl.data.example import Example
 from scalabl.data.load import load_task, rows_of, shifted_rows
@@ -21,7 +24,7 @@ from scalabl.metrics.uncertainty import fit_temperature
 from scalabl.runs.loading import load_run
 from scalabl.runs.record import RunRecord
 from scalabl.runs.registry import BASELINE
-from scalabl.runs.settings import ALL_LINEAR
+from scalabl.runs.settings import ALL_LINEAR, Settings
 from scalabl.study.demos import DEMOS, LANGUAGE, ROUTING, SAMPLES, demo_settings
 from scalabl.training.run import read_log, train
 
@@ -36,8 +39,9 @@ def run_demo(
     steps: int | None = None,
     test_rows: int | None = None,
     samples: int = SAMPLES,
+    workers: int = 1,
 ) -> Report:
-    """Train every method and gather their report; what an earlier call finished is not done again.
+    """Train every method and gather their report; what an earlier call finished is not trained again.
 
     Args:
         output: holds the runs.
@@ -46,41 +50,58 @@ def run_demo(
         steps: optimiser steps of each method; None for the demo's own.
         test_rows: how many rows it is tested on; None for the demo's own.
         samples: N of the Monte Carlo predictives.
+        workers: processes that share the runs.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C; the same call goes on from the checkpoints.
     """
     demo = DEMOS[task]
     steps, test_rows = steps or demo.steps, test_rows or demo.test_rows
-    known = load_task(task)
-    rows = _Rows(
-        test=rows_of(task, split="test", limit=test_rows),
-        shifted={demo.shifted: shifted_rows(demo.shifted, limit=demo.shifted_rows, labels=known.labels)},
-        held_out=select_rows(known, demo_settings(task, BASELINE, seed=seed, steps=steps).rows).validation,
-    )
 
-    def trained(method: str, seed: int) -> Path:
-        directory = output / f"{method}-seed{seed}-steps{steps}"
-        # in the language demo every predictive has a temperature of its own, fitted below
-        calibrate = calibration_at_the_end if task == ROUTING else None
-        train(demo_settings(task, method, seed=seed, steps=steps), directory, calibrate=calibrate)
-        return directory
+    def part(method: str, seed: int) -> _Part:
+        return _Part(task, method, seed, steps, test_rows, samples, output)
 
-    results: list[MethodResult] = []
-    training = {}
-    for method in demo.methods:
-        directory = trained(method, seed)
-        results += (_routing if task == ROUTING else _language)(directory, rows, samples, seed)
-        training[results[-1].name.split(",")[0]] = read_log(directory)
-    record, lead = RunRecord.read(directory), len(results) - 1
-    if task == ROUTING:
-        members = [trained(BASELINE, seed + 1000 * i) for i in range(MEMBERS)]
-        results += _ensemble(results[0], members, rows)
+    own = [part(method, seed) for method in demo.methods]
+    members = [part(BASELINE, seed + 1000 * i) for i in range(1, MEMBERS)] if task == ROUTING else []
+    # ScalaBL and MC dropout take longest, plain LoRA least
+    found = dict(zip([*own[::-1], *members], side_by_side(_do, [*own[::-1], *members], workers=workers), strict=True))
+    results = [result for each in own for result in found[each].results]
+    lead, training = len(results) - 1, {found[each].results[-1].name.split(",")[0]: found[each].log for each in own}
+    rows = _rows(own[0])
+    if members:
+        results += _ensemble([found[each] for each in (own[0], *members)], rows.held_out)
     return Report(
         title=_TITLES[task],
-        facts=_facts(task, record, rows, seed, steps) | {"training loss": _losses(training)},
+        facts=_facts(task, found[own[-1]].record, rows, seed, steps) | {"training loss": _losses(training)},
         methods=results,
         questions=[(row.text, row.choices) for row in rows.test],
         training=training,
         lead=lead,
     )
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A run of a demo, trained and tested."""
+
+    task: str
+    method: str
+    seed: int
+    steps: int
+    test_rows: int
+    samples: int
+    output: Path
+
+
+@dataclass(frozen=True)
+class _Done:
+    """What there is of a run: its rows of the report, and of an ensemble's member the predictions (1, n, C) of held-out
+    rows as learnt."""
+
+    results: list[MethodResult]
+    held_out: Tensor | None
+    log: list[dict[str, float]]
+    record: RunRecord
 
 
 @dataclass(frozen=True)
@@ -90,50 +111,70 @@ class _Rows:
     held_out: tuple[Example, ...]
 
 
+def _rows(part: _Part) -> _Rows:
+    demo, known = DEMOS[part.task], load_task(part.task)
+    return _Rows(
+        test=rows_of(part.task, split="test", limit=part.test_rows),
+        shifted={demo.shifted: shifted_rows(demo.shifted, limit=demo.shifted_rows, labels=known.labels)},
+        held_out=select_rows(known, _settings(part).rows).validation,
+    )
+
+
+def _settings(part: _Part) -> Settings:
+    return demo_settings(part.task, part.method, seed=part.seed, steps=part.steps)
+
+
+def _do(part: _Part) -> _Done:
+    """Train a run and predict with it; a worker's work."""
+    quiet()
+    directory = part.output / f"{part.method}-seed{part.seed}-steps{part.steps}"
+    # in the language demo every predictive has a temperature of its own, fitted below
+    calibrate = calibration_at_the_end if part.task == ROUTING else None
+    record = train(_settings(part), directory, calibrate=calibrate)
+    results, held_out = (_routing if part.task == ROUTING else _language)(directory, _rows(part), part)
+    return _Done(results, held_out, read_log(directory), record)
+
+
 _TITLES = {
     ROUTING: "Routing questions to 20 subjects, and telling which belong to none",
     LANGUAGE: "Plain LoRA and ScalaBL at the same budget",
 }
 
 
-def _routing(directory: Path, rows: _Rows, samples: int, seed: int) -> list[MethodResult]:
+def _routing(directory: Path, rows: _Rows, part: _Part) -> tuple[list[MethodResult], Tensor | None]:
     """A run as learnt and calibrated, by the predictive that is everybody's default."""
-    predictor = Predictor.load(directory, PredictionSettings(samples=samples, seed=seed))
-    return results_of(predictor, as_learnt(predictor, rows.test), rows.test, rows.shifted)
+    predictor = Predictor.load(directory, PredictionSettings(samples=part.samples, seed=part.seed))
+    predictor.resolve(rows.test)
+    plain, held_out = as_learnt(predictor, rows.test), None
+    if part.method == BASELINE:  # a member of the ensemble
+        held_out = plain.log_probs(rows.held_out, dataset="temperature")
+    return results_of(predictor, plain, rows.test, rows.shifted), held_out
 
 
-def _language(directory: Path, rows: _Rows, samples: int, seed: int) -> list[MethodResult]:
+def _language(directory: Path, rows: _Rows, part: _Part) -> tuple[list[MethodResult], Tensor | None]:
     """A run by its mean and by N particles, each without and with a temperature of its own."""
     run = load_run(directory)
     made = []
     for name in ["mean", "mc"] if run.is_bayesian else ["mean"]:
-        predictor = Predictor(run, PredictionSettings(predictive=name, samples=samples, seed=seed))
+        predictor = Predictor(run, PredictionSettings(predictive=name, samples=part.samples, seed=part.seed))
         made.append(method_result(predictor, rows.test, rows.shifted))
         held_out = predictor.log_probs(rows.held_out, dataset="temperature")
         made.append(tempered(made[-1], fit_temperature(held_out, labels_of(rows.held_out))))
-    return made
+    return made, None
 
 
-def _ensemble(first: MethodResult, directories: Sequence[Path], rows: _Rows) -> list[MethodResult]:
-    """M runs of other seeds, averaged [Lakshminarayanan et al. 2017], and with a temperature of their average; `first`
-    is the first one's raw predictions."""
-    name, held_out = f"ensemble of {len(directories)}", []
-    test, shifted = [first.log_probs], {other: [log_probs] for other, log_probs in first.ood.items()}
-    for i, directory in enumerate(directories):
-        predictor = Predictor.load(directory, PredictionSettings(raw=True))
-        held_out.append(predictor.log_probs(rows.held_out, dataset="temperature"))
-        if i > 0:
-            test.append(predictor.log_probs(rows.test, dataset=name))
-            for other, others in rows.shifted.items():
-                shifted[other].append(predictor.log_probs(others, dataset=f"{name}: {other}"))
+def _ensemble(members: Sequence[_Done], held_out: Sequence[Example]) -> list[MethodResult]:
+    """M runs of other seeds, averaged [Lakshminarayanan et al. 2017], and with a temperature of their average."""
+    plain = [member.results[0] for member in members]
     made = replace(
-        first,
-        name=name,
-        log_probs=torch.cat(test),
-        ood={other: torch.cat(log_probs) for other, log_probs in shifted.items()},
-        notes=[f"{len(directories)} plain LoRAs, trained and run: {len(directories)} times the cost"],
+        plain[0],
+        name=f"ensemble of {len(members)}",
+        log_probs=torch.cat([result.log_probs for result in plain]),
+        ood={other: torch.cat([result.ood[other] for result in plain]) for other in plain[0].ood},
+        notes=[f"{len(members)} plain LoRAs, trained and run: {len(members)} times the cost"],
     )
-    return [made, tempered(made, fit_temperature(torch.cat(held_out), labels_of(rows.held_out)))]
+    log_probs = torch.cat([member.held_out for member in members if member.held_out is not None])
+    return [made, tempered(made, fit_temperature(log_probs, labels_of(held_out)))]
 
 
 def _losses(training: dict[str, list[dict[str, float]]]) -> str:

@@ -9,9 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
-import os
-import signal
-import threading
 import time
 import traceback
 import uuid
@@ -25,6 +22,7 @@ from scalabl.core.console import quiet, quiet_imports
 from scalabl.core.errors import UserError, explain
 from scalabl.core.files import write_json
 from scalabl.core.interpreters import safe_paths
+from scalabl.core.workers import begin_worker, interrupt_workers, threads_each
 from scalabl.serving.ray_address import connected, gpus_each
 from scalabl.study.cells import Cell, failure, finished
 from scalabl.study.plan import StudyPlan
@@ -128,9 +126,9 @@ def run_workers(plan: StudyPlan, output: Path, workers: int, *, report: Report =
         UserError: every worker died (out of memory, for example) before the work was done.
         KeyboardInterrupt: Ctrl-C; the workers have saved their checkpoints.
     """
-    invocation, threads = uuid.uuid4().hex, max(1, (os.cpu_count() or 1) // workers)
-    context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=_worker, args=(plan, output, invocation, threads)) for _ in range(workers)]
+    invocation, context = uuid.uuid4().hex, multiprocessing.get_context("spawn")
+    work = (plan, output, invocation, threads_each(workers))
+    processes = [context.Process(target=_worker, args=work) for _ in range(workers)]
     with safe_paths():
         for process in processes:
             process.start()
@@ -140,9 +138,7 @@ def run_workers(plan: StudyPlan, output: Path, workers: int, *, report: Report =
             report()
     except KeyboardInterrupt:
         with contextlib.suppress(KeyboardInterrupt):  # a second one does not wait for checkpoints
-            for process in processes:
-                if process.pid and process.is_alive():
-                    os.kill(process.pid, signal.SIGINT)
+            interrupt_workers()
             for process in processes:
                 process.join()
         raise
@@ -158,26 +154,13 @@ def run_workers(plan: StudyPlan, output: Path, workers: int, *, report: Report =
 
 
 def _worker(plan: StudyPlan, output: Path, invocation: str, threads: int) -> None:
-    os.environ["OMP_NUM_THREADS"] = str(threads)  # read when torch is imported, which is below
-    # away from the terminal: Ctrl-C comes once, from the call, since a second one would not wait for a checkpoint
-    with contextlib.suppress(AttributeError, OSError):
-        os.setsid()
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    begin_worker(threads)
     with contextlib.suppress(KeyboardInterrupt):
-        quiet_imports()
         from scalabl.training.run import Interrupted
 
         quiet()
         with contextlib.suppress(Interrupted):
             run_here(plan, output, invocation=invocation)
-
-
-def _end_with_parent() -> None:
-    """A worker whose call was killed must not go on unseen."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
 
 
 def run_ray(plan: StudyPlan, output: Path, address: str, *, report: Report = _no_report) -> None:

@@ -57,7 +57,7 @@ from scalabl.tuner.model import fingerprint
 Calibrating = Callable[[Run, Sequence[Example]], dict[str, Any] | None]
 
 
-class Interrupted(Exception):
+class Interrupted(KeyboardInterrupt):
     """The run was stopped by Ctrl-C; its checkpoint is kept."""
 
 
