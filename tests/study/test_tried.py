@@ -22,12 +22,13 @@ from scalabl.study.benchmark import write_results
 from scalabl.study.cells import PREDICTION, TRAINING, finished
 from scalabl.study.detection import detection_rows, scores
 from scalabl.study.frontier import points_of
-from scalabl.study.plan import StudyPlan, make_plan, validation_loss
+from scalabl.study.plan import StudyPlan, make_plan
 from scalabl.study.pooled import holm, two_sided
 from scalabl.study.results import tidy
 from scalabl.study.run import run_here
 from scalabl.study.study import Study, make_study
 from scalabl.study.summary import summarize
+from scalabl.study.tried import trials
 from scalabl.study.work import RUN, UNLABELLED, read_predictions
 
 RATES = [1e-3, 3e-2]
@@ -106,6 +107,24 @@ def test_a_task_takes_what_was_chosen_on_another(done: tuple[Study, StudyPlan, P
     assert all(both.cells[entry.training[0]].settings["recipe"]["rows_per_class"] == 5 for entry in taken)
 
 
+def test_what_was_tried_is_not_tried_again_elsewhere(
+    done: tuple[Study, StudyPlan, Path], tmp_path: Path, rows: Path
+) -> None:
+    study, plan, output = done
+    write_results(study, plan, output, tmp_path / "results", tidy(study, plan, output), "command")
+    again = make_plan(study, tmp_path / "nothing", tmp_path / "results")
+    assert again.choices == plan.choices and trials(again, tmp_path / "nothing") == trials(plan, output)
+    # what was chosen is trained; what was not, and every trial's prediction, is not
+    refused = {a.training for a in plan.attempts if a.point != plan.choices[a.task, a.variant.name]}
+    assert set(plan.cells) - set(again.cells) == refused | {attempt.prediction for attempt in plan.attempts}
+    # of other rows nothing is known, and of a damaged line neither
+    other = make_study(content(rows, validation_rows=8), "tiny")
+    assert not make_plan(other, tmp_path / "nothing", tmp_path / "results").choices
+    path = tmp_path / "results" / "tried.csv"
+    path.write_text(path.read_text().replace(",0,", ",0,x", 1))
+    assert len(make_plan(study, tmp_path / "nothing", tmp_path / "results").choices) == 1
+
+
 def test_runs_are_shared(done: tuple[Study, StudyPlan, Path]) -> None:
     _, plan, output = done
     trained = [cell.settings["recipe"] for cell in plan.cells.values() if cell.kind == TRAINING]
@@ -155,7 +174,9 @@ def test_a_set_out_of_scope_has_detection_alone(
         tried = list(csv.DictReader(file))
     assert [row["chosen"] for row in tried].count("True") == 2 and len(tried) == len(plan.attempts)
     for row, attempt in zip(tried, plan.attempts, strict=True):
-        assert float(row["calibrated_validation_nll"]) == pytest.approx(validation_loss(output, attempt))
+        assert float(row["calibrated_validation_nll"]) == pytest.approx(
+            (plan.figures(output, attempt) or {})["calibrated"]
+        )
     with (tmp_path / "pooled.csv").open() as file:
         pooled = {(r["method"], r["metric"], r["where"], r["task"]): r for r in csv.DictReader(file)}
     means = {

@@ -55,7 +55,7 @@ def benchmark(
         require_ray()
     study = read_study(recipe)
     results = results or study.results or output / study.name
-    plan = make_plan(study, output)
+    plan = make_plan(study, output, results)
     if dry_run:
         _list(plan, output)
         return

@@ -31,7 +31,7 @@ from scalabl.study.frontier import frontier
 from scalabl.study.look import svg
 from scalabl.study.page import Section, html, latex, layout, markdown
 from scalabl.study.pictures import pictures
-from scalabl.study.plan import StudyPlan
+from scalabl.study.plan import TRIED, StudyPlan
 from scalabl.study.pooled import differences, pooled_rows, pooled_tables
 from scalabl.study.results import SCHEMA, csv_of, tidy, write_tables
 from scalabl.study.run import run_here, run_ray, run_workers
@@ -40,7 +40,7 @@ from scalabl.study.summary import Table, summarize, summary_rows
 from scalabl.study.tried import COLUMNS, trials, tried_rows, tried_tables
 
 _PAGES = {"README.md": markdown, "results.tex": latex, "results.html": html}
-_WRITTEN = ("results.csv", "results.parquet", "summary.csv", "tried.csv", "pooled.csv", "detection.csv", *_PAGES)
+_WRITTEN = ("results.csv", "results.parquet", "summary.csv", TRIED, "pooled.csv", "detection.csv", *_PAGES)
 
 
 def run_benchmark(
@@ -151,7 +151,7 @@ def write_results(
         write_text(results / "summary.csv", csv_of(summary, list(summary[0])))
     drawn, overall, tried = pictures(study, tables), _overall(study, plan, output, results, tables), []
     if found:
-        write_text(results / "tried.csv", csv_of(tried_rows(found, study.seeds[0]), COLUMNS))
+        write_text(results / TRIED, csv_of(tried_rows(found, study.seeds[0]), COLUMNS))
         tried = [Section("Settings that were tried", [], tried_tables(found))]
     for picture in [*drawn, *(picture for section in overall for picture in section.pictures)]:
         write_bytes(results / f"{picture.name}.svg", svg(picture))
@@ -210,7 +210,7 @@ def facts_of(study: Study, plan: StudyPlan, output: Path, rows: list[dict[str, A
 def _finished(study: Study, plan: StudyPlan, output: Path, done: int) -> str:
     """Of all runs that the recipe has, those that wait for a choice too; and of the settings tried."""
     every = sum(len(study.runs_on(variant, task)) for variant in study.variants for task in study.tasks)
-    tried = sum(finished(output, attempt.prediction) is not None for attempt in plan.attempts)
+    tried = sum(plan.figures(output, attempt) is not None for attempt in plan.attempts)
     return f"{done} of {every} runs" + (f", {tried} of {len(plan.attempts)} settings tried" if plan.attempts else "")
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,10 @@ from scalabl.study.variants import Variant, in_words
 LATER: tuple[str, ...] = (
     "quantization", "kl_normalization", "prior_mean", "class_weights", "rows_per_class", "template",
 )  # fmt: skip
+
+
+TRIED = "tried.csv"
+LOSSES = ("validation_nll", "calibrated_validation_nll")  # its columns, NLL in nats as it is and with a temperature
 
 
 @dataclass(frozen=True)
@@ -92,6 +98,8 @@ class StudyPlan:
         entries: in the order of tasks, variants, seeds.
         attempts: settings tried, in the order of tasks, variants, settings.
         study, rows: what it was made from.
+        known: address of an attempt's prediction -> its figures ("raw", "calibrated", "temperature"), where the results
+            of an earlier call have them; such an attempt has no cells of its own.
         choices: (task, variant's name) -> the settings that were chosen.
     """
 
@@ -100,53 +108,74 @@ class StudyPlan:
     attempts: tuple[Attempt, ...] = ()
     study: Study | None = None
     rows: Mapping[str, TaskRows] = field(default_factory=dict)
+    known: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     choices: Mapping[tuple[str, str], Mapping[str, Any]] = field(default_factory=dict)
+
+    def figures(self, output: Path, attempt: Attempt) -> Mapping[str, Any] | None:
+        """The NLL in nats of an attempt's validation rows, "raw" and "calibrated" by the "temperature" that suits them,
+        None where it is no number; None before it is finished."""
+        done = finished(output, attempt.prediction)
+        return self.known.get(attempt.prediction) if done is None else done["validation_nll"]
 
     def renewed(self, output: Path) -> StudyPlan:
         """The plan with every choice that the cells finished by now allow; itself where there is no new one."""
-        choices = chosen(self.attempts, output)
+        choices = self.chosen(output)
         if self.study is None or choices == self.choices:
             return self
-        return _planned(self.study, self.rows, choices)
+        return _planned(self.study, self.rows, self.known, choices)
+
+    def chosen(self, output: Path) -> dict[tuple[str, str], Mapping[str, Any]]:
+        """(task, variant's name) -> the settings with the lowest NLL of validation rows, with a temperature.
+
+        There is none before all of them are finished; of equal ones the first is taken.
+        """
+        tried: dict[tuple[str, str], list[tuple[Mapping[str, Any] | None, Mapping[str, Any]]]] = {}
+        for attempt in self.attempts:
+            pair = self.figures(output, attempt), attempt.point
+            tried.setdefault((attempt.task, attempt.variant.name), []).append(pair)
+        return {
+            key: min(pairs, key=lambda pair: _loss(pair[0]))[1]
+            for key, pairs in tried.items()
+            if all(figures is not None for figures, _ in pairs)
+        }
 
 
-def chosen(attempts: Sequence[Attempt], output: Path) -> dict[tuple[str, str], Mapping[str, Any]]:
-    """(task, variant's name) -> the settings with the lowest NLL of validation rows, with a temperature.
-
-    There is none before all of them are finished; of equal ones the first is taken.
-    """
-    losses: dict[tuple[str, str], list[tuple[float, Mapping[str, Any]] | None]] = {}
-    for attempt in attempts:
-        loss = validation_loss(output, attempt)
-        losses.setdefault((attempt.task, attempt.variant.name), []).append(
-            None if loss is None else (loss, attempt.point)
-        )
-    known = {key: [pair for pair in pairs if pair is not None] for key, pairs in losses.items()}
-    return {key: min(known[key], key=lambda pair: pair[0])[1] for key in losses if len(known[key]) == len(losses[key])}
-
-
-def validation_loss(output: Path, attempt: Attempt) -> float | None:
-    """NLL in nats of the validation rows with a temperature, infinite where it is none; None before it is finished."""
-    done = finished(output, attempt.prediction)
-    if done is None:
-        return None
-    loss = done["validation_nll"]["calibrated"]
+def _loss(figures: Mapping[str, Any] | None) -> float:
+    loss = None if figures is None else figures["calibrated"]
     return math.inf if loss is None else float(loss)
 
 
-def make_plan(study: Study, output: Path | None = None) -> StudyPlan:
+def make_plan(study: Study, output: Path | None = None, results: Path | None = None) -> StudyPlan:
     """Cut a study into cells. Reads the rows of every task, so that nothing is missing later.
 
     Args:
         study: what to plan.
         output: where cells may be finished, by which tried settings are chosen.
+        results: of an earlier call, perhaps elsewhere; settings that are in its tried.csv are not tried again.
 
     Raises:
         UserError: a task, a split or an answer is missing, or a setting is out of range.
     """
     known: dict[Any, Any] = {}
-    made = _planned(study, {task: _rows(study, task, known) for task in study.tasks}, {})
+    rows = {task: _rows(study, task, known) for task in study.tasks}
+    made = _planned(study, rows, {} if results is None else tried_before(results / TRIED), {})
     return made if output is None else made.renewed(output)
+
+
+def tried_before(path: Path) -> dict[str, dict[str, Any]]:
+    """Address of an attempt's prediction -> its figures, as a tried.csv has them; empty where there is none.
+
+    An address is made of everything that decides the figures. A line that cannot be read is left out.
+    """
+    found = {}
+    with suppress(OSError, UnicodeDecodeError, csv.Error), path.open(encoding="utf-8", newline="") as lines:
+        for line in csv.DictReader(lines):
+            with suppress(KeyError, TypeError, ValueError):
+                nll = [float(line[name]) if line[name] else None for name in LOSSES]
+                figures = {"raw": nll[0], "calibrated": nll[1], "temperature": float(line["temperature"])}
+                if all(value is None or math.isfinite(value) for value in figures.values()):
+                    found[line["cell"]] = figures
+    return found
 
 
 def _rows(study: Study, name: str, known: dict[Any, Any]) -> TaskRows:
@@ -173,7 +202,10 @@ def _rows(study: Study, name: str, known: dict[Any, Any]) -> TaskRows:
 
 
 def _planned(
-    study: Study, rows: Mapping[str, TaskRows], choices: Mapping[tuple[str, str], Mapping[str, Any]]
+    study: Study,
+    rows: Mapping[str, TaskRows],
+    known: Mapping[str, Mapping[str, Any]],
+    choices: Mapping[tuple[str, str], Mapping[str, Any]],
 ) -> StudyPlan:
     cells: dict[str, Cell] = {}
     attempts: list[Attempt] = []
@@ -189,9 +221,13 @@ def _planned(
             runs_on = study.runs_on(variant, task)
             if variant.chooses and runs_on and chosen_on == task:
                 for point in variant.tried:
-                    run = add(_training(study, variant, task, study.seeds[0], learnt, point))
-                    trial = Entry(variant, task, study.seeds[:1], (run,), None, "", point)
-                    attempts.append(Attempt(variant, task, point, run, add(_prediction(study, trial, {}))))
+                    training = _training(study, variant, task, study.seeds[0], learnt, point)
+                    trial = Entry(variant, task, study.seeds[:1], (training.address,), None, "", point)
+                    prediction = _prediction(study, trial, {})
+                    attempts.append(Attempt(variant, task, point, training.address, prediction.address))
+                    if prediction.address not in known:
+                        add(training)
+                        add(prediction)
             if variant.tried and (chosen_on, variant.of) not in choices:
                 continue
             point = choices.get((chosen_on, variant.of), {})
@@ -201,7 +237,8 @@ def _planned(
                 entry = Entry(variant, task, seeds, runs, fitted, "", point)
                 entries.append(replace(entry, prediction=add(_prediction(study, entry, tests))))
     order = dict.fromkeys(address for each in _in_turn(study, attempts, entries) for address in each)
-    return StudyPlan({a: cells[a] for a in order}, tuple(entries), tuple(attempts), study, rows, choices)
+    in_order = {address: cells[address] for address in order if address in cells}
+    return StudyPlan(in_order, tuple(entries), tuple(attempts), study, rows, known, choices)
 
 
 def _in_turn(study: Study, attempts: Sequence[Attempt], entries: Sequence[Entry]) -> list[tuple[str, ...]]:

@@ -15,15 +15,11 @@ from typing import Any
 
 from scalabl.inference.report.table import number
 from scalabl.study import look
-from scalabl.study.cells import finished
 from scalabl.study.page import PageCell, PageTable
-from scalabl.study.plan import Attempt, StudyPlan
+from scalabl.study.plan import LOSSES, Attempt, StudyPlan
 from scalabl.study.variants import in_words
 
-COLUMNS = (
-    "method", "task", "settings", "seed", "validation_nll", "calibrated_validation_nll", "temperature", "chosen",
-    "cell",
-)  # fmt: skip
+COLUMNS = ("method", "task", "settings", "seed", *LOSSES, "temperature", "chosen", "cell")
 
 
 @dataclass(frozen=True)
@@ -53,9 +49,8 @@ def trials(plan: StudyPlan, output: Path) -> list[Trial]:
     """The attempts that are finished, in the plan's order."""
     found = []
     for attempt in plan.attempts:
-        done = finished(output, attempt.prediction)
-        if done is not None:
-            facts = done["validation_nll"]
+        facts = plan.figures(output, attempt)
+        if facts is not None:
             taken = plan.choices.get((attempt.task, attempt.variant.name)) == attempt.point
             found.append(Trial(attempt, facts["raw"], facts["calibrated"], facts["temperature"], taken))
     return found
@@ -69,8 +64,7 @@ def tried_rows(found: Sequence[Trial], seed: int) -> list[dict[str, Any]]:
             "task": trial.attempt.task,
             "settings": trial.settings,
             "seed": seed,
-            "validation_nll": trial.raw,
-            "calibrated_validation_nll": trial.calibrated,
+            **dict(zip(LOSSES, (trial.raw, trial.calibrated), strict=True)),
             "temperature": trial.temperature,
             "chosen": trial.chosen,
             "cell": trial.attempt.prediction,
