@@ -205,14 +205,20 @@ def _moving(rows: Sequence[LayerSummary], drift: Drift) -> str | None:
         f"{drift.ended:.2g} in the last half of its learning), so its size is the work of --steps and not of the rows: "
     )
     if rising and prior_std > abs(mean):  # where it goes to, the noise is larger than the mean
-        narrow = f"--prior-std {_NARROW * (drift.prior_mean or START):.2g}"
-        narrow = narrow if drift.prior_mean else f"--prior-mean {START} {narrow}"
-        return f"{said}train with {narrow}; under this prior, more steps would only make s noise."
-    # at this speed to the prior's, or as far again where it goes elsewhere, and as long again standing there
+        narrow = _NARROW * (drift.prior_mean or START)
+        prior = f"--prior-std {narrow:.2g}" if drift.prior_mean else f"--prior-mean {START} --prior-std {narrow:.2g}"
+        steps = "" if sigma >= narrow else f" --steps {_steps(drift, math.log(narrow / sigma))}"
+        return f"{said}train with {prior}{steps}; under this prior, more steps would only make s noise."
+    # to the prior's, or as far again where it goes elsewhere
     more = abs(left) if left * drift.speed > 0 else max(abs(drift.speed) * drift.reach, NEAR_PRIOR)
+    return f"{said}train with --steps {_steps(drift, more)}."
+
+
+def _steps(drift: Drift, more: float) -> int:
+    """Steps after which a logarithm has moved by so much more at this speed, and as many again in which it stands."""
     steps = 2 * drift.steps * (1 + more / abs(drift.speed) / drift.reach)
     digits = 10 ** max(0, math.floor(math.log10(steps)) - 1)
-    return f"{said}train with --steps {math.ceil(steps / digits) * digits}."
+    return math.ceil(steps / digits) * digits
 
 
 def logged(entry: Mapping[str, float], name: str) -> float | None:
