@@ -151,6 +151,8 @@ def test_a_log_that_does_not_say_how_sigma_moved_has_no_drift() -> None:
     assert drift_of([{"step": step, "loss": 1.0} for step in range(9)], RECIPE) is None  # a plain LoRA
     moved = [{"step": s, "learning_rate": 1e-3, "elbo/sigma_mean": 0.1 * s} for s in range(1, 9)]
     assert drift_of(moved, RECIPE) is not None and drift_of(moved, RECIPE | {"optimizer": "sgd"}) is None
+    for name, value in (("learning_rate", 0.0), ("learning_rate", math.inf), ("step", math.nan), ("step", 1)):
+        assert drift_of([entry | {name: value} for entry in moved], RECIPE) is None  # altered
 
 
 def test_a_sigma_that_stood_is_told_from_one_that_moved(model: PeftModel) -> None:

@@ -18,6 +18,7 @@ COLLAPSED, BEYOND_PRIOR, DROWNED = 1e-3, 1.2, 1.0
 MOVING = 0.25  # of Adam's largest step: sigma moved so on average at the end of training, in one direction
 NEAR_PRIOR = 0.2  # between the logarithms of two sigmas: as close as sigma is where the posterior is the prior
 AT_PRIOR = 0.03  # nats a number: sigma is then within a sixth of the prior's, the mean within a quarter of that
+_LEAST = 1e-9  # of a sum of learning rates
 START, _NARROW = 0.577, 0.35  # where LoRA's draw puts every s, and the std of a prior around it, relative to it
 PREFIX = "elbo/"  # of what the callbacks of the ELBO add to a training log
 
@@ -139,18 +140,18 @@ def drift_of(log: Sequence[Mapping[str, float]], recipe: Mapping[str, Any]) -> D
     records = [
         (entry["step"], entry["learning_rate"], math.log(sigma))
         for entry in log
-        if (sigma := logged(entry, "sigma_mean") or 0) > 0 and entry.keys() >= {"step", "learning_rate"}
+        if 0 < (sigma := logged(entry, "sigma_mean") or 0) < math.inf and entry.keys() >= {"step", "learning_rate"}
     ]
-    if len(records) < 4 or "adam" not in recipe.get("optimizer", "adam"):
+    if len(records) < 4 or "adam" not in recipe.get("optimizer", "adam") or not recipe["learning_rate"] > 0:
         return None
     ratio = recipe["variational_learning_rate"] / recipe["learning_rate"]
     spent = [records[0][0] * records[0][1] * ratio]  # sums of the rates of s up to each record
     for (step, rate, _), (later, next_rate, _) in pairwise(records):
         spent.append(spent[-1] + (later - step) * ratio * (rate + next_rate) / 2)
-    if not spent[-1] > spent[0]:
-        return None
     half = max(spent[-1] / 2, spent[0])
-    after = next(i for i, sum_of_rates in enumerate(spent) if i and sum_of_rates > half)
+    after = next((i for i, sum_of_rates in enumerate(spent) if i and sum_of_rates > half), None)
+    if after is None or not _LEAST < spent[-1] - half < math.inf:  # an altered log
+        return None
     part = (half - spent[after - 1]) / (spent[after] - spent[after - 1])
     began = records[after - 1][2] + part * (records[after][2] - records[after - 1][2])
     ended = records[-1][2]
