@@ -86,7 +86,9 @@ def _print_layers(layers: list[dict[str, Any]], console: Console) -> None:
 
     shared = _shared([layer["name"] for layer in layers])
     of_s = ("mean", "sigma", "noise", "kl", "effect")
-    table = Table(box=None, header_style="bold", title=f"layers: {shared}..." if shared else None, title_justify="left")
+    table = Table(
+        box=None, header_style="bold", title=f"layers of {shared[:-1]}" if shared else None, title_justify="left"
+    )
     table.add_column("layer", overflow="fold")
     for heading in ("r", *of_s):
         table.add_column(heading.replace("kl", "KL"), justify="right", no_wrap=True)
