@@ -179,7 +179,7 @@ def test_under_a_wide_prior_it_is_the_prior_that_is_to_change(model: PeftModel) 
     assert "train with --prior-mean 0.577 --prior-std 0.2 --steps 560;" in sentence
     moved = log_of(lambda spent: 0.05 * math.exp(0.9 * spent), prior_mean=1.0)  # a given adapter's, relative to it
     (sentence,) = warnings_of(layers_of(model, 0.3, Prior(1.0, 2.0), mean=1.0), moved)
-    assert "train with --prior-std 0.35;" in sentence
+    assert "train with --prior-std 0.35 --steps 440;" in sentence
 
 
 @pytest.mark.parametrize(
