@@ -1,6 +1,7 @@
 """What the commands print and write."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,9 @@ import pytest
 import torch
 from program import Program, batches_of
 from tiny_base import as_json, questions, tiny_base, write_jsonl
+from typer.main import get_command
 
+from scalabl.cli.main import app
 from scalabl.core import __version__
 from scalabl.metrics import METRICS
 from scalabl.runs.settings import FIELDS
@@ -52,13 +55,38 @@ def test_help_and_refusals_import_nothing_heavy(arguments: list[str]) -> None:
     assert said.stderr.splitlines()[-1] == "imported:"
 
 
-@pytest.mark.parametrize("command", ["train", "plan"])
-def test_settings_are_shown_in_panels_and_no_name_is_cut(
-    command: str, program: Program, monkeypatch: pytest.MonkeyPatch
+def commands(group: Any = None, before: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
+    """Every command of the program by the words that call it."""
+    group, found = group or get_command(app), {}
+    for name, command in group.commands.items():
+        found |= commands(command, (*before, name)) if hasattr(command, "commands") else {(*before, name): command}
+    return found
+
+
+MANY = 15  # options in one panel: more are a wall
+
+
+@pytest.mark.parametrize("words", commands(), ids=" ".join)
+def test_help_at_80_columns_cuts_no_name_and_has_no_wall_of_options(
+    words: tuple[str, ...], program: Program, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    names = [name for each in commands()[words].params for name in each.opts if name.startswith("--")]
+    hidden = [name for each in commands()[words].params if getattr(each, "hidden", False) for name in each.opts]
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = program(*words, "--help").out
+    assert "\N{HORIZONTAL ELLIPSIS}" not in shown and max(map(len, shown.splitlines())) <= 80
+    of_option = re.compile(r"^. (?:[* ]  )?(--\S+)", re.MULTILINE)
+    listed = {name for found in of_option.findall(shown) for name in found.split(",")}
+    assert {*names, "--help"} - set(hidden) == listed, shown
+    for panel in shown.split("\N{BOX DRAWINGS LIGHT ARC DOWN AND RIGHT}"):
+        assert len(of_option.findall(panel)) <= MANY, panel
+
+
+@pytest.mark.parametrize("command", ["train", "plan"])
+def test_settings_are_shown_in_panels(command: str, program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     shown = program(command, "--help").out
-    assert "\N{HORIZONTAL ELLIPSIS}" not in shown and "--no-gradient-checkpointing" in shown
+    assert "--no-gradient-checkpointing" in shown
     first, *others = shown.split("\N{BOX DRAWINGS LIGHT ARC DOWN AND RIGHT}")[1:]
     assert {"Optimisation", "Posterior", "Adapter", "Rows", "Machine"} == {panel.split()[1] for panel in others}
     if command == "train":
@@ -259,7 +287,8 @@ def test_inspect_shows_a_posterior_and_says_where_there_is_none(
     assert found["variational_parameters"] == record["parameters"]["variational"]
     assert found["kl"] == pytest.approx(sum(layer["kl"] for layer in found["layers"]))
     assert [layer["name"] for layer in found["layers"]][0] == "model.layers.1.self_attn.q_proj"
-    assert all(layer["name"] in said.out for layer in found["layers"])
+    assert "layers of model.layers\n" in re.sub(" +\n", "\n", said.out)
+    assert all(f" {layer['name'].removeprefix('model.layers.')} " in said.out for layer in found["layers"])
     for directory in (mle_run, scalabl_run / "mean"):
         said = program("inspect", directory, "--json", tmp_path / "plain.json")
         assert said.code == 0 and "a plain LoRA: it has no posterior" in " ".join(said.out.split())

@@ -24,7 +24,7 @@ def acquire(
     k: Annotated[int, typer.Option("-k", help="How many rows.")],
     by: Annotated[str, typer.Option(help="bald (mutual information), entropy or random.")] = "bald",
     output: Annotated[Path | None, typer.Option(help="JSONL; standard output if left out.")] = None,
-    samples: Annotated[int, typer.Option(help="Particles.")] = 10,
+    samples: Annotated[int, typer.Option(help="Particles.", rich_help_panel=options.PREDICTION)] = 10,
     seed: Annotated[int, options.seed_option("Of the particles, or of the random order.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Questions at a time.")] = 8,
     model: options.BaseModel = None,

@@ -3,16 +3,39 @@
 from __future__ import annotations
 
 import sys
-from typing import NoReturn
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 import typer
+from typer.core import TyperCommand
 
 from scalabl.core import __version__, processes
 from scalabl.core.console import say
 from scalabl.core.errors import UserError
 from scalabl.core.remote_code import OPTION, allow_remote_code
 
-app = typer.Typer(
+
+class HelpedCommand(TyperCommand):
+    """A command whose help reads at 80 columns: paragraphs are filled, and each switch stands in one column, so that no
+    name is cut; its text names the other way."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        if self.help:
+            self.help = "\n\n".join(" ".join(paragraph.split()) for paragraph in self.help.split("\n\n"))
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        for parameter in self.params:
+            parameter.secondary_opts = []
+        super().format_help(ctx, formatter)
+
+
+class _App(typer.Typer):
+    def command(self, name: str | None = None, **options: Any) -> Callable[[Any], Any]:
+        return super().command(name, **{"cls": HelpedCommand, **options})
+
+
+app = _App(
     name="scalabl",
     help="LoRA fine-tuned language models that know what they don't know.",
     no_args_is_help=True,
@@ -20,7 +43,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-data = typer.Typer(help="Benchmarks that are known by name.", no_args_is_help=True)
+data = _App(help="Benchmarks that are known by name.", no_args_is_help=True)
 app.add_typer(data, name="data")
 
 _SEVERAL = ("train", "evaluate", "predict")  # commands that several processes share

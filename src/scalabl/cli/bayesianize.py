@@ -8,9 +8,11 @@ from typing import Annotated
 import typer
 
 from scalabl.cli.app import app, fail
-from scalabl.cli.options import names_in, with_line_ends
+from scalabl.cli.options import CHAT, MACHINE, names_in, with_line_ends
 from scalabl.core.console import quiet, say, words_console
 from scalabl.runs.record import RunRecord
+
+_ROWS, _LAPLACE, _VI = "How its rows are read", "Of laplace", "Of vi"
 
 
 @app.command()
@@ -23,31 +25,49 @@ def bayesianize(
     method: Annotated[str, typer.Option(help="laplace (one pass over the rows) or vi.")] = "laplace",
     model: Annotated[str | None, typer.Option(help="The base model, if the adapter does not name it.")] = None,
     labels: Annotated[
-        str | None, typer.Option(help="Of a classification head, a,b,c in the order of its outputs, if no file says.")
+        str | None,
+        typer.Option(
+            help="Of a classification head, a,b,c in the order of its outputs, if no file says.", rich_help_panel=_ROWS
+        ),
     ] = None,
-    scoring: Annotated[str | None, typer.Option(help="auto, letters or continuation; a run's own by default.")] = None,
+    scoring: Annotated[
+        str | None, typer.Option(help="auto, letters or continuation; a run's own by default.", rich_help_panel=_ROWS)
+    ] = None,
     template: Annotated[
         str | None,
         typer.Option(
             help='How its rows became prompts, "{text}\\nLabel:" if left out; a run\'s own by default.',
             callback=with_line_ends,
+            rich_help_panel=_ROWS,
         ),
     ] = None,
-    chat: Annotated[bool | None, typer.Option("--chat/--no-chat", help="Use the chat template.")] = None,
-    max_length: Annotated[int | None, typer.Option(help="Tokens a row.")] = None,
+    chat: Annotated[bool | None, typer.Option("--chat/--no-chat", help=CHAT, rich_help_panel=_ROWS)] = None,
+    max_length: Annotated[int | None, typer.Option(help="Tokens a row.", rich_help_panel=_ROWS)] = None,
     train_rows: Annotated[int | None, typer.Option(help="Take so many rows.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Questions at a time.")] = None,
-    structure: Annotated[str, typer.Option(help="Of laplace's covariance: joint, layer or diagonal.")] = "joint",
+    structure: Annotated[
+        str, typer.Option(help="Of the covariance: joint, layer or diagonal.", rich_help_panel=_LAPLACE)
+    ] = "joint",
     prior_precision: Annotated[
-        float | None, typer.Option(help="Of laplace, on s relative to 1; by marginal likelihood if left out.")
+        float | None,
+        typer.Option(help="On s relative to 1; by marginal likelihood if left out.", rich_help_panel=_LAPLACE),
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="Of vi.")] = None,
-    variational_learning_rate: Annotated[float | None, typer.Option(help="Of vi.")] = None,
-    prior_std: Annotated[float | None, typer.Option(help="Of vi, on s relative to 1.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of vi's draws.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
-    bits: Annotated[int | None, typer.Option(help="Load the base in 4 or 8 bit.")] = None,
-    quantization: Annotated[str | None, typer.Option(help="Of --bits: bitsandbytes or torchao (8 bit).")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps.", rich_help_panel=_VI)] = None,
+    variational_learning_rate: Annotated[
+        float | None, typer.Option(help="For means and sigmas of s.", rich_help_panel=_VI)
+    ] = None,
+    prior_std: Annotated[
+        float | None, typer.Option(help="Of the prior on s, relative to 1.", rich_help_panel=_VI)
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the draws.", rich_help_panel=_VI)] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="auto, float32, bfloat16 or float16.", rich_help_panel=MACHINE)
+    ] = None,
+    bits: Annotated[int | None, typer.Option(help="Load the base in 4 or 8 bit.", rich_help_panel=MACHINE)] = None,
+    quantization: Annotated[
+        str | None,
+        typer.Option(help="Quantises for --bits: bitsandbytes or torchao (8).", rich_help_panel=MACHINE),
+    ] = None,
     json: Annotated[Path | None, typer.Option(help="Write the run's record here too.")] = None,
 ) -> None:
     """Give a finished plain LoRA a posterior, without training it again."""

@@ -14,6 +14,7 @@ from scalabl.core.console import progress_bar, quiet, words_console
 from scalabl.core.errors import UserError
 
 _COLDEST = 1e-3  # of --temperature
+_DECODING, _SEMANTIC = "Decoding", "Several answers to a prompt"
 
 
 @app.command()
@@ -23,14 +24,30 @@ def generate(
     input: Annotated[Path | None, typer.Option("--input", help="JSONL prompts: {prompt} or {question}.")] = None,
     samples: Annotated[int, options.samples_option("Particles; 0 is the posterior mean.")] = 10,
     seed: options.Seed = 0,
-    max_new_tokens: Annotated[int, typer.Option(help="The limit of an answer's tokens.")] = 64,
-    temperature: Annotated[float | None, typer.Option(help="Sample at it; greedy if left out.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Sample from the most probable tokens that hold so much.")] = None,
-    chat: Annotated[bool | None, typer.Option("--chat/--no-chat", help="Use the chat template.")] = None,
-    stop: Annotated[list[str] | None, typer.Option(help="A text that ends an answer; \\n is a line's end.")] = None,
-    answers: Annotated[int, typer.Option(help="Further, sampled answers, for semantic entropy.")] = 0,
+    max_new_tokens: Annotated[
+        int, typer.Option(help="The limit of an answer's tokens.", rich_help_panel=_DECODING)
+    ] = 64,
+    temperature: Annotated[
+        float | None, typer.Option(help="Sample at it; greedy if left out.", rich_help_panel=_DECODING)
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(help="Sample from the most probable tokens that hold so much.", rich_help_panel=_DECODING),
+    ] = None,
+    chat: Annotated[bool | None, typer.Option("--chat/--no-chat", help=options.CHAT)] = None,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(help="A text that ends an answer; \\n is a line's end.", rich_help_panel=_DECODING),
+    ] = None,
+    answers: Annotated[
+        int, typer.Option(help="Further, sampled answers, for semantic entropy.", rich_help_panel=_SEMANTIC)
+    ] = 0,
     equivalence: Annotated[
-        str, typer.Option(help="Which answers mean the same: exact, normalised, embedding[:MODEL], entailment:MODEL.")
+        str,
+        typer.Option(
+            help="Which answers mean the same: exact, normalised, embedding[:MODEL], entailment:MODEL.",
+            rich_help_panel=_SEMANTIC,
+        ),
     ] = "normalised",
     batch_size: Annotated[int, typer.Option(help="Prompts at a time.")] = 8,
     json: Annotated[Path | None, typer.Option(help="Write text, confidence, scores and token figures here.")] = None,

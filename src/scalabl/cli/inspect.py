@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -59,6 +60,8 @@ def inspect(
         write_json(json, found)
     console = words_console()
     facts = Table.grid(padding=(0, 2))
+    facts.add_column()
+    facts.add_column(overflow="fold")
     of_s = ("stochastic_modules", "stochastic_layers")
     for name in ("base_model", "target_modules", *of_s, "r", "lora_alpha", "covariance", "prior"):
         if found.get(name) is not None:
@@ -69,21 +72,38 @@ def inspect(
     if record is not None and record.kind == CHOICES:
         facts.add_row("calibration", calibration_in_words(record))
     console.print(facts)
-    layers = Table(box=None, header_style="bold")
-    for heading in ("layer", "r", "mean of s", "sigma", "sigma / mean", "KL", "|B diag(s) A|"):
-        first = heading == "layer"
-        layers.add_column(heading, justify="left" if first else "right", overflow="fold" if first else "ellipsis")
-    for layer in found["layers"]:
-        layers.add_row(
-            layer["name"], str(layer["r"]), *(
-                "-" if layer[key] is None else f"{layer[key]:.4g}" for key in ("mean", "sigma", "noise", "kl", "effect")
-            )
-        )  # fmt: skip
-    console.print(layers)
+    _print_layers(found["layers"], console)
     if measured:
         _print_variance(measured, console)
     for warning in found["warnings"]:
         console.print(Text(f"warning: {warning}", "bold yellow"))
+
+
+def _print_layers(layers: list[dict[str, Any]], console: Console) -> None:
+    """A row a layer, without what all names begin with, so that none is broken at 80 columns."""
+    from rich.table import Table
+    from rich.text import Text
+
+    shared = _shared([layer["name"] for layer in layers])
+    of_s = ("mean", "sigma", "noise", "kl", "effect")
+    table = Table(
+        box=None, header_style="bold", title=f"layers of {shared[:-1]}" if shared else None, title_justify="left"
+    )
+    table.add_column("layer", overflow="fold")
+    for heading in ("r", *of_s):
+        table.add_column(heading.replace("kl", "KL"), justify="right", no_wrap=True)
+    for layer in layers:
+        figures = ("-" if layer[key] is None else f"{layer[key]:.3g}" for key in of_s)
+        table.add_row(layer["name"].removeprefix(shared), str(layer["r"]), *figures)
+    console.print(table)
+    said = "mean and sigma of s; noise: sigma / mean; KL in nats; effect: |B diag(s) A|, the change of the layer"
+    console.print(Text(said, "dim"))
+
+
+def _shared(names: list[str]) -> str:
+    """The modules that all names begin with, with their dots."""
+    parts = os.path.commonprefix([name.split(".")[:-1] for name in names])
+    return "".join(f"{part}." for part in parts)
 
 
 def _check_variance(record: RunRecord, rows: int) -> None:
@@ -110,11 +130,13 @@ def _print_variance(measured: dict[str, Any], console: Console) -> None:
 
     table = Table(box=None, header_style="bold")
     for heading in ("layer", "logit variance", "share", ""):
-        table.add_column(heading, justify="right" if heading in ("logit variance", "share") else "left")
+        right = heading in ("logit variance", "share")
+        table.add_column(heading, justify="right" if right else "left", overflow="fold")
+    shared = _shared([layer["name"] for layer in measured["variance"]])
     largest = max(layer["share"] for layer in measured["variance"])
     for layer in measured["variance"]:
-        share = layer["share"]
-        table.add_row(layer["name"], f"{layer['variance']:.3g}", f"{share:.1%}", "█" * round(_BAR * share / largest))
+        share, name = layer["share"], layer["name"].removeprefix(shared)
+        table.add_row(name, f"{layer['variance']:.3g}", f"{share:.1%}", "█" * round(_BAR * share / largest))
     console.print(table)
     top = ", ".join(f"{layers} (variance:{share})" for share, layers in measured["variance_top"].items())
     console.print(f"top layers by their share: {top}")

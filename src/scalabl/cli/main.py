@@ -39,7 +39,7 @@ def main() -> None:
 
 def _run() -> NoReturn:
     try:
-        code = app(standalone_mode=False)
+        code = app(standalone_mode=False, prog_name="scalabl")
         sys.stdout.flush()  # what cannot be written shows here
     except (KeyboardInterrupt, typer.Abort):
         code = 130

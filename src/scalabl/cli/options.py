@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperCommand
 
 from scalabl.core.errors import UserError
 from scalabl.core.modules import check_spec
@@ -27,25 +26,50 @@ if TYPE_CHECKING:
     from scalabl.runs.stock import Asked
 
 
-Predictive = Annotated[str | None, typer.Option(help="mean, mc, linearized or auto, the default.")]
+PREDICTION, ABSTENTION, MACHINE = "Prediction", "When not to answer", "Machine"  # panels that commands share
+Predictive = Annotated[
+    str | None, typer.Option(help="mean, mc, linearized or auto, the default.", rich_help_panel=PREDICTION)
+]
+
+
+def within(low: int | None, high: int) -> Callable[..., int]:
+    """What an option calls with its value, so that its help has no column of ranges; None leaves the lower end open."""
+
+    def check(parameter: typer.CallbackParam, value: int) -> int:
+        if value > high or (low is not None and value < low):
+            words = f"at most {high}" if low is None else f"between {low} and {high}"
+            raise UserError(f"{parameter.opts[0]} is {value}; it must be {words}.")
+        return value
+
+    return check
 
 
 def samples_option(help: str) -> Any:
     """The option of N, the number of particles."""
-    return typer.Option(max=10**6, help=help)
+    return typer.Option(callback=within(None, 10**6), help=help, rich_help_panel=PREDICTION)
 
 
 def seed_option(help: str) -> Any:
     """The option of a seed."""
-    return typer.Option(min=0, max=LARGEST_SEED, help=help)
+    return typer.Option(callback=within(0, LARGEST_SEED), help=help, rich_help_panel=PREDICTION)
 
 
 Samples = Annotated[int, samples_option("Particles of mc.")]
 Seed = Annotated[int, seed_option("Of the particles.")]
-Draws = Annotated[str, typer.Option(help="independent, antithetic, sobol or moments: how they are drawn.")]
-Adaptive = Annotated[bool, typer.Option("--adaptive", help="Stop a row early when its answer is settled.")]
+Draws = Annotated[
+    str,
+    typer.Option(help="independent, antithetic, sobol or moments: how they are drawn.", rich_help_panel=PREDICTION),
+]
+Adaptive = Annotated[
+    bool,
+    typer.Option("--adaptive", help="Stop a row early when its answer is settled.", rich_help_panel=PREDICTION),
+]
 Confidence = Annotated[
-    float, typer.Option(help="Of --adaptive: that all particles decide alike; of --max-error: that it is kept.")
+    float,
+    typer.Option(
+        help="Of --adaptive: that all particles decide alike; of --max-error: that it is kept.",
+        rich_help_panel=PREDICTION,
+    ),
 ]
 
 
@@ -57,12 +81,16 @@ def _only_t(bound: str) -> str:
 
 Bound = Annotated[str, typer.Option(hidden=True, callback=_only_t)]  # of older versions' command lines
 StochasticLayers = Annotated[
-    str | None, typer.Option(help="Draw s in the top layers alone: last:K, last:0.25 or variance:0.9.")
+    str | None,
+    typer.Option(help="Draw s in the top layers alone: last:K, last:0.25 or variance:0.9.", rich_help_panel=PREDICTION),
 ]
-Raw = Annotated[bool, typer.Option("--raw", help="Without the run's own calibration.")]
+Raw = Annotated[bool, typer.Option("--raw", help="Without the run's own calibration.", rich_help_panel=PREDICTION)]
 BatchSize = Annotated[int, typer.Option(help="Questions at a time.")]
 Priors = Annotated[
-    Path | None, typer.Option(help="JSON {label: probability}: how often each is here, if not as in training.")
+    Path | None,
+    typer.Option(
+        help="JSON {label: probability}: how often each is here, if not as in training.", rich_help_panel=PREDICTION
+    ),
 ]
 BaseModel = Annotated[str | None, typer.Option(help="The base model, if it has moved.")]
 
@@ -80,7 +108,8 @@ Template = Annotated[
         callback=lambda text: with_line_ends(text),
     ),
 ]  # fmt: skip
-Chat = Annotated[bool | None, typer.Option("--chat/--no-chat", help="Use the chat template.", rich_help_panel=_ASKED)]
+CHAT = "Use the chat template; --no-chat does not."
+Chat = Annotated[bool | None, typer.Option("--chat/--no-chat", help=CHAT, rich_help_panel=_ASKED)]
 MaxLength = Annotated[int | None, typer.Option(help="Tokens of a row.", rich_help_panel=_ASKED)]
 
 
@@ -248,15 +277,6 @@ def _priors(record: RunRecord, path: Path | None) -> dict[str, float] | None:
     priors = read_priors(path, record.labels)
     prior_ratios(priors, record.class_counts)
     return priors
-
-
-class SettingsCommand(TyperCommand):
-    """A command whose help has each switch in one column, so that no name is cut; `help` names the other way."""
-
-    def format_help(self, ctx: Any, formatter: Any) -> None:
-        for parameter in self.params:
-            parameter.secondary_opts = []
-        super().format_help(ctx, formatter)
 
 
 def with_settings(chosen: Mapping[str, Mapping[str, str]] | None = None) -> Callable[[Callable[..., None]], Any]:

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from scalabl.cli.app import app
-from scalabl.cli.options import SettingsCommand, with_settings
+from scalabl.cli.options import with_settings
 from scalabl.core.console import quiet, words_console
 from scalabl.core.errors import UserError
 from scalabl.runs.registry import METHODS, TRAINED
-from scalabl.runs.settings import Settings, make_settings
+from scalabl.runs.settings import ALL_LINEAR, AdapterSettings, Settings, make_settings
 
 if TYPE_CHECKING:
     from scalabl.planning.plan import Plan
@@ -34,7 +34,7 @@ _SETTINGS: dict[str, dict[str, str]] = {
 }  # fmt: skip
 
 
-@app.command(cls=SettingsCommand)
+@app.command()
 @with_settings(_SETTINGS)
 def plan(
     given: dict[str, Any],
@@ -103,6 +103,7 @@ def _print(made: Plan, console: Any) -> None:
     from rich.text import Text
 
     from scalabl.planning.memory import in_words
+    from scalabl.runs.models import is_encoder
 
     adapter = made.settings.adapter
     settings, rows, counts = made.settings, made.rows, made.counts
@@ -116,10 +117,9 @@ def _print(made: Plan, console: Any) -> None:
     )
     facts = Table.grid(padding=(0, 2))
     facts.add_row("model", Text(f"{settings.model}, {made.dtype} on {made.device}{bits}"))
-    facts.add_row(
-        "adapter",
-        f"{settings.method}, r = {adapter.r}, {adapter.target_modules}, layers {adapter.layers}",
-    )
+    default = adapter.target_modules == AdapterSettings.target_modules
+    targets = ALL_LINEAR if default and is_encoder(settings.model) else adapter.target_modules
+    facts.add_row("adapter", f"{settings.method}, r = {adapter.r}, {targets}, layers {adapter.layers}")
     numbers = f"{counts.base:,} base, {counts.lora:,} LoRA, {counts.variational:,} variational"
     facts.add_row("parameters", numbers)
     facts.add_row("memory", in_words(made.card))
@@ -127,7 +127,7 @@ def _print(made: Plan, console: Any) -> None:
     console.print(facts)
 
     table = Table(box=None, header_style="bold")
-    n = f"N = {made.samples}"
+    n = f"N\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}{made.samples}"
     for heading in ("", "training", "with checkpointing", f"prediction, {n}", "its mean"):
         table.add_column(heading, justify="right" if heading else "left")
     shared = (("weights", counts.weights), ("adapter", counts.adapter))

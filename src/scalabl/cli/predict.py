@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from scalabl.inference.settings import PredictionSettings
     from scalabl.runs.record import RunRecord
 
+_RAY = "Many rows on a cluster"
+
 
 @app.command()
 def predict(
@@ -34,30 +36,59 @@ def predict(
     priors: options.Priors = None,
     raw: options.Raw = False,
     batch_size: options.BatchSize = 8,
-    abstain: Annotated[float | None, typer.Option(help="Answer null below this confidence.")] = None,
+    abstain: Annotated[
+        float | None, typer.Option(help="Answer null below this confidence.", rich_help_panel=options.ABSTENTION)
+    ] = None,
     max_error: Annotated[
-        float | None, typer.Option(help="Promise this error rate among answers; null where it could not be kept.")
+        float | None,
+        typer.Option(
+            help="Promise this error rate among answers; null where it could not be kept.",
+            rich_help_panel=options.ABSTENTION,
+        ),
     ] = None,
     score: Annotated[
-        str, typer.Option(help="Of --max-error: what makes a row sure, probability, entropy or epistemic.")
+        str,
+        typer.Option(
+            help="Of --max-error: what makes a row sure, probability, entropy or epistemic.",
+            rich_help_panel=options.ABSTENTION,
+        ),
     ] = "probability",
     guarantee: Annotated[
-        str, typer.Option(help="Of --max-error: exact, or conformal (of all rows, on average).")
+        str,
+        typer.Option(
+            help="Of --max-error: exact, or conformal (of all rows, on average).", rich_help_panel=options.ABSTENTION
+        ),
     ] = "exact",
     max_false_alarms: Annotated[
-        float | None, typer.Option(help="Answer null out of scope, at this share of false alarms among rows in scope.")
+        float | None,
+        typer.Option(
+            help="Answer null out of scope, at this share of false alarms among rows in scope.",
+            rich_help_panel=options.ABSTENTION,
+        ),
     ] = None,
     oos_score: Annotated[
         str | None,
         typer.Option(
-            help="Of --max-false-alarms: distance (where the run has one), entropy, probability, energy or epistemic."
+            help="Of --max-false-alarms: distance (where the run has one), entropy, probability, energy or epistemic.",
+            rich_help_panel=options.ABSTENTION,
         ),
     ] = None,
     coverage: Annotated[
-        float | None, typer.Option(help="Give the set of labels that holds the right one at this rate.")
+        float | None,
+        typer.Option(
+            help="Give the set of labels that holds the right one at this rate.", rich_help_panel=options.ABSTENTION
+        ),
     ] = None,
-    set_score: Annotated[str, typer.Option(help="Of --coverage: lac (the smallest sets), aps or raps.")] = "lac",
-    per_class: Annotated[bool, typer.Option("--per-class", help="Of --coverage: at that rate in each class.")] = False,
+    set_score: Annotated[
+        str,
+        typer.Option(help="Of --coverage: lac (the smallest sets), aps or raps.", rich_help_panel=options.ABSTENTION),
+    ] = "lac",
+    per_class: Annotated[
+        bool,
+        typer.Option(
+            "--per-class", help="Of --coverage: at that rate in each class.", rich_help_panel=options.ABSTENTION
+        ),
+    ] = False,
     model: options.BaseModel = None,
     labels: options.Labels = None,
     scoring: options.Scoring = None,
@@ -66,10 +97,18 @@ def predict(
     max_length: options.MaxLength = None,
     ray: Annotated[
         str | None,
-        typer.Option(metavar="ADDRESS", help="Use a Ray cluster that shares the files: its address, auto, or local."),
+        typer.Option(
+            metavar="ADDRESS",
+            help="Use a Ray cluster that shares the files: its address, auto, or local.",
+            rich_help_panel=_RAY,
+        ),
     ] = None,
-    format: Annotated[str | None, typer.Option(help="Of --ray: jsonl or parquet; as the rows are.")] = None,
-    block_rows: Annotated[int, typer.Option(help="Of --ray: rows that a worker answers at a time.")] = 512,
+    format: Annotated[
+        str | None, typer.Option(help="Of --ray: jsonl or parquet; as the rows are.", rich_help_panel=_RAY)
+    ] = None,
+    block_rows: Annotated[
+        int, typer.Option(help="Of --ray: rows that a worker answers at a time.", rich_help_panel=_RAY)
+    ] = 512,
 ) -> None:
     """Answer rows: label (labels, where a row may have several), probs, confidence, entropy, aleatoric and epistemic
     (nats) for each.

@@ -28,7 +28,7 @@ _PANEL = "Limits"
 def serve(
     runs: Annotated[list[str], typer.Argument(metavar="DIR [NAME=DIR ...]", help="Run directories on one base.")],
     host: Annotated[str, typer.Option(help="Where to listen; 0.0.0.0 is for other machines too.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    port: Annotated[int, typer.Option(callback=options.within(0, 65535), help="0 takes a free one.")] = 8000,
     anonymous: Annotated[
         bool, typer.Option("--anonymous", help=f"Serve other machines without a token ({TOKEN}).")
     ] = False,
@@ -36,14 +36,25 @@ def serve(
     samples: options.Samples = 10,
     seed: options.Seed = 0,
     raw: options.Raw = False,
-    abstain: Annotated[float | None, typer.Option(help="Answer null below this confidence.")] = None,
-    max_error: Annotated[float | None, typer.Option(help="Promise this error rate among answers.")] = None,
-    confidence: Annotated[float, typer.Option(help="Of --max-error: that it is kept.")] = 0.95,
+    abstain: Annotated[
+        float | None, typer.Option(help="Answer null below this confidence.", rich_help_panel=options.ABSTENTION)
+    ] = None,
+    max_error: Annotated[
+        float | None, typer.Option(help="Promise this error rate among answers.", rich_help_panel=options.ABSTENTION)
+    ] = None,
+    confidence: Annotated[
+        float, typer.Option(help="Of --max-error: that it is kept.", rich_help_panel=options.ABSTENTION)
+    ] = 0.95,
     max_false_alarms: Annotated[
-        float | None, typer.Option(help="Answer null out of scope, at this share of false alarms among rows in scope.")
+        float | None,
+        typer.Option(
+            help="Answer null out of scope, at this share of false alarms among rows in scope.",
+            rich_help_panel=options.ABSTENTION,
+        ),
     ] = None,
     coverage: Annotated[
-        float | None, typer.Option(help="Give the set that holds the right label at this rate.")
+        float | None,
+        typer.Option(help="Give the set that holds the right label at this rate.", rich_help_panel=options.ABSTENTION),
     ] = None,
     model: options.BaseModel = None,
     batch_size: Annotated[int, typer.Option(help="Rows or texts at a time.", rich_help_panel=_PANEL)] = 16,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from scalabl.cli.app import app, fail
-from scalabl.cli.options import SettingsCommand, with_settings
+from scalabl.cli.options import with_settings
 from scalabl.core import processes
 from scalabl.core.console import say, words_console
 from scalabl.runs.record import CHOICES, RunRecord
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from scalabl.data.text_rows import TextTask
 
 
-@app.command(cls=SettingsCommand)
+@app.command()
 @with_settings()
 def train(
     given: dict[str, Any],
@@ -161,4 +161,7 @@ def _tokens(record: RunRecord) -> str:
 def _why(nll: dict[str, float]) -> str:
     if not nll:
         return ""
+    shown = {f"{value:.3f}" for value in nll.values()}
+    if len(nll) > 1 and len(shown) == 1:
+        return f"; held-out NLL {shown.pop()} before training under all of {', '.join(nll)}: the first is taken"
     return ", chosen by NLL on held-out rows before training: " + ", ".join(f"{k} {v:.3f}" for k, v in nll.items())

@@ -51,7 +51,8 @@ def explain(error: Exception) -> str | None:
         return str(error)
     if hasattr(error, "format_message"):  # the parser's own: a missing option, a word for a number
         sentence = str(error.format_message()).rstrip(".")
-        return f"{sentence}; see scalabl --help." if sentence else ""
+        asked = getattr(getattr(error, "ctx", None), "command_path", None) or "scalabl"
+        return f"{sentence}; see {asked} --help." if sentence else ""
     if isinstance(error, OSError) and error.errno in _DISK:
         file = error.filename2 or error.filename  # of a file that was to be put in place, its place
         return f"{f'{file}: ' if file else ''}{_DISK[error.errno]}."

@@ -21,13 +21,12 @@ from scalabl.metrics.several_labels import wrong_rows
 from scalabl.metrics.uncertainty import apply_temperature, fit_temperature, mean_particles
 from scalabl.predictive.adaptive import AdaptivePredictive
 from scalabl.predictive.base import Predictive
+from scalabl.runs.directory import posterior_warnings
 from scalabl.runs.method import Run
 from scalabl.runs.record import RunRecord
 from scalabl.runs.stock import Asked, is_stock
 from scalabl.scoring.base import cut_rows_sentence
 from scalabl.scoring.prompted import Prompted
-from scalabl.tuner.diagnostics import summarize, warnings_of, weights_of
-from scalabl.tuner.layers import prior_of
 
 
 def evaluate_run(
@@ -212,7 +211,7 @@ def method_result(
         ood_of_mean=ood_of_mean,
         notes=[
             *([] if cut is None else [cut]),
-            *posterior_warnings(predictor.whole_run()),
+            *warnings_of_run(predictor.whole_run()),
             *adaptive_notes(log_probs, predictor.strategy),
         ],
     )
@@ -243,9 +242,6 @@ def adaptive_notes(log_probs: Tensor, predictive: Predictive) -> list[str]:
     ]
 
 
-def posterior_warnings(run: Run) -> list[str]:
+def warnings_of_run(run: Run) -> list[str]:
     """What is wrong with a posterior, in words; empty for a plain LoRA."""
-    if not run.is_bayesian:
-        return []
-    model = run.scorer.model
-    return run.record.warnings + warnings_of(summarize(weights_of(model), prior_of(model)))
+    return posterior_warnings(run.directory, run.record) if run.is_bayesian and run.directory is not None else []

@@ -63,7 +63,7 @@ def card(record: RunRecord, *, of_mean: bool = False, pictured: str | None = Non
         _OURS,
         f"# {_plain(record.task['name'])}, by {_plain(of)}",
         f"This is {what}: an adapter of {_plain(of)}, trained on {record.rows['train']:,} rows of "
-        f"{_plain(record.task['source'] or record.task['name'])} (licence: {_plain(record.task['licence'])}).",
+        f"{_plain(_rows_of(record))} (licence: {_plain(record.task['licence'])}).",
     ]
     if record.labels is not None:
         shown = ", ".join(f"`{_code(label)}`" for label in record.labels[:_SHOWN])
@@ -79,6 +79,12 @@ def card(record: RunRecord, *, of_mean: bool = False, pictured: str | None = Non
     if record.warnings:
         parts.append("\n".join(f"- {_plain(warning)}" for warning in record.warnings))
     return "\n\n".join(parts) + "\n"
+
+
+def _rows_of(record: RunRecord) -> str:
+    """What the rows are called; a file of this machine without the directories that nobody else has."""
+    source = record.task["source"] or record.task["name"]
+    return Path(source).name if Path(source).is_absolute() else source
 
 
 def _metadata(base: str | None, task: str, bayesian: bool) -> str:

@@ -15,14 +15,14 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scalabl.core.errors import UserError, one_line
-from scalabl.core.files import ADAPTER, lock, read_if_whole, read_json, require_place
+from scalabl.core.files import ADAPTER, LOG, lock, read_if_whole, read_json, require_place
 from scalabl.core.modules import split_leaf
 from scalabl.runs.adapter_fields import require_sound
 from scalabl.runs.record import CONFIG, RECORD, RunRecord
@@ -32,12 +32,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from scalabl.posterior.gaussian import Prior
-    from scalabl.tuner.diagnostics import LayerWeights
+    from scalabl.tuner.diagnostics import LayerSummary, LayerWeights
 
 
 EMBEDDED = "smollm2-135m-instruct"
 EMBEDDED_ENCODER = "minilm-l6"
 _NAMES = (EMBEDDED, EMBEDDED_ENCODER)
+_PLAIN = "a plain LoRA: it has no posterior"
+_OLDER = "the posterior has not converged ("  # older versions' records judge by the KL, which falls at every rate
 
 
 def as_recorded(name: str) -> str:
@@ -269,12 +271,41 @@ def describe_adapter(directory: Path) -> dict[str, Any]:
         return _described(directory, require_adapter(directory))
 
 
-def _described(directory: Path, config: dict[str, Any]) -> dict[str, Any]:
+def posterior_warnings(
+    directory: Path, record: RunRecord | None, layers: Sequence[LayerSummary] | None = None
+) -> list[str]:
+    """What is wrong with a run, each sentence once: its record's, and what its posterior and its training log say.
+    `train`, `inspect`, `evaluate` and the card say the same.
+
+    Args:
+        directory: the run's, or an adapter's.
+        record: the run's, which need not be written yet; None for an adapter without one.
+        layers: a summary of every layer of its posterior, none for a plain LoRA; read from its file if None.
+
+    Raises:
+        UserError: missing, truncated or altered files.
+    """
+    from scalabl.tuner.diagnostics import drift_of, summarize, warnings_of
+
+    if layers is None:
+        with reading_config(directory):
+            _, weights, prior = _read(directory, require_adapter(directory))
+        layers = summarize(weights, prior)
+    if record is None:
+        return warnings_of(layers)
+    log = read_if_whole(directory / LOG)
+    entries = [entry for entry in log if isinstance(entry, dict)] if isinstance(log, list) else []
+    numbers = [{k: v for k, v in entry.items() if isinstance(v, int | float)} for entry in entries]
+    kept = [sentence for sentence in record.warnings if not sentence.startswith(_OLDER)]
+    return list(dict.fromkeys([*kept, *warnings_of(layers, drift_of(numbers, record.recipe))]))
+
+
+def _read(directory: Path, config: dict[str, Any]) -> tuple[dict[str, Tensor], list[LayerWeights], Prior]:
+    """The tensors of an adapter's file, what a summary of its layers is made from (none of a plain LoRA), its prior."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     from scalabl.posterior.gaussian import Prior
-    from scalabl.tuner.diagnostics import summarize, warnings_of
 
     bayesian = config["peft_type"] == "SCALABL"
     try:
@@ -285,8 +316,16 @@ def _described(directory: Path, config: dict[str, Any]) -> dict[str, Any]:
     if bayesian and not weights:
         raise UserError(f"{directory / ADAPTER} holds no posterior, it was altered; restore the file.")
     empirical = config.get("empirical_prior", False)
-    prior = Prior(config["prior_mean"], config["prior_std"], empirical) if bayesian else Prior()
+    return tensors, weights, Prior(config["prior_mean"], config["prior_std"], empirical) if bayesian else Prior()
+
+
+def _described(directory: Path, config: dict[str, Any]) -> dict[str, Any]:
+    from scalabl.tuner.diagnostics import summarize
+
+    bayesian = config["peft_type"] == "SCALABL"
+    tensors, weights, prior = _read(directory, config)
     summaries = summarize(weights, prior)
+    record = RunRecord.read(directory) if (directory / RECORD).is_file() else None
     variational = sum(t.numel() for n, t in tensors.items() if ".posterior." in n)
     targets = config.get("target_modules") or []
     return {
@@ -302,7 +341,7 @@ def _described(directory: Path, config: dict[str, Any]) -> dict[str, Any]:
         "variational_parameters": variational,
         "kl": sum(s.kl for s in summaries) if bayesian else None,
         "layers": [asdict(s) for s in summaries] or _plain_layers(tensors),
-        "warnings": warnings_of(summaries) if bayesian else ["a plain LoRA: it has no posterior"],
+        "warnings": posterior_warnings(directory, record, summaries) if bayesian else [_PLAIN],
     }
 
 

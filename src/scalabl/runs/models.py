@@ -11,6 +11,7 @@ The adapter, its r numbers, the KL and a classification head are float32 beside 
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
 import inspect
 import math
@@ -178,11 +179,14 @@ def model_path(name: str) -> str | Path:
     """Where a base model is: the embedded one's directory, a directory, or a name on the Hub as it is.
 
     Raises:
-        UserError: a path to no directory.
+        UserError: a path to no directory; nearly the name of an embedded one.
     """
     # a name with a dot may be the Hub's (Qwen/Qwen2.5-0.5B)
     embedded = {EMBEDDED: embedded_directory, EMBEDDED_ENCODER: _encoder_directory}
     path = embedded[name]() if name in embedded else os.path.expanduser(name)
+    near = [] if name in embedded or "/" in name else difflib.get_close_matches(name, embedded, 1, cutoff=0.75)
+    if near and not Path(path).is_dir():  # before the Hub is asked, and asked again
+        raise UserError(f"There is no model {name}; did you mean {near[0]}?")
     if not Path(path).is_dir() and str(path).startswith((".", "/")):
         raise UserError(f"There is no model directory {path}; give a directory with a config.json, or a Hub id.")
     return as_recorded(str(path))  # a whole path, which PEFT writes into the adapter's configuration

@@ -230,7 +230,7 @@ class MachineSettings(Checked):
     dtype: str = setting("auto", "auto, float32, bfloat16 or float16.", ("auto", "float32", "bfloat16", "float16"))
     bits: int | None = setting(None, "Load the base in 4 or 8 bit.")
     save_steps: int = setting(50, "Steps between checkpoints.", COUNT)
-    quantization: str = setting("bitsandbytes", "Of --bits: bitsandbytes or torchao (8 bit).", QUANTIZATIONS)
+    quantization: str = setting("bitsandbytes", "Quantises for --bits: bitsandbytes or torchao (8).", QUANTIZATIONS)
 
     def __post_init__(self) -> None:
         super().__post_init__()

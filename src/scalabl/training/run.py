@@ -25,7 +25,7 @@ from scalabl.data.example import Example, Task, rows_digest
 from scalabl.data.load import load_training_task
 from scalabl.data.text_rows import TextTask
 from scalabl.runs.card import write_cards
-from scalabl.runs.directory import EMBEDDED, as_recorded, begin, claim
+from scalabl.runs.directory import EMBEDDED, as_recorded, begin, claim, posterior_warnings
 from scalabl.runs.method import Run, TrainedMethod, load_method
 from scalabl.runs.models import embedded_directory, load_base, load_tokenizer
 from scalabl.runs.record import CHOICES, LANGUAGE, RowCounts, RunRecord, TaskFacts, config_digest
@@ -50,7 +50,6 @@ from scalabl.training.ranks import (
 )
 from scalabl.training.refusals import require_optimizer
 from scalabl.training.trainer import token_counts, trainer_of, weighing_the_kl, whole_adapter
-from scalabl.tuner.diagnostics import unconverged
 from scalabl.tuner.model import fingerprint
 
 # a run that can predict, and its held-out rows -> its record's calibration; None where it cannot be fitted
@@ -182,10 +181,11 @@ def _train(
         if beside:
             with writing(output / f"{settings.method}.safetensors") as unfinished:
                 save_file(beside, unfinished, metadata={"adapter_sha256": digest})
-        return replace(
+        trained = replace(
             record, adapter_sha256=digest, config_sha256=config_digest(output),
-            features_sha256=write_features(output, distance), warnings=cut + unconverged(log),
+            features_sha256=write_features(output, distance), warnings=cut,
         )  # fmt: skip
+        return replace(trained, warnings=posterior_warnings(output, trained))
 
     published = RunRecord.of_main(publish)
     calibration = None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -12,8 +14,12 @@ from torch import Tensor, nn
 from scalabl.posterior.gaussian import Gaussian, Prior
 from scalabl.tuner.layers import stochastic_layers
 
-COLLAPSED, BEYOND_PRIOR, DROWNED, STILL_FALLING = 1e-3, 1.2, 1.0, 0.15
+COLLAPSED, BEYOND_PRIOR, DROWNED = 1e-3, 1.2, 1.0
+MOVING = 0.25  # of Adam's largest step: sigma moved so on average at the end of training, in one direction
+NEAR_PRIOR = 0.2  # between the logarithms of two sigmas: as close as sigma is where the posterior is the prior
 AT_PRIOR = 0.03  # nats a number: sigma is then within a sixth of the prior's, the mean within a quarter of that
+_LEAST = 1e-9  # of a sum of learning rates
+START, _NARROW = 0.577, 0.35  # where LoRA's draw puts every s, and the std of a prior around it, relative to it
 PREFIX = "elbo/"  # of what the callbacks of the ELBO add to a training log
 
 
@@ -102,9 +108,69 @@ def summarize(layers: list[LayerWeights], prior: Prior) -> list[LayerSummary]:
     return found
 
 
-def warnings_of(rows: list[LayerSummary]) -> list[str]:
-    """Sentences about a posterior that collapsed, outgrew its prior or is it, drowns its signal, or moves nothing."""
-    found = []
+@dataclass(frozen=True)
+class Drift:
+    """How sigma moved at the end of a training.
+
+    Attributes:
+        speed: by how much of Adam's largest step the logarithm of sigma moved on average while the last half of the
+            sum of the learning rates was spent: -1 (always down) to 1 (always up), about 0 where it stood.
+        began, ended: sigma where that half began, and at the end.
+        steps: of the training.
+        reach: the sum of the learning rates of s over all steps, which the logarithm can move by at most.
+        prior_mean: of the prior that it was trained under.
+    """
+
+    speed: float
+    began: float
+    ended: float
+    steps: int
+    reach: float
+    prior_mean: float
+
+
+def drift_of(log: Sequence[Mapping[str, float]], recipe: Mapping[str, Any]) -> Drift | None:
+    """How sigma moved at the end of a training, or None where its log does not say: a plain LoRA, fewer than four
+    records, an optimiser whose step is not bounded by its rate as Adam's is.
+
+    Args:
+        log: logged records with step, learning_rate (of A and B) and "elbo/sigma_mean".
+        recipe: the run's settings by their names.
+    """
+    records = [
+        (entry["step"], entry["learning_rate"], math.log(sigma))
+        for entry in log
+        if 0 < (sigma := logged(entry, "sigma_mean") or 0) < math.inf and entry.keys() >= {"step", "learning_rate"}
+    ]
+    if len(records) < 4 or "adam" not in recipe.get("optimizer", "adam") or not recipe["learning_rate"] > 0:
+        return None
+    ratio = recipe["variational_learning_rate"] / recipe["learning_rate"]
+    spent = [records[0][0] * records[0][1] * ratio]  # sums of the rates of s up to each record
+    for (step, rate, _), (later, next_rate, _) in pairwise(records):
+        spent.append(spent[-1] + (later - step) * ratio * (rate + next_rate) / 2)
+    half = max(spent[-1] / 2, spent[0])
+    after = next((i for i, sum_of_rates in enumerate(spent) if i and sum_of_rates > half), None)
+    if after is None or not _LEAST < spent[-1] - half < math.inf:  # an altered log
+        return None
+    part = (half - spent[after - 1]) / (spent[after] - spent[after - 1])
+    began = records[after - 1][2] + part * (records[after][2] - records[after - 1][2])
+    ended = records[-1][2]
+    return Drift(
+        speed=(ended - began) / (spent[-1] - half), began=math.exp(began), ended=math.exp(ended),
+        steps=int(recipe["steps"]), reach=spent[-1], prior_mean=float(recipe.get("prior_mean", 0.0)),
+    )  # fmt: skip
+
+
+def warnings_of(rows: Sequence[LayerSummary], drift: Drift | None = None) -> list[str]:
+    """Sentences about a posterior that was still moving, collapsed, outgrew its prior or is it, drowns its signal, or
+    moves nothing.
+
+    Args:
+        rows: a summary of every layer.
+        drift: how sigma moved at the end of the training, where that is known.
+    """
+    moving = None if drift is None or not rows else _moving(rows, drift)
+    found = [] if moving is None else [moving]
     for many, sentence in (
         (
             [r for r in rows if r.sigma < COLLAPSED * r.prior_std],
@@ -113,7 +179,7 @@ def warnings_of(rows: list[LayerSummary]) -> list[str]:
         ([r for r in rows if r.sigma > BEYOND_PRIOR * r.prior_std], "sigma has grown past the prior's"),
         ([r for r in rows if r.noise > DROWNED], "the noise is larger than the mean of s"),
         (
-            [r for r in rows if r.kl < AT_PRIOR * r.r],
+            [r for r in rows if r.kl < AT_PRIOR * r.r and moving is None],
             "the posterior is the prior: rows say nothing about s, and the doubt is as large as --prior-std has it",
         ),
         ([r for r in rows if r.effect < 1e-8], "B is zero: the layer was never trained"),
@@ -123,25 +189,39 @@ def warnings_of(rows: list[LayerSummary]) -> list[str]:
     return found
 
 
+def _moving(rows: Sequence[LayerSummary], drift: Drift) -> str | None:
+    """What to do about a sigma that the end of training stopped; None where it stood, or where it is at its prior's,
+    past it or at 0, of which other sentences speak."""
+    numbers = sum(row.r for row in rows)
+    sigma = sum(row.sigma * row.r for row in rows) / numbers
+    prior_std = sum(row.prior_std * row.r for row in rows) / numbers
+    mean = sum(row.mean * row.r for row in rows) / numbers
+    if abs(drift.speed) < MOVING or sigma < COLLAPSED * prior_std:
+        return None
+    left, rising = math.log(prior_std / sigma), drift.speed > 0
+    if left * drift.speed > 0 and abs(left) < NEAR_PRIOR or (rising and left < 0):
+        return None
+    said = (
+        f"sigma was still {'rising' if rising else 'falling'} when training ended ({drift.began:.2g} to "
+        f"{drift.ended:.2g} in the last half of its learning), so its size is the work of --steps and not of the rows: "
+    )
+    if rising and prior_std > abs(mean):  # where it goes to, the noise is larger than the mean
+        narrow = _NARROW * (drift.prior_mean or START)
+        prior = f"--prior-std {narrow:.2g}" if drift.prior_mean else f"--prior-mean {START} --prior-std {narrow:.2g}"
+        steps = "" if sigma >= narrow else f" --steps {_steps(drift, math.log(narrow / sigma))}"
+        return f"{said}train with {prior}{steps}; under this prior, more steps would only make s noise."
+    # to the prior's, or as far again where it goes elsewhere
+    more = abs(left) if left * drift.speed > 0 else max(abs(drift.speed) * drift.reach, NEAR_PRIOR)
+    return f"{said}train with --steps {_steps(drift, more)}."
+
+
+def _steps(drift: Drift, more: float) -> int:
+    """Steps after which a logarithm has moved by so much more at this speed, and as many again in which it stands."""
+    steps = 2 * drift.steps * (1 + more / abs(drift.speed) / drift.reach)
+    digits = 10 ** max(0, math.floor(math.log10(steps)) - 1)
+    return math.ceil(steps / digits) * digits
+
+
 def logged(entry: Mapping[str, float], name: str) -> float | None:
     """What a callback of the ELBO added to a record of a training log; older logs have it without the prefix."""
     return entry.get(f"{PREFIX}{name}", entry.get(name))
-
-
-def unconverged(log: list[dict[str, float]]) -> list[str]:
-    """A sentence where the KL of a training log was still falling fast: sigma then stands where the learning rate
-    left it, not where the data wants it. Adam moves a logarithm by the sum of its learning rates at most.
-
-    Args:
-        log: logged records with step and "elbo/kl".
-    """
-    records = [value for entry in log if (value := logged(entry, "kl")) is not None]
-    if len(records) < 4:
-        return []
-    middle, last = records[len(records) // 2], records[-1]
-    if not last < (1 - STILL_FALLING) * middle:
-        return []
-    return [
-        f"the posterior has not converged (KL {middle:.0f} nats half-way, {last:.0f} at the end): raise "
-        "--variational-learning-rate or --steps"
-    ]

@@ -186,6 +186,7 @@ def _mark_best(rows: list[dict[str, Any]], probs: list[Tensor], labels: Tensor, 
 SET_NAMES = {"subset_accuracy": "all right %", "micro_f1": "micro-F1 %", "macro_f1": "macro-F1 %"}
 _SHIFTED = ("accuracy", "nll", "ece")
 WORST = 10  # labels that the terminal shows
+_WORD = 10  # characters
 
 
 def print_table(rows: list[dict[str, Any]], console: Console, metrics: Sequence[str] = tuple(METRICS)) -> None:
@@ -284,7 +285,7 @@ def _print_scores(rows: list[tuple[str, dict[str, Any]]], console: Console) -> N
 
 def _grid(title: str | None, columns: list[str], *, first: str = "method") -> Table:
     grid = Table(title=Text(title, "bold") if title else None, title_justify="left", box=box.SIMPLE_HEAD)
-    grid.add_column(first)
+    grid.add_column(first, overflow="fold", min_width=_WORD)  # wide enough for "calibrated", and no name is cut
     for column in columns:
         grid.add_column(Text(column), justify="right")
     return grid

@@ -27,7 +27,7 @@ from scalabl.core.files import ADAPTER, LOG, sha256, write_json, writing
 from scalabl.data.example import Example, Task
 from scalabl.predictive.base import MeanPredictive, predict
 from scalabl.runs.card import write_cards
-from scalabl.runs.directory import reading_config
+from scalabl.runs.directory import posterior_warnings, reading_config
 from scalabl.runs.loading import load_adapter, longest_row, require_base
 from scalabl.runs.method import Run
 from scalabl.runs.models import load_base, saved_tokenizer
@@ -47,7 +47,6 @@ from scalabl.training.posthoc.settings import PosthocSettings, SourceAdapter, re
 from scalabl.training.posthoc.svd import scalabl_config, scalabl_tensors
 from scalabl.training.run import Calibrating, cut_rows_warning, optimise, record_of, tell_prompt
 from scalabl.tuner.config import SUPPORTED_LORA_OPTIONS, ScalaBLConfig
-from scalabl.tuner.diagnostics import unconverged
 from scalabl.tuner.joint import save_joint, set_joint
 from scalabl.tuner.layers import stochastic_layers, without_rows
 from scalabl.tuner.mean_adapter import MEAN_DIRECTORY
@@ -149,13 +148,14 @@ def _build(
     if source.record:  # the priors that were learnt are those of its own rows
         begun = replace(begun, class_counts=source.record.class_counts)
     fitted = fit(source, scorer, encoded, settings, directory)
-    fitted["warnings"] = cut_rows_warning(encoded, scoring) + fitted.get("warnings", [])
+    fitted["warnings"] = cut_rows_warning(encoded, scoring)
     features = write_features(directory, fit_distance(scorer, encoded))
     digest = sha256(directory / ADAPTER)
     record = replace(
         begun, **fitted, status="finished", adapter_sha256=digest, config_sha256=config_digest(directory),
         features_sha256=features,
     )  # fmt: skip
+    record = replace(record, warnings=posterior_warnings(directory, record))
     if saved_tokenizer(source.directory) is not None:  # it is read beside the new adapter too
         tokenizer.save_pretrained(str(directory))
     run = Run(record, Scorer(model, scoring, trunk), tokenizer, directory)
@@ -262,7 +262,7 @@ def _variational(
     remove_checkpoints(directory)
     model.save_pretrained(str(directory))
     write_json(directory / LOG, finite(log))
-    return {"bayesianized": _origin(source, settings), "warnings": unconverged(log)}
+    return {"bayesianized": _origin(source, settings)}
 
 
 def _origin(source: SourceAdapter, settings: PosthocSettings) -> dict[str, Any]:
