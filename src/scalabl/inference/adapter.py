@@ -110,6 +110,25 @@ def letters_of(
     return Letters(tokenizer, labels=tuple(labels), template=template, chat=bool(chat), max_length=longest)
 
 
+def head_over(
+    labels: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    template: str | None,
+    chat: bool | None,
+    max_length: int | None,
+) -> Head:
+    """The scoring of a head over these labels, in the order of its outputs.
+
+    Raises:
+        UserError: a template, which no head has.
+    """
+    if template is not None:
+        raise UserError("A classification head reads the text as it is; leave out template.")
+    more = {} if max_length is None else {"max_length": max_length}
+    return Head(tokenizer, labels=labels, chat=bool(chat), pairs=None, **more)
+
+
 def head_of(model: PeftModel | PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Head:
     """The scoring of a model's own classification head, its labels in the order of the head's outputs.
 
