@@ -118,15 +118,14 @@ def head_over(
     chat: bool | None,
     max_length: int | None,
 ) -> Head:
-    """The scoring of a head over these labels, in the order of its outputs.
+    """The scoring of a head over these labels, in the order of its outputs; of 512 tokens where nothing else is said.
 
     Raises:
         UserError: a template, which no head has.
     """
     if template is not None:
         raise UserError("A classification head reads the text as it is; leave out template.")
-    more = {} if max_length is None else {"max_length": max_length}
-    return Head(tokenizer, labels=labels, chat=bool(chat), pairs=None, **more)
+    return Head(tokenizer, labels=labels, chat=bool(chat), pairs=None, max_length=max_length or 512)
 
 
 def head_of(model: PeftModel | PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Head:
