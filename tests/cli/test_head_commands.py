@@ -52,6 +52,13 @@ def test_every_command_reads_a_head(program: Program, texts: Path, run: Path, tm
     python = Classifier.from_pretrained(run)(["red yes", {"text": "a blue stone that is wide open"}])
     for answer, probs in zip(answers, python.probs.tolist(), strict=True):
         assert list(answer["probs"].values()) == pytest.approx(probs, abs=1e-5)
+    asked = [json.loads(line)["text"] for line in (texts / "test.jsonl").read_text().splitlines()]
+    labels = Classifier.from_pretrained(run)(asked).label  # rows labelled as the model has them, so that it is right
+    assert len(set(labels)) > 1
+    own = [{"text": text, "label": label} for text, label in zip(asked, labels, strict=True)] * 2
+    right = program("evaluate", run, "--data", write_jsonl(tmp_path / "own.jsonl", own))
+    below = " ".join(right.out.split("half the 95% bootstrap interval", 1)[1].split())
+    assert "is right on 100.0 % of 24 rows, where guessing is right on 33.3 %" in below, right
     ranked = program("acquire", rows, run, "--output", tmp_path / "ranked.jsonl", "-k", 2)
     assert ranked.code == 0, ranked.err
     assert program("inspect", run).code == 0
@@ -87,14 +94,17 @@ def test_what_a_head_cannot_have_is_refused(program: Program, texts: Path, run: 
 
 
 def test_particles_are_classifiers_of_stock_peft(program: Program, run: Path, tmp_path: Path) -> None:
-    """Each with the trained head; nothing serves them, so that no line is printed that would."""
+    """Each with the trained head; vLLM does not serve an encoder's, so that no line is printed that would."""
     exported = program("export", run, "--particles", 3, "--output", tmp_path / "out", "--raw")
     assert exported.code == 0, exported.err
-    assert "vLLM serves no adapter with a classification head" in exported.out and "vllm serve" not in exported.out
+    assert (
+        "vLLM loads no adapter with the classification head of an encoder" in exported.out
+        and "vllm serve" not in exported.out
+    )
     manifest = read_manifest(tmp_path / "out")
-    with pytest.raises(UserError, match="vLLM serves no adapter with a classification head"):
+    with pytest.raises(UserError, match="vLLM loads no adapter with the classification head of an encoder"):
         vllm_command(manifest, tmp_path)
-    with pytest.raises(UserError, match="vLLM serves no adapter with a classification head"):
+    with pytest.raises(UserError, match="vLLM loads no adapter with the classification head of an encoder"):
         VLLMClassifier.from_export(tmp_path / "out")
     texts = ["red is w1 w2", "blue", "w3 green w4 w5"]
     found = [

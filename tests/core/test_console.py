@@ -1,6 +1,7 @@
 """Progress where there is no terminal: whole lines, and none for what is soon over."""
 
 import pytest
+from rich.text import Text
 
 from scalabl.core import console
 
@@ -28,3 +29,15 @@ def test_only_the_main_process_shows_it(capsys: pytest.CaptureFixture[str], monk
     with console.progress_bar() as progress:
         progress.advance(progress.add_task("predicting", total=None, detail=""), 1)
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("heeded", [False, True])
+def test_no_color_is_heeded(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, heeded: bool) -> None:
+    """https://no-color.org: bold letters stay, colours go."""
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    if heeded:
+        monkeypatch.setenv("NO_COLOR", "1")
+    console.words_console().print(Text("warning", "bold yellow"))
+    assert capsys.readouterr().out == ("\x1b[1mwarning\x1b[0m\n" if heeded else "\x1b[1;33mwarning\x1b[0m\n")

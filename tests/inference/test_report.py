@@ -289,6 +289,19 @@ def test_terminal_table() -> None:
     assert f"\x1b[1m{plus_minus(rows[0]['nll'], 'nll')}" not in styled
 
 
+def test_a_narrow_console_cuts_no_figure() -> None:
+    made = report(methods=[method("plain", 6.0), method("sober")])
+    rows = table(made)
+    console = Console(record=True, width=60, file=io.StringIO())
+    print_table(rows, console)
+    shown = console.export_text()
+    assert "…" not in shown and max(map(len, shown.splitlines())) <= 60
+    words = shown.split()
+    for row in rows:
+        for metric in METRICS:
+            assert set(plus_minus(row[metric], metric).split()) <= set(words), (row["method"], metric)
+
+
 def test_numbers_as_text() -> None:
     figure = {"value": 0.6083, "low": 0.5894, "high": 0.6271, "reason": None}
     assert number(0.6083, "accuracy") == "60.8" and number(0.98312, "nll") == "0.983"

@@ -1,7 +1,8 @@
 """A small server of the OpenAI completions protocol, with vLLM's fields, over real HTTP on the loopback address.
 
 It serves a real model with exported particles as PEFT adapters: whatever waits at a moment is one mixed batch
-(`adapter_names`), as it is in vLLM. `faults` makes it behave badly.
+(`adapter_names`), as it is in vLLM. Of classifiers with a head it gives the logits, at vLLM's /classify. `faults` makes
+it behave badly.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch
 from peft import PeftModel
 from tiny_base import loaded
 from torch import Tensor
+from transformers import PreTrainedModel
 
 _MAX_BATCH = 64
 
@@ -85,13 +87,15 @@ class ParticleServer:
 
     @torch.no_grad()
     def forward(self, batch: Sequence[tuple[str, list[int], Any]]) -> list[Tensor]:
-        """Log-probabilities (T, V) behind every token of every prompt, each under its own adapter."""
+        """Log-probabilities (T, V) behind every token of every prompt, or logits (C,), each under its own adapter."""
         length = max(len(ids) for _, ids, _ in batch)
         ids = torch.tensor([[0] * (length - len(row)) + row for _, row, _ in batch])
         mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for _, row, _ in batch])
         positions = (mask.cumsum(1) - 1).clamp_min(0)
         names = [adapter for adapter, _, _ in batch]
         logits = self.model(input_ids=ids, attention_mask=mask, position_ids=positions, adapter_names=names).logits
+        if logits.dim() == 2:
+            return list(logits)
         return [row[length - len(own) :].log_softmax(-1) for row, (_, own, _) in zip(logits, batch, strict=True)]
 
     def completion(self, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
@@ -110,6 +114,15 @@ class ParticleServer:
             log_probs = reply.get(timeout=30)
             choices.append({"index": index, "text": "?", **self._asked(body, ids, log_probs)})
         return 200, {"object": "text_completion", "model": adapter, "choices": choices[::-1]}  # `index` tells the order
+
+    def classify(self, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        """Status and content for the body of POST /classify."""
+        assert body["use_activation"] is False
+        [ids] = body["input"]
+        reply: queue.Queue[Tensor] = queue.Queue()
+        self.jobs.put((body["model"], ids, reply))
+        logits = reply.get(timeout=30).tolist()
+        return 200, {"data": [{"index": 0, "label": None, "probs": logits, "num_classes": len(logits)}]}
 
     def _asked(self, body: dict[str, Any], ids: list[int], log_probs: Tensor) -> dict[str, Any]:
         found: dict[str, Any] = {"logprobs": None, "prompt_logprobs": None}
@@ -156,7 +169,7 @@ def _handler(server: ParticleServer) -> type[BaseHTTPRequestHandler]:
                 elif server.faults.answer is not None:
                     self._say(200, server.faults.answer)
                 else:
-                    self._say(*server.completion(body))
+                    self._say(*(server.classify if self.path == "/classify" else server.completion)(body))
             finally:
                 with server.lock:
                     server.present -= 1
@@ -184,9 +197,11 @@ class _Server(ThreadingHTTPServer):
 
 
 @contextmanager
-def serving(particles: Path, names: Sequence[str], architecture: str = "llama") -> Iterator[ParticleServer]:
-    """A server of the exported particles in a directory, under these names."""
-    model = PeftModel.from_pretrained(loaded(architecture)[0], str(particles / "0"), adapter_name=names[0])
+def serving(
+    particles: Path, names: Sequence[str], architecture: str = "llama", base: PreTrainedModel | None = None
+) -> Iterator[ParticleServer]:
+    """A server of the exported particles in a directory, under these names; on a tiny model, or on a given one."""
+    model = PeftModel.from_pretrained(base or loaded(architecture)[0], str(particles / "0"), adapter_name=names[0])
     for k, name in enumerate(names[1:], start=1):
         model.load_adapter(str(particles / str(k)), adapter_name=name)
     server = ParticleServer(model.eval())

@@ -63,6 +63,20 @@ def test_it_writes_and_prints_the_line(
     assert again[0] == 0 and "vllm serve org/base \\\n    --host ::1 \\\n    --port 9 \\\n" in again[1]
 
 
+def test_a_decoder_s_head_is_served_by_the_line(
+    runs: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, out, err = said(capfd, monkeypatch, runs["head"], "--particles", 2, "--output", tmp_path)
+    assert (code, err) == (0, "") and "an adapter's classification head is loaded by vLLM 0.32" in out
+    line = shlex.split(out[out.index("vllm serve") :].replace("\\\n", ""))
+    head = ["--dtype", "float32", "--runner", "pooling", "--convert", "classify", "--max-lora-cls-labels", "3"]
+    assert line[7:16] == [*head, "--enable-lora"]
+    manifest = read_manifest(tmp_path)
+    assert manifest.head_labels == 3
+    with pytest.raises(UserError, match="the classification head of an encoder"):
+        vllm_command(replace(manifest, head_labels=None), tmp_path)
+
+
 def test_weights_that_are_no_numbers_are_not_exported(
     copied_run: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
+import shlex
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,6 +15,7 @@ import openai
 import pytest
 from answering import Answering, adapters, answering
 from openai import OpenAI
+from page_blocks import ROOT, run_blocks
 from server_runs import WORDS
 
 import scalabl
@@ -237,3 +241,19 @@ def test_a_fault_within_a_stream_is_told_in_it(
         with pytest.raises(openai.InternalServerError, match="The server failed at this request"):
             client.completions.create(model="words", prompt="say red")
     assert client.completions.create(model="words", prompt="say red", max_tokens=2).choices[0].text
+
+
+def test_what_the_page_shows(running: Answering) -> None:
+    """Its block of Python and its request of curl, at this server's address."""
+    here, there = "http://127.0.0.1:8000", f"http://127.0.0.1:{running.port}"
+    made: Any = run_blocks("docs/serving.md", {}, {here: there})
+    assert 0 < made["said"].choices[0].scalabl["confidence"] <= 1
+    page = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    [line] = re.findall(r"^    (curl .*)$", page, re.MULTILINE)
+    _, address, flag, header, data, body = shlex.split(line)
+    assert address.startswith(here) and (flag, data) == ("-H", "-d")
+    name, _, value = header.partition(": ")
+    sent = json.loads(body) | {"model": "head"}
+    said = running.client.post(address.removeprefix(here), content=json.dumps(sent), headers={name: value})
+    assert said.status_code == 200, said.text
+    assert len(said.json()["data"]) == len(sent["input"]) and said.json()["data"][1]["id"] == sent["input"][1]["id"]

@@ -1,18 +1,23 @@
 """`serving.vllm`: the answers of a server that serves exported particles are the run's own, and what is refused."""
 
 import json
+import shutil
 import subprocess
 import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from page_blocks import run_blocks
 from particle_server import ParticleServer, serving
+from program import short
 from served import LABELS, NUMBER, SEED, client
-from tiny_base import adapted, loaded, questions
+from tiny_base import adapted, loaded, questions, write_jsonl
+from transformers import AutoModelForSequenceClassification
 
 from scalabl.core.errors import UserError
 from scalabl.data import Example
@@ -28,6 +33,7 @@ from scalabl.serving.http import JSONClient
 from scalabl.serving.manifest import read_manifest
 from scalabl.serving.requests import BY, By, split
 from scalabl.serving.vllm import VLLMClassifier
+from scalabl.training.run import train
 
 
 @pytest.mark.parametrize("by", BY)
@@ -212,3 +218,46 @@ def test_no_server_library_is_imported() -> None:
     imports = "import sys, scalabl.serving.vllm, scalabl.serving.http"
     code = f"{imports}; sys.exit(bool({{'vllm', 'openai'}} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-P", "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("name", ["head", "several"])
+def test_a_decoder_s_head_has_the_runs_own_probabilities(runs: dict[str, Path], tmp_path: Path, name: str) -> None:
+    if name == "several":
+        rows = [{"text": f"red stone {i}", "labels": [["a"], ["b"], ["a", "b"], []][i % 4]} for i in range(24)]
+        for split, own in (("train", rows[:16]), ("validation", rows[16:])):
+            write_jsonl(tmp_path / "rows" / f"{split}.jsonl", own)
+        settings = {"scoring": "head", "init_sigma": 0.5, "learning_rate": 0.05, "normalization": "sum"}
+        run = tmp_path / "run"
+        train(short(tmp_path / "rows", **settings), run)
+    else:
+        run = runs["head"]
+    manifest = export(run, NUMBER, tmp_path / "out", seed=SEED)
+    base = RunRecord.read(run).model
+    number = len(RunRecord.read(run).scoring["labels"])
+    assert manifest.head and manifest.head_labels == number
+    classifies = AutoModelForSequenceClassification.from_pretrained(base, num_labels=number, pad_token_id=0)
+    texts = ["red stone", "a blue ninety-nine of stone", "bee"]
+    with serving(tmp_path / "out" / "particles", manifest.adapters, base=classifies) as server:
+        asking = VLLMClassifier.from_export(tmp_path / "out", url=server.url, timeout=30)
+        answer = asking(texts)
+        assert {body["model"] for body in server.bodies} == set(manifest.adapters)
+        server.faults.answer = {"data": [{"index": 0, "probs": [0.0] * (number + 1)}]}
+        with pytest.raises(UserError, match=f"answered with {number + 1} logits, but the run has {number} labels"):
+            asking(texts)
+        server.faults.answer = {"data": []}
+        with pytest.raises(UserError, match="answered without the logits that were asked for"):
+            asking(texts)
+    ours = Classifier.from_pretrained(run, samples=NUMBER, seed=SEED, predictive="mc")(texts)
+    assert ours.epistemic.min() > 1e-5, "the particles are alike, so nothing is compared"
+    for field in ("probs", "entropy", "aleatoric", "epistemic", "particle_log_probs"):
+        np.testing.assert_allclose(getattr(answer, field), getattr(ours, field), atol=2e-5, err_msg=field)
+    assert (answer.label, answer.labels) == (ours.label, ours.labels)
+
+
+def test_what_the_page_shows(
+    exported: Path, server: ParticleServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(exported, tmp_path / "runs" / "mine")
+    made: Any = run_blocks("docs/scaling.md", {"rows": questions(3)}, {"http://127.0.0.1:8000": server.url})
+    assert len(made["answer"].label) == 3 and (made["answer"].epistemic > 0).all()

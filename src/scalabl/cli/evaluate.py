@@ -120,6 +120,7 @@ def evaluate(
     from scalabl.inference.evaluation import evaluate_run
     from scalabl.inference.report.render import write
     from scalabl.inference.report.table import print_table, table
+    from scalabl.inference.report.verdict import in_short
 
     quiet()
     made = evaluate_run(
@@ -134,6 +135,8 @@ def evaluate(
     if report is not None:
         write(made, report)
     print_table(figures, words_console())
+    if not figures[made.lead]["collapsed"]:  # of which the table has warned
+        words_console().print(in_short(made, figures))
     if figures[0]["collapsed"] and is_stock(record) and record.scoring["scoring"] != HEAD:
         words_console().print(OTHER_PROMPT, style="bold yellow")
 

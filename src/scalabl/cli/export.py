@@ -26,7 +26,7 @@ def export(
     host: Annotated[str, typer.Option(help="Of the printed command: where the server listens.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Of the printed command.")] = 8000,
 ) -> None:
-    """Write N particles as plain LoRAs into OUT/particles, and print the vllm serve line for those of language models.
+    """Write N particles as plain LoRAs into OUT/particles, and print the vllm serve line where vLLM loads them.
 
     The same call again writes nothing and prints the line.
     """
@@ -45,5 +45,6 @@ def export(
     say(f"{particles:,} particles in {directory}")
     for warning in manifest.warnings:
         say(f"warning: {warning}")
-    if not manifest.head and (model or manifest.base_model) and manifest.rank <= MAX_LORA_RANKS[-1]:
+    served = not manifest.head or manifest.head_labels is not None
+    if served and (model or manifest.base_model) and manifest.rank <= MAX_LORA_RANKS[-1]:
         say(as_shell(vllm_command(manifest, directory, base=model, host=host, port=port)))

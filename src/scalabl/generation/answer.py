@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -23,6 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.generation import StoppingCriteria
 
 from scalabl.core.files import write_text
+from scalabl.core.pages import page_style
 from scalabl.generation.correctness import answer_text
 from scalabl.generation.decoding import Decoded
 
@@ -206,4 +208,5 @@ def render(answers: Sequence[GeneratedAnswer], *, title: str, made: str) -> str:
     source = files("scalabl.generation").joinpath("page.html").read_text(encoding="utf-8")
     template = Environment(autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True).from_string(source)
     key = [f"below {LIMITS[0]}", *(f"{limit} and more" for limit in LIMITS)]
-    return template.render(answers=answers, level=level, key=key, title=title, made=made)
+    style = Markup(page_style())
+    return template.render(style=style, answers=answers, level=level, key=key, title=title, made=made)

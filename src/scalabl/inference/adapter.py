@@ -110,6 +110,24 @@ def letters_of(
     return Letters(tokenizer, labels=tuple(labels), template=template, chat=bool(chat), max_length=longest)
 
 
+def head_over(
+    labels: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    template: str | None,
+    chat: bool | None,
+    max_length: int | None,
+) -> Head:
+    """The scoring of a head over these labels, in the order of its outputs; of 512 tokens where nothing else is said.
+
+    Raises:
+        UserError: a template, which no head has.
+    """
+    if template is not None:
+        raise UserError("A classification head reads the text as it is; leave out template.")
+    return Head(tokenizer, labels=labels, chat=bool(chat), pairs=None, max_length=max_length or 512)
+
+
 def head_of(model: PeftModel | PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Head:
     """The scoring of a model's own classification head, its labels in the order of the head's outputs.
 

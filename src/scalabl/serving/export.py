@@ -142,6 +142,7 @@ def _manifest(
     targets = config["target_modules"]
     output_layer = any(f".{layer}.lora_A." in key for key in tensors for layer in _OUTPUT_LAYERS)
     labels = record.labels if record else None
+    head = _head_labels(tensors) if config.get("task_type") == "SEQ_CLS" else None
     rank = max(tensor.shape[1] for key, tensor in tensors.items() if ".lora_B." in key)
     return ParticleManifest(
         format_version=FORMAT_VERSION,
@@ -162,8 +163,23 @@ def _manifest(
         calibrated=temperature is not None,
         head=config.get("task_type") == "SEQ_CLS",
         labels=labels or None,
-        warnings=limits_of(config, record, rank, output_layer),
+        head_labels=head,
+        warnings=limits_of(config, record, rank, output_layer, head),
     )
+
+
+def _head_labels(tensors: Mapping[str, Tensor]) -> int | None:
+    """Outputs of a decoder's head, the linear layer `score` on top; None where more or something else is trained whole.
+
+    Args:
+        tensors: the contents of the adapter's file.
+    """
+    whole = {
+        key: tensor for key, tensor in tensors.items() if key.endswith((".weight", ".bias")) and ".lora_" not in key
+    }
+    score = {key: tensor for key, tensor in whole.items() if key.rpartition(".")[0] == "base_model.model.score"}
+    weight = score.get("base_model.model.score.weight")
+    return None if weight is None or len(score) < len(whole) else weight.shape[0]
 
 
 def _dtype(record: RunRecord | None) -> str | None:

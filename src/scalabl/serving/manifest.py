@@ -71,7 +71,8 @@ class ParticleManifest:
         labels: the class words of every row, None where rows have choices of their own.
         warnings: what a server will not do with them as this program does.
         calibrated: whether scale and temperature are those of the run's calibration, so that a client tempers.
-        head: whether they are classifiers with a head of their own each, which PEFT loads and vLLM does not.
+        head: whether they are classifiers with a head of their own each.
+        head_labels: outputs of a head that vLLM loads with an adapter, which is a decoder's; None of any other.
     """
 
     format_version: int
@@ -93,6 +94,7 @@ class ParticleManifest:
     warnings: tuple[str, ...] = ()
     calibrated: bool = False
     head: bool = False
+    head_labels: int | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able; of an uncalibrated run without a head what older versions read too."""
@@ -101,12 +103,17 @@ class ParticleManifest:
             del values["calibrated"], values["identity"]["scale"]
         if not self.head:
             del values["head"]
+        if self.head_labels is None:
+            del values["head_labels"]
         return values
 
     @property
     def adapters(self) -> tuple[str, ...]:
         """NAME-0 .. NAME-(N-1)."""
         return tuple(f"{self.name}-{k}" for k in range(self.identity.number))
+
+
+_LATER: dict[str, Any] = {"calibrated": False, "head": False, "head_labels": None}  # which older files lack
 
 
 def particles_directory(output: Path) -> Path:
@@ -131,7 +138,7 @@ def read_manifest(output: Path) -> ParticleManifest:
     try:
         of_identity = Identity(**content["identity"])
         lists = {name: _tuple(content[name]) for name in ("sha256", "labels", "target_modules", "warnings")}
-        later = {name: content.get(name, False) for name in ("calibrated", "head")}  # older files lack them
+        later = {name: content.get(name, usual) for name, usual in _LATER.items()}
         return ParticleManifest(
             **{f.name: content[f.name] for f in fields(ParticleManifest) if f.name not in later}
             | {"identity": of_identity}
@@ -252,7 +259,8 @@ def vllm_command(
         port: likewise.
 
     Raises:
-        UserError: the base model is not named, the rank is above what vLLM takes, or there is a classification head.
+        UserError: the base model is not named, the rank is above what vLLM takes, or it loads no such classification
+            head.
     """
     refuse_head(manifest)
     base = base or manifest.base_model
@@ -268,8 +276,10 @@ def vllm_command(
     modules = [_module(name, directory.resolve() / str(k)) for k, name in enumerate(manifest.adapters)]
     # without a dtype vLLM would serve a float32 model in half precision
     precision = [] if manifest.dtype is None else ["--dtype", manifest.dtype]
+    head = ["--runner", "pooling", "--convert", "classify", "--max-lora-cls-labels", str(manifest.head_labels)]
     return [
-        "vllm", "serve", base, "--host", host, "--port", str(port), *precision, "--enable-lora",
+        "vllm", "serve", base, "--host", host, "--port", str(port), *precision, *(head if manifest.head else []),
+        "--enable-lora",
         "--max-lora-rank", str(rank), "--max-loras", number, "--lora-modules", *modules,
     ]  # fmt: skip
 
@@ -290,23 +300,28 @@ def as_shell(arguments: Sequence[str]) -> str:
     return " \\\n    ".join(" ".join(line) for line in lines)
 
 
-_HEAD_LIMIT = "vLLM serves no adapter with a classification head; PEFT loads the particles; average their probabilities"
+# what 0.32.0 loads with an adapter is one linear layer on top of a decoder (vllm/lora/lora_model.py)
+_HEAD_LIMIT = (
+    "vLLM loads no adapter with the classification head of an encoder; scalabl serve answers with it, and PEFT loads "
+    "the particles"
+)
+_HEAD_VERSION = "an adapter's classification head is loaded by vLLM 0.32; older versions refuse modules_to_save"
 # LoRA on the output layer: its part is dropped from prompt logprobs; generated tokens' are right
 OUTPUT_LAYER_ISSUE = "vLLM issue 51594"
 
 
 def refuse_head(manifest: ParticleManifest) -> None:
-    """Refuse to serve classifiers with a head.
+    """Refuse to serve classifiers with a head that vLLM does not load.
 
     Raises:
         UserError: the particles are such.
     """
-    if manifest.head:
+    if manifest.head and manifest.head_labels is None:
         raise UserError(f"{_HEAD_LIMIT}.")
 
 
 def limits_of(
-    config: dict[str, Any], record: RunRecord | None, rank: int, adapts_output_layer: bool
+    config: dict[str, Any], record: RunRecord | None, rank: int, adapts_output_layer: bool, head_labels: int | None
 ) -> tuple[str, ...]:
     """Sentences, none where the particles are served as they are.
 
@@ -315,6 +330,7 @@ def limits_of(
         record: the run's, None where there is none.
         rank: the largest of a layer.
         adapts_output_layer: whether lm_head is adapted.
+        head_labels: of the manifest.
     """
     found = []
     if adapts_output_layer:
@@ -327,7 +343,7 @@ def limits_of(
     if config.get("rank_pattern") or config.get("alpha_pattern"):
         found.append("ranks or scalings differ by layer, which older versions of vLLM ignore; 0.32 does not")
     if config.get("task_type") == "SEQ_CLS":
-        found.append(_HEAD_LIMIT)
+        found.append(_HEAD_LIMIT if head_labels is None else _HEAD_VERSION)
     elif config.get("modules_to_save"):
         found.append("whole modules were trained (modules_to_save), which vLLM refuses to load")
     if config.get("bias", "none") != "none":

@@ -3,6 +3,7 @@
     next      the log-probabilities of chosen tokens behind a text, `logprob_token_ids`: the labels behind the prompt
               (letters); each token of each choice text behind the prompt and the tokens before it (continuation)
     prompt    continuation alone: a prompt a choice, and `prompt_logprobs`, which is the log-probability of every token
+    head      the logits of a classification head, POST /classify
 
 The second is for servers that do not know `logprob_token_ids` (vLLM's completions have it since pull request 43463).
 Texts are sent as token ids, so that the server's tokenizer has no say. Log-probabilities are over the whole vocabulary;
@@ -21,6 +22,7 @@ from torch import Tensor
 from scalabl.core.errors import UserError
 from scalabl.scoring.base import Encoded, Scoring
 from scalabl.scoring.continuation import Continuation
+from scalabl.scoring.head import Head
 from scalabl.scoring.letters import Letters
 
 By = Literal["next", "prompt"]
@@ -37,8 +39,13 @@ _MOST_TOKENS = 128  # that a request may name in logprob_token_ids (vllm/samplin
 _CLAMPED = -9999.0  # what vLLM writes for minus infinity
 
 
+def path_of(scoring: Scoring) -> str:
+    """Where a scoring's requests go."""
+    return "/classify" if isinstance(scoring, Head) else "/v1/completions"
+
+
 def requests_of(scoring: Scoring, row: Encoded, adapter: str, *, by: By, top_logprobs: int) -> list[dict[str, Any]]:
-    """The bodies of POST /v1/completions for one row and one particle; one in nearly all cases.
+    """The bodies of POST `path_of` for one row and one particle; one in nearly all cases.
 
     Args:
         scoring: how rows are scored.
@@ -47,6 +54,8 @@ def requests_of(scoring: Scoring, row: Encoded, adapter: str, *, by: By, top_log
         by: "next" or "prompt".
         top_logprobs: how many of the most probable tokens a server gives that passes over `logprob_token_ids`.
     """
+    if isinstance(scoring, Head):
+        return [{"model": adapter, "input": [row.input_ids], "use_activation": False}]
     common = {"model": adapter, **_AS_IT_IS}
     if by == "prompt":
         prompt, choices = split(row)
@@ -62,10 +71,15 @@ def requests_of(scoring: Scoring, row: Encoded, adapter: str, *, by: By, top_log
 def log_probs_of(scoring: Scoring, row: Encoded, answers: Sequence[Any], *, by: By, url: str) -> Tensor:
     """(C,) float64 log p(choice | question) of a row's C choices, from the answers to its requests.
 
+    Where rows may have several of C labels: (C, 2), of no and of yes for each.
+
     Raises:
-        UserError: a token's log-probability is not in the answers, or is no number.
+        UserError: a token's log-probability or a label's logit is not in the answers, or is no number.
     """
+    asked = "logits" if isinstance(scoring, Head) else "log-probabilities"
     try:
+        if isinstance(scoring, Head):
+            return _from_logits(scoring, row, answers[0], url)
         if by == "prompt":
             sums = _from_prompts(row, _in_order(answers[0]), url)
         else:
@@ -74,8 +88,8 @@ def log_probs_of(scoring: Scoring, row: Encoded, answers: Sequence[Any], *, by: 
         raise
     except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
         raise UserError(
-            f"The server at {url} answered without the log-probabilities that were asked for ({error!r}); it must be "
-            "a vLLM, or as compatible."
+            f"The server at {url} answered without the {asked} that were asked for ({error!r}); it must be a vLLM, or "
+            "as compatible."
         ) from error
     if isinstance(scoring, Continuation) and scoring.normalization == "token":
         sums = [total / len(ids) for total, ids in zip(sums, split(row)[1], strict=True)]
@@ -152,6 +166,20 @@ def _from_prompts(row: Encoded, given: Sequence[Any], url: str) -> list[float]:
         found = [positions[len(prompt) + j][str(token)]["logprob"] for j, token in enumerate(ids)]
         sums.append(math.fsum(_finite(value, token, url) for value, token in zip(found, ids, strict=True)))
     return sums
+
+
+def _from_logits(scoring: Head, row: Encoded, answer: Any, url: str) -> Tensor:
+    [found] = answer["data"]
+    logits = torch.tensor([float(logit) for logit in found["probs"]], dtype=torch.float64)  # with use_activation false
+    if len(logits) != len(scoring.labels):
+        raise UserError(
+            f"The server at {url} answered with {len(logits)} logits, but the run has {len(scoring.labels)} labels; "
+            "start it with the command that scalabl export prints."
+        )
+    if not bool(logits.isfinite().all()):
+        raise UserError(f"The server at {url} gives a label a logit that is no number.")
+    log_probs = scoring.likelihood.log_probs(scoring.class_logits(logits[None], scoring.collate([row]))).double()
+    return log_probs.view(-1, 2) if scoring.several else log_probs[0]
 
 
 def _in_order(answer: Any) -> list[Any]:

@@ -6,7 +6,8 @@
     classifier = scalabl.serving.vllm.VLLMClassifier.from_export("runs/mine", url="http://127.0.0.1:8000")
     classifier(rows).epistemic
 
-Any server that speaks the OpenAI completions protocol with vLLM's fields will do; vLLM itself is not needed here.
+Any server that speaks the OpenAI completions protocol with vLLM's fields will do, and vLLM's /classify for the head of
+a decoder; vLLM itself is not needed here.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from scalabl.core.console import progress_bar
 from scalabl.core.errors import UserError
 from scalabl.data.example import Example
 from scalabl.data.fields import rows_of
-from scalabl.inference.adapter import letters_of, refuse_unread, shared_labels
+from scalabl.inference.adapter import head_over, letters_of, refuse_unread, shared_labels
 from scalabl.inference.answer import Answer, answer_of
 from scalabl.metrics.uncertainty import apply_temperature
 from scalabl.runs.models import load_tokenizer, saved_tokenizer
@@ -44,7 +45,7 @@ from scalabl.serving.manifest import (
     read_manifest,
     refuse_head,
 )
-from scalabl.serving.requests import BY, By, log_probs_of, requests_of
+from scalabl.serving.requests import BY, By, log_probs_of, path_of, requests_of
 
 __all__ = ["VLLMClassifier"]
 
@@ -72,7 +73,8 @@ class VLLMClassifier:
         takes_prompts: whether texts are prompts already.
 
     Raises:
-        UserError: a value out of range, a classification head, or log-probabilities that vLLM would get wrong.
+        UserError: a value out of range, a classification head that vLLM does not load, or log-probabilities that it
+            would get wrong.
     """
 
     def __init__(
@@ -132,8 +134,9 @@ class VLLMClassifier:
 
         Args:
             directory: OUT, or OUT/particles.
-            labels: label words, each one token; texts are then prompts, used as they are, but for a `template`. None
-                takes labels or choices from the manifest, as the run was trained.
+            labels: label words, each one token; texts are then prompts, used as they are, but for a `template`. Of a
+                head the labels in the order of its outputs. None takes labels or choices from the manifest, as the
+                run was trained.
             template: with `labels`: how a text becomes a prompt, "{text}\\nLabel:".
             chat: with `labels`: put each prompt through the tokenizer's chat template; None is False.
             max_length: with `labels`: longest prompt in tokens, 4096 if None; longer ones lose their beginning.
@@ -143,8 +146,8 @@ class VLLMClassifier:
             options: of `VLLMClassifier`; a calibrated run's temperature by default, where its own rows are asked.
 
         Raises:
-            UserError: no exported particles, or those of a head; no tokenizer, a label of several tokens, or as
-                `VLLMClassifier`.
+            UserError: no exported particles, or those of a head that vLLM does not load; no tokenizer, a label of
+                several tokens, or as `VLLMClassifier`.
         """
         manifest = read_manifest(Path(directory))
         refuse_head(manifest)
@@ -160,7 +163,9 @@ class VLLMClassifier:
                 raise UserError(f"{directory} does not name its base model; pass tokenizer=...")
             tokenizer = load_tokenizer(where)
         scoring: Scoring
-        if labels is not None:
+        if labels is not None and manifest.head:
+            scoring = head_over(labels, tokenizer, template=template, chat=chat, max_length=max_length)
+        elif labels is not None:
             scoring = letters_of(labels, tokenizer, template=template, chat=chat, max_length=max_length)
         else:
             assert manifest.scoring is not None
@@ -168,7 +173,7 @@ class VLLMClassifier:
         if manifest.calibrated and labels is None and not prefix:
             options.setdefault("temperature", manifest.temperature)
         made = cls(manifest, scoring.with_prefix(prefix) if prefix else scoring, **options)
-        made.takes_prompts = labels is not None and template is None
+        made.takes_prompts = labels is not None and template is None and not manifest.head
         return made
 
     def __call__(self, questions: str | Sequence[str | Mapping[str, Any] | Example]) -> Answer:
@@ -187,7 +192,7 @@ class VLLMClassifier:
         log_probs = self.log_probs(encoded)
         if self.temperature is not None:
             log_probs = apply_temperature(log_probs, self.temperature)
-        return answer_of(rows, log_probs)
+        return answer_of(rows, log_probs, per_row=self.scoring.per_row)
 
     def check(self) -> None:
         """Ask the server, once, whether it has all adapters.
@@ -216,13 +221,15 @@ class VLLMClassifier:
     def log_probs(self, rows: Sequence[Encoded]) -> Tensor:
         """(N, n, C) float64 log class probabilities of every particle, -inf where a row has no such choice.
 
+        Where rows may have several of C labels: (N, n C, 2), of no and of yes for each.
+
         Raises:
             UserError: as a call.
         """
-        particles = len(self.adapters)
-        widest = max(row.num_choices for row in rows)
+        particles, per = len(self.adapters), self.scoring.per_row
+        widest = 2 if per > 1 else max(row.num_choices for row in rows)
         classes = len(self.scoring.label_ids) if isinstance(self.scoring, Letters) else widest
-        out = torch.full((particles, len(rows), classes), -torch.inf, dtype=torch.float64)
+        out = torch.full((particles, len(rows), per, classes), -torch.inf, dtype=torch.float64)
         # a row's particles follow each other, so that all adapters are in a server's batch
         jobs = ((k, i) for i in range(len(rows)) for k in range(particles))
         pool = ThreadPoolExecutor(min(self._concurrency, particles * len(rows)), thread_name_prefix="scalabl-vllm")
@@ -238,17 +245,18 @@ class VLLMClassifier:
                         break
                     for future in wait(waiting, return_when=FIRST_COMPLETED).done:
                         k, i = waiting.pop(future)
-                        out[k, i, : rows[i].num_choices] = future.result()
+                        found = future.result().view(per, -1)
+                        out[k, i, :, : found.shape[1]] = found
                         progress.advance(bar)
         finally:
             stop.set()  # after a failure, what is under way is not tried again
             pool.shutdown(wait=False, cancel_futures=True)
-        return out
+        return out.flatten(1, 2)
 
     def _ask(self, row: Encoded, adapter: str, stop: threading.Event) -> Tensor:
         bodies = requests_of(self.scoring, row, adapter, by=self._by, top_logprobs=self._top_logprobs)
         try:
-            answers = [self._client.post("/v1/completions", body, stop) for body in bodies]
+            answers = [self._client.post(path_of(self.scoring), body, stop) for body in bodies]
         except HTTPError as error:
             raise self._refused(error, adapter) from error
         return log_probs_of(self.scoring, row, answers, by=self._by, url=self._client.url)

@@ -3,9 +3,9 @@
 import re
 from collections.abc import Mapping, Sequence
 from html import escape
-from importlib.resources import files
 from typing import Any, TypeAlias
 
+from scalabl.core.pages import page_style
 from scalabl.inference.report import figures
 from scalabl.inference.report.results import MethodResult, Report
 from scalabl.metrics.uncertainty import average
@@ -43,8 +43,7 @@ _WIDTH, _GAP, _TITLE = 330, 24, 34  # of one picture in a file, in pixels
 
 def as_file(pictures: Sequence[tuple[Heading, SVG]]) -> str:
     """Pictures side by side as one SVG file, in the page's own colours, light and dark."""
-    page = files("scalabl.inference.report").joinpath("template.html").read_text(encoding="utf-8")
-    light, dark = re.findall(r":root \{([^}]*)\}", page)[:2]
+    light, dark = re.findall(r":root \{([^}]*)\}", page_style())
     parts, tallest = [], 0.0
     for i, (heading, svg) in enumerate(pictures):
         box = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg)

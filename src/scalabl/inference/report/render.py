@@ -10,6 +10,7 @@ from markupsafe import Markup
 
 from scalabl.core.errors import UserError
 from scalabl.core.files import write_text
+from scalabl.core.pages import page_style
 from scalabl.inference.report import figures
 from scalabl.inference.report import results as examples
 from scalabl.inference.report import table as text
@@ -67,6 +68,7 @@ def render(report: Report, rows: list[dict[str, Any]]) -> str:
     source = files("scalabl.inference.report").joinpath("template.html").read_text(encoding="utf-8")
     probs = [average(method.log_probs) for method in report.methods]
     return environment.from_string(source).render(
+        style=Markup(page_style()),
         report=report,
         rows=rows,
         in_short=in_short(report, rows),

@@ -284,10 +284,14 @@ def _print_scores(rows: list[tuple[str, dict[str, Any]]], console: Console) -> N
 
 
 def _grid(title: str | None, columns: list[str], *, first: str = "method") -> Table:
-    grid = Table(title=Text(title, "bold") if title else None, title_justify="left", box=box.SIMPLE_HEAD)
-    grid.add_column(first, overflow="fold", min_width=_WORD)  # wide enough for "calibrated", and no name is cut
+    # a narrow console folds a long name, and cuts no figure
+    grid = Table(
+        title=Text(title, "bold") if title else None, title_justify="left", box=box.SIMPLE_HEAD, collapse_padding=True,
+        pad_edge=False,
+    )  # fmt: skip
+    grid.add_column(first, overflow="fold", min_width=_WORD)  # wide enough for "calibrated"
     for column in columns:
-        grid.add_column(Text(column), justify="right")
+        grid.add_column(Text(column), justify="right", overflow="fold")
     return grid
 
 

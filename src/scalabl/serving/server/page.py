@@ -9,13 +9,14 @@ from importlib.resources import files
 
 from starlette.responses import HTMLResponse
 
+from scalabl.core.pages import page_style
 from scalabl.generation.answer import LIMITS
 
 
 def page() -> HTMLResponse:
     """The page, which may run its own script and style alone and speak with this server alone."""
     source = files("scalabl.serving.server").joinpath("page.html").read_text(encoding="utf-8")
-    text = source.replace("{{ limits }}", str(list(LIMITS)))
+    text = source.replace("{{ limits }}", str(list(LIMITS))).replace("{{ style }}", page_style())
     script, style = (_digest(text, tag) for tag in ("script", "style"))
     policy = (
         f"default-src 'none'; script-src {script}; style-src {style}; connect-src 'self'; base-uri 'none'; "
