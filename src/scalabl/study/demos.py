@@ -40,7 +40,7 @@ ROUTING, LANGUAGE = "mmlu-subjects", "arc-easy"
 DEMOS = {
     ROUTING: Demo(
         shifted="mmlu-other-subjects",
-        steps=150,
+        steps=250,
         test_rows=800,
         shifted_rows=400,
         methods=(BASELINE, "mc_dropout", Settings.method),
