@@ -180,7 +180,7 @@ def warnings_of(rows: Sequence[LayerSummary], drift: Drift | None = None) -> lis
         ([r for r in rows if r.noise > DROWNED], "the noise is larger than the mean of s"),
         (
             [r for r in rows if r.kl < AT_PRIOR * r.r and moving is None],
-            "the posterior is the prior: rows say nothing about s, and the doubt is as large as --prior-std has it",
+            "the posterior is the prior: rows say nothing about s, and the doubt is as large as the prior is wide",
         ),
         ([r for r in rows if r.effect < 1e-8], "B is zero: the layer was never trained"),
     ):

@@ -211,11 +211,15 @@ def print_table(rows: list[dict[str, Any]], console: Console, metrics: Sequence[
         console.print(Text("± half the 95% bootstrap interval; bold: best, or not told apart from it.", "dim"))
     else:
         console.print(Text("± half the 95% bootstrap interval.", "dim"))
+    # what holds for several methods is said once
+    said: dict[tuple[str, str], list[str]] = {}
     for row in rows:
-        for sentence in [row["collapsed"]] if row["collapsed"] else []:
-            console.print(Text(f"warning: {row['method']}: {sentence}", style="bold yellow"))
-        for note in row["notes"]:
-            console.print(Text(f"note: {row['method']}: {note}", style="dim"))
+        for kind, sentences in (("warning", [row["collapsed"]] if row["collapsed"] else []), ("note", row["notes"])):
+            for sentence in sentences:
+                said.setdefault((kind, sentence), []).append(row["method"])
+    for (kind, sentence), methods in said.items():
+        named = "all" if 1 < len(methods) == len(rows) else ", ".join(methods)
+        console.print(Text(f"{kind}: {named}: {sentence}", style="bold yellow" if kind == "warning" else "dim"))
 
 
 def in_words(row: dict[str, Any]) -> str:
