@@ -194,12 +194,12 @@ def print_table(rows: list[dict[str, Any]], console: Console, metrics: Sequence[
 
     Below stand a warning for each collapsed method, the notes, and one table for each shifted data set.
     """
-    grid = _grid(in_words(rows[0]) if rows else None, [f"{heading(m)} {ARROWS[m]}" for m in metrics])
+    grid = _grid(in_words(rows[0]) if rows else None, [f"{heading(m)} {ARROWS[m]}" for m in metrics], console)
     for row in rows:
         grid.add_row(_name(row["method"], row), *(_cell(row, metric) for metric in metrics))
     console.print(grid)
     if rows and "sets" in rows[0]:
-        sets = _grid("the labels of a row together", [f"{name} ↑" for name in SET_NAMES.values()])
+        sets = _grid("the labels of a row together", [f"{name} ↑" for name in SET_NAMES.values()], console)
         for row in rows:
             sets.add_row(Text(row["method"]), *(Text(plus_minus(row["sets"][m], "accuracy")) for m in SET_NAMES))
         console.print(sets)
@@ -243,7 +243,7 @@ def _print_labels(row: dict[str, Any], console: Console) -> None:
     labels = worst_first(row["per_class"])
     few = f", the {WORST} of lowest recall" if len(labels) > WORST else ""
     columns = ["rows", "precision % ↑", "recall % ↑", "ECE % ↓"]
-    grid = _grid(f"{len(labels)} labels{few}: {row['method']}", columns, first="label")
+    grid = _grid(f"{len(labels)} labels{few}: {row['method']}", columns, console, first="label")
     for of in labels[:WORST]:
         grid.add_row(
             Text(of["label"]), f"{of['support']:,}", share(of["precision"]), share(of["recall"]), share(of["ece"])
@@ -253,7 +253,9 @@ def _print_labels(row: dict[str, Any], console: Console) -> None:
 
 def _print_shifted(name: str, rows: list[dict[str, Any]], console: Console) -> None:
     columns = [f"{heading(m)} {ARROWS[m]}" for m in _SHIFTED]
-    grid = _grid(f"shifted: {name}, {rows[0]['ood'][name]['n']:,} rows", [*columns, "told by entropy", "by epistemic"])
+    grid = _grid(
+        f"shifted: {name}, {rows[0]['ood'][name]['n']:,} rows", [*columns, "told by entropy", "by epistemic"], console
+    )
     for row in rows:
         shifted = row["ood"][name]
         cells = [_cell(shifted, metric) if metric in shifted else Text("–") for metric in _SHIFTED]
@@ -268,14 +270,14 @@ def _print_scores(rows: list[tuple[str, dict[str, Any]]], console: Console) -> N
     """How well each score tells shifted rows; of many methods the AUROC alone."""
     if len(rows) > 2:
         names = list(dict.fromkeys(score for _, scores in rows for score in scores))
-        grid = _grid(None, [f"by {name}" for name in names])
+        grid = _grid(None, [f"by {name}" for name in names], console)
         for method, scores in rows:
             of_method = [plus_minus(scores[n]["auroc"], "auroc") if n in scores else "–" for n in names]
             grid.add_row(Text(method), *map(Text, of_method))
         console.print(grid)
         console.print(Text("by ...: AUROC of that score between the two data sets; 0.5 is blind.", "dim"))
         return
-    grid = _grid(None, ["score", *(f"{DETECTION_NAMES[m]} {DETECTION_ARROWS[m]}" for m in DETECTION_METRICS)])
+    grid = _grid(None, ["score", *(f"{DETECTION_NAMES[m]} {DETECTION_ARROWS[m]}" for m in DETECTION_METRICS)], console)
     for method, scores in rows:
         for score, figures in scores.items():
             cells = [Text(plus_minus(figures[m], "ece" if m == "fpr95" else "auroc")) for m in DETECTION_METRICS]
@@ -287,13 +289,14 @@ def _print_scores(rows: list[tuple[str, dict[str, Any]]], console: Console) -> N
     console.print(Text(sentence, "dim"))
 
 
-def _grid(title: str | None, columns: list[str], *, first: str = "method") -> Table:
+def _grid(title: str | None, columns: list[str], console: Console, *, first: str = "method") -> Table:
     # a narrow console folds a long name, and cuts no figure
     grid = Table(
         title=Text(title, "bold") if title else None, title_justify="left", box=box.SIMPLE_HEAD, collapse_padding=True,
         pad_edge=False,
     )  # fmt: skip
-    grid.add_column(first, overflow="fold", min_width=_WORD)  # wide enough for "calibrated"
+    # wide enough for "calibrated", where figures leave room
+    grid.add_column(first, overflow="fold", min_width=_WORD if console.width >= 80 else None)
     for column in columns:
         grid.add_column(Text(column), justify="right", overflow="fold")
     return grid
