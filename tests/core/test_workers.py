@@ -45,8 +45,7 @@ def _sleeping() -> tuple[subprocess.Popen[str], list[int]]:
     for _ in range(600):
         found = [int(entry) for entry in os.listdir("/proc") if entry.isdigit() and _parent(int(entry)) == process.pid]
         begun = [pid for pid in found if os.getsid(pid) == pid]
-        if len(begun) == 2:
-            time.sleep(1)  # and are at their part
+        if len(begun) == 2:  # at their part, or just before it
             return process, begun
         time.sleep(0.1)
     raise AssertionError("no workers")

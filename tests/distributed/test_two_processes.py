@@ -174,7 +174,7 @@ def test_evaluate_tells_one_process_s_figures_once(work: Work, tmp_path: Path) -
     assert ours["n"] == one["n"] == 12 and ours["accuracy"] == one["accuracy"]
     for name in ("nll", "ece", "brier"):
         assert ours[name] == pytest.approx(one[name], abs=1e-6), name
-    assert work.stdout.count("ScalaBL, N = 3 + T") == 1
+    assert work.stdout.count("ScalaBL, N = 3 + T") == 2  # in the table, and in what is said under it
 
 
 def test_the_trunk_is_computed_by_one_process_and_read_by_the_other(work: Work) -> None:

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from scalabl.core.console import progress_in_lines, quiet_imports
 from scalabl.core.errors import UserError
@@ -89,17 +89,27 @@ def side_by_side(work: Callable[[T], R], parts: Sequence[T], *, workers: int) ->
         return [future.result() for future in futures]
 
 
+_interrupted = False  # before a part had begun: while what it needs was imported, or between two parts
+
+
+def _remember(signum: int, frame: Any) -> None:
+    global _interrupted
+    _interrupted = True
+
+
 def _begin(threads: int) -> None:
+    signal.signal(signal.SIGINT, _remember)
     begin_worker(threads)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # between two parts nothing is there to stop
 
 
 def _interruptible(work: Callable[[T], R], part: T) -> R:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
+        if _interrupted:
+            raise KeyboardInterrupt
         return work(part)
     finally:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGINT, _remember)
 
 
 def _stop(pool: ProcessPoolExecutor) -> None:

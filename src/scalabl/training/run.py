@@ -29,6 +29,7 @@ from scalabl.runs.directory import EMBEDDED, as_recorded, begin, claim, posterio
 from scalabl.runs.method import Run, TrainedMethod, load_method
 from scalabl.runs.models import embedded_directory, load_base, load_tokenizer
 from scalabl.runs.record import CHOICES, LANGUAGE, RowCounts, RunRecord, TaskFacts, config_digest
+from scalabl.runs.registry import METHODS
 from scalabl.runs.settings import OptimisationSettings, Settings
 from scalabl.scoring.base import Encoded, Scoring, cut_rows_sentence
 from scalabl.scoring.prompted import Prompted
@@ -185,6 +186,8 @@ def _train(
             record, adapter_sha256=digest, config_sha256=config_digest(output),
             features_sha256=write_features(output, distance), warnings=cut,
         )  # fmt: skip
+        if not METHODS[settings.method].over_s:  # the sentences are of s
+            return trained
         return replace(trained, warnings=posterior_warnings(output, trained))
 
     published = RunRecord.of_main(publish)
