@@ -72,13 +72,9 @@ def _run(
 
     from scalabl.study.benchmark import run_benchmark
     from scalabl.study.run import failures, open_cells
-    from scalabl.training.run import Interrupted
 
     quiet()
-    try:
-        rows = run_benchmark(study, plan, output, results, workers=workers, ray=ray, command=command)
-    except Interrupted:
-        fail("Interrupted; run the same command again to go on.", code=130)
+    rows = run_benchmark(study, plan, output, results, workers=workers, ray=ray, command=command)
     words_console().print(
         f"{len(rows):,} rows in {results}/results.csv; tables and pictures in README.md and results.html",
         soft_wrap=True,

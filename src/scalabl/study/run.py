@@ -92,7 +92,6 @@ def attempt(cell: Cell, output: Path, invocation: str) -> bool:
         Interrupted: Ctrl-C in a training run.
     """
     from scalabl.study.work import do
-    from scalabl.training.run import Interrupted
 
     directory = cell.directory(output)
     directory.mkdir(parents=True, exist_ok=True)
@@ -103,8 +102,6 @@ def attempt(cell: Cell, output: Path, invocation: str) -> bool:
         with (directory / "log.txt").open("a", encoding="utf-8") as log, contextlib.redirect_stderr(log):
             try:
                 do(cell, output)
-            except Interrupted:
-                raise
             except Exception as error:
                 traceback.print_exc()
                 text = explain(error) or f"{type(error).__name__}: {error}"
@@ -155,12 +152,9 @@ def run_workers(plan: StudyPlan, output: Path, workers: int, *, report: Report =
 
 def _worker(plan: StudyPlan, output: Path, invocation: str, threads: int) -> None:
     begin_worker(threads)
-    with contextlib.suppress(KeyboardInterrupt):
-        from scalabl.training.run import Interrupted
-
+    with contextlib.suppress(KeyboardInterrupt):  # the command says so; a training has kept its checkpoint
         quiet()
-        with contextlib.suppress(Interrupted):
-            run_here(plan, output, invocation=invocation)
+        run_here(plan, output, invocation=invocation)
 
 
 def run_ray(plan: StudyPlan, output: Path, address: str, *, report: Report = _no_report) -> None:
