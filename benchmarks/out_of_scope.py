@@ -45,8 +45,8 @@ def measured(data: Path, work: Path, seed: int, a: Any) -> dict[str, Any]:
     task = in_scope(data, work)
     settings = Settings.flat(
         model=a.model, data=str(task), steps=a.steps, batch_size=a.batch_size, layers=a.layers, r=a.rank,
-        learning_rate=a.learning_rate, prior_mean=a.prior_mean, train_rows=a.rows, validation_rows=a.validation_rows,
-        seed=seed,
+        learning_rate=a.learning_rate, prior_mean=a.prior_mean, prior_std=1.0, init_sigma=0.05, train_rows=a.rows,
+        validation_rows=a.validation_rows, seed=seed,
     )  # fmt: skip
     run = work / f"seed_{seed}"
     record = train(settings, run)

@@ -82,7 +82,8 @@ def with_normalization(a: argparse.Namespace, normalization: str, seed: int) -> 
     # few steps: Adam moves log sigma by the sum of its rates at most, and sigma has to arrive
     settings = Settings.flat(
         model=a.model, data=a.data, steps=a.steps, seed=seed, kl_normalization=normalization, layers="last:6",
-        variational_learning_rate=0.1, max_length=128, validation_rows=a.rows,
+        variational_learning_rate=0.1, prior_mean=0.0, prior_std=1.0, init_sigma=0.05, max_length=128,
+        validation_rows=a.rows,
     )  # fmt: skip
     directory = a.runs / "kl-normalization" / f"{normalization}-seed{seed}-steps{a.steps}"
     record = train(settings, directory)

@@ -42,7 +42,7 @@ def test_an_adapter_from_before_the_empirical_prior_has_a_fixed_one(tmp_path: Pa
     for name in ("empirical_prior", "draws", "stochastic_modules"):
         del config[name]
     path.write_text(json.dumps(config))
-    assert describe_adapter(tmp_path)["prior"] == "N(0.0, 1.0^2)"
+    assert describe_adapter(tmp_path)["prior"] == "N(0.577, 0.2^2)"
 
 
 def test_modules_without_a_posterior_are_counted_as_lora(tmp_path: Path) -> None:

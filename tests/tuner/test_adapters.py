@@ -71,8 +71,8 @@ def test_two_active_adapters_add_up_draw_apart_and_keep_their_priors() -> None:
     model.base_model.set_adapter(["default", "other"])
     layers = stochastic_layers(model)
     assert len(layers) == 8 and "model.layers.0.self_attn.q_proj.other" in layers
-    expected = sum(leaf.posterior.kl(Prior(0.0, 0.5)) for leaf in stochastic_layers(model, "default").values())
-    expected = expected + sum(leaf.posterior.kl(Prior(0.2)) for leaf in stochastic_layers(model, "other").values())
+    expected = sum(leaf.posterior.kl(Prior(0.577, 0.5)) for leaf in stochastic_layers(model, "default").values())
+    expected = expected + sum(leaf.posterior.kl(Prior(0.2, 0.2)) for leaf in stochastic_layers(model, "other").values())
     assert torch.allclose(scalabl.kl_divergence(model), expected)
     with scalabl.particles(model, 2, seed=0):
         assert not any(leaf.state == "auto" for leaf in layers.values())

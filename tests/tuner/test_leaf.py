@@ -1,5 +1,9 @@
 """The stochastic leaf: its initial values, its draws, its refusals."""
 
+import re
+import warnings
+from typing import Any
+
 import pytest
 import torch
 from matrix import adapt, close, load_base
@@ -57,6 +61,19 @@ def test_an_adapter_starts_from_loras_own_draw(init: bool | str) -> None:
     a = plain.get_submodule(f"base_model.model.{name}").lora_A["default"].weight
     assert close(made.weight.T @ made.weight, a.T @ a, 1e-5)
     assert not model.get_submodule(f"base_model.model.{name}").lora_B["default"].weight.any()
+
+
+def test_a_start_far_from_the_prior_is_said_with_the_prior_that_suits_it() -> None:
+    """A normal draw of A puts s elsewhere than LoRA's usual one; the prior that the sentence names is not far."""
+    options: dict[str, Any] = {"trained": False, "init_lora_weights": "gaussian", "target_modules": ["q_proj"]}
+    with pytest.warns(UserWarning, match=r"s begins near .*from its prior N\(0.577, 0.2\^2\)") as said:
+        adapt(load_base(), **options)
+    mean, std = re.search(r"prior_mean=(\S+) and prior_std=([\d.]+)\.", str(said[0].message)).groups()  # type: ignore[union-attr]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="s begins")
+        adapt(load_base(), prior_mean=float(mean), prior_std=float(std), **options)
+        adapt(load_base(), empirical_prior=True, **options)
+        adapt(load_base(), trained=False, target_modules=["q_proj"])
 
 
 def test_unit_rows_take_the_scale_out_of_the_projection() -> None:

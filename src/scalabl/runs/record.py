@@ -16,7 +16,7 @@ from scalabl.core import __version__, processes
 from scalabl.core.errors import UserError
 from scalabl.core.files import ADAPTER, JOINT, read_json, sha256, write_json
 from scalabl.runs.registry import METHODS
-from scalabl.runs.settings import DEFAULTS, Settings, typed_setting
+from scalabl.runs.settings import BEFORE, DEFAULTS, Settings, typed_setting
 
 RECORD = "scalabl.json"
 CONFIG = "adapter_config.json"
@@ -171,7 +171,7 @@ class RunRecord:
         known = {each.name for each in fields(cls)}
         said = {name: value for name, value in content.items() if name in known and value is not None}
         _check(said, path)
-        return cls(**said | {"recipe": DEFAULTS | content["recipe"]})
+        return cls(**said | {"recipe": DEFAULTS | BEFORE | content["recipe"]})
 
     @classmethod
     def read_finished(cls, directory: Path) -> Self:

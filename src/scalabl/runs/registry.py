@@ -54,13 +54,16 @@ METHODS: dict[str, Traits] = {
     ),
     "blob": Traits(
         "BLoB", "blob:BLoB", sampled=True, variational=True,
-        settings={"prior_std": 0.2, "init_sigma": 0.05, "variational_learning_rate": 0.01, "schedule": "minibatch"},
+        settings={
+            "prior_mean": 0.0, "prior_std": 0.2, "init_sigma": 0.05, "variational_learning_rate": 0.01,
+            "schedule": "minibatch",
+        },
     ),
     # PEFT's sampler computes with the numbers that it draws
     "monteclora": Traits("MonteCLoRA (mean)", "plain:MonteCLoRA", plannable=False),
     "ivon": Traits(
         "IVON", "ivon:IVONLoRA", sampled=True, plain_lora=True, variational=True,
-        settings={"warmup": 0.0, "beta": 0.002, "init_sigma": 0.03},
+        settings={"warmup": 0.0, "beta": 0.002, "prior_mean": 0.0, "prior_std": 1.0, "init_sigma": 0.03},
     ),
     "temperature": Traits("Temperature", "temperature:Temperature", post_hoc=True),
     "ensemble": Traits("Deep ensemble", "ensemble:Ensemble", post_hoc=True, members=True),

@@ -143,16 +143,16 @@ class PosteriorSettings(Checked):
     schedule: str = setting("elbo", "Of the KL's weight: elbo, warmup or minibatch.", ("elbo", "warmup", "minibatch"))
     kl_warmup: float = setting(0.1, "Part of the steps over which the KL's weight rises.", FRACTION)
     covariance: str = setting("diagonal", "diagonal or full.", ("diagonal", "full"))
-    prior_std: float = setting(1.0, "Of the prior on each s.", POSITIVE)
+    prior_std: float = setting(0.2, "Of the prior on each s.", POSITIVE)
     empirical_prior: bool = setting(False, "Fit each layer's prior std.")
-    init_sigma: float = setting(0.05, "Of each s at the first step.", POSITIVE)
+    init_sigma: float = setting(0.1, "Of each s at the first step.", POSITIVE)
     unit_rows: bool = setting(True)
     draws: str = setting("sequence", within=("sequence", "batch"))
     kl: str = setting("reverse", within=("reverse", "forward"))
     stochastic_modules: str | None = setting(None, "Draw s in these alone, for example v_proj.")
     stochastic_layers: str | None = setting(None, "Draw s in these alone: last:K, last:0.25.")
-    # 0.577 is where LoRA's draw puts every s (the singular values of A are near 1 / sqrt(3))
-    prior_mean: float = setting(0.0, "Of the prior on each s; 0.577 is where s begins.", NUMBER)
+    # where LoRA's draw puts every s: the singular values of A are near 1 / sqrt(3)
+    prior_mean: float = setting(0.577, "Of the prior on each s; 0.577 is where s begins.", NUMBER)
     # rows of text: what the KL is divided by, trained tokens (the exact ELBO) or rows
     kl_normalization: str = setting(
         "token", "Of rows of text: KL / trained tokens (token, exact) or rows (sequence).", KL_NORMALIZATIONS
@@ -309,6 +309,8 @@ def _fields() -> dict[str, tuple[str | None, Field[Any]]]:
 FIELDS: dict[str, Field[Any]] = {name: each for name, (_, each) in _fields().items()}
 PLACES: dict[str, str | None] = {name: panel for name, (panel, _) in _fields().items()}
 DEFAULTS: dict[str, Any] = {name: each.default for name, each in FIELDS.items()}
+# what held in records that are older than a setting, where its default is another
+BEFORE: dict[str, Any] = {"prior_mean": 0.0}
 
 
 def make_settings(values: Mapping[str, Any], recipe: Path | None = None) -> Settings:

@@ -70,6 +70,9 @@ DEMOS = {
             "target_modules": "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj",
             # few steps: sigma needs a rate at which it can arrive, and B a head start before the KL counts in full
             "variational_learning_rate": 5e-2,
+            "prior_mean": 0.0,
+            "prior_std": 1.0,
+            "init_sigma": 0.05,
             "schedule": "warmup",
             "kl_warmup": 0.5,
             "scoring": "continuation",

@@ -15,8 +15,10 @@ from importlib.resources import files
 from urllib.parse import quote
 
 from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
 
 from scalabl.core.console import visible
+from scalabl.core.pages import page_style
 from scalabl.inference.report.table import ARROWS, MINUS, heading, number
 from scalabl.metrics.figures import METRICS
 from scalabl.runs.registry import METHODS
@@ -300,4 +302,4 @@ def html(document: Document) -> str:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["data"] = lambda picture: f"data:image/svg+xml;base64,{base64.b64encode(svg(picture)).decode()}"
     source = files("scalabl.study").joinpath("results.html").read_text(encoding="utf-8")
-    return environment.from_string(source).render(document=document, notes=NOTES)
+    return environment.from_string(source).render(document=document, notes=NOTES, style=Markup(page_style()))

@@ -15,16 +15,17 @@ from scalabl.data.example import rows_digest
 from scalabl.data.load import load_task
 from scalabl.runs.registry import BASELINE, METHODS
 from scalabl.runs.registry import POST_HOC as POST_HOC_METHODS
-from scalabl.runs.settings import DEFAULTS
 from scalabl.study.cells import POST_HOC, PREDICTION, TRAINING, Cell, finished
 from scalabl.study.study import Study
 from scalabl.study.tested import TYPOS, rows_of_set, sets_of, tuning_rows
 from scalabl.study.variants import Variant, in_words
 
-# settings younger than the first studies: left out of an address at their default, so that older cells keep theirs
-LATER: tuple[str, ...] = (
-    "quantization", "kl_normalization", "prior_mean", "class_weights", "rows_per_class", "template",
-)  # fmt: skip
+# settings younger than the first studies, and what held before: left out of an address at that, so that older cells
+# keep theirs
+LATER: dict[str, Any] = {
+    "quantization": "bitsandbytes", "kl_normalization": "token", "prior_mean": 0.0, "class_weights": None,
+    "rows_per_class": None, "template": None,
+}  # fmt: skip
 
 
 TRIED = "tried.csv"
@@ -258,7 +259,7 @@ def _in_turn(study: Study, attempts: Sequence[Attempt], entries: Sequence[Entry]
 
 def _training(study: Study, variant: Variant, task: str, seed: int, rows: str, point: Mapping[str, Any]) -> Cell:
     training = study.training_settings(variant, task, seed, point)
-    addressed = {k: v for k, v in training.as_dict().items() if k not in LATER or v != DEFAULTS[k]}
+    addressed = {k: v for k, v in training.as_dict().items() if k not in LATER or v != LATER[k]}
     name = BASELINE if variant.method in POST_HOC_METHODS else variant.of
     with_point = f" ({in_words(point)})" if point else ""
     label = f"training {name}{with_point} on {task}, {_seeds((seed,))}"

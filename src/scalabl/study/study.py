@@ -54,11 +54,12 @@ from scalabl.runs.settings import DEFAULTS, Settings, make_settings
 from scalabl.study.tasks import StudyTask, mapping_in, rates_in, seeds_in, settings_in, tasks_in, texts_in, whole
 from scalabl.study.variants import TEMPERED, Variant, variants_in
 
-# settings that no plain LoRA reads: kept at their defaults there, so that equal runs have equal addresses
-_OF_POSTERIORS = (
-    "variational_learning_rate", "beta", "schedule", "kl_warmup", "covariance", "prior_std", "init_sigma", "unit_rows",
-    "prior_mean", "empirical_prior", "draws", "kl", "stochastic_modules", "stochastic_layers",
-)  # fmt: skip
+# settings that no plain LoRA reads, at one value of each, so that equal runs have equal addresses for good
+_OF_POSTERIORS: dict[str, Any] = {
+    "variational_learning_rate": 2e-2, "beta": 1.0, "schedule": "elbo", "kl_warmup": 0.1, "covariance": "diagonal",
+    "prior_std": 1.0, "init_sigma": 0.05, "unit_rows": True, "prior_mean": 0.0, "empirical_prior": False,
+    "draws": "sequence", "kl": "reverse", "stochastic_modules": None, "stochastic_layers": None,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ class Study:
         except UserError as error:
             raise UserError(f"{variant.name}: {error}") from error
         if not METHODS[training.method].variational:
-            training = training.changed(**{name: DEFAULTS[name] for name in _OF_POSTERIORS})
+            training = training.changed(**_OF_POSTERIORS)
         return training
 
 

@@ -54,8 +54,10 @@ class ScalaBLConfig(LoraConfig):
 
     Args:
         covariance: "diagonal" (2 r numbers a layer, the paper's default) or "full" (r (r + 3) / 2).
-        prior_mean: mean of the Gaussian prior on each s_j.
-        prior_std: its standard deviation, positive [ScalaBL: N(0, 1)].
+        prior_mean: mean of the Gaussian prior on each s_j; by default where LoRA's draw puts every s, 1 / sqrt(3)
+            [ScalaBL: 0].
+        prior_std: its standard deviation, positive: the noise that is expected before any data are seen, by default a
+            third of s [ScalaBL: 1].
         empirical_prior: take for each layer the prior std of the highest ELBO, sqrt(mean_j(mu_j^2 + sigma_j^2)),
             instead of `prior_std` (empirical Bayes).
         init_sigma: sigma starts as U(init_sigma / sqrt(2), init_sigma) [ScalaBL: 0.05].
@@ -75,12 +77,12 @@ class ScalaBLConfig(LoraConfig):
     covariance: Literal["diagonal", "full"] = field(
         default="diagonal", metadata={"help": "Covariance of the posterior over s: diagonal or full."}
     )
-    prior_mean: float = field(default=0.0, metadata={"help": "Mean of the prior on each s."})
-    prior_std: float = field(default=1.0, metadata={"help": "Standard deviation of the prior on each s."})
+    prior_mean: float = field(default=0.577, metadata={"help": "Mean of the prior on each s."})
+    prior_std: float = field(default=0.2, metadata={"help": "Standard deviation of the prior on each s."})
     empirical_prior: bool = field(
         default=False, metadata={"help": "Take each layer's prior std from its posterior (empirical Bayes)."}
     )
-    init_sigma: float = field(default=0.05, metadata={"help": "Upper end of the uniform initial sigma."})
+    init_sigma: float = field(default=0.1, metadata={"help": "Upper end of the uniform initial sigma."})
     unit_rows: bool = field(default=True, metadata={"help": "Keep the rows of A at unit length."})
     draws: Literal["sequence", "batch"] = field(
         default="sequence", metadata={"help": "One draw of s a sequence, or one a batch."}
@@ -105,7 +107,7 @@ class ScalaBLConfig(LoraConfig):
             if r < 1:
                 raise UserError(f"r is {r}; it must be a positive integer, 8 is the usual choice.")
         if not (math.isfinite(self.init_sigma) and self.init_sigma > 0):
-            raise UserError(f"init_sigma is {self.init_sigma}; it must be positive, 0.05 is the paper's.")
+            raise UserError(f"init_sigma is {self.init_sigma}; it must be positive, 0.1 is the default.")
         if self.draws not in ("sequence", "batch"):
             raise UserError(f"draws is {self.draws!r}; it must be sequence or batch.")
         if self.stochastic_modules is not None:

@@ -29,6 +29,8 @@ from scalabl.tuner.projection import Particles, StochasticProjection
 _ADDED = ("lora_", "modules_to_save")
 # their attention transposes what it is given: (tokens, rows, features)
 _POSITIONS_FIRST = ("xlnet", "longformer", "led", "fsmt")
+# so many prior standard deviations off, s does not begin where the prior is; a width that is usual for where it begins
+_FAR, _OF_START = 5, 0.35
 _SIZES = ("model_type", "hidden_size", "num_hidden_layers")
 
 
@@ -62,8 +64,9 @@ class ScalaBLModel(LoraModel):
         ):
             config.exclude_modules = beside_language(model)
         # a saved adapter is loaded as it is; the names that PEFT chooses itself are of a family of models
-        named = config.target_modules if config.base_fingerprint is None else None
-        if config.base_fingerprint is None:
+        is_new = config.base_fingerprint is None
+        named = config.target_modules if is_new else None
+        if is_new:
             config.base_fingerprint = fingerprint(model)
         elif not is_base(model, config.base_fingerprint):
             raise UserError(
@@ -88,6 +91,8 @@ class ScalaBLModel(LoraModel):
         except UserError:
             self._take_out(adapter_name)
             raise
+        if is_new and isinstance(config, ScalaBLConfig):
+            _warn_of_a_far_prior(model, adapter_name, config)
 
     def _create_and_replace(  # type: ignore[override]
         self,
@@ -289,6 +294,22 @@ def _refuse_whole(ends: Any, whole: Iterable[str], modules: list[str]) -> None:
                 f"target_modules names {end}, which is trained whole (modules_to_save) and gets no adapter; leave it "
                 "out of one of the two."
             )
+
+
+def _warn_of_a_far_prior(model: nn.Module, adapter_name: str, config: ScalaBLConfig) -> None:
+    """Say so where s begins far from its prior, as under init_lora_weights="gaussian": the KL would undo the draw."""
+    leaves = [m.lora_A[adapter_name] for m in model.modules() if isinstance(m, LoraLayer) and adapter_name in m.lora_A]
+    means = [leaf.posterior.mean.detach().float() for leaf in leaves if isinstance(leaf, StochasticProjection)]
+    if not means or means[0].device.type == "meta" or config.empirical_prior:
+        return
+    start = torch.cat(means).mean().item()
+    if abs(start - config.prior_mean) > _FAR * config.prior_std:
+        warnings.warn(
+            f"s begins near {start:.3g}, which is {abs(start - config.prior_mean) / config.prior_std:.0f} standard "
+            f"deviations from its prior N({config.prior_mean:g}, {config.prior_std:g}^2), so that the KL would undo "
+            f"LoRA's draw; give prior_mean={start:.3g} and prior_std={_OF_START * abs(start):.2g}.",
+            stacklevel=2,
+        )
 
 
 def _refuse_name(adapter_name: str) -> None:

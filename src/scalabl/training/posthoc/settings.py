@@ -154,6 +154,8 @@ _KEPT = (
     "r", "lora_alpha", "target_modules", "layers", "scoring", "normalization", "chat", "max_length", "seed", "dtype",
     "bits", "quantization", "template",
 )  # fmt: skip
+# of strengths relative to the adapter's own, which begin at 1: not that of a training, which begins elsewhere
+_PRIOR = {"prior_mean": 0.0, "prior_std": 1.0, "init_sigma": 0.05}
 _VARIATIONAL = {"steps", "variational_learning_rate", "prior_std", "init_sigma", "schedule", "beta"}
 
 
@@ -230,5 +232,5 @@ def settings_for(
     if method == "laplace" and (unread := sorted(named.keys() & _VARIATIONAL)):
         raise UserError(f"{unread[0]} belongs to vi; leave it out for laplace, which takes one pass over the rows.")
     covariance = "full" if method == "laplace" else "diagonal"
-    settings |= {"method": "scalabl", "model": source.model, "data": data, "covariance": covariance}
+    settings |= {"method": "scalabl", "model": source.model, "data": data, "covariance": covariance} | _PRIOR
     return PosthocSettings(method, Settings.flat(**settings | named), structure, prior_precision, "scoring" in named)
