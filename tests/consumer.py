@@ -1,4 +1,4 @@
-"""A user's file, checked by `mypy --strict` (make lint): the public names have types, and they are those of the docs."""
+"""A user's file, checked by `mypy --strict` (make lint): the public names have types, those of the docs."""
 
 from collections.abc import Sequence
 

@@ -32,7 +32,7 @@ from scalabl.metrics import Metric, ood_auroc
 from scalabl.posterior.joint import JointGaussian
 from scalabl.predictive import LinearizedPredictive
 from scalabl.runs.method import load_post_hoc
-from scalabl.runs.settings import Settings
+from scalabl.runs.settings import DEFAULTS, Settings
 from scalabl.scoring import Continuation, Scorer
 from scalabl.training.posthoc.laplace import JointCurvature
 from scalabl.training.run import train
@@ -173,8 +173,10 @@ def test_the_exact_posterior_of_a_plain_lora_is_that_of_bayesianize(study: Any) 
 def test_the_exact_posterior_under_the_runs_own_prior_is_the_inverse_of_the_precision(study: Any) -> None:
     for name in ("diagonal", "full"):
         at = position(study, name)
-        assert at.precision is not None and torch.equal(at.precision, torch.ones(16, dtype=torch.float64))
-        expected = torch.linalg.inv(at.curvature.matrix / 0.5 + torch.eye(16, dtype=torch.float64))
+        assert at.precision is not None
+        of_prior = torch.full((16,), DEFAULTS["prior_std"] ** -2, dtype=torch.float64)
+        torch.testing.assert_close(at.precision, of_prior)
+        expected = torch.linalg.inv(at.curvature.matrix / 0.5 + of_prior.diag())
         relative = at.exact("own")[0].covariance()
         torch.testing.assert_close(torch.outer(at.mean, at.mean) * relative, expected, rtol=1e-4, atol=1e-6)
         leaves = stochastic_layers(study.run(name).scorer.model)

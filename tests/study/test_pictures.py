@@ -72,7 +72,7 @@ def study_of(*methods: object) -> Study:
 @pytest.fixture
 def heat() -> tuple[Grid, Table]:
     grid = {"variational_learning_rate": [2e-3, 2e-2], "schedule": ["elbo", "warmup", "minibatch"],
-            "init_sigma": [0.05, 0.2]}  # fmt: skip
+            "init_sigma": [0.1, 0.2]}  # fmt: skip
     made = study_of("mle", {"method": "scalabl", "grid": grid})
     return grids(made)[0], Table("t", "t", 100, lines_of(made))
 
@@ -91,7 +91,7 @@ def test_a_heat_map_has_every_cell_of_the_table(heat: tuple[Grid, Table]) -> Non
             expected = raw[grid.variants[down, across, third].name].figures[column].mean
             assert mean == expected and axes.texts[3 * down + across].get_text() == f"{expected:.3f}"
         if i < 2:
-            assert axes.get_title() == f"initial sigma {(0.05, 0.2)[third]}"
+            assert axes.get_title() == f"initial sigma {(0.1, 0.2)[third]}"
     again = heat_map(grid, table, "t")
     assert again is not None and again is not picture and svg(again) == svg(picture)
 
@@ -112,7 +112,7 @@ def test_a_heat_map_marks_the_best_of_the_validation_rows_and_the_default(heat: 
         for patch in axes.patches
         if patch.get_gid() in ("best", "default")
     }
-    # best: the second panel of both rows; default: learning rate 2e-2, elbo, sigma 0.05
+    # best: the second panel of both rows; default: learning rate 2e-2, elbo, sigma 0.1
     assert marks == {(1, "best"): (1, 2), (3, "best"): (1, 2), (0, "default"): (1, 0), (2, "default"): (1, 0)}
     assert "†" in {text.get_text() for text in panels[0].texts}
     test_nll = chosen.figures["nll"].mean

@@ -99,8 +99,8 @@ def test_a_grid_knows_its_default_and_the_order_of_its_values() -> None:
     (found,) = grids(made)
     assert [axis.values for axis in found.axes] == [(0.2, 1.0, 2.0), ("warmup", "elbo")]
     assert found.family == "s" and len(found.variants) == 6
-    # the recipe's default of one, the study's of the other
-    assert found.default is not None and found.default.name == "s prior_std=1, schedule=warmup"
+    # the library's default of one, the study's of the other
+    assert found.default is not None and found.default.name == "s prior_std=2e-1, schedule=warmup"
     assert found.variants[0, 1].name == "s prior_std=2e-1, schedule=elbo"
     elsewhere = study(methods=[{"method": "scalabl", "grid": grid}], settings=common | {"prior_std": 0.7})
     assert grids(elsewhere)[0].axes[0].default is None and grids(elsewhere)[0].default is None

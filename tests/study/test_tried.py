@@ -1,6 +1,7 @@
 """Settings that are tried are chosen by validation rows alone under one seed, and taken for all; what is tested on."""
 
 import csv
+import re
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 import torch
 from tiny_base import tiny_encoder, write_jsonl, write_texts
 
+import scalabl
 from scalabl.core.errors import UserError
 from scalabl.core.files import write_json
 from scalabl.data import load_task
@@ -230,6 +232,7 @@ def test_what_was_tried_is_shown_before_anything_is_chosen(done: tuple[Study, St
     write_results(study, plan, output, tmp_path, tidy(study, plan, output), "scalabl benchmark tiny.yaml")
     page = (tmp_path / "README.md").read_text()
     assert "## Settings that were tried" in page and "0 of 7 runs, 4 of 4 settings tried" in page
+    assert f"- versions: scalabl {scalabl.__version__}" in page and re.search(r"- device: \w+", page)
     assert (tmp_path / "tried.csv").read_text().count("\n") == 1 + len(plan.attempts)
 
 

@@ -31,7 +31,9 @@ def test_vi_recovers_the_exact_posterior_of_bayesian_linear_regression(tmp_path:
     torch.manual_seed(0)
     base = LinearRegression()
     base.layer.weight.data.zero_()
-    model = get_peft_model(base, scalabl.ScalaBLConfig(r=2, lora_alpha=2, target_modules=["layer"], prior_std=0.7))
+    model = get_peft_model(
+        base, scalabl.ScalaBLConfig(r=2, lora_alpha=2, target_modules=["layer"], prior_mean=0.0, prior_std=0.7)
+    )
     (leaf,) = stochastic_layers(model).values()
     for name, parameter in model.named_parameters():
         if "lora_B" in name:

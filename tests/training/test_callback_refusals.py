@@ -125,7 +125,7 @@ def test_minibatch_needs_a_cycle_where_the_data_has_no_length(tmp_path: Path) ->
 
 def test_active_adapters_with_different_priors(tmp_path: Path) -> None:
     model = tiny_model()
-    model.add_adapter("narrow", ScalaBLConfig(r=2, target_modules=["q_proj"], prior_std=0.2))
+    model.add_adapter("narrow", ScalaBLConfig(r=2, target_modules=["q_proj"], prior_std=0.1))
     model.base_model.set_adapter(["default", "narrow"])
     with pytest.raises(UserError, match="different priors"):
         trainer(model, arguments(tmp_path), [ELBOCallback(8)]).train()

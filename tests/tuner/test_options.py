@@ -85,3 +85,14 @@ def test_dropout_acts_while_training_alone() -> None:
     with scalabl.mean(model):
         assert not close(logits(model.train(), IDS), logits(model.eval(), IDS), 1e-3)
     assert torch.equal(logits(model, IDS), logits(model, IDS))
+
+
+def test_four_bit_layers_are_not_packed_for_prediction_by_a_cpu_that_could() -> None:
+    """bitsandbytes packs them at their first pass without gradient and never unpacks them for training."""
+    bnb = pytest.importorskip("bitsandbytes")
+    base = load_base()
+    layer = bnb.nn.Linear4bit(8, 8)
+    layer.support_avx512bf16_for_cpu = True  # as it is on such a machine
+    base.add_module("beside", layer)
+    adapt(base, target_modules=["q_proj"])
+    assert layer.support_avx512bf16_for_cpu is False

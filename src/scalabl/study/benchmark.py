@@ -197,12 +197,14 @@ def facts_of(study: Study, plan: StudyPlan, output: Path, rows: list[dict[str, A
             f"({trained['task']['source']}; {trained['task']['licence']}), scored by {trained['scoring']}; "
             f"test rows that are also training or validation rows: {leaked}"
         )
+    # of results that an earlier call wrote their own, of settings that were tried alone those of their cells
+    machines = rows or [done for a in plan.attempts if (done := finished(output, a.prediction)) is not None]
     return facts | {
         "training": ", ".join(f"{name} {value}" for name, value in study.settings.items()) or "defaults",
         "particles": f"{study.samples} where a method samples",
         "seeds": ", ".join(map(str, study.seeds)),
         "finished": _finished(study, plan, output, len(predicted)),
-        **{name: "; ".join(dict.fromkeys(str(row[name]) for row in rows)) for name in ("versions", "device")},
+        **{name: "; ".join(dict.fromkeys(str(made[name]) for made in machines)) for name in ("versions", "device")},
         "command": command,
     }
 

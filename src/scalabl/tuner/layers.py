@@ -84,6 +84,17 @@ def require_live(model: nn.Module) -> None:
             raise UserError("The adapter is disabled, so that nothing can be drawn or trained; enable it first.")
 
 
+def keep_differentiable(model: nn.Module) -> None:
+    """Keep 4-bit layers from being packed for prediction by their first pass on a CPU with AVX-512 BF16.
+
+    bitsandbytes never unpacks them for a later training pass, and a packed product has no gradient: what lies below
+    would silently be trained on a part of it, and the linearised predictive would find none.
+    """
+    for module in model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+
+
 def kl_divergence(model: nn.Module, adapter: str | None = None) -> Tensor:
     """KL(q || p) in nats, summed over all stochastic layers of the (active) adapter: a differentiable scalar.
 

@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from scalabl.core.errors import UserError
 from scalabl.core.modules import gathered, top_layers
 from scalabl.tuner.config import ScalaBLConfig
-from scalabl.tuner.layers import beside_language, depths, without_rows
+from scalabl.tuner.layers import beside_language, depths, keep_differentiable, without_rows
 from scalabl.tuner.mean_adapter import MEAN_DIRECTORY
 from scalabl.tuner.projection import Particles, StochasticProjection
 
@@ -91,6 +91,7 @@ class ScalaBLModel(LoraModel):
         except UserError:
             self._take_out(adapter_name)
             raise
+        keep_differentiable(model)
         if is_new and isinstance(config, ScalaBLConfig):
             _warn_of_a_far_prior(model, adapter_name, config)
 
