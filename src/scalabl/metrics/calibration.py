@@ -76,7 +76,10 @@ def fit_calibration(
         return sorted(scale for scale in temperatures if scale > 0)
 
     def best() -> float:
-        return min(widths(), key=lambda scale: (float(losses[scale].mean()), _from_one(scale)))
+        # under so sharp a temperature particles are votes, of which a few rows that are answered wrongly may want any
+        sharp = min(1.0, temperatures[1.0]) / 2
+        taken = [scale for scale in widths() if temperatures[scale] >= sharp]
+        return min(taken, key=lambda scale: (float(losses[scale].mean()), _from_one(scale)))
 
     as_learnt = predicted(1.0)
     before = float(row_losses(as_learnt, labels, 1.0).mean())
