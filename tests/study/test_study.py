@@ -35,6 +35,8 @@ def test_there_are_recipes() -> None:
         "cpu",
         "paper",
         "study",
+        "study_smollm2",
+        "study_noise",
     }
 
 
