@@ -66,7 +66,7 @@ class ScalaBLModel(LoraModel):
         # a saved adapter is loaded as it is; the names that PEFT chooses itself are of a family of models
         is_new = config.base_fingerprint is None
         named = config.target_modules if is_new else None
-        if is_new:
+        if config.base_fingerprint is None:
             config.base_fingerprint = fingerprint(model)
         elif not is_base(model, config.base_fingerprint):
             raise UserError(
