@@ -19,7 +19,7 @@ MOVING = 0.25  # of Adam's largest step: sigma moved so on average at the end of
 NEAR_PRIOR = 0.2  # between the logarithms of two sigmas: as close as sigma is where the posterior is the prior
 AT_PRIOR = 0.03  # nats a number: sigma is then within a sixth of the prior's, the mean within a quarter of that
 _LEAST = 1e-9  # of a sum of learning rates
-START, _NARROW = 0.577, 0.35  # where LoRA's draw puts every s, and the std of a prior around it, relative to it
+START, NARROW = 0.577, 0.35  # where LoRA's draw puts every s, and the std of a prior around it, relative to it
 PREFIX = "elbo/"  # of what the callbacks of the ELBO add to a training log
 
 
@@ -206,7 +206,7 @@ def _moving(rows: Sequence[LayerSummary], drift: Drift) -> str | None:
         f"{drift.ended:.2g} in the last half of its learning), so its size is the work of --steps and not of the rows: "
     )
     if rising and prior_std > abs(mean):  # where it goes to, the noise is larger than the mean
-        narrow = _NARROW * (drift.prior_mean or START)
+        narrow = NARROW * (drift.prior_mean or START)
         prior = f"--prior-std {narrow:.2g}" if drift.prior_mean else f"--prior-mean {START} --prior-std {narrow:.2g}"
         steps = "" if sigma >= narrow else f" --steps {_steps(drift, math.log(narrow / sigma))}"
         return f"{said}train with {prior}{steps}; under this prior, more steps would only make s noise."

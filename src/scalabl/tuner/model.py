@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from scalabl.core.errors import UserError
 from scalabl.core.modules import gathered, top_layers
 from scalabl.tuner.config import ScalaBLConfig
+from scalabl.tuner.diagnostics import NARROW
 from scalabl.tuner.layers import beside_language, depths, keep_differentiable, without_rows
 from scalabl.tuner.mean_adapter import MEAN_DIRECTORY
 from scalabl.tuner.projection import Particles, StochasticProjection
@@ -29,8 +30,7 @@ from scalabl.tuner.projection import Particles, StochasticProjection
 _ADDED = ("lora_", "modules_to_save")
 # their attention transposes what it is given: (tokens, rows, features)
 _POSITIONS_FIRST = ("xlnet", "longformer", "led", "fsmt")
-# so many prior standard deviations off, s does not begin where the prior is; a width that is usual for where it begins
-_FAR, _OF_START = 5, 0.35
+_FAR = 5  # so many prior standard deviations off, s does not begin where the prior is
 _SIZES = ("model_type", "hidden_size", "num_hidden_layers")
 
 
@@ -304,11 +304,12 @@ def _warn_of_a_far_prior(model: nn.Module, adapter_name: str, config: ScalaBLCon
     if not means or means[0].device.type == "meta" or config.empirical_prior:
         return
     start = torch.cat(means).mean().item()
-    if abs(start - config.prior_mean) > _FAR * config.prior_std:
+    off = abs(start - config.prior_mean) / config.prior_std
+    if off > _FAR:
         warnings.warn(
-            f"s begins near {start:.3g}, which is {abs(start - config.prior_mean) / config.prior_std:.0f} standard "
-            f"deviations from its prior N({config.prior_mean:g}, {config.prior_std:g}^2), so that the KL would undo "
-            f"LoRA's draw; give prior_mean={start:.3g} and prior_std={_OF_START * abs(start):.2g}.",
+            f"s begins near {start:.3g}, which is {off:.0f} standard deviations from its prior "
+            f"N({config.prior_mean:g}, {config.prior_std:g}^2), so that the KL would undo LoRA's draw; give "
+            f"prior_mean={start:.3g} and prior_std={NARROW * abs(start):.2g}.",
             stacklevel=2,
         )
 
