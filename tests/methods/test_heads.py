@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -228,6 +229,27 @@ def test_last_layer_laplace_is_a_gaussian_on_the_heads_weights(
         log_probs(fresh, module.predictive(fresh, samples=N, seed=2), rows, batch_size=2), drawn, atol=1e-5, rtol=0
     )
     assert before == {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()}
+
+
+def test_last_layer_laplace_takes_the_precision_that_validation_rows_like_best(
+    on_head: Callable[..., Path], texts: Path
+) -> None:
+    run, module = load_run(on_head("mle", seed=4)), load_post_hoc("last_layer_laplace")
+    train, held_out = rows_of(str(texts), split="train"), rows_of(str(texts), split="validation")
+    # as the head answers them: the less noise, the better
+    answers = log_probs(run, MeanPredictive(), held_out)[0].argmax(dim=1)
+    held_out = [replace(row, answer=int(answer)) for row, answer in zip(held_out, answers, strict=True)]
+    evidence = module.fit(run, train, [])["prior_precision"]
+    chosen = module.fit(run, train, held_out)["prior_precision"]
+    strategy = module.predictive(run)
+    assert isinstance(strategy, LastLayerPredictive) and strategy.precision == chosen
+
+    nll = {}
+    for times in (1, 10, 1e2, 1e3, 1e4, 1e5, 1e6):
+        precision = min(evidence * times, 1e4)
+        averaged = log_probs(run, LastLayerPredictive(strategy.block, precision), held_out).exp().mean(dim=0)
+        nll[precision] = torch.nn.functional.nll_loss(averaged.log(), answers).item()
+    assert chosen == pytest.approx(min(nll, key=nll.__getitem__)) and chosen > evidence, nll
 
 
 def test_last_layer_laplace_reads_the_one_position_of_a_decoders_head(

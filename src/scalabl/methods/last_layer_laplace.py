@@ -6,7 +6,9 @@ of a classification head alone, from the curvature there; A and B stay as they w
 
 with h the features that the head's last linear layer reads, and a 1 for its bias if it has one, Lambda_n = diag(p_n) -
 p_n p_n^T, and (V, g), (U, a) the eigenvectors and eigenvalues of the two factors. The logits are linear in W, so that
-nothing is linearised. The precision maximises the marginal likelihood. One pass a row, whatever the number of classes.
+nothing is linearised. The precision is that of the lowest NLL of validation rows among multiples of the one that
+maximises the marginal likelihood, which is far too low where a head of many classes has few rows; without validation
+rows it is the latter. One pass a row, whatever the number of classes.
 """
 
 from __future__ import annotations
@@ -22,8 +24,9 @@ from torch import Tensor, nn
 from scalabl.core.errors import UserError
 from scalabl.data.example import Example
 from scalabl.methods.saved import SavedMethod
+from scalabl.metrics.calibration import row_losses
 from scalabl.posterior.draws import standard_normal
-from scalabl.posterior.evidence import best_precision, log_evidence
+from scalabl.posterior.evidence import HIGHEST, best_precision, log_evidence
 from scalabl.predictive.base import Predictive
 from scalabl.predictive.head_features import head_layer
 from scalabl.predictive.kronecker import Factor, KroneckerBlock
@@ -36,6 +39,7 @@ from scalabl.tuner.threads import own
 
 RANK = 4096  # of a factor, beyond which it is kept at this rank
 DRAWS = 32  # at least so many, which cost no pass
+TRIED = tuple(10.0**power for power in range(7))  # multiples of the evidence's precision
 
 
 class LastLayerPredictive:
@@ -58,10 +62,14 @@ class LastLayerPredictive:
 
     def __call__(self, scorer: Scorer, batch: Batch) -> Tensor:
         logits, features = head_features(scorer, batch)
+        return scorer.scoring.likelihood.log_probs(self.draws(logits, features))
+
+    def draws(self, logits: Tensor, features: Tensor) -> Tensor:
+        """(N, B, C) draws of the logits; logits (B, C) and features (B, k) of the trained head."""
         variances = self.variances(features)
         noise = standard_normal(range(self.samples), logits.shape[1], seed=self.seed, stream="last_layer.logits")
         moved = (noise.to(variances)[:, None, :] * variances.sqrt()) @ self.block.out_vectors.T
-        return scorer.scoring.likelihood.log_probs(logits + moved)
+        return logits + moved
 
     def variances(self, features: Tensor) -> Tensor:
         """(B, C) of the logits in the directions of V; features (B, k)."""
@@ -73,7 +81,7 @@ class LastLayerPredictive:
 
 
 class LastLayerLaplace(SavedMethod):
-    """One pass over the training rows, and the prior precision of the highest evidence."""
+    """One pass over the training rows and one over the validation rows, which choose the prior's precision."""
 
     def fit(
         self,
@@ -85,27 +93,28 @@ class LastLayerLaplace(SavedMethod):
         batch_size: int = 8,
         seed: int = 0,
     ) -> dict[str, Any]:
-        """The curvature over the training rows, and the prior precision of the highest evidence.
+        """The curvature over the training rows, and the prior precision of the lowest NLL of the validation rows; of
+        the highest evidence without any.
 
         Raises:
             UserError: no training rows, or the run has no classification head or is no plain LoRA.
         """
-        encoded = self.encoded(run, train_rows, batch_size=batch_size)
+        batches = self._batches(run, train_rows, batch_size)
         weights = _weights(_head(run.scorer))
         outputs, inputs = (Factor(size, RANK, run.scorer.device) for size in weights.shape)
         likelihood, total = run.scorer.scoring.likelihood, 0.0
-        run.scorer.model.eval()
-        for _, chunk in run.scorer.batches(encoded, batch_size):
-            batch = run.scorer.with_trunk(run.scorer.scoring.collate(chunk).to(run.scorer.device))
+        for batch in batches:
             logits, features = head_features(run.scorer, batch)
             inputs.add(features)
             outputs.add(likelihood.curvature_root(logits).transpose(1, 2).flatten(0, 1))
             total += log_likelihood(likelihood, logits, batch.answers).item()
         (out_vectors, out_values), (in_vectors, in_values) = outputs.eigen(), inputs.eigen()
-        block = KroneckerBlock(out_vectors, out_values, in_vectors, in_values / len(encoded))
+        block = KroneckerBlock(out_vectors, out_values, in_vectors, in_values / len(train_rows))
         squared_norm = weights.double().square().sum().item()
         eigenvalues = block.eigenvalues.double()
         precision = best_precision(squared_norm, [eigenvalues])
+        if validation_rows:
+            precision = self._chosen(run, block, precision, validation_rows, batch_size=batch_size, seed=seed)
         evidence = log_evidence(total, squared_norm, [eigenvalues], eigenvalues.new_tensor(precision))
         facts = {
             "prior_precision": precision,
@@ -115,6 +124,27 @@ class LastLayerLaplace(SavedMethod):
             "rows": len(train_rows),
         }
         return self.save(run, facts, vars(block))
+
+    def _batches(self, run: Run, rows: Sequence[Example], batch_size: int) -> Iterator[Batch]:
+        encoded = self.encoded(run, rows, batch_size=batch_size)
+        run.scorer.model.eval()
+        for _, chunk in run.scorer.batches(encoded, batch_size):
+            yield run.scorer.with_trunk(run.scorer.scoring.collate(chunk).to(run.scorer.device))
+
+    def _chosen(
+        self, run: Run, block: KroneckerBlock, evidence: float, rows: Sequence[Example], *, batch_size: int, seed: int
+    ) -> float:
+        """The precision, `evidence` or a multiple, of the lowest NLL of the rows; the lowest of equal ones."""
+        predictives = [
+            LastLayerPredictive(block, min(evidence * times, HIGHEST), samples=DRAWS, seed=seed) for times in TRIED
+        ]
+        likelihood, losses = run.scorer.scoring.likelihood, [0.0] * len(predictives)
+        for batch in self._batches(run, rows, batch_size):
+            logits, features = head_features(run.scorer, batch)
+            for i, predictive in enumerate(predictives):
+                questions = likelihood.questions(likelihood.log_probs(predictive.draws(logits, features)))
+                losses[i] += row_losses(questions.cpu(), batch.answers.flatten().cpu(), 1.0).sum().item()
+        return predictives[losses.index(min(losses))].precision
 
     def predictive(self, run: Run, *, samples: int = 10, seed: int = 0) -> Predictive:
         """At least 32 draws of the logits."""
