@@ -13,7 +13,12 @@ from scalabl.core.console import _Lines, progress_bar
 from scalabl.core.errors import UserError
 from scalabl.core.workers import side_by_side, threads_each
 
-SLEEP = "import time; from scalabl.core.workers import side_by_side\nif __name__ == '__main__':\n    "
+# a shell's background jobs, and what they start, ignore SIGINT
+SLEEP = (
+    "import signal, time; from scalabl.core.workers import side_by_side\n"
+    "if __name__ == '__main__':\n"
+    "    signal.signal(signal.SIGINT, signal.default_int_handler)\n    "
+)
 
 
 def test_outcomes_are_in_the_order_of_the_parts() -> None:
