@@ -23,6 +23,7 @@ from scalabl.core.errors import UserError
 from scalabl.predictive.lora_particles import lora_matrices, removed_after
 from scalabl.scoring.base import Batch, Encoded
 from scalabl.scoring.likelihood import log_likelihood
+from scalabl.scoring.read_token import whole_rows
 from scalabl.scoring.reading import reads_packed
 from scalabl.scoring.scorer import Scorer
 from scalabl.tuner.threads import own
@@ -67,7 +68,8 @@ def recorded(model: nn.Module) -> Iterator[dict[str, Recorded]]:
         return hook
 
     try:
-        with removed_after([module.register_forward_hook(own(hook_of(name))) for name, module in modules.items()]):
+        hooks = [module.register_forward_hook(own(hook_of(name))) for name, module in modules.items()]
+        with removed_after(hooks), whole_rows():
             for module in modules.values():
                 module.weight.requires_grad_(True)  # outputs need a graph, though no weight is moved
             yield found

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from scalabl.scoring.base import Batch
+from scalabl.scoring.read_token import whole_rows
 from scalabl.scoring.scorer import Scorer
 from scalabl.tuner.layers import decoder_layers, sequence_classifier
 from scalabl.tuner.threads import own
@@ -41,7 +42,8 @@ class MeanPass:
 
         handle = None if self.last is None else self.last.register_forward_hook(own(see))
         try:
-            energy = scorer.scoring.likelihood.energy(scorer.class_logits(batch).float())
+            with whole_rows():
+                energy = scorer.scoring.likelihood.energy(scorer.class_logits(batch).float())
         finally:
             if handle is not None:
                 handle.remove()

@@ -17,9 +17,10 @@ from scalabl.scoring.base import Batch, Encoded, Scoring
 from scalabl.scoring.continuation import Continuation, choice_log_likelihoods
 from scalabl.scoring.head import Head
 from scalabl.scoring.letters import Letters
+from scalabl.scoring.read_token import reads_first_token
 from scalabl.scoring.reading import reads_packed
 from scalabl.scoring.text import Text
-from scalabl.scoring.trunk import Trunk, token_logits
+from scalabl.scoring.trunk import Trunk, head_inputs, token_logits
 from scalabl.tuner.layers import learnt_positions, reads_images, sequence_classifier
 from scalabl.tuner.threads import base_model
 
@@ -110,7 +111,10 @@ class Scorer:
         if not of_text:
             return True
         longest = max(of_text, key=lambda row: len(row.input_ids))
-        return reads_packed(self.model, self.scoring.collate([replace(longest, trunk=None)]).to(self.device))
+        batch = self.scoring.collate([replace(longest, trunk=None)]).to(self.device)
+        if isinstance(self.scoring, Head):
+            reads_first_token(self.model, head_inputs(self.model, batch))
+        return reads_packed(self.model, batch)
 
     def check_packing(self, encoded: Encoded) -> None:
         """Refuse a model that does not honour the mask which keeps the choices of one row apart, or whose images are

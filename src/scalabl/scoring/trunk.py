@@ -23,6 +23,7 @@ from transformers import Cache
 
 from scalabl.core.errors import UserError, first_line
 from scalabl.scoring.base import Batch
+from scalabl.scoring.read_token import read_token_alone
 from scalabl.scoring.reading import packed_logits, plain_logits, reads_packed, turns
 from scalabl.tuner.layers import decoder_layers, depths, reads_token_types, sequence_classifier
 from scalabl.tuner.threads import alone, own
@@ -227,12 +228,11 @@ def token_logits(
         (M, V), or (B, keep, V) without positions; (B, C) of a head.
     """
     if sequence_classifier(model) is not None:
-        types = (
-            {} if batch.token_types is None or not reads_token_types(model) else {"token_type_ids": batch.token_types}
-        )
-        with nullcontext() if trunk is None or batch.trunk is None else trunk.resume(model, batch.trunk, batch.start):
-            mask = (batch.segments >= 0).long()
-            of_head: Tensor = model(input_ids=batch.input_ids, attention_mask=mask, **types).logits
+        with (
+            nullcontext() if trunk is None or batch.trunk is None else trunk.resume(model, batch.trunk, batch.start),
+            read_token_alone(model, on_meta=batch.input_ids.is_meta),
+        ):
+            of_head: Tensor = model(**head_inputs(model, batch)).logits
         return of_head
 
     def resume(hidden: Tensor) -> AbstractContextManager[None]:
@@ -243,3 +243,11 @@ def token_logits(
         return plain_logits(model, batch, positions, None if trunk is None else resume)
     with nullcontext() if trunk is None or batch.trunk is None else resume(batch.trunk):
         return packed_logits(model, batch, positions, cache)
+
+
+def head_inputs(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+    """Keywords of a sequence classifier's forward pass."""
+    inputs = {"input_ids": batch.input_ids, "attention_mask": (batch.segments >= 0).long()}
+    if batch.token_types is not None and reads_token_types(model):
+        inputs["token_type_ids"] = batch.token_types
+    return inputs

@@ -33,6 +33,7 @@ from scalabl.runs.registry import METHODS
 from scalabl.runs.settings import OptimisationSettings, Settings
 from scalabl.scoring.base import Encoded, Scoring, cut_rows_sentence
 from scalabl.scoring.prompted import Prompted
+from scalabl.scoring.read_token import known_first_token, remember_first_token
 from scalabl.scoring.reading import remember_reading
 from scalabl.scoring.scorer import Scorer
 from scalabl.scoring.trunk import Trunk
@@ -265,7 +266,9 @@ def optimise(
 ) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
     """Train, from the last checkpoint if there is one: the log, and what the method leaves beside the adapter."""
     # tried once, of the longest row, while the model is whole
-    remember_reading(model, *processes.on_main(lambda: _reading(Scorer(model, scoring), rows)))
+    packed, length, first_token = processes.on_main(lambda: _reading(Scorer(model, scoring), rows))
+    remember_reading(model, packed, length)
+    remember_first_token(model, first_token)
     arguments = TrainingArguments(
         output_dir=str(output / DIRECTORY),
         max_steps=settings.optimisation.steps,
@@ -327,8 +330,8 @@ def optimise(
     return log, method.beside(trainer)
 
 
-def _reading(scorer: Scorer, rows: list[Encoded]) -> tuple[bool, int]:
-    return scorer.reads_packed(rows), max(len(row.input_ids) for row in rows)
+def _reading(scorer: Scorer, rows: list[Encoded]) -> tuple[bool, int, bool]:
+    return scorer.reads_packed(rows), max(len(row.input_ids) for row in rows), known_first_token(scorer.model)
 
 
 def _checkpoint_to_resume(output: Path, dropout: bool, batch_size: int) -> str | None:
