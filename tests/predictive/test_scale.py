@@ -14,7 +14,7 @@ from scalabl.predictive.auto import with_scale
 from scalabl.predictive.lora_particles import DropoutPredictive, WeightNoisePredictive, lora_matrices
 from scalabl.predictive.sampling import Sampling
 from scalabl.scoring import Continuation, Scorer
-from scalabl.scoring.base import Encoded
+from scalabl.scoring.base import Batch, Encoded
 from scalabl.scoring.trunk import Trunk
 from scalabl.tuner import stochastic_layers
 from scalabl.tuner.joint import set_joint
@@ -51,6 +51,25 @@ def test_particles_lie_tau_times_as_far_from_the_mean(covariance: str) -> None:
     with particles(model, 3, seed=5):
         as_learnt = [leaf.draw(3, torch.device("cpu")) for leaf in stochastic_layers(model).values()]
     assert all(torch.equal(a, b) for a, b in zip(as_learnt, draws(1.0), strict=True))
+
+
+def test_every_scale_of_kept_gaussians_takes_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    scorer = scorer_of("diagonal")
+    rows, passes = rows_of(scorer), []
+    expected = [predict(scorer, rows, LinearizedPredictive(8, scale=tau), batch_size=4) for tau in (1.0, 0.5, 2.0)]
+    once = LinearizedPredictive.jacobian
+
+    def counted(self: LinearizedPredictive, scorer: Scorer, batch: Batch) -> object:
+        passes.append(len(batch))
+        return once(self, scorer, batch)
+
+    monkeypatch.setattr(LinearizedPredictive, "jacobian", counted)
+    kept = LinearizedPredictive(8).keeping()
+    for tau, wanted in zip((1.0, 0.5, 2.0), expected, strict=True):
+        assert torch.equal(predict(scorer, rows, with_scale(kept, tau), batch_size=4), wanted)
+    assert passes == [4, 2]  # the rows of the first
+    assert torch.equal(predict(scorer, rows[:2], kept, batch_size=2), predict(scorer, rows[:2], LinearizedPredictive(8)))
+    assert len(passes) == 4  # another batch, and one that keeps nothing
 
 
 @pytest.mark.parametrize("covariance", ["diagonal", "joint"])

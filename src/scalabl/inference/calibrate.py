@@ -46,6 +46,8 @@ def fit_run(
     auto = predictor.strategy
     predictor.resolve(rows)
     strategy, labels, encoded = predictor.strategy, labels_of(rows), run.encode(list(rows))
+    if isinstance(strategy, LinearizedPredictive):
+        strategy = strategy.keeping()  # every tau scales the same Gaussians
 
     def predicted(strategy: Predictive, what: str) -> Tensor:
         log_probs = log_probabilities(
