@@ -58,18 +58,19 @@ def run_demo(
     demo = DEMOS[task]
     steps, test_rows = steps or demo.steps, test_rows or demo.test_rows
 
-    def part(method: str, seed: int) -> _Part:
-        return _Part(task, method, seed, steps, test_rows, samples, output)
+    def part(method: str, seed: int, member: bool = False) -> _Part:
+        return _Part(task, method, seed, steps, test_rows, samples, output, member)
 
     own = [part(method, seed) for method in demo.methods]
-    members = [part(BASELINE, seed + 1000 * i) for i in range(1, MEMBERS)] if task == ROUTING else []
-    # ScalaBL and MC dropout take longest, plain LoRA least
-    found = dict(zip([*own[::-1], *members], side_by_side(_do, [*own[::-1], *members], workers=workers), strict=True))
+    members = [part(BASELINE, seed + 1000 * i, True) for i in range(1, MEMBERS)] if task == ROUTING else []
+    parts = [*own[1:], own[0], *members]  # MC dropout takes longest, plain LoRA least
+    found = dict(zip(parts, side_by_side(_do, parts, workers=workers), strict=True))
     results = [result for each in own for result in found[each].results]
     lead, training = len(results) - 1, {found[each].results[-1].name.split(",")[0]: found[each].log for each in own}
     rows = _rows(own[0])
     if members:
-        results += _ensemble([found[each] for each in (own[0], *members)], rows.held_out)
+        passes = [found[each].passes for each in (own[0], *members)]
+        results += _ensemble(found[own[0]].results[0], [each for each in passes if each is not None], rows.held_out)
     return Report(
         title=_TITLES[task],
         facts=_facts(task, found[own[-1]].record, rows, seed, steps) | {"training loss": _losses(training)},
@@ -82,7 +83,7 @@ def run_demo(
 
 @dataclass(frozen=True)
 class _Part:
-    """A run of a demo, trained and tested."""
+    """A run of a demo, trained and tested; of a member beside the first of an ensemble nothing else is wanted."""
 
     task: str
     method: str
@@ -91,15 +92,24 @@ class _Part:
     test_rows: int
     samples: int
     output: Path
+    member: bool
+
+
+@dataclass(frozen=True)
+class _Passes:
+    """Log probabilities (1, n, C) of an ensemble's member, as learnt."""
+
+    test: Tensor
+    shifted: dict[str, Tensor]
+    held_out: Tensor
 
 
 @dataclass(frozen=True)
 class _Done:
-    """What there is of a run: its rows of the report, and of an ensemble's member the predictions (1, n, C) of held-out
-    rows as learnt."""
+    """What there is of a run: its rows of the report, and what an ensemble averages."""
 
     results: list[MethodResult]
-    held_out: Tensor | None
+    passes: _Passes | None
     log: list[dict[str, float]]
     record: RunRecord
 
@@ -128,11 +138,11 @@ def _do(part: _Part) -> _Done:
     """Train a run and predict with it; a worker's work."""
     quiet()
     directory = part.output / f"{part.method}-seed{part.seed}-steps{part.steps}"
-    # in the language demo every predictive has a temperature of its own, fitted below
-    calibrate = calibration_at_the_end if part.task == ROUTING else None
+    # an ensemble's average, and every predictive of the language demo, has a temperature of its own, fitted below
+    calibrate = calibration_at_the_end if part.task == ROUTING and not part.member else None
     record = train(_settings(part), directory, calibrate=calibrate)
-    results, held_out = (_routing if part.task == ROUTING else _language)(directory, _rows(part), part)
-    return _Done(results, held_out, read_log(directory), record)
+    results, passes = (_routing if part.task == ROUTING else _language)(directory, _rows(part), part)
+    return _Done(results, passes, read_log(directory), record)
 
 
 _TITLES = {
@@ -141,39 +151,45 @@ _TITLES = {
 }
 
 
-def _routing(directory: Path, rows: _Rows, part: _Part) -> tuple[list[MethodResult], Tensor | None]:
+def _routing(directory: Path, rows: _Rows, part: _Part) -> tuple[list[MethodResult], _Passes | None]:
     """A run as learnt and calibrated, by the predictive that is everybody's default."""
     predictor = Predictor.load(directory, PredictionSettings(samples=part.samples, seed=part.seed))
     predictor.resolve(rows.test)
-    plain, held_out = as_learnt(predictor, rows.test), None
-    if part.method == BASELINE:  # a member of the ensemble
-        held_out = plain.log_probs(rows.held_out, dataset="temperature")
-    return results_of(predictor, plain, rows.test, rows.shifted), held_out
+    plain = as_learnt(predictor, rows.test)
+    if part.member:
+        shifted = {of: plain.log_probs(others, dataset=of) for of, others in rows.shifted.items()}
+        return [], _Passes(plain.log_probs(rows.test, dataset="test"), shifted, _held_out(plain, rows))
+    results = results_of(predictor, plain, rows.test, rows.shifted)
+    if part.method != BASELINE:
+        return results, None
+    return results, _Passes(results[0].log_probs, results[0].ood, _held_out(plain, rows))
 
 
-def _language(directory: Path, rows: _Rows, part: _Part) -> tuple[list[MethodResult], Tensor | None]:
+def _held_out(predictor: Predictor, rows: _Rows) -> Tensor:
+    return predictor.log_probs(rows.held_out, dataset="temperature")
+
+
+def _language(directory: Path, rows: _Rows, part: _Part) -> tuple[list[MethodResult], _Passes | None]:
     """A run by its mean and by N particles, each without and with a temperature of its own."""
     run = load_run(directory)
     made = []
     for name in ["mean", "mc"] if run.is_bayesian else ["mean"]:
         predictor = Predictor(run, PredictionSettings(predictive=name, samples=part.samples, seed=part.seed))
         made.append(method_result(predictor, rows.test, rows.shifted))
-        held_out = predictor.log_probs(rows.held_out, dataset="temperature")
-        made.append(tempered(made[-1], fit_temperature(held_out, labels_of(rows.held_out))))
+        made.append(tempered(made[-1], fit_temperature(_held_out(predictor, rows), labels_of(rows.held_out))))
     return made, None
 
 
-def _ensemble(members: Sequence[_Done], held_out: Sequence[Example]) -> list[MethodResult]:
+def _ensemble(first: MethodResult, members: Sequence[_Passes], held_out: Sequence[Example]) -> list[MethodResult]:
     """M runs of other seeds, averaged [Lakshminarayanan et al. 2017], and with a temperature of their average."""
-    plain = [member.results[0] for member in members]
     made = replace(
-        plain[0],
+        first,
         name=f"ensemble of {len(members)}",
-        log_probs=torch.cat([result.log_probs for result in plain]),
-        ood={other: torch.cat([result.ood[other] for result in plain]) for other in plain[0].ood},
+        log_probs=torch.cat([member.test for member in members]),
+        ood={other: torch.cat([member.shifted[other] for member in members]) for other in first.ood},
         notes=[f"{len(members)} plain LoRAs, trained and run: {len(members)} times the cost"],
     )
-    log_probs = torch.cat([member.held_out for member in members if member.held_out is not None])
+    log_probs = torch.cat([member.held_out for member in members])
     return [made, tempered(made, fit_temperature(log_probs, labels_of(held_out)))]
 
 
