@@ -1,6 +1,11 @@
 """Active learning: do rows labelled by BALD or by entropy teach more than rows labelled at random?
 
     python benchmarks/active_learning.py
+    python benchmarks/active_learning.py --name active_learning_heads --model minilm-l6 --data data/banking77 \
+        --per-class 2 --k 77 --pool 1500 --test-rows 600 --steps 150 --layers last:3 --samples 5 --seeds 0 1 2
+
+With --per-class the start has so many rows of each label, and a classification head is trained; without, rows are taken
+at random and their choices scored by a language model.
 
 Every seed starts with the same rows for every strategy. A round ranks what is left of the pool by the last model, adds
 the k chosen rows, and trains again from scratch by the same recipe and seed. Resumable cell by cell: a cell is a
@@ -12,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,9 +33,10 @@ from scalabl.core.files import write_text
 from scalabl.data import Example, load_task
 from scalabl.data.assemble import shuffled
 from scalabl.data.example import LETTERS
-from scalabl.data.load import rows_of
+from scalabl.data.load import rows_of, with_labels
 from scalabl.inference.acquisition import STRATEGIES, informativeness, most_informative, random_order
-from scalabl.inference.predictor import labels_of, log_probabilities
+from scalabl.inference.predictor import Predictor, labels_of, log_probabilities
+from scalabl.inference.settings import PredictionSettings
 from scalabl.metrics import evaluate
 from scalabl.metrics.uncertainty import average
 from scalabl.runs.loading import load_run
@@ -42,8 +49,14 @@ START = "start"
 VALIDATION_ROWS = 4  # a run has to have some; the recipe leaves nothing to choose by them
 METRICS = ("accuracy", "nll", "ece")
 COLUMNS = ("seed", "by", "round", "labelled", *METRICS)
-TITLES = {"bald": "BALD", "entropy": "total entropy", "random": "random"}
-STYLE = {"bald": ("#0072b2", "solid"), "entropy": ("#d55e00", "dashed"), "random": ("#555555", "dotted")}
+# beside those that `scalabl acquire` knows: the smallest gap between the two likeliest labels [Scheffer et al. 2001], and
+# the distance to the labelled rows in the features of a head
+OTHERS = ("margin", "distance")
+TITLES = {"bald": "BALD", "entropy": "total entropy", "margin": "margin", "distance": "distance", "random": "random"}
+STYLE = {
+    "bald": ("#0072b2", "solid"), "entropy": ("#d55e00", "dashed"), "margin": ("#009e73", "dashdot"),
+    "distance": ("#cc79a7", (0, (1, 1))), "random": ("#555555", "dotted"),
+}  # fmt: skip
 HEADINGS = {"accuracy": "accuracy", "nll": "NLL (nats)"}
 
 Curves = dict[str, dict[int, dict[int, dict[str, float]]]]  # strategy -> rows labelled -> seed -> metric -> value
@@ -58,8 +71,9 @@ class Study:
         pool: the rows that may be labelled.
         validation, test: the other rows.
         start, k, rounds: rows labelled at first, a round, and how many rounds.
+        per_class: of each label at first, in the place of `start`, for a classification head; 0 for a language model.
         samples: N of the predictive.
-        strategies: of `scalabl.inference.acquisition`.
+        strategies: of `scalabl.inference.acquisition`, and `OTHERS`.
         seeds: each starts with other rows.
     """
 
@@ -73,11 +87,27 @@ class Study:
     samples: int
     strategies: tuple[str, ...]
     seeds: tuple[int, ...]
+    per_class: int = 0
 
     def digest(self) -> str:
         """Names everything that decides a cell but its seed, its strategy and its round."""
         rows = [[[r.question, r.choices, r.answer] for r in part] for part in (self.pool, self.validation, self.test)]
-        return harness.digest([self.settings.as_dict(), rows, self.start, self.k, self.samples])
+        first = self.start if not self.per_class else {"per_class": self.per_class}
+        return harness.digest([self.settings.as_dict(), rows, first, self.k, self.samples])
+
+    def first(self, seed: int) -> list[int]:
+        """Places in the pool that a seed starts with."""
+        order = most_informative(random_order(len(self.pool), 1000 * seed), len(self.pool))
+        if not self.per_class:
+            return order[: self.start]
+        taken: Counter[int | None] = Counter()
+        found = []
+        for place in order:
+            label = self.pool[place].answer
+            taken[label] += 1
+            if taken[label] <= self.per_class:
+                found.append(place)
+        return found
 
 
 def study_of(a: argparse.Namespace) -> Study:
@@ -88,8 +118,20 @@ def study_of(a: argparse.Namespace) -> Study:
     """
     rows = shuffled(load_task(a.data).split("train"), seed=0)
     validation, pool = rows[:VALIDATION_ROWS], rows[VALIDATION_ROWS : VALIDATION_ROWS + a.pool]
-    if a.start + a.rounds * a.k > len(pool):
-        raise SystemExit(f"the pool has {len(pool)} rows and {a.start} + {a.rounds} x {a.k} are to be labelled")
+    start = a.per_class * len(rows[0].choices) if a.per_class else a.start
+    if start + a.rounds * a.k > len(pool):
+        raise SystemExit(f"the pool has {len(pool)} rows and {start} + {a.rounds} x {a.k} are to be labelled")
+    test = rows_of(a.data, split="test", limit=a.test_rows)
+    if a.per_class:
+        # what the study's validation rows take for this encoder
+        settings = Settings.flat(
+            model=a.model, data=a.data, steps=a.steps, layers=a.layers, scoring="head", learning_rate=2e-3,
+            batch_size=16, max_length=64,
+        )  # fmt: skip
+        return Study(
+            settings, pool, validation, test, start, a.k, a.rounds, a.samples, tuple(a.strategies), tuple(a.seeds),
+            a.per_class,
+        )  # fmt: skip
     settings = Settings.flat(
         model=a.model,
         data=a.data,
@@ -106,7 +148,6 @@ def study_of(a: argparse.Namespace) -> Study:
         normalization="token",
         max_length=256,
     )
-    test = rows_of(a.data, split="test", limit=a.test_rows)
     return Study(
         settings, pool, validation, test, a.start, a.k, a.rounds, a.samples, tuple(a.strategies), tuple(a.seeds)
     )  # fmt: skip
@@ -118,8 +159,7 @@ def cells(study: Study, runs: Path) -> Iterator[dict[str, Any]]:
     `labelled` and `picked` are places in the pool: what was trained on, and strategy -> what comes next.
     """
     for seed in study.seeds:
-        first = most_informative(random_order(len(study.pool), 1000 * seed), study.start)
-        start = cell(study, runs, seed, START, 0, first, study.strategies if study.rounds else ())
+        start = cell(study, runs, seed, START, 0, study.first(seed), study.strategies if study.rounds else ())
         yield start
         for by in study.strategies:
             last = start
@@ -140,14 +180,14 @@ def cell(
         if known["labelled"] == labelled and known["picked"].keys() >= set(strategies):
             print(f"{directory.name}: known", flush=True)
             return known
-    _write_rows(directory / "rows" / "train.jsonl", [study.pool[i] for i in labelled])
-    _write_rows(directory / "rows" / "validation.jsonl", study.validation)
+    _write_rows(directory / "rows" / "train.jsonl", [study.pool[i] for i in labelled], labels=study.per_class > 0)
+    _write_rows(directory / "rows" / "validation.jsonl", study.validation, labels=study.per_class > 0)
     settings = study.settings.changed(data=str(directory / "rows"), seed=seed)
     train(settings, directory / "run")
     run = load_run(directory / "run")
-    predictive = run.predictive(samples=study.samples, seed=seed)
-    log_probs = log_probabilities(run, study.test, predictive, description=directory.name)
-    figures = evaluate(average(log_probs), labels_of(study.test), bootstrap=2)
+    predictive, test = run.predictive(samples=study.samples, seed=seed), _rows(run, study.test)
+    log_probs = log_probabilities(run, test, predictive, description=directory.name)
+    figures = evaluate(average(log_probs), labels_of(test), bootstrap=2)
     made = {"seed": seed, "by": by, "round": number, "labelled": labelled}
     made |= {metric: figures[metric].value for metric in METRICS}
     made["picked"] = picks(study, run, seed, number, labelled, strategies)
@@ -163,25 +203,40 @@ def picks(
     known = set(labelled)
     left = [i for i in range(len(study.pool)) if i not in known]
     chosen: dict[str, list[int]] = {}
-    if set(strategies) - {"random"}:
+    # the whole pool every time: its frozen layers are then computed once for all cells
+    pool = _rows(run, study.pool)
+    if set(strategies) - {"random", "distance"}:
         predictive = run.predictive(samples=study.samples, seed=seed)
-        # the whole pool every time: its frozen layers are then computed once for all cells
-        log_probs = log_probabilities(run, study.pool, predictive, description="ranking the pool")
+        log_probs = log_probabilities(run, pool, predictive, description="ranking the pool")
     for by in strategies:
         if by == "random":
             scores = random_order(len(study.pool), 1000 * seed + number + 1)
+        elif by == "distance":
+            scores = Predictor(run, PredictionSettings("mean", raw=True)).mean_scores(pool)["distance"]
+        elif by == "margin":
+            two = average(log_probs).topk(2, dim=1).values
+            scores = two[:, 1] - two[:, 0]
         else:
             scores = informativeness(log_probs, by)
         chosen[by] = [left[i] for i in most_informative(scores[left], study.k)]
     return chosen
 
 
-def _write_rows(path: Path, rows: Sequence[Example]) -> None:
-    """Labelled rows as JSONL; the answer is its text, or its index where the text might be a letter."""
+def _rows(run: Run, rows: list[Example]) -> list[Example]:
+    """Rows with the labels in the run's order."""
+    return with_labels(rows, run.record.labels, "the pool") if run.record.labels else rows
+
+
+def _write_rows(path: Path, rows: Sequence[Example], *, labels: bool = False) -> None:
+    """Rows as JSONL: of a text and its label, or of choices, where the answer is its text, or its index where the text
+    might be a letter."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = []
     for row in rows:
         assert row.answer is not None
+        if labels:
+            lines.append({"id": row.id, "text": row.question, "label": row.choices[row.answer]})
+            continue
         text = row.choices[row.answer]
         answer = row.answer if text in LETTERS else text
         lines.append({"id": row.id, "question": row.question, "choices": row.choices, "answer": answer})
@@ -193,9 +248,10 @@ def main() -> None:
     parser = harness.options(
         __doc__,
         seeds=[0, 1],
-        strategies=(list(STRATEGIES), None, STRATEGIES),
+        strategies=(list(STRATEGIES), "of a head also margin and distance", (*STRATEGIES, *OTHERS)),
         rounds=2,
         start=(40, "rows labelled at first"),
+        per_class=(0, "rows of each label labelled at first, of a classification head"),
         k=(40, "rows labelled a round"),
         pool=(240, "rows that may be labelled"),
         test_rows=150,
@@ -206,6 +262,7 @@ def main() -> None:
         data="arc-easy",
         runs=(harness.ROOT / "runs" / "active-learning", "where the cells go"),
         output=(harness.RESULTS, "directory of the results"),
+        name=(NAME, "of the files there"),
     )
     a = parser.parse_args()
     quiet()
@@ -222,7 +279,8 @@ def main() -> None:
     for made in cells(study, a.runs):
         done.append(made)
         found = curves(done)
-        harness.write_results(a.output, NAME, None, markdown(found, known), csv_of(done), picture(found), show=False)
+        page = markdown(found, known, a.name)
+        harness.write_results(a.output, a.name, None, page, csv_of(done), picture(found), show=False)
 
 
 def csv_of(cells: Sequence[dict[str, Any]]) -> str:
@@ -242,7 +300,7 @@ def curves(cells: Sequence[dict[str, Any]]) -> Curves:
     return found
 
 
-def markdown(found: Curves, known: dict[str, str]) -> str:
+def markdown(found: Curves, known: dict[str, str], name: str = NAME) -> str:
     """The results as a page."""
     rows: list[dict[str, Any]] = []
     for by, curve in found.items():
@@ -261,7 +319,7 @@ def markdown(found: Curves, known: dict[str, str]) -> str:
     )
     parts = [
         "# Active learning: which rows to label",
-        f"![learning curves]({NAME}.svg)",
+        f"![learning curves]({name}.svg)",
         shown,
         "Mean ± standard deviation over seeds. Differences from random picks are paired by seed, with their 95 % "
         "interval (Student's); * where it leaves out zero. All strategies of a seed start from the same rows. Seeds "
