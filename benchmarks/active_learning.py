@@ -1,8 +1,9 @@
-"""Active learning: do rows labelled by BALD or by entropy teach more than rows labelled at random?
+r"""Active learning: do rows labelled by BALD or by entropy teach more than rows labelled at random?
 
     python benchmarks/active_learning.py
     python benchmarks/active_learning.py --name active_learning_heads --model minilm-l6 --data data/banking77 \
-        --per-class 2 --k 77 --pool 1500 --test-rows 600 --steps 150 --layers last:3 --samples 5 --seeds 0 1 2
+        --per-class 2 -k 77 --pool 1500 --test-rows 600 --steps 150 --layers last:3 --samples 5 --seeds 0 1 2 3 \
+        --strategies bald entropy margin distance random
 
 With --per-class the start has so many rows of each label, and a classification head is trained; without, rows are taken
 at random and their choices scored by a language model.
@@ -49,8 +50,8 @@ START = "start"
 VALIDATION_ROWS = 4  # a run has to have some; the recipe leaves nothing to choose by them
 METRICS = ("accuracy", "nll", "ece")
 COLUMNS = ("seed", "by", "round", "labelled", *METRICS)
-# beside those that `scalabl acquire` knows: the smallest gap between the two likeliest labels [Scheffer et al. 2001], and
-# the distance to the labelled rows in the features of a head
+# beside those that `scalabl acquire` knows: the smallest gap between the two likeliest labels [Scheffer et al. 2001],
+# and the distance to the labelled rows in the features of a head
 OTHERS = ("margin", "distance")
 TITLES = {"bald": "BALD", "entropy": "total entropy", "margin": "margin", "distance": "distance", "random": "random"}
 STYLE = {
