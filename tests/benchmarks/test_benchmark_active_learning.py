@@ -4,6 +4,7 @@ import argparse
 import csv
 import io
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,11 +13,15 @@ from typing import Any
 import active_learning
 import pytest
 from active_learning import curves, markdown, verdict
-from tiny_base import tiny_base
+from tiny_base import tiny_base, tiny_encoder, write_texts
 
-from scalabl.data import load_rows
+from scalabl.data import load_rows, load_task
+from scalabl.data.assemble import shuffled
+from scalabl.data.load import with_labels
 from scalabl.inference.acquisition import informativeness, most_informative, random_order
-from scalabl.inference.predictor import log_probabilities
+from scalabl.inference.predictor import Predictor, log_probabilities
+from scalabl.inference.settings import PredictionSettings
+from scalabl.metrics.uncertainty import average
 from scalabl.runs.loading import load_run
 from scalabl.scoring import trunk_store
 
@@ -133,6 +138,30 @@ def test_a_pool_that_is_too_small_is_refused(toy: Toy, monkeypatch: pytest.Monke
     monkeypatch.setattr("sys.argv", [*toy.line, "--rounds", "5"])
     with pytest.raises(SystemExit, match=r"the pool has 14 rows and 6 \+ 5 x 2"):
         active_learning.main()
+
+
+def test_a_head_starts_with_rows_of_every_label(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SCALABL_CACHE", str(tmp_path / "cache"))
+    data, runs, results = write_texts(tmp_path / "texts"), tmp_path / "runs", tmp_path / "results"
+    line = ["active_learning.py", "--per-class", "2", "--seeds", "1", "--rounds", "1", "-k", "3", "--pool", "26"]
+    line += ["--test-rows", "5", "--steps", "2", "--samples", "3", "--strategies", "margin", "distance", "random"]
+    places = ["--model", str(tiny_encoder()), "--data", str(data), "--runs", str(runs), "--output", str(results)]
+    monkeypatch.setattr("sys.argv", [*line, *places, "--name", "heads"])
+    active_learning.main()
+    assert {path.name for path in results.iterdir()} == {"heads.csv", "heads.md", "heads.svg"}
+    (file,) = runs.glob("*/seed1-start-0/figures.json")
+    start = json.loads(file.read_text())
+    rows = [json.loads(line) for line in (file.parent / "rows" / "train.jsonl").read_text().splitlines()]
+    assert Counter(row["label"] for row in rows) == dict.fromkeys({row["label"] for row in rows}, 2) and len(rows) == 6
+
+    run, pool = load_run(file.parent / "run"), shuffled(load_task(str(data)).split("train"), seed=0)[4:30]
+    pool = with_labels(pool, run.record.labels, data)
+    left = [i for i in range(26) if i not in start["labelled"]]
+    probs = average(log_probabilities(run, pool, run.predictive(samples=3, seed=1))).sort(dim=1).values
+    gap = (probs[:, -1] - probs[:, -2]).tolist()
+    assert start["picked"]["margin"] == sorted(left, key=gap.__getitem__)[:3]
+    away = Predictor(run, PredictionSettings("mean", raw=True)).mean_scores(pool)["distance"].tolist()
+    assert start["picked"]["distance"] == sorted(left, key=lambda i: -away[i])[:3]
 
 
 def _cell(by: str, seed: int, labelled: int, nll: float) -> dict[str, Any]:

@@ -68,7 +68,9 @@ def test_every_scale_of_kept_gaussians_takes_one_pass(monkeypatch: pytest.Monkey
     for tau, wanted in zip((1.0, 0.5, 2.0), expected, strict=True):
         assert torch.equal(predict(scorer, rows, with_scale(kept, tau), batch_size=4), wanted)
     assert passes == [4, 2]  # the rows of the first
-    assert torch.equal(predict(scorer, rows[:2], kept, batch_size=2), predict(scorer, rows[:2], LinearizedPredictive(8)))
+    assert torch.equal(
+        predict(scorer, rows[:2], kept, batch_size=2), predict(scorer, rows[:2], LinearizedPredictive(8))
+    )
     assert len(passes) == 4  # another batch, and one that keeps nothing
 
 

@@ -37,6 +37,7 @@ def test_there_are_recipes() -> None:
         "study",
         "study_smollm2",
         "study_noise",
+        "study_ensembles",
     }
 
 
