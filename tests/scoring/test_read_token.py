@@ -23,6 +23,7 @@ from scalabl.scoring.read_token import known_first_token, remember_first_token, 
 from scalabl.scoring.trunk import Trunk
 from scalabl.tuner import ScalaBLConfig
 from scalabl.tuner.layers import decoder_layers
+from scalabl.tuner.state import mean_of_any
 
 FIRST_TOKEN = {"bert", "roberta", "electra", "deberta-v2"}
 TEXTS = ("red", "a green answer that is long enough to be padded by others for sure", "blue or not?")
@@ -97,6 +98,34 @@ def test_the_last_layer_works_on_one_token_a_row() -> None:
     remember_first_token(fresh.model, True)  # as a process that others told
     fresh.class_logits(batch)
     assert seen[-1] == 1
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_layers_that_are_computed_again_for_gradients_are_whole(reentrant: bool) -> None:
+    scorer = scorer_of(tiny_encoder())
+    rows = encoded(scorer)
+    scorer.reads_packed(rows)
+    assert known_first_token(scorer.model)
+    batch = scorer.scoring.collate(rows)
+    trained = [p for n, p in scorer.model.named_parameters() if "lora_" in n and "default" in n]
+
+    def gradients() -> list[Tensor]:
+        scorer.model.zero_grad()
+        scorer.scoring.likelihood.loss(scorer.class_logits(batch), batch.answers).backward()
+        return [p.grad.clone() for p in trained if p.grad is not None]
+
+    expected = gradients()
+    scorer.model.get_base_model().gradient_checkpointing_enable({"use_reentrant": reentrant})
+    scorer.model.enable_input_require_grads()
+    scorer.model.train()
+    for module in scorer.model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    with mean_of_any(scorer.model):
+        found = gradients()
+    assert len(found) == len(expected) > 0
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-6)
 
 
 def test_a_head_that_reads_other_tokens_has_them() -> None:

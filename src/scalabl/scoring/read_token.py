@@ -22,7 +22,8 @@ from scalabl.tuner.layers import decoder_layers, sequence_classifier, unwrap
 from scalabl.tuner.state import mean_of_any
 from scalabl.tuner.threads import base_model, own
 
-_known: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+# of a model its last layer, where the other tokens may be left out above its attention
+_known: WeakKeyDictionary[nn.Module, nn.Module | None] = WeakKeyDictionary()
 _whole: ContextVar[bool] = ContextVar("whole_rows", default=False)
 
 
@@ -39,14 +40,17 @@ def whole_rows() -> Iterator[None]:
 @contextmanager
 def read_token_alone(model: nn.Module, *, on_meta: bool = False) -> Iterator[None]:
     """Within it a sequence classifier computes what no other token needs for the token alone that its head reads, if it
-    was found to be such a model.
+    was found to be such a model. A layer that backward passes compute once more has left this context by then, and is
+    whole.
 
     Args:
         model: the model.
         on_meta: its tensors have no numbers, with which it could be tried; its kind decides.
     """
-    alone = _known.get(base_model(model), on_meta and _above_attention(model) is not None)
-    with _first_token(model) if alone and not _whole.get() else nullcontext():
+    base = base_model(model)
+    last = _last_layer(model) if on_meta and base not in _known else _known.get(base)
+    again = last is not None and last.training and getattr(last, "gradient_checkpointing", False)
+    with nullcontext() if last is None or again or _whole.get() else _first_token(last):
         yield
 
 
@@ -60,26 +64,27 @@ def reads_first_token(model: nn.Module, inputs: dict[str, Tensor]) -> bool:
     """
     base = base_model(model)
     if base not in _known:
-        _known[base] = _above_attention(model) is not None and _tried(unwrap(model), inputs)
-    return _known[base]
+        last = _last_layer(model)
+        _known[base] = last if last is not None and _same_logits(unwrap(model), inputs, last) else None
+    return _known[base] is not None
 
 
 def known_first_token(model: nn.Module) -> bool:
     """What `reads_first_token` found; False before it was tried."""
-    return _known.get(base_model(model), False)
+    return _known.get(base_model(model)) is not None
 
 
 def remember_first_token(model: nn.Module, found: bool) -> None:
     """Take over what another process has found out of the same model."""
-    _known.setdefault(base_model(model), found)
+    _known.setdefault(base_model(model), _last_layer(model) if found else None)
 
 
 @torch.no_grad()
-def _tried(model: nn.Module, inputs: dict[str, Tensor]) -> bool:
+def _same_logits(model: nn.Module, inputs: dict[str, Tensor], last: nn.Module) -> bool:
     with eval_mode(model), mean_of_any(model):
         whole = model(**inputs).logits
         try:
-            with _first_token(model):
+            with _first_token(last):
                 alone = model(**inputs).logits
         except torch.OutOfMemoryError:
             raise
@@ -89,23 +94,24 @@ def _tried(model: nn.Module, inputs: dict[str, Tensor]) -> bool:
 
 
 @contextmanager
-def _first_token(model: nn.Module) -> Iterator[None]:
+def _first_token(last: nn.Module) -> Iterator[None]:
     def first(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return tuple(value[:, :1] for value in args)
 
-    above = _above_attention(model)
-    assert above is not None
-    handle = above.register_forward_pre_hook(own(first))
+    above: Any = last.attention
+    handle = above.output.register_forward_pre_hook(own(first))
     try:
         yield
     finally:
         handle.remove()
 
 
-def _above_attention(model: nn.Module) -> nn.Module | None:
-    """What follows the mixing of tokens in the last layer of BERT and its kin; None of others, and of decoders."""
+def _last_layer(model: nn.Module) -> nn.Module | None:
+    """The last layer of BERT and its kin, whose attention has an `output` behind the mixing of tokens; None of other
+    models, and of decoders."""
     base = sequence_classifier(model)
     if base is None or getattr(base.config, "is_decoder", False):
         return None
-    above = getattr(getattr(decoder_layers(model)[-1], "attention", None), "output", None)
-    return above if isinstance(above, nn.Module) and hasattr(above, "LayerNorm") else None
+    last = decoder_layers(model)[-1]
+    above = getattr(getattr(last, "attention", None), "output", None)
+    return last if isinstance(above, nn.Module) and hasattr(above, "LayerNorm") else None
