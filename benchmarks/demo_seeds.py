@@ -187,12 +187,22 @@ def _facts(seeds: dict[int, dict[str, Any]]) -> dict[str, str]:
 
 
 def _notes(seeds: dict[int, dict[str, Any]]) -> dict[str, list[str]]:
-    """Method -> its notes, with the seed in front."""
-    notes: dict[str, list[str]] = {}
+    """Method -> its notes, with the seeds that have them in front where these are not all; once where several methods
+    share them."""
+    found: dict[str, dict[str, list[int]]] = {}
     for seed, made in seeds.items():
         for row in made["methods"]:
-            notes.setdefault(row["method"], []).extend(f"seed {seed}: {note}" for note in row["notes"])
-    return {method: own for method, own in notes.items() if own}
+            for note in row["notes"]:
+                found.setdefault(row["method"], {}).setdefault(note, []).append(seed)
+    notes: dict[str, list[str]] = {}
+    told: set[tuple[str, tuple[int, ...]]] = set()
+    for method, own in found.items():
+        for note, having in own.items():
+            if (note, tuple(having)) not in told:
+                told.add((note, tuple(having)))
+                which = "" if len(having) == len(seeds) else f"seed {', '.join(map(str, having))}: "
+                notes.setdefault(method, []).append(f"{which}{note}")
+    return notes
 
 
 def csv_of(summary: dict[str, Methods], seeds: Sequence[int]) -> str:
