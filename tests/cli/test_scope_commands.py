@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -93,8 +94,10 @@ def test_rows_beyond_the_threshold_are_out_of_scope(
     assert [answer["reason"] for answer in answers] == ["out of scope" if out else None for out in beyond]
     assert [answer["label"] is None for answer in answers] == beyond and 0 < sum(beyond) < 20
     text = " ".join(said.out.split())
-    where = f"probability below {-above:.4g}" if score == "probability" else f"{score} above {above:.4g}"
-    assert f"scope null where {where}: at most 40 % of rows in scope" in text
+    where = "probability below" if score == "probability" else f"{score} above"
+    threshold = re.search(rf"scope null where {where} (\S+): at most 40 % of rows in scope", text)
+    # an epistemic part of a few millionths has the rounding of float32 passes in its fourth digit
+    assert threshold and float(threshold[1]) == pytest.approx(sign * above, rel=5e-3 if score == "epistemic" else 1e-3)
     assert f"answered {20 - sum(beyond)} of 20 rows" in text
 
 

@@ -100,6 +100,22 @@ def test_the_last_layer_works_on_one_token_a_row() -> None:
     assert seen[-1] == 1
 
 
+def test_a_model_that_cannot_be_tried_yet_is_whole_until_it_can() -> None:
+    scorer = scorer_of(tiny_encoder())
+    rows, unready = encoded(scorer), [True]
+
+    def fail(_module: nn.Module, _args: tuple[Tensor, ...]) -> None:
+        if unready:
+            raise RuntimeError("not among its particles")
+
+    scorer.model.get_base_model().classifier.register_forward_pre_hook(fail)
+    scorer.reads_packed(rows)
+    assert not known_first_token(scorer.model)
+    unready.clear()
+    scorer.reads_packed(rows)
+    assert known_first_token(scorer.model)
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_layers_that_are_computed_again_for_gradients_are_whole(reentrant: bool) -> None:
     scorer = scorer_of(tiny_encoder())

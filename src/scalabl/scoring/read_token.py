@@ -65,7 +65,10 @@ def reads_first_token(model: nn.Module, inputs: dict[str, Tensor]) -> bool:
     base = base_model(model)
     if base not in _known:
         last = _last_layer(model)
-        _known[base] = last if last is not None and _same_logits(unwrap(model), inputs, last) else None
+        same = last is not None and _same_logits(unwrap(model), inputs, last)
+        if same is None:  # nothing can be told now
+            return False
+        _known[base] = last if same else None
     return _known[base] is not None
 
 
@@ -80,9 +83,14 @@ def remember_first_token(model: nn.Module, found: bool) -> None:
 
 
 @torch.no_grad()
-def _same_logits(model: nn.Module, inputs: dict[str, Tensor], last: nn.Module) -> bool:
+def _same_logits(model: nn.Module, inputs: dict[str, Tensor], last: nn.Module) -> bool | None:
     with eval_mode(model), mean_of_any(model):
-        whole = model(**inputs).logits
+        try:
+            whole = model(**inputs).logits
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # among particles that these rows cannot carry, or whatever the passes to come will say
+            return None
         try:
             with _first_token(last):
                 alone = model(**inputs).logits
