@@ -12,7 +12,7 @@ from scalabl.core.errors import UserError
 from scalabl.data import load_rows
 from scalabl.inference.acquisition import acquire, informativeness, most_informative, random_order
 from scalabl.inference.predictor import log_probabilities
-from scalabl.metrics.uncertainty import decompose
+from scalabl.metrics.uncertainty import average, decompose
 from scalabl.runs.loading import load_run
 
 
@@ -28,14 +28,15 @@ def pool(tmp_path: Path) -> Path:
     return write_jsonl(tmp_path / "pool.jsonl", rows)
 
 
-@pytest.mark.parametrize("by", ["bald", "entropy"])
+@pytest.mark.parametrize("by", ["bald", "entropy", "margin"])
 def test_the_most_uncertain_rows_come_first(program: Program, scalabl_run: Path, pool: Path, by: str) -> None:
     said = program("acquire", pool, scalabl_run, "-k", 6, "--by", by, "--samples", 4, "--seed", 3)
     assert (said.code, said.err) == (0, "")
     found = picked(said.out)
     run, rows = load_run(scalabl_run), load_rows(pool, require_answer=False)
-    parts = decompose(log_probabilities(run, rows, run.predictive(samples=4, seed=3)))
-    scores = (parts.epistemic if by == "bald" else parts.total).tolist()
+    log_probs = log_probabilities(run, rows, run.predictive(samples=4, seed=3))
+    parts, probs = decompose(log_probs), average(log_probs).sort(dim=1).values
+    scores = {"bald": parts.epistemic, "entropy": parts.total, "margin": probs[:, -2] - probs[:, -1]}[by].tolist()
     places = sorted(range(15), key=lambda i: -scores[i])[:6]
     originals = picked(pool.read_text(encoding="utf-8"))
     assert found == [originals[i] | {"score": scores[i]} for i in places]
@@ -78,9 +79,10 @@ def test_what_was_picked_can_be_labelled_and_read(program: Program, scalabl_run:
     assert [row["score"] for row in again] == pytest.approx([row["score"] for row in rows], rel=1e-4)
 
 
-def test_a_run_without_particles_ranks_by_entropy_alone(program: Program, mle_run: Path, pool: Path) -> None:
-    assert len(picked(program("acquire", pool, mle_run, "-k", 3, "--by", "entropy").out)) == 3
-    assert "use --by entropy" in program("acquire", pool, mle_run, "-k", 3).sentence()
+def test_a_run_without_particles_ranks_by_its_probabilities_alone(program: Program, mle_run: Path, pool: Path) -> None:
+    for by in ("entropy", "margin"):
+        assert len(picked(program("acquire", pool, mle_run, "-k", 3, "--by", by).out)) == 3
+    assert "use --by margin" in program("acquire", pool, mle_run, "-k", 3).sentence()
     with pytest.raises(UserError, match="no epistemic part"):
         acquire(mle_run, load_rows(pool, require_answer=False), 3)
 
@@ -91,8 +93,8 @@ def test_a_run_without_particles_ranks_by_entropy_alone(program: Program, mle_ru
         (("-k", 0), "-k is 0; it must be between 1 and the 15 rows"),
         (("-k", 16), "-k is 16; it must be between 1 and the 15 rows"),
         ((), "Missing option '-k'"),
-        (("-k", 3, "--by", "margin"), "--by is 'margin'; it must be one of bald, entropy, random"),
-        (("-k", 3, "--samples", 1), "use --by entropy"),
+        (("-k", 3, "--by", "size"), "--by is 'size'; it must be one of bald, entropy, margin, random"),
+        (("-k", 3, "--samples", 1), "use --by margin"),
         (("-k", 3, "--samples", 0), "--samples is 0"),
         (("-k", 3, "--output", "/nowhere/picked.jsonl"), "cannot be written"),
     ],
@@ -113,5 +115,5 @@ def test_ties_are_taken_in_their_order() -> None:
     assert most_informative(torch.tensor([0.0, 2.0, 1.0, 2.0]), 3) == [1, 3, 2]
     with pytest.raises(UserError, match="k is 5"):
         most_informative(torch.zeros(4), 5)
-    with pytest.raises(UserError, match="bald or entropy"):
+    with pytest.raises(UserError, match="bald, entropy or margin"):
         informativeness(torch.zeros(2, 1, 1), "random")

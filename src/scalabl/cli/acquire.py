@@ -22,7 +22,7 @@ def acquire(
     pool: Annotated[Path, typer.Argument(metavar="POOL", help="JSONL rows without answers; answers are ignored.")],
     run: Annotated[Path, typer.Argument(metavar="DIR", help="A run directory, or an adapter's.")],
     k: Annotated[int, typer.Option("-k", help="How many rows.")],
-    by: Annotated[str, typer.Option(help="bald (mutual information), entropy or random.")] = "bald",
+    by: Annotated[str, typer.Option(help="bald (mutual information), entropy, margin or random.")] = "bald",
     output: Annotated[Path | None, typer.Option(help="JSONL; standard output if left out.")] = None,
     samples: Annotated[int, typer.Option(help="Particles.", rich_help_panel=options.PREDICTION)] = 10,
     seed: Annotated[int, options.seed_option("Of the particles, or of the random order.")] = 0,
@@ -34,7 +34,7 @@ def acquire(
     chat: options.Chat = None,
     max_length: options.MaxLength = None,
 ) -> None:
-    """The k rows to label next, most informative first: each as it stands in the pool, with its score (nats)."""
+    """The k rows to label next, most informative first: each as it stands in the pool, with its score."""
     from scalabl.core.outputs import require_writable
     from scalabl.data.jsonl import load_rows
     from scalabl.data.load import with_labels
@@ -53,7 +53,7 @@ def acquire(
     options.require_counts(samples=samples, batch_size=batch_size)
     if by == "bald" and (record.method not in SAMPLED or samples == 1):
         raise UserError(
-            "BALD ranks by what particles disagree about, and here is a single prediction; use --by entropy, or a run "
+            "BALD ranks by what particles disagree about, and here is a single prediction; use --by margin, or a run "
             "with a posterior and more --samples."
         )
     require_writable(output, reads=(pool, run, model))

@@ -2,9 +2,11 @@
 
     bald      mutual information of answer and parameters, H[mean p] - mean H[p_i]: what the particles disagree about
     entropy   H[mean p]: uncertain for whatever reason, a question that nobody could settle included
+    margin    minus the gap between the two likeliest answers of mean p: the closest calls, of any kind of run
     random    a seeded order, which the others have to beat
 
-Sources: Houlsby et al. 2011 (BALD, 1112.5745, eq. 2); Gal, Islam and Ghahramani 2017 (from networks, 1703.02910).
+Sources: Houlsby et al. 2011 (BALD, 1112.5745, eq. 2); Gal, Islam and Ghahramani 2017 (from networks, 1703.02910);
+Scheffer, Decomain and Wrobel 2001 (margin).
 """
 
 from __future__ import annotations
@@ -22,20 +24,24 @@ if TYPE_CHECKING:
     from scalabl.data.example import Example
 
 
-STRATEGIES = ("bald", "entropy", "random")
+STRATEGIES = ("bald", "entropy", "margin", "random")
 
 
 def informativeness(log_probs: Tensor, by: str = "bald", per_row: int = 1) -> Tensor:
-    """log_probs (N, n, C) of N particles -> (n,) float64 in nats, higher is more informative; of `per_row` questions a
-    row, as of several labels, their sum.
+    """log_probs (N, n, C) of N particles -> (n,) float64, higher is more informative: in nats, of the margin a gap of
+    probabilities, at most 0; of `per_row` questions a row, as of several labels, their sum.
 
     Raises:
         UserError: no such strategy, or BALD of a single particle.
     """
-    from scalabl.metrics.uncertainty import decompose
+    from scalabl.metrics.uncertainty import average, decompose
 
-    if by not in ("bald", "entropy"):
-        raise UserError(f"by is {by!r}; predictions rank rows by bald or entropy.")
+    if by not in ("bald", "entropy", "margin"):
+        raise UserError(f"by is {by!r}; predictions rank rows by bald, entropy or margin.")
+    if by == "margin":
+        two = average(log_probs).topk(2, dim=1).values
+        gaps: Tensor = (two[:, 1] - two[:, 0]).unflatten(0, (-1, per_row)).sum(dim=1)
+        return gaps
     if by == "bald" and log_probs.shape[0] == 1:
         raise UserError("A single prediction has no epistemic part for BALD to rank by; use entropy.")
     uncertainty = decompose(log_probs, per_row)
@@ -79,7 +85,7 @@ def acquire(
         directory: the run; unread where rows are taken at random.
         rows: the pool; answers in it are ignored.
         k: how many.
-        by: "bald", "entropy" or "random".
+        by: "bald", "entropy", "margin" or "random".
         samples: N of the run's own predictive.
         seed: of its particles, or of the random order.
         batch_size: rows at a time.
