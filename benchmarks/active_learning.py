@@ -120,35 +120,28 @@ def study_of(a: argparse.Namespace) -> Study:
     start = a.per_class * len(rows[0].choices) if a.per_class else a.start
     if start + a.rounds * a.k > len(pool):
         raise SystemExit(f"the pool has {len(pool)} rows and {start} + {a.rounds} x {a.k} are to be labelled")
-    test = rows_of(a.data, split="test", limit=a.test_rows)
+    shared = {"model": a.model, "data": a.data, "steps": a.steps, "layers": a.layers}
     if a.per_class:
         # what the study's validation rows take for this encoder
+        settings = Settings.flat(**shared, scoring="head", learning_rate=2e-3, batch_size=16, max_length=64)
+    else:
         settings = Settings.flat(
-            model=a.model, data=a.data, steps=a.steps, layers=a.layers, scoring="head", learning_rate=2e-3,
-            batch_size=16, max_length=64,
-        )  # fmt: skip
-        return Study(
-            settings, pool, validation, test, start, a.k, a.rounds, a.samples, tuple(a.strategies), tuple(a.seeds),
-            a.per_class,
-        )  # fmt: skip
-    settings = Settings.flat(
-        model=a.model,
-        data=a.data,
-        steps=a.steps,
-        layers=a.layers,
-        target_modules="q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj",
-        variational_learning_rate=5e-2,
-        prior_mean=0.0,
-        prior_std=1.0,
-        init_sigma=0.05,
-        schedule="warmup",
-        kl_warmup=0.5,
-        scoring="continuation",
-        normalization="token",
-        max_length=256,
-    )
+            **shared,
+            target_modules="q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj",
+            variational_learning_rate=5e-2,
+            prior_mean=0.0,
+            prior_std=1.0,
+            init_sigma=0.05,
+            schedule="warmup",
+            kl_warmup=0.5,
+            scoring="continuation",
+            normalization="token",
+            max_length=256,
+        )
+    test = rows_of(a.data, split="test", limit=a.test_rows)
     return Study(
-        settings, pool, validation, test, a.start, a.k, a.rounds, a.samples, tuple(a.strategies), tuple(a.seeds)
+        settings, pool, validation, test, start, a.k, a.rounds, a.samples, tuple(a.strategies), tuple(a.seeds),
+        a.per_class,
     )  # fmt: skip
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -75,11 +74,13 @@ def test_rows_beyond_the_threshold_are_out_of_scope(
 ) -> None:
     predictor, found, log_probs = held_out(run)
     of_mean = predictor.mean_scores(found, dataset="held-out rows")
+    # a float32 softmax misses one by more than the epistemic part of a few steps is exact to
+    particles = log_probs.double().log_softmax(dim=2)
     known = {
         "probability": -average(log_probs).amax(dim=1),
         "entropy": -(average(log_probs) * average(log_probs).log()).sum(dim=1),
         "epistemic": -(average(log_probs) * average(log_probs).log()).sum(dim=1)
-        + (log_probs.double().exp() * log_probs.double()).sum(dim=2).mean(dim=0),
+        + (particles.exp() * particles).sum(dim=2).mean(dim=0),
         **of_mean,
     }[score]
     above = quantile(known.double().numpy(), 0.6)
@@ -94,10 +95,8 @@ def test_rows_beyond_the_threshold_are_out_of_scope(
     assert [answer["reason"] for answer in answers] == ["out of scope" if out else None for out in beyond]
     assert [answer["label"] is None for answer in answers] == beyond and 0 < sum(beyond) < 20
     text = " ".join(said.out.split())
-    where = "probability below" if score == "probability" else f"{score} above"
-    threshold = re.search(rf"scope null where {where} (\S+): at most 40 % of rows in scope", text)
-    # an epistemic part of a few millionths has the rounding of float32 passes in its fourth digit
-    assert threshold and float(threshold[1]) == pytest.approx(sign * above, rel=5e-3 if score == "epistemic" else 1e-3)
+    where = f"probability below {-above:.4g}" if score == "probability" else f"{score} above {above:.4g}"
+    assert f"scope null where {where}: at most 40 % of rows in scope" in text
     assert f"answered {20 - sum(beyond)} of 20 rows" in text
 
 

@@ -1,5 +1,7 @@
 """The scale tau of a posterior: s = mean + tau scale noise, and tau^2 J Sigma J^T, in every predictive that has one."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny_base import adapted, loaded, questions
@@ -72,6 +74,10 @@ def test_every_scale_of_kept_gaussians_takes_one_pass(monkeypatch: pytest.Monkey
         predict(scorer, rows[:2], kept, batch_size=2), predict(scorer, rows[:2], LinearizedPredictive(8))
     )
     assert len(passes) == 4  # another batch, and one that keeps nothing
+    one = scorer.scoring.collate(rows[:1])
+    other = replace(one, segments=torch.where(one.segments == one.segments.max(), 1, one.segments))
+    kept(scorer, one)
+    assert torch.equal(kept(scorer, other), LinearizedPredictive(8)(scorer, other))  # the same tokens, read otherwise
 
 
 @pytest.mark.parametrize("covariance", ["diagonal", "joint"])

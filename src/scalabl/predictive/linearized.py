@@ -92,7 +92,7 @@ class LinearizedPredictive:
             )
         self.feature_variance = feature_variance
         self._root: tuple[tuple[int, int], Tensor] | None = None  # of a head's weight in its present version
-        self._kept: dict[bytes, tuple[Tensor, Tensor]] | None = None
+        self._kept: dict[tuple[object, ...], tuple[Tensor, Tensor]] | None = None
 
     def keeping(self) -> LinearizedPredictive:
         """The same, which keeps the Gaussian of every batch for when it comes again: of its copies of another scale
@@ -102,9 +102,10 @@ class LinearizedPredictive:
         return made
 
     def __call__(self, scorer: Scorer, batch: Batch) -> Tensor:
-        if self._kept is None:
+        if self._kept is None or batch.images is not None:  # the same tokens stand for other images
             return self.of_jacobian(scorer, *self.jacobian(scorer, batch))
-        key = batch.input_ids.cpu().numpy().tobytes()
+        read = batch.input_ids, batch.position_ids, batch.segments, batch.token_types
+        key = tuple(x if x is None else (x.shape, x.cpu().numpy().tobytes()) for x in read)
         if key not in self._kept:
             logits, jacobians = self.jacobian(scorer, batch)
             self._kept[key] = logits, logit_covariance(scorer, jacobians)
