@@ -32,7 +32,7 @@ from scalabl.predictive.head_features import head_layer
 from scalabl.predictive.kronecker import Factor, KroneckerBlock
 from scalabl.predictive.lora_particles import removed_after
 from scalabl.runs.method import Run
-from scalabl.scoring.base import Batch, Encoded
+from scalabl.scoring.base import Batch
 from scalabl.scoring.likelihood import log_likelihood
 from scalabl.scoring.scorer import Scorer
 from scalabl.tuner.threads import own
@@ -103,7 +103,8 @@ class LastLayerLaplace(SavedMethod):
         weights = _weights(_head(run.scorer))
         outputs, inputs = (Factor(size, RANK, run.scorer.device) for size in weights.shape)
         likelihood, total = run.scorer.scoring.likelihood, 0.0
-        for batch in _batches(run, encoded, batch_size):
+        run.scorer.model.eval()
+        for _, batch in run.scorer.encoded_batches(encoded, batch_size):
             logits, features = head_features(run.scorer, batch)
             inputs.add(features)
             outputs.add(likelihood.curvature_root(logits).transpose(1, 2).flatten(0, 1))
@@ -133,7 +134,8 @@ class LastLayerLaplace(SavedMethod):
             LastLayerPredictive(block, min(evidence * times, HIGHEST), samples=DRAWS, seed=seed) for times in TRIED
         ]
         likelihood, losses = run.scorer.scoring.likelihood, [0.0] * len(predictives)
-        for batch in _batches(run, self.encoded(run, rows, batch_size=batch_size), batch_size):
+        encoded = self.encoded(run, rows, batch_size=batch_size)
+        for _, batch in run.scorer.encoded_batches(encoded, batch_size):
             logits, features = head_features(run.scorer, batch)
             for i, predictive in enumerate(predictives):
                 questions = likelihood.questions(likelihood.log_probs(predictive.draws(logits, features)))
@@ -144,12 +146,6 @@ class LastLayerLaplace(SavedMethod):
         """At least 32 draws of the logits."""
         block = KroneckerBlock(**self.tensors(run))
         return LastLayerPredictive(block, self.facts(run)["prior_precision"], samples=max(samples, DRAWS), seed=seed)
-
-
-def _batches(run: Run, encoded: Sequence[Encoded], batch_size: int) -> Iterator[Batch]:
-    run.scorer.model.eval()
-    for _, chunk in run.scorer.batches(encoded, batch_size):
-        yield run.scorer.with_trunk(run.scorer.scoring.collate(chunk).to(run.scorer.device))
 
 
 def _head(scorer: Scorer) -> nn.Linear:

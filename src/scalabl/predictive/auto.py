@@ -249,8 +249,7 @@ class _Trial:
         scorer = self._scorer
         self.linear, self._parts = self._auto.linearized(self._auto.stochastic_layers, features), []
         with eval_mode(scorer.model):
-            for indices, chunk in scorer.batches(self._rows, self._batch_size):
-                batch = scorer.with_trunk(scorer.scoring.collate(chunk).to(scorer.device))
+            for indices, batch in scorer.encoded_batches(self._rows, self._batch_size):
                 self._parts.append((indices, *self.linear.jacobian(scorer, batch)))
 
     def fault(self, layers: dict[str, int]) -> str | None:

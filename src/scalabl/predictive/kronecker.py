@@ -220,8 +220,7 @@ def gauss_newton(
     outputs = {name: Factor(module.weight.shape[0], rank, device) for name, module in modules.items()}
     likelihood, total = scorer.scoring.likelihood, 0.0
     scorer.model.eval()
-    for indices, chunk in scorer.batches(rows, batch_size):
-        batch = scorer.with_trunk(scorer.scoring.collate(chunk).to(device))
+    for indices, batch in scorer.encoded_batches(rows, batch_size):
         require_one_pass(scorer.model, batch)
         with torch.enable_grad(), recorded(scorer.model) as passed:
             class_logits = scorer.class_logits(batch)

@@ -325,8 +325,7 @@ def layer_variances(
     depths = drawn_layers(scorer.model, None)
 
     def jacobians() -> Iterator[dict[str, Tensor]]:
-        for indices, chunk in scorer.batches(rows, batch_size):
-            batch = scorer.with_trunk(scorer.scoring.collate(chunk).to(scorer.device))
+        for indices, batch in scorer.encoded_batches(rows, batch_size):
             yield logit_jacobian(scorer, batch)[1]
             if advance is not None:
                 advance(len(indices))

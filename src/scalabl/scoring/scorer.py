@@ -105,6 +105,11 @@ class Scorer:
             indices = order[start : start + size]
             yield indices, [rows[i] for i in indices]
 
+    def encoded_batches(self, rows: Sequence[Encoded], size: int) -> Iterator[tuple[list[int], Batch]]:
+        """The same as tensors on the model's device, with the hidden states that enter the lowest adapted layer."""
+        for indices, chunk in self.batches(rows, size):
+            yield indices, self.with_trunk(self.scoring.collate(chunk).to(self.device))
+
     def reads_packed(self, rows: Sequence[Encoded]) -> bool:
         """Whether the model reads rows of this length as they are packed here."""
         of_text = [row for row in rows if row.images is None]

@@ -85,8 +85,7 @@ def gauss_newton(
     matrix, total = torch.zeros(size, size, dtype=torch.float64), 0.0
     likelihood = scorer.scoring.likelihood
     with eval_mode(scorer.model):
-        for indices, chunk in scorer.batches(rows, batch_size):
-            batch = scorer.with_trunk(scorer.scoring.collate(chunk).to(scorer.device))
+        for indices, batch in scorer.encoded_batches(rows, batch_size):
             logits, jacobians = logit_jacobian(scorer, batch)
             jacobian = torch.cat(list(jacobians.values()), dim=-1).double()
             # the Jacobian may be that of differences to the first class, whose row of M follows from the others
