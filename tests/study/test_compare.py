@@ -1,6 +1,7 @@
 """The paired bootstrap over rows and seeds, and Student's interval, against closed forms."""
 
 import math
+from dataclasses import dataclass, field
 
 import pytest
 import torch
@@ -9,16 +10,21 @@ from torch import Tensor
 
 from scalabl.core.errors import UserError
 from scalabl.metrics import METRICS, evaluate, paired_difference
-from scalabl.study.results import Outcome
+from scalabl.study.outcomes import Outcome, resampled
 from scalabl.study.summary import over_seeds, paired_over_seeds
 
 
-def outcome(probs: Tensor, labels: Tensor) -> Outcome:
+@dataclass(frozen=True, eq=False)
+class Drawn(Outcome):
+    probs: Tensor = field(default_factory=lambda: torch.empty(0))
+
+
+def outcome(probs: Tensor, labels: Tensor) -> Drawn:
     figures = {name: metric.value for name, metric in evaluate(probs, labels, bootstrap=1).items()}
-    return Outcome("m", "t", probs, labels, figures)
+    return Drawn("m", "t", labels, figures, resampled(probs, labels, 0), probs=probs)
 
 
-def drawn(seeds: int, n: int, *, spread: float = 0.5, gain: float = 0.0, first: int = 0) -> dict[int, Outcome]:
+def drawn(seeds: int, n: int, *, spread: float = 0.5, gain: float = 0.0, first: int = 0) -> dict[int, Drawn]:
     """Outcomes on the same n rows: row, seed and both together each move the logits."""
     generator = torch.Generator().manual_seed(first)
     labels = torch.randint(4, (n,), generator=torch.Generator().manual_seed(99))
@@ -31,7 +37,7 @@ def drawn(seeds: int, n: int, *, spread: float = 0.5, gain: float = 0.0, first: 
     return found
 
 
-def row_nll(by_seed: dict[int, Outcome]) -> Tensor:
+def row_nll(by_seed: dict[int, Drawn]) -> Tensor:
     """(seeds, n)."""
     return torch.stack([-o.probs.gather(1, o.labels[:, None]).squeeze(1).log() for o in by_seed.values()])
 

@@ -14,7 +14,7 @@ from scalabl.core.errors import UserError
 from scalabl.core.files import sha256
 from scalabl.study.benchmark import facts_of, open_results
 from scalabl.study.cells import failure, finished
-from scalabl.study.work import VALIDATION, read_predictions
+from scalabl.study.predictions import VALIDATION, read_predictions
 
 MEASURED = {"seconds": 1.5, "peak_memory": 3, "wall": 2.0, "device": "cpu", "versions": "x", "label": "l"}
 TASK = {"name": "t", "source": "s", "licence": "l", "labels": None}

@@ -14,11 +14,11 @@ from scalabl.scoring.continuation import Continuation
 from scalabl.study.benchmark import facts_of
 from scalabl.study.cells import PREDICTION, finished
 from scalabl.study.plan import make_plan
+from scalabl.study.predictions import read_predictions
 from scalabl.study.results import tidy
 from scalabl.study.run import attempt
 from scalabl.study.study import make_study
 from scalabl.study.tested import overlap
-from scalabl.study.work import read_predictions
 
 METHODS = ["mle", "laplace", "tfb", "ensemble", "scalabl", "mc_dropout", "blob"]
 

@@ -10,9 +10,9 @@ from tiny_study import Done, content, finished_addresses, snapshot
 from scalabl.core.errors import UserError
 from scalabl.serving.ray_address import require_ray
 from scalabl.study.plan import make_plan
+from scalabl.study.predictions import read_predictions
 from scalabl.study.run import run_ray
 from scalabl.study.study import make_study
-from scalabl.study.work import read_predictions
 
 
 def test_a_local_ray_does_every_cell_once(

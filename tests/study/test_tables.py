@@ -19,10 +19,10 @@ from scalabl.metrics.uncertainty import apply_temperature, average, decompose
 from scalabl.study.benchmark import facts_of, write_results
 from scalabl.study.cells import finished
 from scalabl.study.page import NOTES, Document, html, latex, layout, markdown
+from scalabl.study.predictions import read_predictions
 from scalabl.study.results import SCHEMA, csv_of, tidy
 from scalabl.study.summary import BASELINES, OTHERS, Figure, Gap, Line, Table, _mark_best, figure, summarize
 from scalabl.study.variants import Variant
-from scalabl.study.work import read_predictions
 
 
 def test_there_is_a_row_for_each_entry_set_and_temperature(done: Done) -> None:

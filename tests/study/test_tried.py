@@ -22,16 +22,18 @@ from scalabl.runs.loading import load_run
 from scalabl.runs.settings import RowSettings
 from scalabl.study.benchmark import write_results
 from scalabl.study.cells import PREDICTION, TRAINING, finished
-from scalabl.study.detection import detection_rows, scores
+from scalabl.study.detection import detection_rows
 from scalabl.study.frontier import points_of
+from scalabl.study.outcomes import scores
 from scalabl.study.plan import StudyPlan, make_plan
 from scalabl.study.pooled import holm, two_sided
+from scalabl.study.predictions import UNLABELLED, read_predictions
 from scalabl.study.results import tidy
 from scalabl.study.run import run_here
 from scalabl.study.study import Study, make_study
 from scalabl.study.summary import summarize
 from scalabl.study.tried import trials
-from scalabl.study.work import RUN, UNLABELLED, read_predictions
+from scalabl.study.work import RUN
 
 RATES = [1e-3, 3e-2]
 

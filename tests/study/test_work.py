@@ -22,8 +22,9 @@ from scalabl.runs.method import load_post_hoc
 from scalabl.runs.settings import Settings
 from scalabl.study.cells import PREDICTION, TRAINING, address_of, finished
 from scalabl.study.plan import Entry, make_plan
+from scalabl.study.predictions import read_predictions
 from scalabl.study.study import make_study
-from scalabl.study.work import RUN, do, read_predictions
+from scalabl.study.work import RUN, do
 from scalabl.training.run import select_rows
 
 

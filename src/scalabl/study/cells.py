@@ -4,6 +4,7 @@ OUTPUT/cells/ADDRESS/settings.json    what the address is the SHA-256 of
 OUTPUT/cells/ADDRESS/run/             training: a run directory
 OUTPUT/cells/ADDRESS/posthoc/         post-hoc: what the method fitted
 OUTPUT/cells/ADDRESS/predictions.safetensors    prediction: log class probabilities and labels
+OUTPUT/cells/ADDRESS/outcomes.safetensors       and what they come to
 OUTPUT/cells/ADDRESS/finished.json    written last: time, memory, machine
 OUTPUT/cells/ADDRESS/failed.json      why it could not be done, if it could not
 OUTPUT/cells/ADDRESS/log.txt          its standard error: bars, warnings, tracebacks
@@ -101,10 +102,12 @@ class _Losses(TypedDict):
 def finished(output: Path, address: str) -> dict[str, Any] | None:
     """What a finished cell measured; None for a cell that is not finished, or whose file is not what it wrote."""
     facts = _facts(output / "cells" / address / "finished.json")
+    if facts is None:
+        return None
     of_cell = _facts(output / "cells" / address / "settings.json") or {}
     kinds = {TRAINING: _Trained, POST_HOC: _Fitted, PREDICTION: _Predicted}
     possible = [kind for name, kind in kinds.items() if of_cell.get("kind", name) == name]
-    if facts is None or not any(is_of(facts, kind) for kind in possible):
+    if not any(is_of(facts, kind) for kind in possible):
         return None
     if not is_of(facts.get("validation_nll"), _Losses | None):  # older predictions lack it
         return None

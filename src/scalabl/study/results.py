@@ -25,26 +25,18 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import pyarrow
 import pyarrow.parquet
-from torch import Tensor
 
 from scalabl.core.console import visible
 from scalabl.core.files import write_text, writing
-from scalabl.inference.report.results import count_choices
-from scalabl.metrics import evaluate
-from scalabl.metrics.figures import METRICS, is_collapsed, ood_auroc
-from scalabl.metrics.uncertainty import apply_temperature, average, decompose, fit_temperature
-from scalabl.study.cells import Cell, finished
+from scalabl.study.cells import finished
+from scalabl.study.outcomes import outcomes
 from scalabl.study.plan import Entry, StudyPlan, baseline_of
 from scalabl.study.study import Study
-from scalabl.study.variants import TEMPERED
-from scalabl.study.work import UNLABELLED, read_predictions
 
 _TEXT, _INT, _FLOAT = pyarrow.string(), pyarrow.int64(), pyarrow.float64()
 SCHEMA = pyarrow.schema(
@@ -61,54 +53,6 @@ SCHEMA = pyarrow.schema(
         *((name, _TEXT) for name in ("why", "seeds", "scoring", "cell", "device", "versions")),
     ]
 )
-
-
-@dataclass(frozen=True, eq=False)
-class Outcome:
-    """One entry on one set: probs (n, C) averaged over particles, labels (n,), and the row's figures."""
-
-    method: str
-    task: str
-    probs: Tensor
-    labels: Tensor
-    figures: dict[str, Any]
-
-
-@lru_cache(maxsize=4096)
-def outcomes(cell: Cell, output: Path, name: str) -> tuple[Outcome, ...]:
-    """Raw and tempered outcomes of a finished prediction cell, on each of its test sets.
-
-    The temperature is fitted on the cell's validation rows.
-    """
-    predictions = read_predictions(cell, output)
-    tuned = evaluate(average(predictions.validation[0]), predictions.validation[1], bootstrap=1)["nll"].value
-    found: list[Outcome] = []
-    for label, t in ((name, None), (name + TEMPERED, fit_temperature(*predictions.validation))):
-        known: Tensor | None = None
-        for task, (raw, labels) in predictions.tests.items():
-            log_probs = raw if t is None else apply_temperature(raw, t)
-            probs = average(log_probs)
-            figures = _figures(probs, labels, log_probs)
-            figures |= {"validation_nll": tuned if t is None else None, "temperature": t}
-            if task == cell.settings["task"]:
-                known = log_probs
-            elif known is not None:
-                inside, outside = decompose(known), decompose(log_probs)
-                figures["ood_auroc_total"] = ood_auroc(inside.total, outside.total, bootstrap=1).value
-                if known.shape[0] > 1:
-                    figures["ood_auroc"] = ood_auroc(inside.epistemic, outside.epistemic, bootstrap=1).value
-            found.append(Outcome(label, task, probs, labels, figures))
-    return tuple(found)
-
-
-def _figures(probs: Tensor, labels: Tensor, log_probs: Tensor) -> dict[str, Any]:
-    """What is measured on one set; of one out of scope, whose rows have no label, none of the metrics."""
-    counts = {"n": len(labels), "particles": log_probs.shape[0]}
-    if (labels == UNLABELLED).all():
-        return dict.fromkeys(METRICS) | {"collapsed": False, "why": None} | counts
-    metrics = evaluate(probs, labels)
-    why = is_collapsed(metrics["accuracy"], labels, count_choices(log_probs))
-    return {name: value.value for name, value in metrics.items()} | {"collapsed": why is not None, "why": why} | counts
 
 
 def tidy(study: Study, plan: StudyPlan, output: Path) -> list[dict[str, Any]]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -19,21 +18,16 @@ from scipy import stats
 from torch import Tensor
 
 from scalabl.core.errors import UserError
-from scalabl.metrics import scores
-from scalabl.metrics.bootstrap import Metric, interval, resamples
+from scalabl.metrics.bootstrap import Metric, interval
 from scalabl.metrics.figures import METRICS
-from scalabl.metrics.scores import checked
 from scalabl.runs.registry import BASELINE
 from scalabl.study.cells import finished
+from scalabl.study.outcomes import BOOTSTRAP, CONFIDENCE, Outcome, outcomes
 from scalabl.study.plan import StudyPlan, baseline_variant
-from scalabl.study.results import Outcome, outcomes
 from scalabl.study.study import Study
 from scalabl.study.tested import sets_of
 from scalabl.study.variants import TEMPERED, Variant
 
-BOOTSTRAP = 1000
-CONFIDENCE = 0.95
-_BINS = 15
 # means without a comparison
 OTHERS = (
     "ood_auroc", "ood_auroc_total", "validation_nll", "temperature",
@@ -228,7 +222,7 @@ def paired_over_seeds(a: BySeed, b: BySeed, metric: str, *, seed: int = 0) -> Me
     Args:
         a, b: seed -> the outcome on the same rows; seeds that only one of them has are left out.
         metric: a name of `scalabl.metrics.METRICS`.
-        seed: of the resamples.
+        seed: of the resampled seeds.
 
     Raises:
         UserError: no seed in common, other rows, or no such metric.
@@ -252,22 +246,10 @@ def paired_draws(a: BySeed, b: BySeed, metric: str, *, seed: int = 0) -> tuple[f
     value = mean(x - y for x, y in zip(*values, strict=True))
     if math.isnan(value):
         return None
-    gaps = torch.stack([_resampled(a[s], metric, seed) - _resampled(b[s], metric, seed) for s in common])
+    gaps = torch.stack([a[s].draws[metric] - b[s].draws[metric] for s in common])
     generator = torch.Generator().manual_seed(seed + 1)
     drawn = torch.randint(len(common), (BOOTSTRAP, len(common)), generator=generator)
     return value, gaps.T.gather(1, drawn).mean(dim=1)
-
-
-@lru_cache(maxsize=4096)
-def _rows(outcome: Outcome) -> scores.Rows:
-    return scores.Rows(*checked(outcome.probs, outcome.labels), _BINS)
-
-
-@lru_cache(maxsize=32768)
-def _resampled(outcome: Outcome, metric: str, seed: int) -> Tensor:
-    """(BOOTSTRAP,) the metric in each resample of the rows; the same resamples for every outcome of as many rows."""
-    score = getattr(scores, metric)
-    return torch.cat([score(_rows(outcome), counts) for counts in resamples(len(outcome.labels), BOOTSTRAP, seed)])
 
 
 def summary_rows(tables: Sequence[Table]) -> list[dict[str, Any]]:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -39,15 +38,14 @@ from scalabl.runs.method import Run, load_method, load_post_hoc
 from scalabl.runs.registry import POST_HOC as POST_HOC_METHODS
 from scalabl.runs.settings import Settings
 from scalabl.scoring.trunk_store import with_stored_trunk
-from scalabl.study.cells import POST_HOC, PREDICTION, TRAINING, Cell, finished
+from scalabl.study.cells import POST_HOC, PREDICTION, TRAINING, Cell
+from scalabl.study.outcomes import outcomes
+from scalabl.study.predictions import PREDICTIONS, UNLABELLED, VALIDATION
 from scalabl.study.tested import overlap, rows_of_set, tuning_rows
 from scalabl.training.checkpoints import last_checkpoint
 from scalabl.training.run import read_log, train
 
 RUN = "run"
-PREDICTIONS = "predictions.safetensors"
-VALIDATION = "validation"
-UNLABELLED = -1
 
 
 def do(cell: Cell, output: Path) -> dict[str, Any]:
@@ -69,6 +67,8 @@ def do(cell: Cell, output: Path) -> dict[str, Any]:
     facts |= machine() | {"label": cell.label, "wall": time.perf_counter() - start}
     write_json(directory / "finished.json", facts)
     (directory / "failed.json").unlink(missing_ok=True)
+    if cell.kind == PREDICTION and cell.settings["test_sets"]:
+        outcomes(cell, output, "")  # here, where others do theirs at the same time, and not when tables are made
     gc.collect()
     return facts
 
@@ -182,46 +182,6 @@ def _losses(log_probs: Tensor, labels: Tensor) -> dict[str, float | None]:
 def _labels(rows: Sequence[Example]) -> Tensor:
     """(n,) the right choices, `UNLABELLED` where a row has none."""
     return torch.tensor([UNLABELLED if row.answer is None else row.answer for row in rows])
-
-
-@dataclass(frozen=True)
-class Predictions:
-    """What a prediction cell holds; each part is log class probabilities (N, n, C) and labels (n,), `UNLABELLED` where
-    a row has none.
-
-    Attributes:
-        validation: of the rows that a temperature is fitted on.
-        tests: name of a test set -> of its rows; the task's own comes first.
-    """
-
-    validation: tuple[Tensor, Tensor]
-    tests: dict[str, tuple[Tensor, Tensor]]
-
-
-def read_predictions(cell: Cell, output: Path) -> Predictions:
-    """The predictions of a finished cell.
-
-    Raises:
-        UserError: the file is missing or was altered.
-    """
-    path, done = cell.directory(output) / PREDICTIONS, finished(output, cell.address)
-    altered = UserError(f"{path} is missing or was altered; delete {path.parent} and run the benchmark again.")
-    if done is None or not path.is_file() or sha256(path) != done["sha256"]:
-        raise altered
-    try:
-        tensors = load_file(path)
-    except SafetensorError:
-        raise altered from None
-
-    def part(name: str) -> tuple[Tensor, Tensor]:
-        log_probs, labels = (tensors.get(f"{name}|{what}", torch.empty(0)) for what in ("log_probs", "labels"))
-        whole = log_probs.ndim == 3 and log_probs.is_floating_point() and not log_probs.isnan().any()
-        fits = labels.dtype == torch.int64 and len(labels) > 0 and labels.shape == log_probs.shape[1:2]
-        if not whole or not fits or not UNLABELLED <= int(labels.min()) <= int(labels.max()) < log_probs.shape[2]:
-            raise altered
-        return log_probs, labels
-
-    return Predictions(part(VALIDATION), {name: part(f"test:{name}") for name in cell.settings["test_sets"]})
 
 
 def _loaded(address: str, output: Path, *, fitted: str | None) -> Run:
