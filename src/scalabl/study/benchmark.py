@@ -283,11 +283,14 @@ class CellProgress(Progress):
         """Look again, and give the cells that were finished since the last look."""
         new = []
         self.plan = self.plan.renewed(self.output)
+        begun = {path.name for path in (self.output / "cells").iterdir()}  # the others need no look each
         for address, cell in self.plan.cells.items():
-            if address not in self._seen and finished(self.output, address):
+            if address in self._seen or address not in begun:
+                continue
+            if finished(self.output, address):
                 self._seen.add(address)
                 new.append(cell)
-            elif address not in self._seen | self._failed:
+            elif address not in self._failed:
                 failed = failure(self.output, address)
                 written = cell.directory(self.output) / "failed.json"
                 if failed and written.exists() and written.stat().st_mtime >= self._started:

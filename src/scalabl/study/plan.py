@@ -115,8 +115,9 @@ class StudyPlan:
     def figures(self, output: Path, attempt: Attempt) -> Mapping[str, Any] | None:
         """The NLL in nats of an attempt's validation rows, "raw" and "calibrated" by the "temperature" that suits them,
         None where it is no number; None before it is finished."""
-        done = finished(output, attempt.prediction)
-        return self.known.get(attempt.prediction) if done is None else done["validation_nll"]
+        known = self.known.get(attempt.prediction)  # of the same address, and so what its cell would say
+        done = finished(output, attempt.prediction) if known is None else None
+        return known if done is None else done["validation_nll"]
 
     def renewed(self, output: Path) -> StudyPlan:
         """The plan with every choice that the cells finished by now allow; itself where there is no new one."""
