@@ -209,7 +209,13 @@ def test_markdown(document: Document) -> None:
     assert "0.400 to 0.600 | −0.200 (−0.300 to −0.100) ▲ | +0.050 (+0.010 to +0.090) ▽ |" in text
     assert all(note in text for note in NOTES)
     widths = {row.count("|") for row in text.splitlines() if row.startswith("|")}
-    assert widths == {12, 6} and text.count("<details>") == text.count("</details>") == 3
+    assert widths == {12, 6} and text.count("<details>") == text.count("</details>") == 4  # behind the answer
+
+
+def test_tables_without_an_answer_are_not_folded() -> None:
+    made = layout("Study", "Is it so?", {}, [Table("a", "a", 3, [line("a", 1.0), line("b", 2.0)])])
+    text = markdown(made)
+    assert "\n**Quality and cost**\n" in text and text.count("<details>") == text.count("</details>") == 3
 
 
 def test_names_are_no_markdown_and_no_line_of_their_own() -> None:

@@ -128,21 +128,22 @@ def layout(
     first: Sequence[Section] = (),
     last: Sequence[Section] = (),
 ) -> Document:
-    """Tables of means and pictures as the sections of a page, between other sections."""
-    short = look.of_tables(tables)
+    """Tables of means and pictures as the sections of a page, between other sections; the tables are folded where an
+    answer says what they come to."""
+    short, folded = look.of_tables(tables), bool(answer)
     sections, behind = [], []
     for table in (table for table in tables if not table.shifted):
         title_ = f"{short[table.task]} ({table.n:,} test rows)"
-        sections.append(Section(title_, [p for p in pictures if p.table is table], _quality(table)))
+        sections.append(Section(title_, [p for p in pictures if p.table is table], _quality(table, folded)))
         shifted = [other for other in tables if other.shifted and other.trained_on == table.task]
         if shifted:
-            grids = [_shift(metric, table, shifted, short) for metric in SHIFTED]
+            grids = [_shift(metric, table, shifted, short, folded) for metric in SHIFTED]
             drawn = [picture for other in shifted for picture in pictures if picture.table is other]
             behind.append(Section(f"Shift: trained on {short[table.task]}", drawn, grids))
     return Document(title, about, facts, [*first, *sections, *behind, *last], answer)
 
 
-def _quality(table: Table) -> list[PageTable]:
+def _quality(table: Table, folded: bool) -> list[PageTable]:
     """Every method's figures and costs, and behind them the intervals of some metrics."""
     columns = (*SHOWN, *COSTS)
     rows = [(_name(line, table), [_cell(line.figures[c], c, line.tempered) for c in columns]) for line in table.lines]
@@ -150,7 +151,7 @@ def _quality(table: Table) -> list[PageTable]:
               for line in table.lines if line.collapsed]  # fmt: skip
     warning = f"{CHANCE} at chance: {', '.join(chance)}." if chance else ""
     heads = ("method", *map(heading_of, columns))
-    main = PageTable("Quality and cost", heads, rows, warning, folded=len(rows) > _MANY)
+    main = PageTable("Quality and cost", heads, rows, warning, folded or len(rows) > _MANY)
     return [main, *(_intervals(metric, table) for metric in DETAILED)]
 
 
@@ -174,7 +175,7 @@ def _gap_cell(gap: Gap, metric: str, baseline: str) -> PageCell:
     return PageCell(text, marks=_MARKS.get((baseline, gap.verdict), ""))
 
 
-def _shift(metric: str, known: Table, shifted: Sequence[Table], short: dict[str, str]) -> PageTable:
+def _shift(metric: str, known: Table, shifted: Sequence[Table], short: dict[str, str], folded: bool) -> PageTable:
     """One metric on the trained task's own test rows and on every shifted set."""
     shown = [known, *shifted] if metric in METRICS else shifted
     rows = []
@@ -184,7 +185,7 @@ def _shift(metric: str, known: Table, shifted: Sequence[Table], short: dict[str,
         if any(cell.text != "–" for cell in cells):
             rows.append((_name(line, known), cells))
     heads = (short[table.task] + (" (trained)" if table is known else f" ({table.n:,})") for table in shown)
-    return PageTable(heading_of(metric), ("method", *heads), rows)
+    return PageTable(heading_of(metric), ("method", *heads), rows, folded=folded)
 
 
 def _name(line: Line, table: Table) -> str:
