@@ -33,6 +33,8 @@ def test_the_most_uncertain_rows_come_first(program: Program, scalabl_run: Path,
     said = program("acquire", pool, scalabl_run, "-k", 6, "--by", by, "--samples", 4, "--seed", 3)
     assert (said.code, said.err) == (0, "")
     found = picked(said.out)
+    unnamed = program("acquire", pool, scalabl_run, "-k", 6, "--samples", 4, "--seed", 3).out
+    assert (unnamed == said.out) == (by == "margin")  # the default
     run, rows = load_run(scalabl_run), load_rows(pool, require_answer=False)
     log_probs = log_probabilities(run, rows, run.predictive(samples=4, seed=3))
     parts, probs = decompose(log_probs), average(log_probs).sort(dim=1).values
@@ -80,11 +82,11 @@ def test_what_was_picked_can_be_labelled_and_read(program: Program, scalabl_run:
 
 
 def test_a_run_without_particles_ranks_by_its_probabilities_alone(program: Program, mle_run: Path, pool: Path) -> None:
-    for by in ("entropy", "margin"):
-        assert len(picked(program("acquire", pool, mle_run, "-k", 3, "--by", by).out)) == 3
-    assert "use --by margin" in program("acquire", pool, mle_run, "-k", 3).sentence()
+    for by in (("--by", "entropy"), ("--by", "margin"), ()):
+        assert len(picked(program("acquire", pool, mle_run, "-k", 3, *by).out)) == 3
+    assert "use --by margin" in program("acquire", pool, mle_run, "-k", 3, "--by", "bald").sentence()
     with pytest.raises(UserError, match="no epistemic part"):
-        acquire(mle_run, load_rows(pool, require_answer=False), 3)
+        acquire(mle_run, load_rows(pool, require_answer=False), 3, by="bald")
 
 
 @pytest.mark.parametrize(
@@ -93,8 +95,8 @@ def test_a_run_without_particles_ranks_by_its_probabilities_alone(program: Progr
         (("-k", 0), "-k is 0; it must be between 1 and the 15 rows"),
         (("-k", 16), "-k is 16; it must be between 1 and the 15 rows"),
         ((), "Missing option '-k'"),
-        (("-k", 3, "--by", "size"), "--by is 'size'; it must be one of bald, entropy, margin, random"),
-        (("-k", 3, "--samples", 1), "use --by margin"),
+        (("-k", 3, "--by", "size"), "--by is 'size'; it must be one of margin, bald, entropy, random"),
+        (("-k", 3, "--by", "bald", "--samples", 1), "use --by margin"),
         (("-k", 3, "--samples", 0), "--samples is 0"),
         (("-k", 3, "--output", "/nowhere/picked.jsonl"), "cannot be written"),
     ],
@@ -115,5 +117,5 @@ def test_ties_are_taken_in_their_order() -> None:
     assert most_informative(torch.tensor([0.0, 2.0, 1.0, 2.0]), 3) == [1, 3, 2]
     with pytest.raises(UserError, match="k is 5"):
         most_informative(torch.zeros(4), 5)
-    with pytest.raises(UserError, match="bald, entropy or margin"):
+    with pytest.raises(UserError, match="margin, bald or entropy"):
         informativeness(torch.zeros(2, 1, 1), "random")

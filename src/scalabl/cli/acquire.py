@@ -22,7 +22,9 @@ def acquire(
     pool: Annotated[Path, typer.Argument(metavar="POOL", help="JSONL rows without answers; answers are ignored.")],
     run: Annotated[Path, typer.Argument(metavar="DIR", help="A run directory, or an adapter's.")],
     k: Annotated[int, typer.Option("-k", help="How many rows.")],
-    by: Annotated[str, typer.Option(help="bald (mutual information), entropy, margin or random.")] = "bald",
+    by: Annotated[
+        str, typer.Option(help="margin (closest calls), bald (mutual information), entropy or random.")
+    ] = "margin",
     output: Annotated[Path | None, typer.Option(help="JSONL; standard output if left out.")] = None,
     samples: Annotated[int, typer.Option(help="Particles.", rich_help_panel=options.PREDICTION)] = 10,
     seed: Annotated[int, options.seed_option("Of the particles, or of the random order.")] = 0,

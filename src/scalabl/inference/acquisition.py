@@ -1,9 +1,9 @@
 """Active learning: which unlabelled rows of a pool to label next.
 
+    margin    minus the gap between the two likeliest answers of mean p: the closest calls, of any kind of run
     bald      mutual information of answer and parameters, H[mean p] - mean H[p_i]: what the particles disagree about
     entropy   H[mean p]: uncertain for whatever reason, a question that nobody could settle included
-    margin    minus the gap between the two likeliest answers of mean p: the closest calls, of any kind of run
-    random    a seeded order, which the others have to beat
+    random    a seeded order, which the others have to beat; where that was asked, the margin alone did (docs/study.md)
 
 Sources: Houlsby et al. 2011 (BALD, 1112.5745, eq. 2); Gal, Islam and Ghahramani 2017 (from networks, 1703.02910);
 Scheffer, Decomain and Wrobel 2001 (margin).
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     from scalabl.data.example import Example
 
 
-STRATEGIES = ("bald", "entropy", "margin", "random")
+STRATEGIES = ("margin", "bald", "entropy", "random")
 
 
-def informativeness(log_probs: Tensor, by: str = "bald", per_row: int = 1) -> Tensor:
+def informativeness(log_probs: Tensor, by: str = "margin", per_row: int = 1) -> Tensor:
     """log_probs (N, n, C) of N particles -> (n,) float64, higher is more informative: in nats, of the margin a gap of
     probabilities, at most 0; of `per_row` questions a row, as of several labels, their sum.
 
@@ -36,14 +36,14 @@ def informativeness(log_probs: Tensor, by: str = "bald", per_row: int = 1) -> Te
     """
     from scalabl.metrics.uncertainty import average, decompose
 
-    if by not in ("bald", "entropy", "margin"):
-        raise UserError(f"by is {by!r}; predictions rank rows by bald, entropy or margin.")
+    if by not in ("margin", "bald", "entropy"):
+        raise UserError(f"by is {by!r}; predictions rank rows by margin, bald or entropy.")
     if by == "margin":
         two = average(log_probs).topk(2, dim=1).values
         gaps: Tensor = (two[:, 1] - two[:, 0]).unflatten(0, (-1, per_row)).sum(dim=1)
         return gaps
     if by == "bald" and log_probs.shape[0] == 1:
-        raise UserError("A single prediction has no epistemic part for BALD to rank by; use entropy.")
+        raise UserError("A single prediction has no epistemic part for BALD to rank by; use the margin.")
     uncertainty = decompose(log_probs, per_row)
     return uncertainty.epistemic if by == "bald" else uncertainty.total
 
@@ -72,7 +72,7 @@ def acquire(
     rows: Sequence[Example],
     k: int,
     *,
-    by: str = "bald",
+    by: str = "margin",
     samples: int = 10,
     seed: int = 0,
     batch_size: int = 8,
@@ -85,7 +85,7 @@ def acquire(
         directory: the run; unread where rows are taken at random.
         rows: the pool; answers in it are ignored.
         k: how many.
-        by: "bald", "entropy", "margin" or "random".
+        by: "margin", "bald", "entropy" or "random".
         samples: N of the run's own predictive.
         seed: of its particles, or of the random order.
         batch_size: rows at a time.
