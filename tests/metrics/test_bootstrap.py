@@ -26,9 +26,9 @@ def test_counts_are_what_repeating_the_rows_gives() -> None:
     counts = next(iter(resamples(60, 5, seed=3)))
     for resample in counts:
         chosen = torch.arange(60).repeat_interleave(resample.long())
-        again = Rows(probs[chosen], labels[chosen], 15)
+        again = Rows.of(probs[chosen], labels[chosen], 15)
         for metric in (accuracy, nll, ece, brier, auroc, aurc):
-            weighted = metric(Rows(probs, labels, 15), resample[None])
+            weighted = metric(Rows.of(probs, labels, 15), resample[None])
             torch.testing.assert_close(weighted, metric(again, torch.ones(1, 60, dtype=torch.float64)))
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from scalabl.core.errors import UserError
 from scalabl.metrics import METRICS, evaluate, paired_difference
+from scalabl.metrics.scores import Rows, checked
 from scalabl.study.outcomes import Outcome, resampled
 from scalabl.study.summary import over_seeds, paired_over_seeds
 
@@ -17,11 +18,13 @@ from scalabl.study.summary import over_seeds, paired_over_seeds
 @dataclass(frozen=True, eq=False)
 class Drawn(Outcome):
     probs: Tensor = field(default_factory=lambda: torch.empty(0))
+    labels: Tensor = field(default_factory=lambda: torch.empty(0))
 
 
 def outcome(probs: Tensor, labels: Tensor) -> Drawn:
     figures = {name: metric.value for name, metric in evaluate(probs, labels, bootstrap=1).items()}
-    return Drawn("m", "t", labels, figures, resampled(probs, labels, 0), probs=probs)
+    draws = resampled(Rows.of(*checked(probs, labels), 15), 0)
+    return Drawn("m", "t", str(labels.tolist()), figures, draws=draws, probs=probs, labels=labels)
 
 
 def drawn(seeds: int, n: int, *, spread: float = 0.5, gain: float = 0.0, first: int = 0) -> dict[int, Drawn]:

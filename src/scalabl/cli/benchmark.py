@@ -57,7 +57,7 @@ def benchmark(
     results = results or study.results or output / study.name
     plan = make_plan(study, output, results)
     if dry_run:
-        _list(plan, output)
+        _list(plan, output, results)
         return
     command = shlex.join(["scalabl", "benchmark", str(recipe)])
     if tables_only:
@@ -91,10 +91,12 @@ def _run(
 
 
 def _tables(study: Study, plan: StudyPlan, output: Path, results: Path, command: str) -> None:
-    from scalabl.study.benchmark import write_results
+    from scalabl.study.benchmark import open_results, take_up, write_results
     from scalabl.study.results import tidy
     from scalabl.study.tried import trials
 
+    open_results(results)
+    take_up(output, results)
     rows = tidy(study, plan, output)
     if not rows and not trials(plan, output):
         raise UserError(f"No prediction of this study is finished in {output}; run it without --tables-only first.")
@@ -102,10 +104,12 @@ def _tables(study: Study, plan: StudyPlan, output: Path, results: Path, command:
     say(f"{len(rows):,} rows in {results}/results.csv; tables and pictures in README.md and results.html")
 
 
-def _list(plan: StudyPlan, output: Path) -> None:
+def _list(plan: StudyPlan, output: Path, results: Path) -> None:
     from scalabl.study.cells import finished
+    from scalabl.study.kept import kept
 
-    done = {address: finished(output, address) is not None for address in plan.cells}
+    elsewhere = {address for _, cells in kept(results) for address in cells}
+    done = {address: address in elsewhere or finished(output, address) is not None for address in plan.cells}
     for address, cell in plan.cells.items():
         say(f"{address}  {'finished' if done[address] else 'to do':8}  {cell.label}")
     say(f"{sum(done.values())} of {len(done)} cells are finished.")

@@ -78,7 +78,7 @@ def evaluate(
         UserError: for probabilities or labels that are none, or settings out of range.
     """
     check_settings(bootstrap, confidence, num_bins)
-    rows = scores.Rows(*checked(probs, labels), num_bins)
+    rows = scores.Rows.of(*checked(probs, labels), num_bins)
     undefined = {}
     if rows.correct.min() == rows.correct.max():
         side = "right" if rows.correct[0] == 1 else "wrong"
@@ -110,7 +110,7 @@ def paired_difference(
     check_settings(bootstrap, confidence, num_bins)
     if metric not in _FUNCTIONS:
         raise UserError(f"there is no metric {metric!r}; choose from {', '.join(_FUNCTIONS)}.")
-    a, b = (scores.Rows(*checked(probs, labels), num_bins) for probs in (probs_a, probs_b))
+    a, b = (scores.Rows.of(*checked(probs, labels), num_bins) for probs in (probs_a, probs_b))
     score = _FUNCTIONS[metric]
 
     def difference(counts: Tensor) -> Tensor:

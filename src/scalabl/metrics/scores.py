@@ -4,6 +4,8 @@ With counts of one a metric is the ordinary figure; with resampled counts, the f
 and labels are checked before anything is computed from them.
 """
 
+from __future__ import annotations
+
 import math
 from dataclasses import dataclass
 from statistics import NormalDist
@@ -55,18 +57,31 @@ def checked(probs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Rows:
-    """What the metrics need of n rows, computed once: probs (n, C) float64 and labels (n,) int64."""
+    """What the metrics need of n rows, computed once: (n,) float64 each, and the gaps (n, num_bins) of ECE.
 
-    def __init__(self, probs: Tensor, labels: Tensor, num_bins: int) -> None:
-        self.confidence, answer = probs.max(dim=1)
-        self.correct = (answer == labels).double()
+    Args:
+        confidence: the probability of the answer.
+        correct: 1 where it is right, else 0.
+        nll: -log p(label) in nats.
+        brier: sum_c (p_c - [c = label])^2.
+        num_bins: of ECE.
+    """
+
+    def __init__(self, confidence: Tensor, correct: Tensor, nll: Tensor, brier: Tensor, num_bins: int) -> None:
+        self.confidence, self.correct, self.nll, self.brier = confidence, correct, nll, brier
+        self.gap = gap_by_bin(confidence, correct, num_bins)
+        self.by_confidence = Ranking(confidence)
+
+    @classmethod
+    def of(cls, probs: Tensor, labels: Tensor, num_bins: int) -> Rows:
+        """Of probs (n, C) float64 and labels (n,) int64, as `checked` gives them."""
+        confidence, answer = probs.max(dim=1)
         # Kept above 0, or one impossible answer would make the whole figure infinite: 708 nats at most a row.
         label_prob = probs.gather(1, labels[:, None]).squeeze(1)
-        self.nll = -label_prob.clamp(min=torch.finfo(torch.float64).tiny).log()
+        nll = -label_prob.clamp(min=torch.finfo(torch.float64).tiny).log()
         # sum_c (p_c - y_c)^2 = sum_c p_c^2 - 2 p_label + 1: a choice that is missing (p = 0) adds nothing.
-        self.brier = probs.square().sum(dim=1) - 2 * label_prob + 1
-        self.gap = gap_by_bin(self.confidence, self.correct, num_bins)
-        self.by_confidence = Ranking(self.confidence)
+        brier = probs.square().sum(dim=1) - 2 * label_prob + 1
+        return cls(confidence, (answer == labels).double(), nll, brier, num_bins)
 
 
 class Ranking:

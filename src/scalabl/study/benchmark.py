@@ -6,6 +6,7 @@ RESULTS/tried.csv, pooled.csv    where settings are tried: their NLL of validati
         detection.csv            how well each score tells errors and rows out of scope
 RESULTS/README.md                the tables, with pictures beside it (*.svg); answer.md, written by hand, stands on top
 RESULTS/results.tex, .html       the same tables
+RESULTS/finished/                what finished cells came to (`kept.py`)
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from scalabl.runs.registry import BASELINE
 from scalabl.study.cells import PREDICTION, Cell, failure, finished
 from scalabl.study.detection import detection_rows, detection_tables
 from scalabl.study.frontier import frontier
+from scalabl.study.kept import keep, restore
 from scalabl.study.look import svg
 from scalabl.study.page import Section, html, latex, layout, markdown
 from scalabl.study.pictures import pictures
@@ -73,12 +75,13 @@ def run_benchmark(
     """
     require_place(output / "cells")  # first, since the results may lie in it
     open_results(results)
-    _make(output / "cells", "output")
+    take_up(output, results)
     with CellProgress(plan, output, 1 if ray else workers) as progress:
 
         def report() -> None:
             if any(cell.kind == PREDICTION for cell in progress()):
                 write_tables(tidy(study, progress.plan, output), results)
+                keep(progress.plan, output, results)
 
         if ray is not None:
             run_ray(plan, output, ray, report=report)
@@ -91,6 +94,16 @@ def run_benchmark(
     rows = tidy(study, plan, output)
     write_results(study, plan, output, results, rows, command)
     return rows
+
+
+def take_up(output: Path, results: Path) -> None:
+    """Make the place of the cells, with those in it that the results keep from another machine.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    _make(output / "cells", "output")
+    restore(output, results)
 
 
 def open_results(directory: Path) -> None:
@@ -143,6 +156,7 @@ def write_results(
     """
     open_results(results)
     write_tables(rows, results)
+    keep(plan, output, results)
     found = trials(plan, output)
     if not rows and not found:
         return

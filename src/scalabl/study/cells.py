@@ -27,6 +27,7 @@ from scalabl.runs.record import RowCounts, TaskFacts, is_of
 TRAINING, POST_HOC, PREDICTION = "training", "posthoc", "prediction"
 FORMAT = 1  # part of every address: raised when a cell's content changes its meaning
 _DIGITS = 16
+ELSEWHERE = "elsewhere"  # in finished.json
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,11 @@ def finished(output: Path, address: str) -> dict[str, Any] | None:
     if not is_of(facts.get("validation_nll"), _Losses | None):  # older predictions lack it
         return None
     return facts if 0 < facts["seconds"] < math.inf and 0 <= facts["wall"] < math.inf else None
+
+
+def is_elsewhere(facts: dict[str, Any] | None) -> bool:
+    """Whether a cell was finished on another machine: its figures are here (`kept.py`), what it made is not."""
+    return facts is not None and facts.get(ELSEWHERE) is True
 
 
 def failure(output: Path, address: str) -> dict[str, Any] | None:

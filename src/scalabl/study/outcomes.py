@@ -1,18 +1,21 @@
-"""What a prediction cell comes to on each of its test sets, as it is and with a temperature: its figures, their
-resamples, and how well each score of its rows tells errors, or rows out of scope.
+"""What a prediction cell comes to on each of its test sets, as it is and with a temperature: its figures, the losses of
+its rows with their resamples, and how well each score of its rows tells errors, or rows out of scope.
 
 OUTPUT/cells/ADDRESS/outcomes.safetensors    kept beside the predictions, so that tables are made anew in seconds
+
+Losses are in half precision, 7 bytes a row, so that a study's results can hold them (`kept.py`); figures are of the
+whole numbers, and only intervals are of the halves.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -35,8 +38,11 @@ OUTCOMES = "outcomes.safetensors"
 BOOTSTRAP = 1000
 CONFIDENCE = 0.95
 ERRORS, MISTYPED, STRANGE = "errors", "errors with typos", "out of scope"
+LOSSES = ("nll", "surprise", "brier", "right")
 _BINS = 15
-_FORMAT = "1"  # raised when what is kept changes its meaning
+_DRAWN = "resampled "
+_FACTS = "outcomes"
+FORMAT = 2  # raised when what is kept changes its meaning
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,8 +51,9 @@ class Outcome:
 
     Attributes:
         method, task: its name, "x+temperature" with one, and the set's.
-        labels: (n,), `UNLABELLED` where a row has none.
+        rows: digest of the rows.
         figures: columns of the tidy table.
+        losses: (n,) each of `losses_of`; nothing where the rows have no labels.
         draws: metric -> (BOOTSTRAP,) its value in each resample of the rows, the same resamples for every method.
         detection: of a tempered outcome, score -> its AUROC for what the set asks: errors, or rows out of scope against
             the task's own.
@@ -54,9 +61,10 @@ class Outcome:
 
     method: str
     task: str
-    labels: Tensor
+    rows: str
     figures: dict[str, Any]
-    draws: Mapping[str, Tensor]
+    losses: Mapping[str, Tensor] = field(default_factory=dict)
+    draws: Mapping[str, Tensor] = field(default_factory=dict)
     detection: Mapping[str, float | None] = field(default_factory=dict)
 
 
@@ -72,27 +80,45 @@ def outcomes(cell: Cell, output: Path, name: str) -> tuple[Outcome, ...]:
     Raises:
         UserError: its predictions are missing or were altered.
     """
-    path = cell.directory(output) / OUTCOMES
-    done = finished(output, cell.address)
-    made = {"format": _FORMAT, "of": done["sha256"] if done else ""}
-    known = _read(path, made)
+    path, done = cell.directory(output) / OUTCOMES, finished(output, cell.address)
+    of = done["sha256"] if done else ""
+    known = read_outcomes(path, of)
     if known is None:
         known = _computed(cell, read_predictions(cell, output))
+    if any(each.losses and not each.draws for each in known):
+        seed = _seed(cell)
+        known = [replace(each, draws=resampled(rows_of(each.losses), seed) if each.losses else {}) for each in known]
         with suppress(OSError):  # a place that is only read: computed again next time
-            _write(path, known, made)
+            write_outcomes(path, known, of)
     return tuple(replace(outcome, method=name + outcome.method) for outcome in known)
 
 
-def resampled(probs: Tensor, labels: Tensor, seed: int) -> dict[str, Tensor]:
-    """Metric -> (BOOTSTRAP,) its value in each resample of the rows, which are those of this seed and so many rows.
+def losses_of(rows: metric_scores.Rows) -> dict[str, Tensor]:
+    """What the metrics need of the rows, (n,) each in half precision: -log of the label's probability and of the
+    answer's (`surprise`), Brier's sum, and whether the answer is `right`.
 
-    Args:
-        probs: (n, C), averaged over particles.
-        labels: (n,).
-        seed: of the resamples.
+    A logarithm keeps its digits near a probability of one, where most answers are.
     """
-    rows, counts = metric_scores.Rows(*checked(probs, labels), _BINS), resamples(len(labels), BOOTSTRAP, seed)
+    halves = {"nll": rows.nll, "surprise": -rows.confidence.log(), "brier": rows.brier}
+    return {name: value.half() for name, value in halves.items()} | {"right": rows.correct.bool()}
+
+
+def rows_of(losses: Mapping[str, Tensor]) -> metric_scores.Rows:
+    """`losses_of` and back, but for half of the digits."""
+    nll, surprise, brier = (losses[name].double() for name in ("nll", "surprise", "brier"))
+    return metric_scores.Rows((-surprise).exp(), losses["right"].double(), nll, brier, _BINS)
+
+
+def resampled(rows: metric_scores.Rows, seed: int) -> dict[str, Tensor]:
+    """Metric -> (BOOTSTRAP,) its value in each resample of the rows, which are those of this seed and so many rows."""
+    counts = resamples(len(rows.nll), BOOTSTRAP, seed)
     return {name: torch.cat([getattr(metric_scores, name)(rows, each) for each in counts]) for name in METRICS}
+
+
+def _seed(cell: Cell) -> int:
+    """Of the resamples: one for all sets of the same rows, mistyped or not, and all cells that were tested on them."""
+    sets = cell.settings["test_sets"]
+    return int(sets[cell.settings["task"]]["sha256"][:8], 16) if sets else 0
 
 
 def scores(log_probs: Tensor) -> dict[str, Tensor]:
@@ -137,10 +163,8 @@ def told(what: Mapping[str, Any]) -> str:
 
 
 def _computed(cell: Cell, predictions: Predictions) -> list[Outcome]:
-    """Outcomes of a method without a name."""
+    """Outcomes of a method without a name, without resamples."""
     sets = cell.settings["test_sets"]
-    # sets of the same rows, mistyped or not, and cells that were tested on them share their resamples
-    seed = int(sets[cell.settings["task"]]["sha256"][:8], 16) if sets else 0
     tuned = evaluate(average(predictions.validation[0]), predictions.validation[1], bootstrap=1)["nll"].value
     found: list[Outcome] = []
     for end, t in (("", None), (TEMPERED, fit_temperature(*predictions.validation))):
@@ -148,18 +172,20 @@ def _computed(cell: Cell, predictions: Predictions) -> list[Outcome]:
         for task, (raw, labels) in predictions.tests.items():
             log_probs = raw if t is None else apply_temperature(raw, t)
             probs, own = average(log_probs), scores(log_probs)
-            draws = {} if (labels == UNLABELLED).all() else resampled(probs, labels, seed)
-            figures = _figures(probs, labels, log_probs, draws)
+            judged = None if (labels == UNLABELLED).all() else metric_scores.Rows.of(*checked(probs, labels), _BINS)
+            figures = _figures(probs, labels, log_probs, judged) if judged else dict.fromkeys(METRICS) | _UNJUDGED
+            figures |= {"n": len(labels), "particles": log_probs.shape[0]}
             figures |= {"validation_nll": tuned if t is None else None, "temperature": t}
             known = known or own  # the task's own rows come first
             if known is not own:
                 figures["ood_auroc_total"] = _auroc(known["entropy"], own["entropy"])
                 figures["ood_auroc"] = _auroc(known["epistemic"], own["epistemic"]) if "epistemic" in own else None
+            losses = losses_of(judged) if judged else {}
             wrong = probs.argmax(dim=1) != labels
             strange = told(sets[task]) == STRANGE
             sides = {s: (known[s], x) if strange else (x[~wrong], x[wrong]) for s, x in own.items()}
             detection = {} if t is None else {s: _auroc(*pair) for s, pair in sides.items() if min(map(len, pair))}
-            found.append(Outcome(end, task, labels, figures, draws, detection))
+            found.append(Outcome(end, task, sets[task]["sha256"], figures, losses, {}, detection))
     return found
 
 
@@ -167,39 +193,62 @@ def _auroc(inside: Tensor, outside: Tensor) -> float | None:
     return ood_auroc(inside, outside, bootstrap=1).value
 
 
-def _figures(probs: Tensor, labels: Tensor, log_probs: Tensor, draws: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What is measured on one set; of one out of scope, whose rows have no label, none of the metrics."""
-    counts = {"n": len(labels), "particles": log_probs.shape[0]}
-    if not draws:
-        return dict.fromkeys(METRICS) | {"collapsed": False, "why": None} | counts
+_UNJUDGED = {"collapsed": False, "why": None}
+
+
+def _figures(probs: Tensor, labels: Tensor, log_probs: Tensor, rows: metric_scores.Rows) -> dict[str, Any]:
     figures = {name: metric.value for name, metric in evaluate(probs, labels, bootstrap=1).items()}
-    accuracy = interval(cast(float, figures["accuracy"]), draws["accuracy"], CONFIDENCE, (0, 1))
-    why = is_collapsed(accuracy, labels, count_choices(log_probs))
-    return {**figures, "collapsed": why is not None, "why": why, **counts}
+    counts = resamples(len(labels), BOOTSTRAP, 0)
+    draws = torch.cat([metric_scores.accuracy(rows, each) for each in counts])
+    why = is_collapsed(
+        interval(rows.correct.mean().item(), draws, CONFIDENCE, (0, 1)), labels, count_choices(log_probs)
+    )
+    return figures | {"collapsed": why is not None, "why": why}
 
 
-def _write(path: Path, known: list[Outcome], made: Mapping[str, str]) -> None:
+def write_outcomes(path: Path, known: Sequence[Outcome], of: str, **facts: Any) -> None:
+    """Outcomes of a method without a name as one file, whole or not at all; the same ones are the same bytes.
+
+    Args:
+        path: where.
+        known: the outcomes; draws that they lack are lacking in the file.
+        of: digest of the predictions.
+        facts: plain values that stand beside them.
+    """
     tensors: dict[str, Tensor] = {}
-    facts = []
     for i, each in enumerate(known):
-        tensors |= {f"{i}|{name}": draw for name, draw in each.draws.items()} | {f"{i}|labels": each.labels.clone()}
-        facts.append([each.method, each.task, each.figures, each.detection])
+        tensors |= {f"{i}|{name}": value.clone() for name, value in (*each.losses.items(), *_named(each.draws))}
+    sets = [[each.method, each.task, each.rows, each.figures, each.detection] for each in known]
     with writing(path) as unfinished:
-        save_file(tensors, unfinished, {**made, "outcomes": json.dumps(facts)})
+        # one entry: safetensors puts several into an order of its own each time
+        save_file(tensors, unfinished, {_FACTS: json.dumps({"format": FORMAT, "of": of, "sets": sets, **facts})})
 
 
-def _read(path: Path, made: Mapping[str, str]) -> list[Outcome] | None:
-    """What was kept; None where there is nothing, or it is of other predictions or of another format."""
+def facts_of_file(path: Path) -> dict[str, Any]:
+    """What stands beside the tensors of a file of `write_outcomes`; nothing where there is none of this format."""
     try:
         with safe_open(path, "pt") as file:
-            facts = file.metadata() or {}
-        if any(facts.get(key) != value for key, value in made.items()):
-            return None
-        tensors = load_file(path)
-        known = []
-        for i, (method, task, figures, detection) in enumerate(json.loads(facts["outcomes"])):
-            draws = {name: tensors[f"{i}|{name}"] for name in METRICS if f"{i}|{name}" in tensors}
-            known.append(Outcome(method, task, tensors[f"{i}|labels"], figures, draws, detection))
+            facts = json.loads((file.metadata() or {})[_FACTS])
+    except (OSError, SafetensorError, ValueError, KeyError, RecursionError):
+        return {}
+    return facts if isinstance(facts, dict) and facts.get("format") == FORMAT else {}
+
+
+def read_outcomes(path: Path, of: str) -> list[Outcome] | None:
+    """What `write_outcomes` wrote; None where there is nothing, or it is of other predictions or another format."""
+    facts = facts_of_file(path)
+    if facts.get("of") != of:
+        return None
+    try:
+        tensors, known = load_file(path), []
+        for i, (method, task, rows, figures, detection) in enumerate(facts["sets"]):
+            losses = {name: tensors[f"{i}|{name}"] for name in LOSSES if f"{i}|{name}" in tensors}
+            draws = {name: tensors[f"{i}|{_DRAWN}{name}"] for name in METRICS if f"{i}|{_DRAWN}{name}" in tensors}
+            known.append(Outcome(method, task, rows, figures, losses, draws, detection))
         return known
     except (OSError, SafetensorError, ValueError, KeyError, TypeError):
         return None
+
+
+def _named(draws: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
+    return [(_DRAWN + name, draw) for name, draw in draws.items()]

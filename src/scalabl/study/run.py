@@ -24,7 +24,7 @@ from scalabl.core.files import write_json
 from scalabl.core.interpreters import safe_paths
 from scalabl.core.workers import begin_worker, interrupt_workers, threads_each
 from scalabl.serving.ray_address import connected, gpus_each
-from scalabl.study.cells import Cell, failure, finished
+from scalabl.study.cells import Cell, failure, finished, is_elsewhere
 from scalabl.study.plan import StudyPlan
 
 WAIT = 0.5  # seconds between looks at cells that others do
@@ -36,11 +36,13 @@ def _no_report() -> None:
 
 
 def open_cells(plan: StudyPlan, output: Path, invocation: str) -> list[Cell]:
-    """Cells that are neither finished, nor failed in this call, nor in need of one that did."""
+    """Cells that are neither finished, nor failed in this call, nor in need of one that did; finished elsewhere alone
+    does not help a cell that needs one."""
     lost: set[str] = set()
     found = []
+    lacking = _lacking(plan, output)
     for address, cell in plan.cells.items():
-        if finished(output, address) is not None:
+        if address not in lacking:
             continue
         failed = failure(output, address)
         if lost.intersection(cell.needs) or (failed is not None and failed.get("invocation") == invocation):
@@ -48,6 +50,22 @@ def open_cells(plan: StudyPlan, output: Path, invocation: str) -> list[Cell]:
         else:
             found.append(cell)
     return found
+
+
+def _lacking(plan: StudyPlan, output: Path) -> set[str]:
+    lacking: set[str] = set()
+    needed: set[str] = set()
+    for address, cell in reversed(list(plan.cells.items())):  # a cell stands behind those that it needs
+        done = finished(output, address)
+        if done is None or (is_elsewhere(done) and address in needed):
+            lacking.add(address)
+            needed.update(cell.needs)
+    return lacking
+
+
+def _is_here(output: Path, address: str) -> bool:
+    done = finished(output, address)
+    return done is not None and not is_elsewhere(done)
 
 
 def failures(plan: StudyPlan, output: Path) -> dict[str, str]:
@@ -79,7 +97,7 @@ def run_here(plan: StudyPlan, output: Path, *, invocation: str | None = None, re
 
 
 def _can_begin(cell: Cell, output: Path) -> bool:
-    return all(finished(output, need) is not None for need in cell.needs)
+    return all(_is_here(output, need) for need in cell.needs)
 
 
 def attempt(cell: Cell, output: Path, invocation: str) -> bool:
@@ -97,7 +115,7 @@ def attempt(cell: Cell, output: Path, invocation: str) -> bool:
     directory.mkdir(parents=True, exist_ok=True)
     with contextlib.suppress(Timeout), FileLock(f"{directory}.lock", blocking=False):
         failed = failure(output, cell.address)
-        if finished(output, cell.address) or (failed and failed.get("invocation") == invocation):
+        if _is_here(output, cell.address) or (failed and failed.get("invocation") == invocation):
             return False
         with (directory / "log.txt").open("a", encoding="utf-8") as log, contextlib.redirect_stderr(log):
             try:

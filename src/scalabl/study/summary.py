@@ -240,7 +240,7 @@ def paired_draws(a: BySeed, b: BySeed, metric: str, *, seed: int = 0) -> tuple[f
     common = [s for s in a if s in b]
     if not common:
         raise UserError("the two methods have no seed in common; run both with the same seeds.")
-    if not all(torch.equal(a[s].labels, b[s].labels) for s in common):
+    if any(a[s].rows != b[s].rows for s in common):
         raise UserError("the two methods were not tested on the same rows; test both on one data set.")
     values = [[math.nan if (x := of[s].figures[metric]) is None else float(x) for s in common] for of in (a, b)]
     value = mean(x - y for x, y in zip(*values, strict=True))
