@@ -338,4 +338,8 @@ def test_tables_alone_are_made_of_what_is_finished(
     assert (tmp_path / "tables" / "results.csv").read_bytes() == (done.output / "results.csv").read_bytes()
     assert (tmp_path / "tables" / "README.md").is_file()
     with pytest.raises(UserError, match="No prediction of this study is finished"):
-        benchmark(recipe, output=tmp_path / "empty", results=tmp_path / "tables", tables_only=True)
+        benchmark(recipe, output=tmp_path / "empty", results=tmp_path / "no tables", tables_only=True)
+    # the tables keep what they were made of
+    whole = (tmp_path / "tables" / "summary.csv").read_bytes()
+    benchmark(recipe, output=tmp_path / "empty", results=tmp_path / "tables", tables_only=True)
+    assert (tmp_path / "tables" / "summary.csv").read_bytes() == whole

@@ -21,11 +21,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict
 
+from safetensors import SafetensorError, safe_open
+
 from scalabl.core.files import read_if_whole
 from scalabl.runs.record import RowCounts, TaskFacts, is_of
 
 TRAINING, POST_HOC, PREDICTION = "training", "posthoc", "prediction"
 FORMAT = 1  # part of every address: raised when a cell's content changes its meaning
+OUTCOMES = "outcomes.safetensors"
+OUTCOMES_FORMAT = 2  # raised when what is in it changes its meaning
+FACTS = "outcomes"  # all of its metadata
 _DIGITS = 16
 ELSEWHERE = "elsewhere"  # in finished.json
 
@@ -113,6 +118,16 @@ def finished(output: Path, address: str) -> dict[str, Any] | None:
     if not is_of(facts.get("validation_nll"), _Losses | None):  # older predictions lack it
         return None
     return facts if 0 < facts["seconds"] < math.inf and 0 <= facts["wall"] < math.inf else None
+
+
+def outcome_facts(path: Path) -> dict[str, Any]:
+    """What stands beside the tensors of a file of outcomes; nothing where there is none of this format."""
+    try:
+        with safe_open(path, "numpy") as file:
+            facts = json.loads((file.metadata() or {})[FACTS])
+    except (OSError, SafetensorError, ValueError, KeyError, RecursionError):
+        return {}
+    return facts if isinstance(facts, dict) and facts.get("format") == OUTCOMES_FORMAT else {}
 
 
 def is_elsewhere(facts: dict[str, Any] | None) -> bool:

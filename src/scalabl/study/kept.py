@@ -3,7 +3,8 @@
 RESULTS/finished/ADDRESS.safetensors    of a prediction cell: its outcomes without their resamples (the losses of its
                                         rows, its figures), and what it and the cells below it measured
 
-A cell of another machine counts as finished. Where an open cell needs what it made, it is done again.
+A cell of another machine counts as finished. Where an open cell needs what it made, it is done again. Reading what is
+kept imports no torch.
 """
 
 from __future__ import annotations
@@ -15,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from scalabl.core.files import write_bytes, write_json
-from scalabl.study.cells import ELSEWHERE, address_of, finished
-from scalabl.study.outcomes import OUTCOMES, facts_of_file, outcomes, write_outcomes
+from scalabl.study.cells import ELSEWHERE, OUTCOMES, address_of, finished, outcome_facts
 from scalabl.study.plan import StudyPlan
 
 KEPT = "finished"
@@ -24,6 +24,8 @@ KEPT = "finished"
 
 def keep(plan: StudyPlan, output: Path, results: Path) -> None:
     """Write down what the finished entries of a plan came to, where that is not there already."""
+    from scalabl.study.outcomes import outcomes, write_outcomes
+
     known = {path: chain[path.stem]["finished"]["sha256"] for path, chain in kept(results)}
     for entry in plan.entries:
         done = {address: finished(output, address) for address in entry.addresses}
@@ -43,7 +45,7 @@ def kept(results: Path) -> Iterator[tuple[Path, dict[str, dict[str, Any]]]]:
     """The files that results keep, with the cells in each: address -> {"settings", "finished"}. A file that cannot be
     read, is of another format or not of the cell that it is named after is left out: its cells are done again."""
     for path in sorted((results / KEPT).glob("*.safetensors")):
-        facts = facts_of_file(path)
+        facts = outcome_facts(path)
         with suppress(ValueError, KeyError, TypeError, AttributeError):
             chain: dict[str, dict[str, Any]] = facts["cells"]
             whole = facts["of"] == chain[path.stem]["finished"]["sha256"]

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -29,20 +29,17 @@ from scalabl.metrics.bootstrap import interval, resamples
 from scalabl.metrics.figures import METRICS, evaluate, is_collapsed, ood_auroc
 from scalabl.metrics.scores import checked
 from scalabl.metrics.uncertainty import apply_temperature, average, decompose, fit_temperature
-from scalabl.study.cells import Cell, finished
+from scalabl.study.cells import FACTS, OUTCOMES, OUTCOMES_FORMAT, Cell, finished, outcome_facts
 from scalabl.study.predictions import UNLABELLED, Predictions, read_predictions
 from scalabl.study.tested import OUT_OF_SCOPE, TYPOS
 from scalabl.study.variants import TEMPERED
 
-OUTCOMES = "outcomes.safetensors"
 BOOTSTRAP = 1000
 CONFIDENCE = 0.95
 ERRORS, MISTYPED, STRANGE = "errors", "errors with typos", "out of scope"
 LOSSES = ("nll", "surprise", "brier", "right")
 _BINS = 15
 _DRAWN = "resampled "
-_FACTS = "outcomes"
-FORMAT = 2  # raised when what is kept changes its meaning
 
 
 @dataclass(frozen=True, eq=False)
@@ -221,22 +218,14 @@ def write_outcomes(path: Path, known: Sequence[Outcome], of: str, **facts: Any) 
     sets = [[each.method, each.task, each.rows, each.figures, each.detection] for each in known]
     with writing(path) as unfinished:
         # one entry: safetensors puts several into an order of its own each time
-        save_file(tensors, unfinished, {_FACTS: json.dumps({"format": FORMAT, "of": of, "sets": sets, **facts})})
-
-
-def facts_of_file(path: Path) -> dict[str, Any]:
-    """What stands beside the tensors of a file of `write_outcomes`; nothing where there is none of this format."""
-    try:
-        with safe_open(path, "pt") as file:
-            facts = json.loads((file.metadata() or {})[_FACTS])
-    except (OSError, SafetensorError, ValueError, KeyError, RecursionError):
-        return {}
-    return facts if isinstance(facts, dict) and facts.get("format") == FORMAT else {}
+        save_file(
+            tensors, unfinished, {FACTS: json.dumps({"format": OUTCOMES_FORMAT, "of": of, "sets": sets, **facts})}
+        )
 
 
 def read_outcomes(path: Path, of: str) -> list[Outcome] | None:
     """What `write_outcomes` wrote; None where there is nothing, or it is of other predictions or another format."""
-    facts = facts_of_file(path)
+    facts = outcome_facts(path)
     if facts.get("of") != of:
         return None
     try:
