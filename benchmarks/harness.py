@@ -25,6 +25,7 @@ from typing import Any
 
 from scalabl.core import __version__
 from scalabl.core.files import write_text
+from scalabl.core.workers import processor
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results"
@@ -95,12 +96,7 @@ def _git(*arguments: str) -> str:
 
 def cpu_name() -> str:
     """The processor and how many cores there are."""
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        lines = (line.partition(":") for line in cpuinfo.read_text(encoding="utf-8").splitlines())
-        name = next((value.strip() for key, _, value in lines if key.strip() == "model name"), name)
-    return f"CPU, {name}, {os.cpu_count()} cores ({platform.machine()})"
+    return f"CPU, {processor()}, {os.cpu_count()} cores ({platform.machine()})"
 
 
 def load_average() -> str:

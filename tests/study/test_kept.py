@@ -1,5 +1,6 @@
 """What a study's results keep of its finished cells: its tables elsewhere, and how it goes on there."""
 
+import json
 import re
 import shutil
 from dataclasses import replace
@@ -58,6 +59,17 @@ def test_nothing_is_left_to_do_there_and_what_an_open_cell_needs_is_done_again(
     assert (output / "cells" / entry.training[0] / RUN).is_dir() and len(rows) == len(done.rows)
     told = [{k: v for k, v in row.items() if "cost" not in k and k != "peak_memory"} for row in (*rows, *done.rows)]
     assert told[: len(rows)] == told[len(rows) :]  # the same machine, the same bytes
+
+
+def test_costs_are_of_machines_of_one_kind(done: Done, results: Path, tmp_path: Path) -> None:
+    take_up(tmp_path, results)
+    entry = next(entry for entry in done.plan.entries if entry.variant.name == "scalabl" and entry.seeds == (1,))
+    path = tmp_path / "cells" / entry.prediction / "finished.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"device": "another"}))
+    without = {
+        (row["method"], row["seed"]) for row in tidy(done.study, done.plan, tmp_path) if row["train_cost"] is None
+    }
+    assert without == {("scalabl", 1), ("scalabl+temperature", 1)}
 
 
 def test_an_ensemble_needs_all_of_its_members_again(done: Done, results: Path, tmp_path: Path) -> None:

@@ -8,11 +8,13 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import platform
 import signal
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 from typing import Any, TypeVar
 
 from scalabl.core.console import progress_in_lines, quiet_imports
@@ -26,6 +28,14 @@ R = TypeVar("R")
 def threads_each(workers: int) -> int:
     """The cores of this machine, shared evenly; at least one."""
     return max(1, (os.cpu_count() or 1) // workers)
+
+
+def processor() -> str:
+    """What its maker calls it, where Linux says; the architecture elsewhere."""
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        return " ".join(next(line for line in lines if line.startswith("model name")).partition(":")[2].split())
+    return platform.machine()
 
 
 def begin_worker(threads: int) -> None:

@@ -6,7 +6,8 @@ accuracy, nll, ece, brier               nll in nats, ece a share (15 bins)
 ood_auroc                               shifted sets: separated from the trained task's test set by the epistemic part
                                         of the uncertainty (empty for one particle); `ood_auroc_total` by all of it
 extra_parameters                        numbers kept beyond a plain LoRA's
-train_cost, predict_cost                wall time as a ratio to MLE's of the same task and seed
+train_cost, predict_cost                wall time as a ratio to MLE's of the same task and seed; empty where cells were
+                                        done on machines of several kinds
 collapsed                               whether its accuracy is no better than guessing; `why` says by what guess
 n, particles                            rows tested on, N
 auroc, aurc                             auroc: of being right by confidence
@@ -89,14 +90,17 @@ def _extra_parameters(entry: Entry, output: Path) -> int:
 
 
 def _costs(entry: Entry, mle: Entry | None, output: Path) -> dict[str, float | None]:
+    """Beside MLE's, where all of it was done on machines of one kind."""
     cells = [_done(output, address) for address in entry.addresses]
     costs: dict[str, float | None] = {"peak_memory": max(cell["peak_memory"] for cell in cells)}
     if mle is None or any(finished(output, address) is None for address in mle.addresses):
         return costs
-    training, prediction = _done(output, mle.training[0])["seconds"], _done(output, mle.prediction)["seconds"]
+    training, prediction = _done(output, mle.training[0]), _done(output, mle.prediction)
+    if len({cell["device"] for cell in (*cells, training, prediction)}) > 1:
+        return costs
     return costs | {
-        "train_cost": sum(cell["seconds"] for cell in cells[:-1]) / training,
-        "predict_cost": cells[-1]["seconds"] / prediction,
+        "train_cost": sum(cell["seconds"] for cell in cells[:-1]) / training["seconds"],
+        "predict_cost": cells[-1]["seconds"] / prediction["seconds"],
     }
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from scalabl.core import __version__
 from scalabl.core.errors import UserError
 from scalabl.core.files import sha256, write_json, writing
+from scalabl.core.workers import processor
 from scalabl.data.assemble import TrainingRows, select_rows
 from scalabl.data.example import Example, rows_digest
 from scalabl.data.load import load_task
@@ -242,13 +243,13 @@ def measured() -> Iterator[CellCost]:
 
 
 def machine() -> dict[str, str]:
-    """device: "cpu x86_64, 2 cores, 1 thread" or the accelerator's name; versions: of what computes."""
+    """device: "cpu AMD EPYC, 2 cores, 1 thread a process" or the accelerator's name; versions: of what computes."""
     if torch.cuda.is_available():
         device = f"cuda, {torch.cuda.get_device_name()}"
     else:
         threads = torch.get_num_threads()
         cores = f"{os.cpu_count()} cores, {threads} thread{'s' if threads > 1 else ''} a process"
-        device = f"cpu {platform.machine()}, {cores}"
+        device = f"cpu {processor()}, {cores}"
     packages = {name: version(name) for name in ("torch", "transformers", "peft")}
     versions = ", ".join(f"{name} {number}" for name, number in {"scalabl": __version__, **packages}.items())
     return {"device": device, "versions": versions}
