@@ -275,9 +275,19 @@ def test_waves_come_after_each_other(rows: Path, tmp_path: Path) -> None:
     assert turns == [*first, ("few", "mc_dropout", 0), *late]
 
 
+def test_a_task_may_have_fewer_seeds(rows: Path) -> None:
+    methods = ["mle", {"method": "mc_dropout", "seeds": [2]}, {"name": "two", "method": "ensemble", "members": 2}]
+    tasks = [{"name": "slow", "data": str(rows), "seeds": [0, 2]}, {"name": "few", "data": str(rows), "seeds": [1, 0]}]
+    plan = make_plan(make_study(content(rows, methods=methods, tasks=tasks, seeds=[0, 1, 2]), "tiny"))
+    runs = [(entry.task, entry.variant.name, entry.seeds) for entry in plan.entries]
+    slow = [("slow", "mle", (0,)), ("slow", "mle", (2,)), ("slow", "mc_dropout", (2,))]
+    assert runs == [*slow, ("few", "mle", (0,)), ("few", "mle", (1,)), ("few", "two", (0, 1))]
+
+
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
+        ({"tasks": [{"data": "a", "seeds": []}]}, "seeds is empty; give at least one"),
         ({"tasks": [{"data": "a", "chosen_on": "b"}]}, "chosen_on of a names b, which is no task that tries"),
         ({"tasks": ["a", {"data": "b", "chosen_on": "a"}, {"data": "c", "chosen_on": "b"}]}, "chosen_on of c names b"),
         (

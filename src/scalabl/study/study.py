@@ -34,8 +34,8 @@ choice; a method fitted on finished runs is of the first `mle`.
     - {name: scalabl mean, of: scalabl, samples: 0}
     - {name: ensemble of 3, method: ensemble, members: 3}      the runs of the first three seeds; all, if left out
 
-Further keys of an entry of methods: `seeds` and `tasks` of its own, where they are fewer, and `wave`, a number, as
-tasks may have: cells of a higher one come later.
+Further keys of an entry of methods: `seeds` of its own, `tasks`, where they are fewer, and `wave`, a number: cells of a
+higher one come later. Tasks may have a `wave` too, and `seeds`, where they are fewer.
 """
 
 from __future__ import annotations
@@ -104,8 +104,9 @@ class Study:
         """The seeds of each run of a variant on a task, all members' of an ensemble; none where it is not run."""
         if variant.tasks is not None and task not in variant.tasks:
             return []
-        seeds = self.seeds_of(variant)
-        return [seeds[: variant.members]] if METHODS[variant.method].members else [(seed,) for seed in seeds]
+        seeds, only = self.seeds_of(variant), self.task(task).seeds
+        runs = [seeds[: variant.members]] if METHODS[variant.method].members else [(seed,) for seed in seeds]
+        return [run for run in runs if only is None or set(run) <= set(only)]
 
     def training_settings(
         self, variant: Variant, task: str, seed: int, chosen: Mapping[str, Any] | None = None

@@ -24,6 +24,7 @@ class StudyTask:
         out_of_scope: data with rows of none of its labels.
         chosen_on: the task on which its settings are chosen, where some are tried; its own if None.
         wave: cells of a higher one come later.
+        seeds: the only ones that it is run with; None for all of a method's. An ensemble with other members is left out.
     """
 
     name: str
@@ -33,6 +34,7 @@ class StudyTask:
     out_of_scope: tuple[str, ...] = ()
     chosen_on: str | None = None
     wave: int = 0
+    seeds: tuple[int, ...] | None = None
 
 
 def tasks_in(listed: Any) -> dict[str, StudyTask]:
@@ -56,7 +58,7 @@ def tasks_in(listed: Any) -> dict[str, StudyTask]:
         if name in found:
             raise UserError(f"Two tasks are called {name!r}; give one of them a name of its own.")
         others, wave = own.pop("out_of_scope", []), own.pop("wave", 0)
-        model, chosen_on = own.pop("model", None), own.pop("chosen_on", None)
+        model, chosen_on, seeds = own.pop("model", None), own.pop("chosen_on", None), own.pop("seeds", None)
         found[name] = StudyTask(
             name,
             data,
@@ -65,6 +67,7 @@ def tasks_in(listed: Any) -> dict[str, StudyTask]:
             texts_in(f"out_of_scope of {name}", others) if others else (),
             None if chosen_on is None else str(chosen_on),
             whole(f"wave of {name}", wave, 0),
+            None if seeds is None else seeds_in(seeds),
         )
     return found
 
