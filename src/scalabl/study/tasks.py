@@ -24,7 +24,7 @@ class StudyTask:
         out_of_scope: data with rows of none of its labels.
         chosen_on: the task on which its settings are chosen, where some are tried; its own if None.
         wave: cells of a higher one come later.
-        seeds: the only ones that it is run with; None for all of a method's. An ensemble with other members is left out.
+        seeds: the only ones that it is run with, without ensembles that have others; None for all of a method's.
     """
 
     name: str
