@@ -157,7 +157,8 @@ def test_thresholds_answer_null_for_whole_rows(program: Program, texts: Path, ru
 
 def test_a_pool_is_ranked_by_the_sum_over_labels(program: Program, texts: Path, run: Path, tmp_path: Path) -> None:
     pool = texts / "test.jsonl"
-    ranked = program("acquire", pool, run, "--output", tmp_path / "ranked.jsonl", "-k", 4, "--samples", 4)
+    ranking = ("acquire", pool, run, "--output", tmp_path / "ranked.jsonl", "-k", 4, "--samples", 4)
+    ranked = program(*ranking, "--by", "bald")
     assert ranked.code == 0, ranked.err
     rows = load_task(str(texts)).split("test")
     log_probs = Predictor(load_run(run), PredictionSettings("mc", 4, raw=True)).log_probs(rows)
@@ -168,6 +169,10 @@ def test_a_pool_is_ranked_by_the_sum_over_labels(program: Program, texts: Path, 
     found = read(tmp_path / "ranked.jsonl")
     assert [row["text"] for row in found] == [rows[i].question for i in best.indices.tolist()]
     assert [row["score"] for row in found] == pytest.approx(best.values.tolist(), abs=1e-5)
+    program(*ranking)  # the margin: how far each label is from one half
+    margins = -(2 * p.mean(dim=0) - 1).abs().sum(dim=-1)
+    scores = [row["score"] for row in read(tmp_path / "ranked.jsonl")]
+    assert scores == pytest.approx(margins.topk(4).values.tolist(), abs=1e-5)
 
 
 def test_a_run_is_calibrated_anew_and_goes_on_to_the_same_bytes(

@@ -91,12 +91,13 @@ def _run(
 
 
 def _tables(study: Study, plan: StudyPlan, output: Path, results: Path, command: str) -> None:
-    from scalabl.study.benchmark import open_results, take_up, write_results
+    from scalabl.study.benchmark import take_up, write_results
+    from scalabl.study.kept import kept
     from scalabl.study.results import tidy
     from scalabl.study.tried import trials
 
-    open_results(results)
-    take_up(output, results)
+    if next(kept(results), None) is not None:
+        take_up(output, results)
     rows = tidy(study, plan, output)
     if not rows and not trials(plan, output):
         raise UserError(f"No prediction of this study is finished in {output}; run it without --tables-only first.")
