@@ -194,6 +194,16 @@ def test_a_set_out_of_scope_has_detection_alone(
     assert point.gap == pytest.approx(means["scalabl"] - means["mle"]) and point.tasks == 1
 
 
+def test_the_picture_of_costs_is_of_the_seeds_that_both_have(done: tuple[Study, StudyPlan, Path]) -> None:
+    study, plan, output = done
+    tables = summarize(study, plan, output, tidy(study, plan, output))
+    before = {point.name: point.gap for point in points_of(tables, "mle")}
+    for table in tables:  # as a further seed of plain LoRA alone would move its mean
+        figure = next(line for line in table.lines if line.method == "mle+temperature").figures["nll"]
+        figure.mean = None if figure.mean is None else figure.mean + 1
+    assert {point.name: point.gap for point in points_of(tables, "mle")} == before and before["mle"] == 0
+
+
 def test_scores_are_what_they_say_and_are_compared_by_what_they_tell(
     done: tuple[Study, StudyPlan, Path],
 ) -> None:

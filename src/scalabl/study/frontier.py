@@ -8,7 +8,7 @@ from statistics import fmean
 
 from scalabl.inference.report.table import number
 from scalabl.study.look import COLOURS, MUTED, Picture, blank, styled
-from scalabl.study.summary import Table
+from scalabl.study.summary import BASELINES, Gap, Table
 
 _MARKERS = "osD^vP"
 _TICKS = (0.5, 1, 2, 5, 10, 20, 50)
@@ -20,7 +20,7 @@ class Point:
 
     Attributes:
         name: of its variant.
-        gap: NLL minus plain LoRA's in nats, both with a temperature.
+        gap: NLL minus plain LoRA's in nats, both with a temperature, over the seeds that both have.
         costs: of its training and its prediction beside plain LoRA's.
         tasks: how many.
     """
@@ -40,11 +40,12 @@ def points_of(tables: Sequence[Table], baseline: str) -> list[Point]:
             lines = {(line.variant.name, line.tempered): line.figures for line in table.lines}
             if table.shifted or not {(name, True), (name, False), (baseline, True)} <= lines.keys():
                 continue
-            of = [lines[key]["nll"].mean for key in ((name, True), (baseline, True))]
-            of += [lines[name, False][cost].mean for cost in ("train_cost", "predict_cost")]
+            # paired: a method may have fewer seeds than the baseline
+            gap = 0.0 if name == baseline else lines[name, True]["nll"].versus.get(BASELINES[1], Gap()).value
+            of = [gap, *(lines[name, False][cost].mean for cost in ("train_cost", "predict_cost"))]
             known = [value for value in of if value is not None]
             if len(known) == len(of):
-                found.append((known[0] - known[1], *known[2:]))
+                found.append(tuple(known))
         if found:
             gap, train, predict = (fmean(values) for values in zip(*found, strict=True))
             made.append(Point(name, gap, (train, predict), len(found)))
