@@ -29,12 +29,20 @@ def leaf(**options: object) -> StochasticProjection:
 def test_the_initial_values_are_the_singular_value_decomposition_of_loras_draw(unit_rows: bool) -> None:
     """A = U diag(sv) V^T: rows V^T, means sv; U, a rotation of the r numbers, is dropped."""
     made = leaf(unit_rows=unit_rows)
-    assert torch.allclose(made.direction, made.rows(), atol=1e-6)
     rows, mean = made.rows(), made.posterior.mean
     assert torch.allclose(rows @ rows.T, torch.eye(R), atol=1e-5)
     assert (mean > 0).all() and (mean[:-1] >= mean[1:]).all()
     gram = rows.T @ torch.diag(mean.square()) @ rows
     assert torch.allclose(gram, lora_draw().T @ lora_draw(), atol=1e-5)
+
+
+def test_unit_rows_are_stored_at_the_length_of_loras_draw_by_which_a_step_turns_them_as_far() -> None:
+    torch.manual_seed(0)
+    wide = torch.nn.Linear(2000, R, bias=False).weight.detach()
+    stored = StochasticProjection(wide).direction
+    torch.testing.assert_close(stored.norm(dim=1), wide.norm(dim=1), rtol=0.05, atol=0)  # of any rotation of its rows
+    torch.testing.assert_close(stored.T @ stored, wide.T @ wide, rtol=0, atol=1e-5)
+    assert torch.allclose(StochasticProjection(wide, unit_rows=False).direction.norm(dim=1), torch.ones(R), atol=1e-5)
 
 
 def test_initial_sigmas_are_uniform_between_their_bounds() -> None:

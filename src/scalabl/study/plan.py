@@ -26,6 +26,9 @@ LATER: dict[str, Any] = {
     "quantization": "bitsandbytes", "kl_normalization": "token", "prior_mean": 0.0, "class_weights": None,
     "rows_per_class": None, "template": None,
 }  # fmt: skip
+# trainings that come to something else than in earlier versions under the same settings; part of an address, so that
+# their cells are not taken for today's
+REVISIONS = {"scalabl": 1}  # 1: A begins at the length of LoRA's draw
 
 
 TRIED = "tried.csv"
@@ -264,7 +267,8 @@ def _training(study: Study, variant: Variant, task: str, seed: int, rows: str, p
     name = BASELINE if variant.method in POST_HOC_METHODS else variant.of
     with_point = f" ({in_words(point)})" if point else ""
     label = f"training {name}{with_point} on {task}, {_seeds((seed,))}"
-    return Cell(TRAINING, {"recipe": addressed, "rows_sha256": rows}, (), label)
+    revision = {"revision": REVISIONS[training.method]} if training.method in REVISIONS else {}
+    return Cell(TRAINING, {"recipe": addressed, "rows_sha256": rows, **revision}, (), label)
 
 
 def _post_hoc(variant: Variant, task: str, seeds: tuple[int, ...], runs: tuple[str, ...]) -> Cell:

@@ -106,7 +106,8 @@ class StochasticProjection(nn.Module):
             become the means of s [ScalaBL, initialisation].
         covariance: "diagonal" or "full".
         init_sigma: sigma starts as U(init_sigma / sqrt(2), init_sigma), for each number.
-        unit_rows: keep the rows of A at unit length in the forward pass, so that s alone carries their scale.
+        unit_rows: keep the rows of A at unit length in the forward pass, so that s alone carries their scale. They are
+            stored at the length that LoRA's draw has, so that a step of Adam turns them as far as it turns LoRA's.
         draws: in state "auto", one draw of s a "sequence", or one a "batch", shared by its rows.
 
     State "auto" draws while it is trained and is the mean otherwise, in a frozen adapter too (a reference model's);
@@ -130,7 +131,8 @@ class StochasticProjection(nn.Module):
         self._scopes: list[tuple[Scope, State]] = []  # the states that contexts give it, the newest last
         self.share = (0, 1)  # while training: (rank, ranks) between which a batch is split; its rows are drawn as one
         rows, singular_values, sigma = _initial(weight, init_sigma)
-        self.direction = nn.Parameter(rows.to(weight.dtype))
+        stored = singular_values[:, None] * rows if unit_rows else rows
+        self.direction = nn.Parameter(stored.to(weight.dtype))
         self.posterior: Gaussian = POSTERIORS[covariance](singular_values, sigma)
 
     @property
