@@ -231,25 +231,41 @@ def test_last_layer_laplace_is_a_gaussian_on_the_heads_weights(
     assert before == {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()}
 
 
-def test_last_layer_laplace_takes_the_precision_that_validation_rows_like_best(
-    on_head: Callable[..., Path], texts: Path
+@pytest.mark.parametrize(
+    ("method", "as_answered", "is_narrower"),  # answers as the head has them, or those that it holds least likely
+    [
+        ("last_layer_laplace", True, True),
+        ("laplace", True, True),
+        ("laplace", False, False),
+        ("subspace_laplace", False, True),
+    ],
+)
+def test_laplace_takes_the_precision_that_validation_rows_like_best(
+    on_head: Callable[..., Path],
+    texts: Path,
+    method: str,
+    as_answered: bool,
+    is_narrower: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    run, module = load_run(on_head("mle", seed=4)), load_post_hoc("last_layer_laplace")
+    run, module = load_run(on_head("mle", seed=4)), load_post_hoc(method)
     train, held_out = rows_of(str(texts), split="train"), rows_of(str(texts), split="validation")
-    # as the head answers them: the less noise, the better
-    answers = log_probs(run, MeanPredictive(), held_out)[0].argmax(dim=1)
+    ranked = log_probs(run, MeanPredictive(), held_out)[0].sort(dim=1, descending=as_answered).indices
+    answers = ranked[:, 0]
     held_out = [replace(row, answer=int(answer)) for row, answer in zip(held_out, answers, strict=True)]
     evidence = module.fit(run, train, [])["prior_precision"]
     chosen = module.fit(run, train, held_out)["prior_precision"]
-    strategy = module.predictive(run)
-    assert isinstance(strategy, LastLayerPredictive) and strategy.precision == chosen
+    assert chosen > evidence if is_narrower else chosen == evidence
 
     nll = {}
     for times in (1, 10, 1e2, 1e3, 1e4, 1e5, 1e6):
         precision = min(evidence * times, 1e4)
-        averaged = log_probs(run, LastLayerPredictive(strategy.block, precision), held_out).exp().mean(dim=0)
+        monkeypatch.setattr("scalabl.methods.precision.TRIED", (precision / evidence,))
+        assert module.fit(run, train, held_out)["prior_precision"] == pytest.approx(precision)
+        averaged = log_probs(run, module.predictive(run, samples=1), held_out).exp().mean(dim=0)
         nll[precision] = torch.nn.functional.nll_loss(averaged.log(), answers).item()
-    assert chosen == pytest.approx(min(nll, key=nll.__getitem__)) and chosen > evidence, nll
+    assert len(set(nll.values())) > 1
+    assert nll[chosen] == pytest.approx(min(nll.values()), abs=1e-6), nll
 
 
 def test_last_layer_laplace_reads_the_one_position_of_a_decoders_head(

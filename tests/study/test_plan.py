@@ -11,7 +11,7 @@ from tiny_study import content
 
 from scalabl.core.errors import UserError
 from scalabl.study.cells import POST_HOC, PREDICTION, TRAINING, address_of
-from scalabl.study.plan import StudyPlan, make_plan
+from scalabl.study.plan import REVISIONS, StudyPlan, make_plan
 from scalabl.study.study import make_study, read_study
 
 BASE = Path("/base")
@@ -89,10 +89,30 @@ def test_test_rows_decide_predictions_alone_and_training_rows_everything(tmp_pat
 
 
 @pytest.mark.parametrize("name", ["kl", "rank"])
-def test_cells_of_results_that_were_published_have_the_addresses_that_they_had(name: str) -> None:
+def test_cells_of_results_that_were_published_have_the_addresses_that_they_had(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for methods that have come to something else since, under the same settings."""
     with (ROOT / "docs" / "results" / "ablations" / name / "results.csv").open() as file:
-        cells = {row["cell"] for row in csv.DictReader(file)}
-    assert cells and cells <= set(make_plan(read_study(ROOT / "recipes" / "ablations" / f"{name}.yaml")).cells)
+        cells = {row["cell"]: row["method"] for row in csv.DictReader(file)}
+    study = read_study(ROOT / "recipes" / "ablations" / f"{name}.yaml")
+    revised = {cell for cell, method in cells.items() if method.startswith("scalabl")}
+    assert set(cells) - set(make_plan(study).cells) == revised and revised
+    monkeypatch.setattr("scalabl.study.plan.REVISIONS", {})
+    assert set(cells) <= set(make_plan(study).cells)
+
+
+@pytest.mark.parametrize(("method", "kind"), [("scalabl", TRAINING), ("laplace", POST_HOC)])
+def test_a_method_that_was_revised_has_cells_of_its_own(
+    task_directory: Path, method: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = plan(task_directory, methods=["mle", method])
+    monkeypatch.setitem(REVISIONS, method, REVISIONS[method] + 1)
+    later = plan(task_directory, methods=["mle", method])
+    assert len(now.cells) == len(later.cells)
+    assert addresses(now, kind) != addresses(later, kind)
+    of_mle = set(plan(task_directory, methods=["mle"]).cells)
+    assert set(now.cells) & set(later.cells) == of_mle
 
 
 def test_rows_that_are_missing_are_missed_at_once(tmp_path: Path, shifted_directory: Path) -> None:

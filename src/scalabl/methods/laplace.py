@@ -3,7 +3,8 @@
     q(theta) = N(theta_MAP, (H + precision I)^-1),   H the Kronecker-factored Gauss-Newton matrix of the training rows
     f(x) ~ N(f_MAP(x), J (H + precision I)^-1 J^T),   p(y | x) = E[softmax f(x)]
 
-The precision maximises the marginal likelihood. One forward pass and C backward passes a row give the logits' mean and
+The precision maximises the marginal likelihood [as published]; where there are validation rows it is the multiple of
+that one under which their NLL is lowest. One forward pass and C backward passes a row give the logits' mean and
 covariance; the softmax's average is taken over fixed draws of the logits, or by the probit approximation. A
 classification head is known: it stays at its trained weights, and A and B are what is uncertain.
 """
@@ -11,7 +12,7 @@ classification head is known: it stays at its trained weights, and A and B are w
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +22,7 @@ from torch import Tensor
 from scalabl.core.console import progress_bar
 from scalabl.core.errors import UserError
 from scalabl.data.example import Example
+from scalabl.methods.precision import index_of_best, tried_precisions
 from scalabl.methods.saved import SavedMethod
 from scalabl.posterior.draws import standard_normal
 from scalabl.posterior.evidence import best_precision, log_evidence
@@ -74,7 +76,10 @@ class LinearizedLaplacePredictive:
         self._drawn = torch.empty(samples, 0)
 
     def __call__(self, scorer: Scorer, batch: Batch) -> Tensor:
-        mean, covariance = self.logit_distribution(scorer, batch)
+        return self.log_probs(scorer, *self.logit_distribution(scorer, batch))
+
+    def log_probs(self, scorer: Scorer, mean: Tensor, covariance: Tensor) -> Tensor:
+        """(N, B, C) log probabilities of Gaussian logits, mean (B, C) and covariance (B, C, C)."""
         likelihood = scorer.scoring.likelihood
         if self.link == "probit":
             variance = covariance.diagonal(dim1=1, dim2=2)
@@ -95,12 +100,23 @@ class LinearizedLaplacePredictive:
 
     def logit_distribution(self, scorer: Scorer, batch: Batch) -> tuple[Tensor, Tensor]:
         """Class logits (B, C), -inf for missing choices, and their covariance (B, C, C), 0 there."""
-        require_one_pass(scorer.model, batch)
-        with torch.enable_grad(), recorded(scorer.model) as passed:
-            class_logits = scorer.class_logits(batch)
-            of_weights = jacobians(class_logits, passed)
-        parts = [self.blocks[name].logit_covariance(j, self.precision) for name, j in of_weights.items()]
-        return class_logits.detach().float(), torch.stack(parts).sum(dim=0)
+        logits, of_weights = logit_jacobians(scorer, batch)
+        return logits, self.covariance(of_weights)
+
+    def covariance(self, of_weights: Mapping[str, Tensor]) -> Tensor:
+        """(B, C, C) of the class logits, from their Jacobians in the weights."""
+        return torch.stack(
+            [self.blocks[name].logit_covariance(j, self.precision) for name, j in of_weights.items()]
+        ).sum(dim=0)
+
+
+def logit_jacobians(scorer: Scorer, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    """Class logits (B, C), -inf for missing choices, and their Jacobian in each A and B by name."""
+    require_one_pass(scorer.model, batch)
+    with torch.enable_grad(), recorded(scorer.model) as passed:
+        class_logits = scorer.class_logits(batch)
+        of_weights = jacobians(class_logits, passed)
+    return class_logits.detach().float(), of_weights
 
 
 # factors of up to so many dimensions are exact; larger ones are kept at this rank
@@ -110,7 +126,7 @@ DRAWS = 1000
 
 
 class LaplaceLoRA(SavedMethod):
-    """Fitted by one pass over the training rows and a search; predicts with draws of the logits."""
+    """Fitted by one pass over the training rows and one over the validation rows; predicts with draws of the logits."""
 
     def fit(
         self,
@@ -123,7 +139,8 @@ class LaplaceLoRA(SavedMethod):
         seed: int = 0,
         rank: int = RANK,
     ) -> dict[str, Any]:
-        """The curvature over the training rows, and the prior precision of the highest evidence.
+        """The curvature over the training rows, and the prior precision of the lowest NLL of the validation rows; of
+        the highest evidence without any.
 
         Raises:
             UserError: no training rows, or the run is no plain LoRA.
@@ -138,6 +155,18 @@ class LaplaceLoRA(SavedMethod):
         squared_norm = sum(weight.square().sum().item() for weight in weights)
         eigenvalues = [block.eigenvalues.double() for block in curvature.blocks.values()]
         precision = best_precision(squared_norm, eigenvalues)
+        if validation_rows:
+            tried = [
+                LinearizedLaplacePredictive(curvature.blocks, each, samples=DRAWS, seed=seed)
+                for each in tried_precisions(precision)
+            ]
+
+            def predictions(batch: Batch) -> Iterator[Tensor]:
+                logits, of_weights = logit_jacobians(run.scorer, batch)
+                return (each.log_probs(run.scorer, logits, each.covariance(of_weights)) for each in tried)
+
+            held_out = self.encoded(run, validation_rows, batch_size=batch_size)
+            precision = tried[index_of_best(run.scorer, held_out, predictions, batch_size=batch_size)].precision
         evidence = log_evidence(
             curvature.log_likelihood, squared_norm, eigenvalues, eigenvalues[0].new_tensor(precision)
         )

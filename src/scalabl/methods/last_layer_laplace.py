@@ -23,10 +23,10 @@ from torch import Tensor, nn
 
 from scalabl.core.errors import UserError
 from scalabl.data.example import Example
+from scalabl.methods.precision import index_of_best, tried_precisions
 from scalabl.methods.saved import SavedMethod
-from scalabl.metrics.calibration import row_losses
 from scalabl.posterior.draws import standard_normal
-from scalabl.posterior.evidence import HIGHEST, best_precision, log_evidence
+from scalabl.posterior.evidence import best_precision, log_evidence
 from scalabl.predictive.base import Predictive
 from scalabl.predictive.head_features import head_layer
 from scalabl.predictive.kronecker import Factor, KroneckerBlock
@@ -39,7 +39,6 @@ from scalabl.tuner.threads import own
 
 RANK = 4096  # of a factor, beyond which it is kept at this rank
 DRAWS = 32  # at least so many, which cost no pass
-TRIED = tuple(10.0**power for power in range(7))  # multiples of the evidence's precision
 
 
 class LastLayerPredictive:
@@ -115,7 +114,14 @@ class LastLayerLaplace(SavedMethod):
         eigenvalues = block.eigenvalues.double()
         precision = best_precision(squared_norm, [eigenvalues])
         if validation_rows:
-            precision = self._chosen(run, block, precision, validation_rows, batch_size=batch_size, seed=seed)
+            tried = [LastLayerPredictive(block, each, seed=seed) for each in tried_precisions(precision)]
+
+            def predictions(batch: Batch) -> Iterator[Tensor]:
+                read = head_features(run.scorer, batch)
+                return (likelihood.log_probs(predictive.draws(*read)) for predictive in tried)
+
+            held_out = self.encoded(run, validation_rows, batch_size=batch_size)
+            precision = tried[index_of_best(run.scorer, held_out, predictions, batch_size=batch_size)].precision
         evidence = log_evidence(total, squared_norm, [eigenvalues], eigenvalues.new_tensor(precision))
         facts = {
             "prior_precision": precision,
@@ -125,22 +131,6 @@ class LastLayerLaplace(SavedMethod):
             "rows": len(train_rows),
         }
         return self.save(run, facts, vars(block))
-
-    def _chosen(
-        self, run: Run, block: KroneckerBlock, evidence: float, rows: Sequence[Example], *, batch_size: int, seed: int
-    ) -> float:
-        """The precision, `evidence` or a multiple, of the lowest NLL of the rows; the lowest of equal ones."""
-        predictives = [
-            LastLayerPredictive(block, min(evidence * times, HIGHEST), samples=DRAWS, seed=seed) for times in TRIED
-        ]
-        likelihood, losses = run.scorer.scoring.likelihood, [0.0] * len(predictives)
-        encoded = self.encoded(run, rows, batch_size=batch_size)
-        for _, batch in run.scorer.encoded_batches(encoded, batch_size):
-            logits, features = head_features(run.scorer, batch)
-            for i, predictive in enumerate(predictives):
-                questions = likelihood.questions(likelihood.log_probs(predictive.draws(logits, features)))
-                losses[i] += row_losses(questions.cpu(), batch.answers.flatten().cpu(), 1.0).sum().item()
-        return predictives[losses.index(min(losses))].precision
 
     def predictive(self, run: Run, *, samples: int = 10, seed: int = 0) -> Predictive:
         """At least 32 draws of the logits."""

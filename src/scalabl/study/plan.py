@@ -26,9 +26,9 @@ LATER: dict[str, Any] = {
     "quantization": "bitsandbytes", "kl_normalization": "token", "prior_mean": 0.0, "class_weights": None,
     "rows_per_class": None, "template": None,
 }  # fmt: skip
-# trainings that come to something else than in earlier versions under the same settings; part of an address, so that
-# their cells are not taken for today's
-REVISIONS = {"scalabl": 1}  # 1: A begins at the length of LoRA's draw
+# methods that come to something else than in earlier versions under the same settings (A begins at the length of LoRA's
+# draw; validation rows choose the precision); part of an address, so that cells from before are not taken for today's
+REVISIONS = {"scalabl": 1, "laplace": 1, "subspace_laplace": 1}
 
 
 TRIED = "tried.csv"
@@ -267,12 +267,17 @@ def _training(study: Study, variant: Variant, task: str, seed: int, rows: str, p
     name = BASELINE if variant.method in POST_HOC_METHODS else variant.of
     with_point = f" ({in_words(point)})" if point else ""
     label = f"training {name}{with_point} on {task}, {_seeds((seed,))}"
-    revision = {"revision": REVISIONS[training.method]} if training.method in REVISIONS else {}
-    return Cell(TRAINING, {"recipe": addressed, "rows_sha256": rows, **revision}, (), label)
+    settings = {"recipe": addressed, "rows_sha256": rows, **_revision(training.method)}
+    return Cell(TRAINING, settings, (), label)
+
+
+def _revision(method: str) -> dict[str, int]:
+    return {"revision": REVISIONS[method]} if method in REVISIONS else {}
 
 
 def _post_hoc(variant: Variant, task: str, seeds: tuple[int, ...], runs: tuple[str, ...]) -> Cell:
     settings = {"method": variant.method, "run": runs[0], "members": list(runs[1:]), "seed": seeds[0]}
+    settings |= _revision(variant.method)
     return Cell(POST_HOC, settings, runs, f"fitting {variant.name} on {task}, {_seeds(seeds)}")
 
 

@@ -127,10 +127,14 @@ def fit_laplace(
         (those in use), effective_parameters, rows.
     """
     components = used_components(scorer)
+    return posterior_of(curvature_of(scorer, rows, batch_size=batch_size), components, prior_precision)
+
+
+def curvature_of(scorer: Scorer, rows: Sequence[Encoded], *, batch_size: int = 8) -> JointCurvature:
+    """`gauss_newton` with a progress bar."""
     with progress_bar() as progress:
         bar = progress.add_task("curvature", total=len(rows), detail="")
-        curvature = gauss_newton(scorer, rows, batch_size=batch_size, advance=lambda n: progress.advance(bar, n))
-    return posterior_of(curvature, components, prior_precision)
+        return gauss_newton(scorer, rows, batch_size=batch_size, advance=lambda n: progress.advance(bar, n))
 
 
 def posterior_of(
