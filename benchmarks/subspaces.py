@@ -16,8 +16,8 @@ values of A: a mixture's with a random sign each ("signs") or times exp(0.5 norm
 component. All at one budget (rate, steps, batch, rows, particles); NLL with the temperature that suits it.
 
 And after training, of the plain LoRA with B A = U diag(sv) V^T, the exact joint Laplace posterior of r or of r x r
-numbers around the identity, B := U sqrt(sv), A := sqrt(sv) V^T, with the prior precision of the highest evidence and
-the linearised predictive, where classes are few.
+numbers around the identity, B := U sqrt(sv), A := sqrt(sv) V^T, with the prior precision that validation rows choose of
+multiples of the evidence's and the linearised predictive, where classes are few.
 
 Variants are compared on validation rows, and on test rows those that are named by --tested. Writes
 docs/results/subspaces.{json,md}. Figures are kept a run at a time.
@@ -45,6 +45,7 @@ from scalabl.core.console import quiet
 from scalabl.core.modules import eval_mode
 from scalabl.data.assemble import select_rows
 from scalabl.data.load import load_task, rows_of
+from scalabl.methods.precision import tried_precisions
 from scalabl.metrics.calibration import row_losses
 from scalabl.metrics.uncertainty import average, fit_temperature
 from scalabl.predictive.linearized import LinearizedPredictive
@@ -118,7 +119,9 @@ class Between(nn.Module):
         super().__init__()
         _, singular_values, rows = torch.linalg.svd(weight.detach().float(), full_matrices=False)
         r, k = len(singular_values), variant.components
-        self.direction = nn.Parameter(rows.contiguous())
+        self.direction = nn.Parameter(
+            singular_values[:, None] * rows
+        )  # at LoRA's length, by which Adam turns it as far
         self.variant = variant
         self.noise: Tensor | None = None  # of the particle that all rows carry; None draws, or is the mean if eval
         self.rows_of: Tensor | None = None  # the component of each row
@@ -343,8 +346,13 @@ def _balanced(scorer: Scorer) -> Iterator[list[_Core]]:
             module.lora_A["default"], module.lora_B["default"].weight.data = leaf, weight
 
 
-def laplace(scorer: Scorer, train_rows: list[Encoded], rows: dict[str, list[Encoded]]) -> dict[str, dict[str, Any]]:
-    """ "r" and "r x r" -> part -> log class probabilities (points, n, C) of the linearised predictive."""
+def laplace(
+    scorer: Scorer, train_rows: list[Encoded], rows: dict[str, list[Encoded]], labels: Tensor
+) -> dict[str, dict[str, Any]]:
+    """ "r" and "r x r" -> part -> log class probabilities (points, n, C) of the linearised predictive.
+
+    `labels` are those of the validation rows, which choose the precision.
+    """
     with _balanced(scorer) as cores, eval_mode(scorer.model):
         r = len(cores[0].rows)
 
@@ -370,21 +378,31 @@ def laplace(scorer: Scorer, train_rows: list[Encoded], rows: dict[str, list[Enco
             matrix.addmm_(weighted.T, weighted)
             total += log_likelihood(likelihood, logits, answers).item()
         diagonal = torch.cat([torch.eye(r).flatten().bool()] * len(cores))
-        factors = {}
+        factors: dict[str, list[tuple[Tensor, Tensor]]] = {}  # which numbers, and their factor at each precision
         for name, kept_ in (("r", diagonal), ("r x r", torch.ones_like(diagonal))):
             own = matrix[kept_][:, kept_]
-            curvature = JointCurvature(own, {name: len(own)}, total, len(train_rows))
-            factors[name] = kept_, posterior_of(curvature, int(diagonal.sum()))[0].factor
-        found: dict[str, dict[str, Any]] = {name: {} for name in factors}
+            curvature, used = JointCurvature(own, {name: len(own)}, total, len(train_rows)), int(diagonal.sum())
+            tried = tried_precisions(posterior_of(curvature, used)[1]["prior_precision"])
+            factors[name] = [(kept_, posterior_of(curvature, used, precision)[0].factor) for precision in tried]
         linearized = LinearizedPredictive()
-        for part, listed in rows.items():
+        found: dict[str, dict[str, Any]] = {name: {} for name in factors}
+        for part in sorted(rows, reverse=True):  # validation rows first
+            listed, drawn = rows[part], {name: [torch.empty(0)] * len(each) for name, each in factors.items()}
             for indices, chunk in scorer.batches(listed, 16):
                 logits, each, _ = jacobian(chunk)
-                for name, (kept_, factor) in factors.items():
-                    half = (each[:, 1:, kept_] - each[:, :1, kept_]) @ factor
-                    drawn = linearized.log_probs(logits, half @ half.mT, likelihood)
-                    blank = torch.empty(len(drawn), len(listed), drawn.shape[2])
-                    found[name].setdefault(part, blank)[:, indices] = drawn.float()
+                for name, at_each in factors.items():
+                    for i, (kept_, factor) in enumerate(at_each):
+                        half = (each[:, 1:, kept_] - each[:, :1, kept_]) @ factor
+                        log_probs = linearized.log_probs(logits, half @ half.mT, likelihood)
+                        if not len(drawn[name][i]):
+                            drawn[name][i] = torch.empty(len(log_probs), len(listed), log_probs.shape[2])
+                        drawn[name][i][:, indices] = log_probs.float()
+            for name, at_each in factors.items():
+                if len(at_each) > 1:
+                    losses = [row_losses(log_probs, labels, 1.0).mean().item() for log_probs in drawn[name]]
+                    best = losses.index(min(losses))
+                    factors[name], drawn[name] = [at_each[best]], [drawn[name][best]]
+                found[name][part] = drawn[name][0]
         for core in cores:
             core.given = None
         return found
@@ -406,7 +424,7 @@ def run(experiment: Experiment, variant: Variant, seed: int, samples: int, teste
 
     made = {variant.name: of(drawn)}
     if variant == VARIANTS[0] and len(experiment.task.labels or ()) <= few:
-        found = laplace(scorer, experiment.encoded["train"], parts)
+        found = laplace(scorer, experiment.encoded["train"], parts, labels["validation"])
         made |= {f"Laplace, {name}": of(log_probs) for name, log_probs in found.items()}
     return made
 
