@@ -99,7 +99,8 @@ def test_it_is_trained_judged_and_inspected(program: Program, texts: Path, run: 
     assert [each["support"] for each in found["per_class"]] == marks.sum(axis=0).tolist()
     assert set(found["ood"][str(other)]["scores"]) == {"probability", "entropy", "epistemic", "energy", "distance"}
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert "The labels of a row together" in page and "not about red" in page
+    assert "The labels of a row together" in page
+    assert any(f"not {label}" in page for label in LABELS)  # rows of which labels depends on the trained numbers
     assert program("inspect", run, "--variance").code == 0
     planned = program("plan", "--model", tiny_encoder(), "--labels", 3)
     assert planned.code == 0
