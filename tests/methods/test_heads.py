@@ -149,7 +149,7 @@ def test_laplace_pushes_the_gaussian_of_a_and_b_forward_to_the_heads_logits(
                 [torch.autograd.grad(logits[c], matrix.weight, retain_graph=True)[0] for c in range(3)]
             )
             block = strategy.blocks[name]
-            expected[row] += block.logit_covariance(jacobian[None], strategy.precision)[0]
+            expected[row] += block.logit_covariances(jacobian[None], [strategy.precision])[0, 0]
         matrix.weight.requires_grad_(False)
     torch.testing.assert_close(covariance, expected, rtol=1e-3, atol=1e-6)
     # a head may have more labels than a question has choices

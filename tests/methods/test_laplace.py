@@ -1,6 +1,6 @@
 """Laplace-LoRA's evidence against conjugate closed forms, and its predictive against the Gaussian that it claims."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -129,8 +129,8 @@ def _certain(block: object) -> object:
     """A block whose logit covariance is zero."""
 
     class Certain:
-        def logit_covariance(self, jacobian: Tensor, precision: float) -> Tensor:
-            return torch.zeros(*jacobian.shape[:2], jacobian.shape[1])
+        def logit_covariances(self, jacobian: Tensor, precisions: Sequence[float]) -> Tensor:
+            return torch.zeros(len(precisions), *jacobian.shape[:2], jacobian.shape[1])
 
     return Certain()
 

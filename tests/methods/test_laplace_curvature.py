@@ -174,9 +174,11 @@ def test_a_logit_covariance_is_the_dense_formula(ranks: tuple[int, int]) -> None
         3 * torch.rand(in_rank, generator=generator),
     )
     j = torch.randn(2, 3, 4, 6, generator=generator)
-    inverse = torch.linalg.inv(dense(block) + 0.7 * torch.eye(24))
-    expected = j.flatten(2) @ inverse @ j.flatten(2).transpose(1, 2)
-    torch.testing.assert_close(block.logit_covariance(j, 0.7), expected, atol=1e-4, rtol=1e-4)
+    precisions = [0.7, 20.0]
+    for precision, found in zip(precisions, block.logit_covariances(j, precisions), strict=True):
+        inverse = torch.linalg.inv(dense(block) + precision * torch.eye(24))
+        expected = j.flatten(2) @ inverse @ j.flatten(2).transpose(1, 2)
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_factors_of_low_rank_are_exact_where_the_sum_is_of_that_rank() -> None:

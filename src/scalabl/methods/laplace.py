@@ -100,23 +100,20 @@ class LinearizedLaplacePredictive:
 
     def logit_distribution(self, scorer: Scorer, batch: Batch) -> tuple[Tensor, Tensor]:
         """Class logits (B, C), -inf for missing choices, and their covariance (B, C, C), 0 there."""
-        logits, of_weights = logit_jacobians(scorer, batch)
-        return logits, self.covariance(of_weights)
-
-    def covariance(self, of_weights: Mapping[str, Tensor]) -> Tensor:
-        """(B, C, C) of the class logits, from their Jacobians in the weights."""
-        return torch.stack(
-            [self.blocks[name].logit_covariance(j, self.precision) for name, j in of_weights.items()]
-        ).sum(dim=0)
+        logits, covariances = logit_distributions(scorer, batch, self.blocks, [self.precision])
+        return logits, covariances[0]
 
 
-def logit_jacobians(scorer: Scorer, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-    """Class logits (B, C), -inf for missing choices, and their Jacobian in each A and B by name."""
+def logit_distributions(
+    scorer: Scorer, batch: Batch, blocks: Mapping[str, KroneckerBlock], precisions: Sequence[float]
+) -> tuple[Tensor, Tensor]:
+    """Class logits (B, C), -inf for missing choices, and their covariance under each precision (P, B, C, C)."""
     require_one_pass(scorer.model, batch)
     with torch.enable_grad(), recorded(scorer.model) as passed:
         class_logits = scorer.class_logits(batch)
         of_weights = jacobians(class_logits, passed)
-    return class_logits.detach().float(), of_weights
+    parts = [blocks[name].logit_covariances(jacobian, precisions) for name, jacobian in of_weights.items()]
+    return class_logits.detach().float(), torch.stack(parts).sum(dim=0)
 
 
 # factors of up to so many dimensions are exact; larger ones are kept at this rank
@@ -156,17 +153,15 @@ class LaplaceLoRA(SavedMethod):
         eigenvalues = [block.eigenvalues.double() for block in curvature.blocks.values()]
         precision = best_precision(squared_norm, eigenvalues)
         if validation_rows:
-            tried = [
-                LinearizedLaplacePredictive(curvature.blocks, each, samples=DRAWS, seed=seed)
-                for each in tried_precisions(precision)
-            ]
+            predictive = LinearizedLaplacePredictive(curvature.blocks, precision, samples=DRAWS, seed=seed)
+            tried = tried_precisions(precision)
 
             def predictions(batch: Batch) -> Iterator[Tensor]:
-                logits, of_weights = logit_jacobians(run.scorer, batch)
-                return (each.log_probs(run.scorer, logits, each.covariance(of_weights)) for each in tried)
+                logits, covariances = logit_distributions(run.scorer, batch, curvature.blocks, tried)
+                return (predictive.log_probs(run.scorer, logits, covariance) for covariance in covariances)
 
             held_out = self.encoded(run, validation_rows, batch_size=batch_size)
-            precision = tried[index_of_best(run.scorer, held_out, predictions, batch_size=batch_size)].precision
+            precision = tried[index_of_best(run.scorer, held_out, predictions, batch_size=batch_size)]
         evidence = log_evidence(
             curvature.log_likelihood, squared_norm, eigenvalues, eigenvalues[0].new_tensor(precision)
         )

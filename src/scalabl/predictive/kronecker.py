@@ -178,15 +178,16 @@ class KroneckerBlock:
         """(k_out, k_in) those that are not zero by construction."""
         return torch.outer(self.out_values, self.in_values)
 
-    def logit_covariance(self, jacobian: Tensor, precision: float) -> Tensor:
-        """J (H + precision I)^-1 J^T: (B, C, d_out, d_in) -> (B, C, C)."""
+    def logit_covariances(self, jacobian: Tensor, precisions: Sequence[float]) -> Tensor:
+        """J (H + precision I)^-1 J^T under each of P precisions: (B, C, d_out, d_in) -> (P, B, C, C)."""
         inside = self.out_vectors.T @ jacobian @ self.in_vectors
-        shrunk = (inside / (self.eigenvalues + precision).sqrt()).flatten(2)
-        covariance = shrunk @ shrunk.transpose(1, 2)
+        shrunk = [(inside / (self.eigenvalues + each).sqrt()).flatten(2) for each in precisions]
+        covariances = torch.stack([each @ each.transpose(1, 2) for each in shrunk])
         if inside.shape != jacobian.shape:  # directions without curvature keep the prior's variance
             outside = (jacobian - self.out_vectors @ inside @ self.in_vectors.T).flatten(2)
-            covariance = covariance + outside @ outside.transpose(1, 2) / precision
-        return covariance
+            prior = torch.tensor(precisions, device=outside.device).view(-1, 1, 1, 1)
+            covariances = covariances + outside @ outside.transpose(1, 2) / prior
+        return covariances
 
 
 @dataclass(frozen=True)
