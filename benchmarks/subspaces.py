@@ -45,7 +45,6 @@ from scalabl.core.console import quiet
 from scalabl.core.modules import eval_mode
 from scalabl.data.assemble import select_rows
 from scalabl.data.load import load_task, rows_of
-from scalabl.methods.precision import tried_precisions
 from scalabl.metrics.calibration import row_losses
 from scalabl.metrics.uncertainty import average, fit_temperature
 from scalabl.predictive.linearized import LinearizedPredictive
@@ -60,6 +59,7 @@ from scalabl.scoring.trunk_store import with_stored_trunk
 from scalabl.study.study import read_study
 from scalabl.training.choose_scoring import candidates
 from scalabl.training.posthoc.laplace import JointCurvature, posterior_of
+from scalabl.training.posthoc.precision import tried_precisions
 from scalabl.training.trainer import LengthGroupedOrder
 
 PRIOR_MEAN = 0.577  # of s: where LoRA's draw puts it

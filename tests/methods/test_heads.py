@@ -260,7 +260,7 @@ def test_laplace_takes_the_precision_that_validation_rows_like_best(
     nll = {}
     for times in (1, 10, 1e2, 1e3, 1e4, 1e5, 1e6):
         precision = min(evidence * times, 1e4)
-        monkeypatch.setattr("scalabl.methods.precision.TRIED", (precision / evidence,))
+        monkeypatch.setattr("scalabl.training.posthoc.precision.TRIED", (precision / evidence,))
         assert module.fit(run, train, held_out)["prior_precision"] == pytest.approx(precision)
         averaged = log_probs(run, module.predictive(run, samples=1), held_out).exp().mean(dim=0)
         nll[precision] = torch.nn.functional.nll_loss(averaged.log(), answers).item()

@@ -1,6 +1,7 @@
 """ScalaBL's posterior on a finished plain LoRA, as a method beside the others."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,16 +19,21 @@ from scalabl.training.posthoc.settings import read_source, settings_for
 subspace_laplace = load_post_hoc("subspace_laplace")
 
 
+@pytest.mark.parametrize("held_out", [0, 8])
 def test_it_predicts_as_the_run_that_bayesianize_makes(
-    trained: Callable[..., Path], train_rows: list[Example], test_rows: list[Example], tmp_path: Path
+    trained: Callable[..., Path], train_rows: list[Example], test_rows: list[Example], tmp_path: Path, held_out: int
 ) -> None:
     directory = trained("mle")
     run = load_run(directory)
-    facts = subspace_laplace.fit(run, train_rows, [])
+    evidence = subspace_laplace.fit(run, train_rows, [])["prior_precision"]
+    answers = predict(run.scorer, run.encode(test_rows), MeanPredictive())[0].argmax(dim=1)  # the less noise the better
+    choosing = [replace(row, answer=int(answer)) for row, answer in zip(test_rows, answers, strict=True)][:held_out]
+    facts = subspace_laplace.fit(run, train_rows, choosing)
+    assert facts["prior_precision"] > evidence if choosing else facts["prior_precision"] == evidence
     source = read_source(directory)
     task = load_task(run.record.recipe["data"])
     settings = settings_for(source, run.record.recipe["data"])
-    record = bayesianize(source, task, tuple(train_rows), (), tmp_path / "run", settings)
+    record = bayesianize(source, task, tuple(train_rows), tuple(choosing), tmp_path / "run", settings)
     assert facts["prior_precision"] == pytest.approx(record.bayesianized["prior_precision"], rel=1e-3)
     made, rows = load_run(tmp_path / "run"), run.encode(test_rows)
     for kind, own in (("linearized", LinearizedPredictive(seed=4)), ("mc", MonteCarloPredictive(6, seed=4))):

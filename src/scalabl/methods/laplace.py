@@ -22,7 +22,6 @@ from torch import Tensor
 from scalabl.core.console import progress_bar
 from scalabl.core.errors import UserError
 from scalabl.data.example import Example
-from scalabl.methods.precision import index_of_best, tried_precisions
 from scalabl.methods.saved import SavedMethod
 from scalabl.posterior.draws import standard_normal
 from scalabl.posterior.evidence import best_precision, log_evidence
@@ -32,6 +31,7 @@ from scalabl.predictive.lora_particles import lora_matrices
 from scalabl.runs.method import Run
 from scalabl.scoring.base import Batch
 from scalabl.scoring.scorer import Scorer
+from scalabl.training.posthoc.precision import index_of_best, tried_precisions
 
 # the most choices that a row of a question can have: a particle's noise does not depend on what stands beside the row
 _CLASSES = 26

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 
 from scalabl.core.errors import UserError
 from scalabl.data.example import Example
-from scalabl.methods.precision import index_of_best, tried_precisions
 from scalabl.methods.saved import SavedMethod
 from scalabl.posterior.draws import standard_normal
 from scalabl.posterior.evidence import best_precision, log_evidence
@@ -35,6 +34,7 @@ from scalabl.runs.method import Run
 from scalabl.scoring.base import Batch
 from scalabl.scoring.likelihood import log_likelihood
 from scalabl.scoring.scorer import Scorer
+from scalabl.training.posthoc.precision import index_of_best, tried_precisions
 from scalabl.tuner.threads import own
 
 RANK = 4096  # of a factor, beyond which it is kept at this rank

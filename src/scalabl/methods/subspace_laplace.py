@@ -8,14 +8,13 @@ What it rests on is in `scalabl.training.posthoc`; this fits it on a run and kee
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor
 
 from scalabl.data.example import Example
-from scalabl.methods.precision import index_of_best, tried_precisions
 from scalabl.methods.saved import SavedMethod
 from scalabl.posterior.joint import JointGaussian, Kept, Structure
 from scalabl.predictive.base import Predictive
@@ -24,7 +23,7 @@ from scalabl.predictive.monte_carlo import MonteCarloPredictive
 from scalabl.runs.method import Run
 from scalabl.scoring.base import Batch
 from scalabl.scoring.scorer import Scorer
-from scalabl.training.posthoc.laplace import curvature_of, posterior_of, used_components
+from scalabl.training.posthoc.laplace import fit_laplace
 from scalabl.training.posthoc.svd import Factors, StochasticLeaves, factors_of
 
 
@@ -42,7 +41,7 @@ class SubspaceLaplace(SavedMethod):
         seed: int = 0,
     ) -> dict[str, Any]:
         """The curvature over the training rows, and the prior precision of the lowest NLL of the validation rows; of
-        the highest evidence without any, as `bayesianize` has it, whose calibration step chooses the width.
+        the highest evidence without any, as `bayesianize` has it.
 
         Raises:
             UserError: no training rows, or the run is no plain LoRA.
@@ -51,24 +50,7 @@ class SubspaceLaplace(SavedMethod):
         held_out = self.encoded(run, validation_rows, batch_size=batch_size) if validation_rows else []
         leaves = StochasticLeaves(factors_of(run.scorer.model))
         with leaves.in_place(run.scorer.model):
-            components, curvature = (
-                used_components(run.scorer),
-                curvature_of(run.scorer, encoded, batch_size=batch_size),
-            )
-            joint, facts = posterior_of(curvature, components)
-            if held_out:
-                found = [posterior_of(curvature, components, p) for p in tried_precisions(facts["prior_precision"])]
-                joints, linearized = (
-                    [joint.to(run.scorer.device) for joint, _ in found],
-                    LinearizedPredictive(seed=seed),
-                )
-
-                def predictions(batch: Batch) -> Iterator[Tensor]:
-                    logits, jacobians = linearized.jacobian(run.scorer, batch)
-                    likelihood = run.scorer.scoring.likelihood
-                    return (linearized.log_probs(logits, each.push_forward(jacobians), likelihood) for each in joints)
-
-                joint, facts = found[index_of_best(run.scorer, held_out, predictions, batch_size=batch_size)]
+            joint, facts = fit_laplace(run.scorer, encoded, held_out, batch_size=batch_size)
         facts |= {"ranks": dict(joint.ranks), "variational_numbers": joint.size * (joint.size + 3) // 2}
         # the factors too: singular vectors of like values may turn out otherwise on another machine
         tensors = {f"{name}|{part}": tensor for name, f in leaves.factors.items() for part, tensor in vars(f).items()}

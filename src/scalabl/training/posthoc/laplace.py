@@ -9,8 +9,8 @@ and Lambda_n = diag(p_n (1 - p_n)) where each of C labels is for itself.
 No factor, block or diagonal stands for it: D is the number of s, so that H is D x D. Memory: 8 D^2 bytes for H, and
 4 times as many while it is decomposed (8 MB in all at D = 500, 3.2 GB at D = 10,000), whatever the number of rows.
 
-The prior is N(0, I / precision) on relative strengths (s = 1 at the adapter; see the package's docstring), its
-precision the one of the highest evidence, h_i the eigenvalues of H:
+The prior is N(0, I / precision) on relative strengths (s = 1 at the adapter; see the package's docstring). Its
+precision is that of the highest evidence, h_i the eigenvalues of H, or the multiple of it that held-out rows choose:
 
     log p(D | precision) ~ log p(D | s) - precision |s|^2 / 2 - 1/2 sum_i log(1 + h_i / precision)      [MacKay 1992]
 
@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,10 +34,11 @@ from scalabl.core.errors import UserError
 from scalabl.core.modules import eval_mode
 from scalabl.posterior.evidence import best_precision, log_evidence
 from scalabl.posterior.joint import JointGaussian
-from scalabl.predictive.linearized import logit_jacobian
-from scalabl.scoring.base import Encoded
+from scalabl.predictive.linearized import LinearizedPredictive, logit_jacobian
+from scalabl.scoring.base import Batch, Encoded
 from scalabl.scoring.likelihood import log_likelihood
 from scalabl.scoring.scorer import Scorer
+from scalabl.training.posthoc.precision import index_of_best, tried_precisions
 from scalabl.tuner.diagnostics import weights_of
 from scalabl.tuner.layers import stochastic_layers
 
@@ -112,29 +113,43 @@ _NEGLIGIBLE = 1e-6
 
 
 def fit_laplace(
-    scorer: Scorer, rows: Sequence[Encoded], *, batch_size: int = 8, prior_precision: float | None = None
+    scorer: Scorer,
+    rows: Sequence[Encoded],
+    held_out: Sequence[Encoded] = (),
+    *,
+    batch_size: int = 8,
+    prior_precision: float | None = None,
 ) -> tuple[JointGaussian, dict[str, Any]]:
-    """One pass over labelled rows, and the posterior.
+    """One pass over labelled rows, one over those that are held out, and the posterior.
 
     Args:
         scorer: a model with stochastic layers whose s is 1.
         rows: encoded rows with answers.
+        held_out: others, by whose NLL under the linearised predictive the precision is chosen.
         batch_size: rows at a time.
-        prior_precision: of the relative strengths; None takes the one of the highest evidence.
+        prior_precision: of the relative strengths; None takes the one of the highest evidence, or the multiple of
+            it that held-out rows choose where there are any.
 
     Returns:
         the joint covariance, and facts: prior_precision, log_evidence, log_likelihood, numbers (D), components
         (those in use), effective_parameters, rows.
     """
     components = used_components(scorer)
-    return posterior_of(curvature_of(scorer, rows, batch_size=batch_size), components, prior_precision)
-
-
-def curvature_of(scorer: Scorer, rows: Sequence[Encoded], *, batch_size: int = 8) -> JointCurvature:
-    """`gauss_newton` with a progress bar."""
     with progress_bar() as progress:
         bar = progress.add_task("curvature", total=len(rows), detail="")
-        return gauss_newton(scorer, rows, batch_size=batch_size, advance=lambda n: progress.advance(bar, n))
+        curvature = gauss_newton(scorer, rows, batch_size=batch_size, advance=lambda n: progress.advance(bar, n))
+    joint, facts = posterior_of(curvature, components, prior_precision)
+    if prior_precision is not None or not held_out:
+        return joint, facts
+    tried = [posterior_of(curvature, components, each) for each in tried_precisions(facts["prior_precision"])]
+    joints = [joint.to(scorer.device) for joint, _ in tried]
+    likelihood, linearized = scorer.scoring.likelihood, LinearizedPredictive()
+
+    def predictions(batch: Batch) -> Iterator[Tensor]:
+        logits, jacobians = linearized.jacobian(scorer, batch)
+        return (linearized.log_probs(logits, joint.push_forward(jacobians), likelihood) for joint in joints)
+
+    return tried[index_of_best(scorer, held_out, predictions, batch_size=batch_size)]
 
 
 def posterior_of(

@@ -78,7 +78,8 @@ def bayesianize(
         source: the plain LoRA.
         task: where the rows are from.
         rows: labelled rows.
-        held_out: rows that choose the scoring where neither source nor settings name one; some of `rows` if none.
+        held_out: rows that choose the precision of Laplace's prior, and the scoring where neither source nor settings
+            name one; some of `rows` if none for the latter.
         output: an empty or missing directory.
         settings: what decides the posterior.
         calibrate, tell: as in `scalabl.training.run.train`.
@@ -139,15 +140,18 @@ def _build(
     judged = list(held_out) or _some(rows)
     before = None if judge is None else _log_probs(scorer, judged, training.optimisation.batch_size)
     used_components(scorer)
-    encoded = with_stored_trunk(
-        scorer, [scorer.scoring.encode(row) for row in rows], batch_size=training.optimisation.batch_size
+    encoded, chosen_by = (
+        with_stored_trunk(
+            scorer, [scorer.scoring.encode(row) for row in each], batch_size=training.optimisation.batch_size
+        )
+        for each in (rows, held_out)
     )
     fit = _laplace if settings.method == "laplace" else _variational
     counts = RowCounts(train=len(rows), validation=len(held_out))
     begun = record_of(training, task, labels, counts, scoring, nll, model, config.base_fingerprint)
     if source.record:  # the priors that were learnt are those of its own rows
         begun = replace(begun, class_counts=source.record.class_counts)
-    fitted = fit(source, scorer, encoded, settings, directory)
+    fitted = fit(source, scorer, encoded, chosen_by, settings, directory)
     fitted["warnings"] = cut_rows_warning(encoded, scoring)
     features = write_features(directory, fit_distance(scorer, encoded))
     digest = sha256(directory / ADAPTER)
@@ -230,11 +234,17 @@ def _log_probs(scorer: Scorer, rows: list[Example], batch_size: int) -> Tensor:
 
 
 def _laplace(
-    source: SourceAdapter, scorer: Scorer, rows: list[Encoded], settings: PosthocSettings, directory: Path
+    source: SourceAdapter,
+    scorer: Scorer,
+    rows: list[Encoded],
+    held_out: list[Encoded],
+    settings: PosthocSettings,
+    directory: Path,
 ) -> dict[str, Any]:
     joint, facts = fit_laplace(
-        scorer, rows, batch_size=settings.training.optimisation.batch_size, prior_precision=settings.prior_precision
-    )
+        scorer, rows, held_out, batch_size=settings.training.optimisation.batch_size,
+        prior_precision=settings.prior_precision,
+    )  # fmt: skip
     joint = joint.restricted(settings.structure)  # type: ignore[arg-type]
     set_joint(scorer.model, joint)
     config = scorer.model.peft_config[scorer.model.active_adapter]
@@ -251,7 +261,12 @@ def _laplace(
 
 
 def _variational(
-    source: SourceAdapter, scorer: Scorer, rows: list[Encoded], settings: PosthocSettings, directory: Path
+    source: SourceAdapter,
+    scorer: Scorer,
+    rows: list[Encoded],
+    _held_out: list[Encoded],
+    settings: PosthocSettings,
+    directory: Path,
 ) -> dict[str, Any]:
     model: PeftModel = scorer.model
     model.requires_grad_(False)
