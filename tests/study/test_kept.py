@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -60,15 +61,27 @@ def test_nothing_is_left_to_do_there_and_what_an_open_cell_needs_is_done_again(
     assert told[: len(rows)] == told[len(rows) :]  # the same machine, the same bytes
 
 
-def test_costs_are_of_machines_of_one_kind(done: Done, results: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("what", ["device", "machine"])
+def test_costs_are_beside_a_plain_lora_of_the_same_machine(
+    done: Done, results: Path, tmp_path: Path, what: str
+) -> None:
     take_up(tmp_path, results)
-    entry = next(entry for entry in done.plan.entries if entry.variant.name == "scalabl" and entry.seeds == (1,))
-    path = tmp_path / "cells" / entry.prediction / "finished.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"device": "another"}))
-    without = {
-        (row["method"], row["seed"]) for row in tidy(done.study, done.plan, tmp_path) if row["train_cost"] is None
-    }
-    assert without == {("scalabl", 1), ("scalabl+temperature", 1)}
+
+    def done_elsewhere(name: str, seed: int) -> dict[str, Any]:
+        entry = next(e for e in done.plan.entries if e.variant.name == name and e.seeds == (seed,))
+        path = tmp_path / "cells" / entry.prediction / "finished.json"
+        facts: dict[str, Any] = json.loads(path.read_text()) | {what: "another"}
+        path.write_text(json.dumps(facts))
+        return facts
+
+    def costs() -> dict[tuple[str, int], float | None]:
+        return {(row["method"], row["seed"]): row["train_cost"] for row in tidy(done.study, done.plan, tmp_path)}
+
+    own = done_elsewhere("scalabl", 1)
+    assert {key for key, cost in costs().items() if cost is None} == {("scalabl", 1), ("scalabl+temperature", 1)}
+    mle = done_elsewhere("mle", 0)  # of another seed, whose cost is the same
+    assert None not in costs().values()
+    assert costs()["scalabl", 1] == own["below"]["seconds"] / mle["below"]["seconds"]
 
 
 def test_an_ensemble_needs_all_of_its_members_again(done: Done, results: Path, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict
@@ -118,6 +119,12 @@ def finished(output: Path, address: str) -> dict[str, Any] | None:
     if not is_of(facts.get("validation_nll"), _Losses | None):  # older predictions lack it
         return None
     return facts if 0 < facts["seconds"] < math.inf and 0 <= facts["wall"] < math.inf else None
+
+
+def below_of(cells: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """What the cells that a prediction needs came to: seconds in all, and the most memory in MiB."""
+    every = list(cells)
+    return {"seconds": sum(c["seconds"] for c in every), "peak_memory": max(c["peak_memory"] for c in every)}
 
 
 def outcome_facts(path: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from scalabl.core.files import write_bytes, write_json
-from scalabl.study.cells import ELSEWHERE, OUTCOMES, address_of, finished, outcome_facts
+from scalabl.study.cells import ELSEWHERE, OUTCOMES, address_of, below_of, finished, outcome_facts
 from scalabl.study.plan import StudyPlan
 
 KEPT = "finished"
@@ -64,7 +64,11 @@ def restore(output: Path, results: Path) -> None:
             write_json(directory / "settings.json", cell["settings"])
             if address == path.stem:
                 write_bytes(directory / OUTCOMES, path.read_bytes())
-            write_json(directory / "finished.json", {**cell["finished"], ELSEWHERE: True})
+            facts = {**cell["finished"], ELSEWHERE: True}
+            if address == path.stem and len({below["finished"]["device"] for below in chain.values()}) == 1:
+                others = [below["finished"] for other, below in chain.items() if other != address]
+                facts.setdefault("below", below_of(others))  # older files say it of each cell alone
+            write_json(directory / "finished.json", facts)
 
 
 def _here(facts: dict[str, Any] | None) -> dict[str, Any]:

@@ -327,8 +327,8 @@ def baseline_variant(study: Study, variant: Variant) -> Variant | None:
     return min(plain, key=lambda pair: sum(own[k] != pair[1][k] for k in own), default=(None,))[0]
 
 
-def baseline_of(study: Study, plan: StudyPlan, entry: Entry) -> Entry | None:
-    """The MLE entry of the same task and (first) seed."""
+def baselines_of(study: Study, plan: StudyPlan, entry: Entry) -> list[Entry]:
+    """The MLE entries of the same task, that of the same (first) seed first."""
     mle = baseline_variant(study, entry.variant)
-    matches = (e for e in plan.entries if e.variant == mle and e.task == entry.task and e.seeds[0] == entry.seeds[0])
-    return next(matches, None)
+    matches = (each for each in plan.entries if each.variant == mle and each.task == entry.task)
+    return sorted(matches, key=lambda each: each.seeds[0] != entry.seeds[0])

@@ -6,8 +6,8 @@ accuracy, nll, ece, brier               nll in nats, ece a share (15 bins)
 ood_auroc                               shifted sets: separated from the trained task's test set by the epistemic part
                                         of the uncertainty (empty for one particle); `ood_auroc_total` by all of it
 extra_parameters                        numbers kept beyond a plain LoRA's
-train_cost, predict_cost                wall time as a ratio to MLE's of the same task and seed; empty where cells were
-                                        done on machines of several kinds
+train_cost, predict_cost                wall time as a ratio to MLE's of the same task, on the same machine since it was
+                                        started; of the same seed where that was done there; empty where none was
 collapsed                               whether its accuracy is no better than guessing; `why` says by what guess
 n, particles                            rows tested on, N
 auroc, aurc                             auroc: of being right by confidence
@@ -26,6 +26,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,9 @@ import pyarrow.parquet
 
 from scalabl.core.console import visible
 from scalabl.core.files import write_text, writing
-from scalabl.study.cells import finished
+from scalabl.study.cells import below_of, finished
 from scalabl.study.outcomes import outcomes
-from scalabl.study.plan import Entry, StudyPlan, baseline_of
+from scalabl.study.plan import Entry, StudyPlan, baselines_of
 from scalabl.study.study import Study
 
 _TEXT, _INT, _FLOAT = pyarrow.string(), pyarrow.int64(), pyarrow.float64()
@@ -72,7 +73,7 @@ def tidy(study: Study, plan: StudyPlan, output: Path) -> list[dict[str, Any]]:
             "cell": entry.prediction,
             "device": done["device"],
             "versions": done["versions"],
-            **_costs(entry, baseline_of(study, plan, entry), output),
+            **_costs(entry, baselines_of(study, plan, entry), output),
         }
         extra = _extra_parameters(entry, output)
         for outcome in outcomes(plan.cells[entry.prediction], output, entry.variant.name):
@@ -89,19 +90,36 @@ def _extra_parameters(entry: Entry, output: Path) -> int:
     return int(_done(output, entry.training[0])["parameters"]["variational"])
 
 
-def _costs(entry: Entry, mle: Entry | None, output: Path) -> dict[str, float | None]:
-    """Beside MLE's, where all of it was done on machines of one kind."""
-    cells = [_done(output, address) for address in entry.addresses]
-    costs: dict[str, float | None] = {"peak_memory": max(cell["peak_memory"] for cell in cells)}
-    if mle is None or any(finished(output, address) is None for address in mle.addresses):
-        return costs
-    training, prediction = _done(output, mle.training[0]), _done(output, mle.prediction)
-    if len({cell["device"] for cell in (*cells, training, prediction)}) > 1:
-        return costs
-    return costs | {
-        "train_cost": sum(cell["seconds"] for cell in cells[:-1]) / training["seconds"],
-        "predict_cost": cells[-1]["seconds"] / prediction["seconds"],
-    }
+def _costs(entry: Entry, baselines: Sequence[Entry], output: Path) -> dict[str, float | None]:
+    """Beside the first MLE's that was done on the same machine: a processor of the same name may be half as fast."""
+    own = _measured(entry, output)
+    costs: dict[str, float | None] = {"peak_memory": own.peak_memory}
+    for mle in (_measured(each, output) for each in baselines if finished(output, each.prediction) is not None):
+        if own.machine is not None and own.machine == mle.machine:
+            return costs | {"train_cost": own.training / mle.training, "predict_cost": own.prediction / mle.prediction}
+    return costs
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """Seconds and MiB of a prediction and the cells below it, and where; None where these are of several machines."""
+
+    machine: tuple[str, str | None] | None
+    training: float
+    prediction: float
+    peak_memory: float
+
+
+def _measured(entry: Entry, output: Path) -> _Measured:
+    done = _done(output, entry.prediction)
+    where: tuple[str, str | None] | None = (done["device"], done.get("machine"))
+    below = done.get("below")
+    if below is None:  # of a version before 0.2, or of several machines
+        cells = [_done(output, address) for address in entry.addresses[:-1]]
+        below = below_of(cells)
+        where = where if all((cell["device"], cell.get("machine")) == where for cell in cells) else None
+    peak = max(below["peak_memory"], done["peak_memory"])
+    return _Measured(where, below["seconds"], done["seconds"], peak)
 
 
 def _done(output: Path, address: str) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import math
 import os
 import platform
@@ -39,7 +40,7 @@ from scalabl.runs.method import Run, load_method, load_post_hoc
 from scalabl.runs.registry import POST_HOC as POST_HOC_METHODS
 from scalabl.runs.settings import Settings
 from scalabl.scoring.trunk_store import with_stored_trunk
-from scalabl.study.cells import POST_HOC, PREDICTION, TRAINING, Cell
+from scalabl.study.cells import POST_HOC, PREDICTION, TRAINING, Cell, below_of, digest, finished
 from scalabl.study.outcomes import outcomes
 from scalabl.study.predictions import PREDICTIONS, UNLABELLED, VALIDATION
 from scalabl.study.tested import overlap, rows_of_set, tuning_rows
@@ -157,6 +158,7 @@ def _predict(cell: Cell, output: Path) -> dict[str, Any]:
         "validation_nll": _losses(tensors[f"{VALIDATION}|log_probs"], tensors[f"{VALIDATION}|labels"]),
         "rows_also_tuned_on": overlaps,
         **({} if choice is None else {"choice": choice}),
+        **_below(cell, output),
         "sha256": sha256(path),
     }
 
@@ -242,8 +244,21 @@ def measured() -> Iterator[CellCost]:
         cost.peak_memory = _peak() / _MIB
 
 
+def _below(cell: Cell, output: Path) -> dict[str, Any]:
+    """What the cells that a prediction needs came to, kept with it: another machine may do them again. Left out where
+    they were done on others."""
+    addresses = [cell.settings["run"]]
+    if fitted := cell.settings["post_hoc"]:
+        addresses += [fitted, *json.loads((output / "cells" / fitted / "settings.json").read_text())["members"]]
+    cells = [finished(output, address) for address in addresses]
+    here = machine()
+    known = [facts for facts in cells if facts and all(facts.get(name) == here[name] for name in ("device", "machine"))]
+    return {"below": below_of(known)} if len(known) == len(cells) else {}
+
+
 def machine() -> dict[str, str]:
-    """device: "cpu AMD EPYC, 2 cores, 1 thread a process" or the accelerator's name; versions: of what computes."""
+    """device: "cpu AMD EPYC, 2 cores, 1 thread a process" or the accelerator's name; machine: which one, since it was
+    started; versions: of what computes."""
     if torch.cuda.is_available():
         device = f"cuda, {torch.cuda.get_device_name()}"
     else:
@@ -252,7 +267,10 @@ def machine() -> dict[str, str]:
         device = f"cpu {processor()}, {cores}"
     packages = {name: version(name) for name in ("torch", "transformers", "peft")}
     versions = ", ".join(f"{name} {number}" for name, number in {"scalabl": __version__, **packages}.items())
-    return {"device": device, "versions": versions}
+    started = ""
+    with suppress(OSError):  # Linux alone says it
+        started = Path("/proc/sys/kernel/random/boot_id").read_text()
+    return {"device": device, "machine": digest([platform.node(), started])[:8], "versions": versions}
 
 
 def _forget_peak() -> None:
