@@ -13,10 +13,11 @@ import torch
 from peft import PeftModel
 from plain_lora import plain_adapter
 from safetensors.torch import load_file
-from tiny_base import CHAT_TEMPLATE, loaded, questions, tiny_base, tiny_tokenizer
+from tiny_base import CHAT_TEMPLATE, loaded, questions, tiny_base, tiny_tokenizer, write_task
 
 from scalabl.core.errors import UserError
 from scalabl.core.files import ADAPTER, JOINT
+from scalabl.data.assemble import select_rows
 from scalabl.inference.classifier import Classifier
 from scalabl.predictive import LinearizedPredictive, MeanPredictive, predict
 from scalabl.runs.loading import load_run
@@ -114,6 +115,25 @@ def test_a_finished_run_keeps_its_scoring_and_settings(task_directory: Path, tmp
     run = load_run(tmp_path / "run")
     assert run.is_bayesian and run.scorer.trunk is not None and run.scorer.trunk.depth == 1
     assert before == {path: path.read_bytes() for path in (tmp_path / "mle").rglob("*") if path.is_file()}
+
+
+def test_what_a_run_held_out_of_its_training_is_held_out_again(tmp_path: Path) -> None:
+    """Of a data set without validation rows; another trainer's adapter may have seen all of them."""
+    task = write_task(tmp_path / "task")
+    (task / "validation.jsonl").unlink()
+    settings = {"model": str(tiny_base()), "data": str(task), "method": "mle", "steps": 3, "batch_size": 4}
+    settings |= {"r": 4, "layers": "last:2", "scoring": "letters", "train_rows": 15}
+    of_run = train(Settings.flat(**settings), tmp_path / "mle")  # type: ignore[arg-type]
+    found = read_source(tmp_path / "mle")
+    loaded, rows, held_out = rows_for(found, str(task))
+    expected = select_rows(loaded, Settings.flat(**settings).rows)  # type: ignore[arg-type]
+    assert (rows, held_out) == (expected.train, expected.validation) and len(held_out) == of_run.rows["validation"] > 0
+    record = make(tmp_path / "mle", task, tmp_path / "run")
+    assert record.rows == of_run.rows and record.recipe["train_rows"] == 15
+    assert len(rows_for(found, str(task), 5)[1]) == 5
+    (tmp_path / "mle" / "scalabl.json").unlink()
+    _, every, none = rows_for(read_source(tmp_path / "mle"), str(task))
+    assert not none and every == loaded.split("train")
 
 
 def test_variational_inference_moves_the_posterior_alone(stock: Path, rows: Path, tmp_path: Path) -> None:

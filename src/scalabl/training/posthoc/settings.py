@@ -13,7 +13,8 @@ from typing import Any
 
 from scalabl.core.errors import UserError
 from scalabl.core.files import require_place
-from scalabl.core.locations import expanded
+from scalabl.core.locations import expanded, real_path
+from scalabl.data.assemble import select_rows
 from scalabl.data.example import Example, Task
 from scalabl.data.load import load_task, with_labels
 from scalabl.runs.directory import adapter_config, as_recorded, find_base
@@ -110,7 +111,8 @@ def refuse_options(options: Mapping[str, Any]) -> None:
 def rows_for(
     source: SourceAdapter, data: str, train_rows: int | None = None
 ) -> tuple[Task, tuple[Example, ...], tuple[Example, ...]]:
-    """The task, the rows that the posterior is fitted on, and the held-out rows (perhaps none).
+    """The task, the rows that the posterior is fitted on, and the held-out rows. A run's own are those that it was
+    trained on, and those that it held out; of an adapter whose training nobody knows there are perhaps none of these.
 
     Args:
         source: the adapter; a run's class words become the rows' choices.
@@ -125,13 +127,25 @@ def rows_for(
     task = load_task(data)
     labels = source.record.labels if source.record else task.labels
     every = [row for rows in task.splits.values() for row in rows]
-    rows = with_labels(task.splits.get("train", tuple(every)), labels, data)
-    held_out = with_labels(task.splits.get("validation", ()), labels, data)
+    fitted, others = task.splits.get("train", tuple(every)), task.splits.get("validation", ())
+    if source.record and not is_stock(source.record) and "train" in task.splits:
+        given = {} if train_rows is None else {"train_rows": train_rows}
+        chosen = select_rows(task, Settings.flat(**_own_limits(source, data) | given).rows)
+        fitted, others = chosen.train, chosen.validation
+    rows, held_out = with_labels(fitted, labels, data), with_labels(others, labels, data)
     if any(row.target is None for row in rows):
         raise UserError(f"{data} has rows without an answer; a posterior is fitted on labelled rows.")
     if train_rows is not None and train_rows < len(rows):
         rows = random.Random(0).sample(rows, train_rows)
     return task, tuple(rows), tuple(held_out)
+
+
+def _own_limits(source: SourceAdapter, data: str) -> dict[str, Any]:
+    """How many rows the adapter's run took of its own data; nothing of other data."""
+    recipe = source.record.recipe if source.record and not is_stock(source.record) else {}
+    if real_path(expanded(str(recipe.get("data")))) != real_path(expanded(data)):
+        return {}
+    return {name: recipe[name] for name in ("train_rows", "rows_per_class", "validation_rows") if name in recipe}
 
 
 def require_free(output: Path) -> None:
@@ -217,6 +231,7 @@ def settings_for(
     named = {name: value for name, value in given.items() if value is not None}
     if source.record:
         settings = {name: value for name, value in source.record.recipe.items() if name in _KEPT}
+        settings |= _own_limits(source, data)
     else:
         targets = source.config.get("target_modules") or "all-linear"
         settings = {
