@@ -36,7 +36,6 @@ def test_there_are_recipes() -> None:
         "paper",
         "study",
         "study_smollm2",
-        "study_noise",
         "study_ensembles",
     }
 
