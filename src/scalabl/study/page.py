@@ -51,7 +51,7 @@ NOTES = (
     "+ T: with a temperature (T) on the class logits, fitted on the same validation rows for every method.",
     "† at chance: with at least one seed its accuracy is not reliably above random guessing or the commonest answer; "
     "its other figures say nothing, and it is never best.",
-    "+ numbers: kept beyond a plain LoRA's. train ×, predict ×: ratios to MLE's wall time of the same task and seed "
+    "+ numbers: kept beyond a plain LoRA's. train ×, predict ×: ratios to MLE's wall time of the same task, on the same machine "
     "(steps, fits and passes alone, without loading and without the frozen layers, which are computed once for all); "
     "single measurements, so differences of a tenth mean nothing. MiB: the highest peak of the process or the "
     "accelerator in any of its cells.",
