@@ -51,9 +51,9 @@ NOTES = (
     "+ T: with a temperature (T) on the class logits, fitted on the same validation rows for every method.",
     "† at chance: with at least one seed its accuracy is not reliably above random guessing or the commonest answer; "
     "its other figures say nothing, and it is never best.",
-    "+ numbers: kept beyond a plain LoRA's. train ×, predict ×: ratios to MLE's wall time of the same task, on the same machine "
-    "(steps, fits and passes alone, without loading and without the frozen layers, which are computed once for all); "
-    "single measurements, so differences of a tenth mean nothing. MiB: the highest peak of the process or the "
+    "+ numbers: kept beyond a plain LoRA's. train ×, predict ×: ratios to MLE's wall time of the same task on the same "
+    "machine (steps, fits and passes alone, without loading and without the frozen layers, which are computed once for "
+    "all); single measurements, so differences of a tenth mean nothing. MiB: the highest peak of the process or the "
     "accelerator in any of its cells.",
     "OOD AUROC: how well the epistemic part of the uncertainty, or all of it, tells the shifted rows from the trained "
     "task's test rows; 0.5 is blind, – has no such part.",
