@@ -45,7 +45,12 @@ def test_a_stock_adapter_from_the_command_line_to_predictions(
     run = tmp_path / "run"
     code, out, err = program("bayesianize", stock, "--data", rows, "--output", run, "--json", tmp_path / "record.json")
     assert (code, err) == (0, "")
-    assert "Laplace over 21 numbers together (joint)" in " ".join(out.split())
+    said = " ".join(out.split())
+    assert "Laplace over 21 numbers together (joint)" in said
+    assert ("chosen by the held-out rows" in said) != ("by the evidence, which may be far off" in said)
+    assert ("chosen by the held-out rows" in said) == (
+        json.loads((run / "scalabl.json").read_text())["rows"]["validation"] > 0
+    )
     record = json.loads((run / "scalabl.json").read_text())
     assert record == json.loads((tmp_path / "record.json").read_text())
     assert record["scoring_nll"].keys() == {"letters", "continuation (sums)", "continuation (per token)"}

@@ -101,11 +101,11 @@ def bayesianize(
         fail("Interrupted; nothing was written.", code=130)
     if json is not None:
         write_json(json, record.as_dict())
-    _print(record, output)
+    _print(record, output, prior_precision)
     judged.print(words_console())
 
 
-def _print(record: RunRecord, output: Path) -> None:
+def _print(record: RunRecord, output: Path, given: float | None) -> None:
     from rich.table import Table
     from rich.text import Text
 
@@ -119,9 +119,11 @@ def _print(record: RunRecord, output: Path) -> None:
             f"Laplace over {facts['numbers']:,} numbers together ({facts['structure']}), "
             f"{facts['effective_parameters']:.1f} of them decided by the rows",
         )
-        table.add_row(
-            "prior", f"precision {facts['prior_precision']:.3g}, log evidence {facts['log_evidence']:.2f} nats"
-        )
+        chosen = ", chosen by the held-out rows"
+        if not record.rows["validation"]:
+            chosen = ", by the evidence, which may be far off; rows in validation.jsonl would choose it"
+        prior = f"precision {facts['prior_precision']:.3g}, log evidence {facts['log_evidence']:.2f} nats"
+        table.add_row("prior", prior + (chosen if given is None else ""))
     else:
         table.add_row("posterior", f"variational, {record.recipe['steps']} steps on mean and sigma")
     from scalabl.inference.calibration import calibration_in_words
