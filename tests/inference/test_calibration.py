@@ -200,7 +200,9 @@ def test_evaluation_has_both_rows_once(write: Callable[..., Path]) -> None:
         expected = Predictor.load(write(calibration), PredictionSettings("mc", 5))
         torch.testing.assert_close(calibrated.log_probs, expected.log_probs(rows), atol=1e-6, rtol=1e-6)
         torch.testing.assert_close(calibrated.ood["other"], expected.log_probs(held_out), atol=1e-6, rtol=1e-6)
-        assert torch.equal(plain.log_probs, expected.as_learnt().log_probs(rows)) and len(calibrated.notes) == 1
+        # two passes of one run differ in their last digits where memory is aligned otherwise
+        torch.testing.assert_close(plain.log_probs, expected.as_learnt().log_probs(rows), atol=1e-6, rtol=1e-6)
+        assert len(calibrated.notes) == 1
     raw = evaluate_run(write(GIVEN), rows, {}, [], PredictionSettings("mc", 5, raw=True), data="d")
     assert [method.name for method in raw.methods] == ["ScalaBL, N = 5"]
     of_these = write(replace(GIVEN, rows_sha256=rows_digest(rows, named=True)))
