@@ -26,7 +26,7 @@ docs/results/subspaces.{json,md}. Figures are kept a run at a time.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -51,7 +51,7 @@ from scalabl.predictive.linearized import LinearizedPredictive
 from scalabl.runs.method import load_method
 from scalabl.runs.models import load_base
 from scalabl.runs.settings import Settings
-from scalabl.scoring.base import Encoded
+from scalabl.scoring.base import Batch, Encoded
 from scalabl.scoring.likelihood import log_likelihood
 from scalabl.scoring.scorer import Scorer
 from scalabl.scoring.trunk import Trunk, token_logits
@@ -59,7 +59,7 @@ from scalabl.scoring.trunk_store import with_stored_trunk
 from scalabl.study.study import read_study
 from scalabl.training.choose_scoring import candidates
 from scalabl.training.posthoc.laplace import JointCurvature, posterior_of
-from scalabl.training.posthoc.precision import tried_precisions
+from scalabl.training.posthoc.precision import index_of_best, tried_precisions
 from scalabl.training.trainer import LengthGroupedOrder
 
 PRIOR_MEAN = 0.577  # of s: where LoRA's draw puts it
@@ -119,9 +119,8 @@ class Between(nn.Module):
         super().__init__()
         _, singular_values, rows = torch.linalg.svd(weight.detach().float(), full_matrices=False)
         r, k = len(singular_values), variant.components
-        self.direction = nn.Parameter(
-            singular_values[:, None] * rows
-        )  # at LoRA's length, by which Adam turns it as far
+        # at LoRA's length, by which Adam turns it as far
+        self.direction = nn.Parameter(singular_values[:, None] * rows)
         self.variant = variant
         self.noise: Tensor | None = None  # of the particle that all rows carry; None draws, or is the mean if eval
         self.rows_of: Tensor | None = None  # the component of each row
@@ -346,20 +345,14 @@ def _balanced(scorer: Scorer) -> Iterator[list[_Core]]:
             module.lora_A["default"], module.lora_B["default"].weight.data = leaf, weight
 
 
-def laplace(
-    scorer: Scorer, train_rows: list[Encoded], rows: dict[str, list[Encoded]], labels: Tensor
-) -> dict[str, dict[str, Any]]:
-    """ "r" and "r x r" -> part -> log class probabilities (points, n, C) of the linearised predictive.
-
-    `labels` are those of the validation rows, which choose the precision.
-    """
+def laplace(scorer: Scorer, train_rows: list[Encoded], rows: dict[str, list[Encoded]]) -> dict[str, dict[str, Any]]:
+    """ "r" and "r x r" -> part -> log class probabilities (points, n, C) of the linearised predictive."""
     with _balanced(scorer) as cores, eval_mode(scorer.model):
         r = len(cores[0].rows)
 
-        def jacobian(chunk: list[Encoded]) -> tuple[Tensor, Tensor, Tensor]:
-            batch = scorer.scoring.collate(chunk)
+        def jacobian(batch: Batch) -> tuple[Tensor, Tensor]:
             for core in cores:
-                core.given = torch.eye(r).repeat(len(chunk), 1, 1).requires_grad_()
+                core.given = torch.eye(r).repeat(len(batch), 1, 1).requires_grad_()
             logits = scorer.class_logits(batch)
             contrasts = [
                 torch.cat([g.flatten(1) for g in torch.autograd.grad(
@@ -367,42 +360,36 @@ def laplace(
                 )], dim=1)
                 for c in range(logits.shape[1])
             ]  # fmt: skip
-            return logits.detach(), torch.stack(contrasts, dim=1), batch.answers
+            return logits.detach(), torch.stack(contrasts, dim=1)
 
         size, total, likelihood = len(cores) * r * r, 0.0, scorer.scoring.likelihood
         matrix = torch.zeros(size, size, dtype=torch.float64)
-        for _, chunk in scorer.batches(train_rows, 16):
-            logits, each, answers = jacobian(chunk)
+        for _, batch in scorer.encoded_batches(train_rows, 16):
+            logits, each = jacobian(batch)
             root = likelihood.curvature_root(logits.double())
             weighted = torch.einsum("bck,bcd->bkd", root, each.double()).flatten(0, 1)
             matrix.addmm_(weighted.T, weighted)
-            total += log_likelihood(likelihood, logits, answers).item()
+            total += log_likelihood(likelihood, logits, batch.answers).item()
         diagonal = torch.cat([torch.eye(r).flatten().bool()] * len(cores))
-        factors: dict[str, list[tuple[Tensor, Tensor]]] = {}  # which numbers, and their factor at each precision
+        linearized = LinearizedPredictive()
+        found: dict[str, dict[str, Any]] = {}
         for name, kept_ in (("r", diagonal), ("r x r", torch.ones_like(diagonal))):
             own = matrix[kept_][:, kept_]
             curvature, used = JointCurvature(own, {name: len(own)}, total, len(train_rows)), int(diagonal.sum())
             tried = tried_precisions(posterior_of(curvature, used)[1]["prior_precision"])
-            factors[name] = [(kept_, posterior_of(curvature, used, precision)[0].factor) for precision in tried]
-        linearized = LinearizedPredictive()
-        found: dict[str, dict[str, Any]] = {name: {} for name in factors}
-        for part in sorted(rows, reverse=True):  # validation rows first
-            listed, drawn = rows[part], {name: [torch.empty(0)] * len(each) for name, each in factors.items()}
-            for indices, chunk in scorer.batches(listed, 16):
-                logits, each, _ = jacobian(chunk)
-                for name, at_each in factors.items():
-                    for i, (kept_, factor) in enumerate(at_each):
-                        half = (each[:, 1:, kept_] - each[:, :1, kept_]) @ factor
-                        log_probs = linearized.log_probs(logits, half @ half.mT, likelihood)
-                        if not len(drawn[name][i]):
-                            drawn[name][i] = torch.empty(len(log_probs), len(listed), log_probs.shape[2])
-                        drawn[name][i][:, indices] = log_probs.float()
-            for name, at_each in factors.items():
-                if len(at_each) > 1:
-                    losses = [row_losses(log_probs, labels, 1.0).mean().item() for log_probs in drawn[name]]
-                    best = losses.index(min(losses))
-                    factors[name], drawn[name] = [at_each[best]], [drawn[name][best]]
-                found[name][part] = drawn[name][0]
+            factors = [posterior_of(curvature, used, precision)[0].factor for precision in tried]
+
+            def predictions(batch: Batch, of: Sequence[Tensor] = factors, kept_: Tensor = kept_) -> Iterator[Tensor]:
+                logits, each = jacobian(batch)
+                halves = ((each[:, 1:, kept_] - each[:, :1, kept_]) @ factor for factor in of)
+                return (linearized.log_probs(logits, half @ half.mT, likelihood) for half in halves)
+
+            chosen = factors[index_of_best(scorer, rows["validation"], predictions, batch_size=16)]
+            for part, listed in rows.items():
+                for indices, batch in scorer.encoded_batches(listed, 16):
+                    (drawn,) = predictions(batch, [chosen])
+                    blank = torch.empty(len(drawn), len(listed), drawn.shape[2])
+                    found.setdefault(name, {}).setdefault(part, blank)[:, indices] = drawn.float()
         for core in cores:
             core.given = None
         return found
@@ -424,7 +411,7 @@ def run(experiment: Experiment, variant: Variant, seed: int, samples: int, teste
 
     made = {variant.name: of(drawn)}
     if variant == VARIANTS[0] and len(experiment.task.labels or ()) <= few:
-        found = laplace(scorer, experiment.encoded["train"], parts, labels["validation"])
+        found = laplace(scorer, experiment.encoded["train"], parts)
         made |= {f"Laplace, {name}": of(log_probs) for name, log_probs in found.items()}
     return made
 

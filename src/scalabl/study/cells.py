@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict
@@ -121,10 +121,18 @@ def finished(output: Path, address: str) -> dict[str, Any] | None:
     return facts if 0 < facts["seconds"] < math.inf and 0 <= facts["wall"] < math.inf else None
 
 
-def below_of(cells: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """What the cells that a prediction needs came to: seconds in all, and the most memory in MiB."""
-    every = list(cells)
-    return {"seconds": sum(c["seconds"] for c in every), "peak_memory": max(c["peak_memory"] for c in every)}
+def place_of(facts: Mapping[str, Any]) -> tuple[str, str | None]:
+    """The device, and which machine since it was started (cells of earlier versions do not say)."""
+    return facts["device"], facts.get("machine")
+
+
+def below_of(cells: Sequence[Mapping[str, Any]], place: tuple[str, str | None]) -> dict[str, Any]:
+    """ "below", with the seconds in all and the most memory (MiB) of the cells that a prediction needs; nothing where
+    one of them was done elsewhere than the prediction was."""
+    if any(place_of(cell) != place for cell in cells):
+        return {}
+    seconds, peaks = zip(*((cell["seconds"], cell["peak_memory"]) for cell in cells), strict=True)
+    return {"below": {"seconds": sum(seconds), "peak_memory": max(peaks)}}
 
 
 def outcome_facts(path: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from scalabl.core.files import write_bytes, write_json
-from scalabl.study.cells import ELSEWHERE, OUTCOMES, address_of, below_of, finished, outcome_facts
+from scalabl.study.cells import ELSEWHERE, OUTCOMES, address_of, below_of, finished, outcome_facts, place_of
 from scalabl.study.plan import StudyPlan
 
 KEPT = "finished"
@@ -65,9 +65,8 @@ def restore(output: Path, results: Path) -> None:
             if address == path.stem:
                 write_bytes(directory / OUTCOMES, path.read_bytes())
             facts = {**cell["finished"], ELSEWHERE: True}
-            if address == path.stem and len({below["finished"]["device"] for below in chain.values()}) == 1:
-                others = [below["finished"] for other, below in chain.items() if other != address]
-                facts.setdefault("below", below_of(others))  # older files say it of each cell alone
+            if address == path.stem and "below" not in facts:  # older files say it of each cell alone
+                facts |= below_of([each["finished"] for a, each in chain.items() if a != address], place_of(facts))
             write_json(directory / "finished.json", facts)
 
 

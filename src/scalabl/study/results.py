@@ -35,7 +35,7 @@ import pyarrow.parquet
 
 from scalabl.core.console import visible
 from scalabl.core.files import write_text, writing
-from scalabl.study.cells import below_of, finished
+from scalabl.study.cells import below_of, finished, place_of
 from scalabl.study.outcomes import outcomes
 from scalabl.study.plan import Entry, StudyPlan, baselines_of
 from scalabl.study.study import Study
@@ -112,14 +112,11 @@ class _Measured:
 
 def _measured(entry: Entry, output: Path) -> _Measured:
     done = _done(output, entry.prediction)
-    where: tuple[str, str | None] | None = (done["device"], done.get("machine"))
-    below = done.get("below")
-    if below is None:  # of a version before 0.2, or of several machines
-        cells = [_done(output, address) for address in entry.addresses[:-1]]
-        below = below_of(cells)
-        where = where if all((cell["device"], cell.get("machine")) == where for cell in cells) else None
-    peak = max(below["peak_memory"], done["peak_memory"])
-    return _Measured(where, below["seconds"], done["seconds"], peak)
+    place, cells = place_of(done), [_done(output, address) for address in entry.addresses[:-1]]
+    below = done.get("below") or below_of(cells, place).get("below")
+    if below is None:
+        return _Measured(None, 0.0, done["seconds"], max(cell["peak_memory"] for cell in (*cells, done)))
+    return _Measured(place, below["seconds"], done["seconds"], max(below["peak_memory"], done["peak_memory"]))
 
 
 def _done(output: Path, address: str) -> dict[str, Any]:

@@ -40,7 +40,7 @@ from scalabl.runs.method import Run, load_method, load_post_hoc
 from scalabl.runs.registry import POST_HOC as POST_HOC_METHODS
 from scalabl.runs.settings import Settings
 from scalabl.scoring.trunk_store import with_stored_trunk
-from scalabl.study.cells import POST_HOC, PREDICTION, TRAINING, Cell, below_of, digest, finished
+from scalabl.study.cells import POST_HOC, PREDICTION, TRAINING, Cell, below_of, digest, finished, place_of
 from scalabl.study.outcomes import outcomes
 from scalabl.study.predictions import PREDICTIONS, UNLABELLED, VALIDATION
 from scalabl.study.tested import overlap, rows_of_set, tuning_rows
@@ -250,10 +250,8 @@ def _below(cell: Cell, output: Path) -> dict[str, Any]:
     addresses = [cell.settings["run"]]
     if fitted := cell.settings["post_hoc"]:
         addresses += [fitted, *json.loads((output / "cells" / fitted / "settings.json").read_text())["members"]]
-    cells = [finished(output, address) for address in addresses]
-    here = machine()
-    known = [facts for facts in cells if facts and all(facts.get(name) == here[name] for name in ("device", "machine"))]
-    return {"below": below_of(known)} if len(known) == len(cells) else {}
+    cells = [facts for address in addresses if (facts := finished(output, address)) is not None]
+    return below_of(cells, place_of(machine()))
 
 
 def machine() -> dict[str, str]:

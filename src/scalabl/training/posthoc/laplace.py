@@ -24,6 +24,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -58,6 +59,12 @@ class JointCurvature:
     ranks: dict[str, int]
     log_likelihood: float
     rows: int
+
+    @cached_property
+    def eigen(self) -> tuple[Tensor, Tensor]:
+        """Eigenvalues (D,), at least 0, and eigenvectors (D, D) of H, which every precision shares."""
+        eigenvalues, vectors = torch.linalg.eigh(self.matrix)
+        return eigenvalues.clamp_min(0), vectors  # below 0 by rounding
 
 
 def gauss_newton(
@@ -141,15 +148,18 @@ def fit_laplace(
     joint, facts = posterior_of(curvature, components, prior_precision)
     if prior_precision is not None or not held_out:
         return joint, facts
-    tried = [posterior_of(curvature, components, each) for each in tried_precisions(facts["prior_precision"])]
-    joints = [joint.to(scorer.device) for joint, _ in tried]
+    tried = tried_precisions(facts["prior_precision"])
+    eigenvalues, vectors = (part.float().to(scorer.device) for part in curvature.eigen)
     likelihood, linearized = scorer.scoring.likelihood, LinearizedPredictive()
 
     def predictions(batch: Batch) -> Iterator[Tensor]:
         logits, jacobians = linearized.jacobian(scorer, batch)
-        return (linearized.log_probs(logits, joint.push_forward(jacobians), likelihood) for joint in joints)
+        rotated = torch.cat([jacobians[name] for name in curvature.ranks], dim=-1) @ vectors  # once for all precisions
+        roots = (rotated / (eigenvalues + precision).sqrt() for precision in tried)
+        return (linearized.log_probs(logits, root @ root.mT, likelihood) for root in roots)
 
-    return tried[index_of_best(scorer, held_out, predictions, batch_size=batch_size)]
+    best = index_of_best(scorer, held_out, predictions, batch_size=batch_size)
+    return posterior_of(curvature, components, tried[best])
 
 
 def posterior_of(
@@ -165,8 +175,7 @@ def posterior_of(
     Raises:
         UserError: the precision is not positive.
     """
-    eigenvalues, vectors = torch.linalg.eigh(curvature.matrix)
-    eigenvalues = eigenvalues.clamp_min(0)  # rounding
+    eigenvalues, vectors = curvature.eigen
     precision = best_precision(squared_norm, [eigenvalues]) if prior_precision is None else prior_precision
     if not (math.isfinite(precision) and precision > 0):
         raise UserError(f"The prior precision is {precision}; it must be a positive number.")

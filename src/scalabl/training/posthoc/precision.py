@@ -21,8 +21,9 @@ TRIED = tuple(10.0**power for power in range(7))  # multiples of the evidence's 
 
 
 def tried_precisions(evidence: float) -> list[float]:
-    """The precision of the highest evidence and its multiples, rising, within the limits of the search for it."""
-    return [min(evidence * times, HIGHEST) for times in TRIED]
+    """The precision of the highest evidence and its multiples, rising, within the limits of the search for it; each
+    once, as each is a predictive."""
+    return list(dict.fromkeys(min(evidence * times, HIGHEST) for times in TRIED))
 
 
 def index_of_best(

@@ -13,6 +13,7 @@ import random
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -140,18 +141,13 @@ def _build(
     judged = list(held_out) or _some(rows)
     before = None if judge is None else _log_probs(scorer, judged, training.optimisation.batch_size)
     used_components(scorer)
-    encoded, chosen_by = (
-        with_stored_trunk(
-            scorer, [scorer.scoring.encode(row) for row in each], batch_size=training.optimisation.batch_size
-        )
-        for each in (rows, held_out)
-    )
-    fit = _laplace if settings.method == "laplace" else _variational
+    encoded = _encoded(scorer, rows, training.optimisation.batch_size)
+    fit = partial(_laplace, held_out=held_out) if settings.method == "laplace" else _variational
     counts = RowCounts(train=len(rows), validation=len(held_out))
     begun = record_of(training, task, labels, counts, scoring, nll, model, config.base_fingerprint)
     if source.record:  # the priors that were learnt are those of its own rows
         begun = replace(begun, class_counts=source.record.class_counts)
-    fitted = fit(source, scorer, encoded, chosen_by, settings, directory)
+    fitted = fit(source, scorer, encoded, settings, directory)
     fitted["warnings"] = cut_rows_warning(encoded, scoring)
     features = write_features(directory, fit_distance(scorer, encoded))
     digest = sha256(directory / ADAPTER)
@@ -226,10 +222,13 @@ def _some(rows: Sequence[Example]) -> list[Example]:
     return random.Random(0).sample(list(rows), min(_CHOOSING_ROWS, len(rows)))
 
 
+def _encoded(scorer: Scorer, rows: Sequence[Example], batch_size: int) -> list[Encoded]:
+    return with_stored_trunk(scorer, [scorer.scoring.encode(row) for row in rows], batch_size=batch_size)
+
+
 def _log_probs(scorer: Scorer, rows: list[Example], batch_size: int) -> Tensor:
     """(1, n, C) of the adapter as it was given."""
-    encoded = with_stored_trunk(scorer, [scorer.scoring.encode(row) for row in rows], batch_size=batch_size)
-    found = predict(scorer, encoded, MeanPredictive(), batch_size=batch_size)
+    found = predict(scorer, _encoded(scorer, rows, batch_size), MeanPredictive(), batch_size=batch_size)
     return scorer.scoring.likelihood.questions(found)
 
 
@@ -237,14 +236,13 @@ def _laplace(
     source: SourceAdapter,
     scorer: Scorer,
     rows: list[Encoded],
-    held_out: list[Encoded],
     settings: PosthocSettings,
     directory: Path,
+    held_out: Sequence[Example],
 ) -> dict[str, Any]:
-    joint, facts = fit_laplace(
-        scorer, rows, held_out, batch_size=settings.training.optimisation.batch_size,
-        prior_precision=settings.prior_precision,
-    )  # fmt: skip
+    size, precision = settings.training.optimisation.batch_size, settings.prior_precision
+    choosing = _encoded(scorer, held_out, size) if precision is None else []
+    joint, facts = fit_laplace(scorer, rows, choosing, batch_size=size, prior_precision=precision)
     joint = joint.restricted(settings.structure)  # type: ignore[arg-type]
     set_joint(scorer.model, joint)
     config = scorer.model.peft_config[scorer.model.active_adapter]
@@ -261,12 +259,7 @@ def _laplace(
 
 
 def _variational(
-    source: SourceAdapter,
-    scorer: Scorer,
-    rows: list[Encoded],
-    _held_out: list[Encoded],
-    settings: PosthocSettings,
-    directory: Path,
+    source: SourceAdapter, scorer: Scorer, rows: list[Encoded], settings: PosthocSettings, directory: Path
 ) -> dict[str, Any]:
     model: PeftModel = scorer.model
     model.requires_grad_(False)

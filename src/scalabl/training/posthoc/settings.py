@@ -52,6 +52,11 @@ class SourceAdapter:
         """Whether it is of a model with a classification head."""
         return self.record is not None and self.record.scoring.get("scoring") == HEAD
 
+    @property
+    def trained_here(self) -> RunRecord | None:
+        """The record of a run, which knows the rows that it was trained on."""
+        return None if self.record is None or is_stock(self.record) else self.record
+
 
 def read_source(directory: Path, model: str | None = None, labels: Sequence[str] | None = None) -> SourceAdapter:
     """Check an adapter directory.
@@ -128,7 +133,7 @@ def rows_for(
     labels = source.record.labels if source.record else task.labels
     every = [row for rows in task.splits.values() for row in rows]
     fitted, others = task.splits.get("train", tuple(every)), task.splits.get("validation", ())
-    if source.record and not is_stock(source.record) and "train" in task.splits:
+    if source.trained_here and "train" in task.splits:
         given = {} if train_rows is None else {"train_rows": train_rows}
         chosen = select_rows(task, Settings.flat(**_own_limits(source, data) | given).rows)
         fitted, others = chosen.train, chosen.validation
@@ -142,7 +147,7 @@ def rows_for(
 
 def _own_limits(source: SourceAdapter, data: str) -> dict[str, Any]:
     """How many rows the adapter's run took of its own data; nothing of other data."""
-    recipe = source.record.recipe if source.record and not is_stock(source.record) else {}
+    recipe = source.trained_here.recipe if source.trained_here else {}
     if real_path(expanded(str(recipe.get("data")))) != real_path(expanded(data)):
         return {}
     return {name: recipe[name] for name in ("train_rows", "rows_per_class", "validation_rows") if name in recipe}
@@ -242,8 +247,11 @@ def settings_for(
         raise UserError(f"{source.directory} has a classification head, which has no {other}; leave out scoring.")
     if source.has_head and "template" in named:
         raise UserError(f"{source.directory} has a classification head, which has no prompt; leave out template.")
-    own = source.record and not is_stock(source.record)  # what its record says of rows holds
-    if own and "scoring" not in named and (unread := sorted(named.keys() & {"chat", "max_length", "template"})):
+    if (
+        source.trained_here
+        and "scoring" not in named
+        and (unread := sorted(named.keys() & {"chat", "max_length", "template"}))
+    ):
         raise UserError(f"{unread[0]} belongs to a scoring, and a run keeps its own; name one with --scoring too.")
     if method == "laplace" and (unread := sorted(named.keys() & _VARIATIONAL)):
         raise UserError(f"{unread[0]} belongs to vi; leave it out for laplace, which takes one pass over the rows.")
