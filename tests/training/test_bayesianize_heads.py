@@ -15,7 +15,7 @@ from tiny_base import tiny_encoder, write_jsonl, write_texts
 import scalabl
 from scalabl.core.errors import UserError
 from scalabl.core.files import ADAPTER
-from scalabl.predictive import LinearizedPredictive, MeanPredictive, MonteCarloPredictive, predict
+from scalabl.predictive import LinearizedPredictive, MeanPredictive, MonteCarloPredictive, linearized, predict
 from scalabl.runs.loading import load_run
 from scalabl.runs.record import RunRecord
 from scalabl.training.posthoc.laplace import gauss_newton
@@ -78,7 +78,9 @@ def test_a_stock_head_gets_a_posterior_around_its_own_answers(
         assert together.std(dim=0).max() > 1e-3
 
 
-def test_the_curvature_is_the_gauss_newton_matrix_of_the_heads_logits(tmp_path: Path, rows: Path) -> None:
+def test_the_curvature_is_the_gauss_newton_matrix_of_the_heads_logits(
+    tmp_path: Path, rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = tmp_path / "adapter"
     stock_head(
         source, body_of("bert", tmp_path / "body"), target_modules=["query", "dense"], layers_to_transform=[1, 2]
@@ -93,6 +95,18 @@ def test_the_curvature_is_the_gauss_newton_matrix_of_the_heads_logits(tmp_path: 
     p = class_logits_at(run.scorer, batch, mean).detach().double().softmax(-1)
     curvature = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
     expected = torch.einsum("bcd,bce,bef->df", jacobian, curvature, jacobian)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
+    # of more classes than have a backward pass each, those that a row finds less probable are one
+    monkeypatch.setattr(linearized, "TOP_CLASSES", 1)
+    top = p.argmax(dim=-1)
+
+    def log_odds(s: torch.Tensor) -> torch.Tensor:
+        return class_logits_at(run.scorer, batch, s).softmax(-1).gather(1, top[:, None])[:, 0].logit()
+
+    gradient = torch.autograd.functional.jacobian(log_odds, mean).double()
+    highest = p.amax(dim=-1)
+    expected = torch.einsum("bd,b,be->de", gradient, highest * (1 - highest), gradient)
+    found = gauss_newton(run.scorer, some, batch_size=3).matrix
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
 
 

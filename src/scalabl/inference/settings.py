@@ -69,7 +69,7 @@ class PredictionSettings:
         stochastic_layers: draw s in the top layers alone: "last:K", a fraction "last:0.25", or "variance:0.9", the
             fewest that carry so much of the predictive variance on the run's validation rows.
         top_classes: linearised, so many of a row's most probable classes are uncertain each on its own and the others
-            as one; None is all.
+            as one; None is 25 of one label out of more, and all of several labels.
         feature_variance: linearised, the variance in every direction of what a head reads, by which all its logits but
             one difference are uncertain; None is as the posterior has it, or what auto takes.
         method: a post-hoc method that was fitted on the run, in place of the run's own.

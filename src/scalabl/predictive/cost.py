@@ -5,7 +5,7 @@ R rows of t tokens and m read positions, from decoder layer l of L on, takes
 
 multiply-adds, where S is how many tokens a device computes in the time in which it reads the weights: one row more is
 not free, but costs less than the first. With B rows a batch, N particles that differ from layer l on, and C classes
-(two where a head takes one backward pass):
+(two where a head takes one backward pass, 26 of more, of which the rest are one):
 
     mean         1
     mc           [pass(B, 0) - pass(B, l) + pass(N B, l)] / pass(B, 0)
@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from scalabl.predictive.linearized import TOP_CLASSES
 from scalabl.scoring.base import Encoded
 from scalabl.scoring.scorer import Scorer
 from scalabl.tuner.layers import decoder_layers, sequence_classifier
@@ -67,9 +68,10 @@ class Cost:
         return (below + self._pass(samples * self.batch, start, tokens)) / self._plain
 
     def linearized(self, start: int, top: int | None = None) -> float:
-        """One forward pass, and C - 1 backward passes (of several labels C), or one a top class, that stop at decoder
-        layer `start`."""
-        passes = self.classes - (not self.several) if top is None else top
+        """One forward pass, and C - 1 backward passes, TOP_CLASSES at most (of several labels C), or one a top class,
+        that stop at decoder layer `start`."""
+        of_all = self.classes if self.several else min(self.classes - 1, TOP_CLASSES)
+        passes = of_all if top is None else top
         backward = passes * BACKWARD * self._pass(self.batch, start, self.tokens)
         return 1 + backward / self._plain
 

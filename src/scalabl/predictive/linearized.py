@@ -1,5 +1,6 @@
-"""The linearised predictive: logits Gaussian in s, from one forward pass and C - 1 backward passes to s alone, or K of
-the K most probable classes and the rest, or one of the difference of a head's logits that matters most.
+"""The linearised predictive: logits Gaussian in s, from one forward pass and C - 1 backward passes to s alone; of more
+than 26 classes 25, for the most probable ones beside the rest; or one, for a head's difference of logits that matters
+most.
 
     f(x, s) ~ f(x, s_mu) + J (s - s_mu),   J = df/ds at s_mu    =>    f(x, s) ~ N(f(x, s_mu), J Sigma J^T)
 
@@ -39,7 +40,9 @@ from scalabl.tuner.joint import joint_of
 from scalabl.tuner.layers import stochastic_layers
 from scalabl.tuner.state import only, values
 
-# dimensions of the Sobol sequence, for 26 letters; in many more its few points lie no better than random ones
+# those of 26 letters; of more classes the others share what little probability is left
+TOP_CLASSES = 25
+# dimensions of the Sobol sequence; in many more its few points lie no better than random ones
 _SOBOL = 25
 
 
@@ -52,7 +55,8 @@ class LinearizedPredictive:
         stochastic_layers: the top layers alone are uncertain, "last:K" or a fraction "last:0.25", the others known.
         scale: tau, by which the posterior's standard deviations are multiplied: tau^2 J Sigma J^T.
         top_classes: K, so many of a row's classes are uncertain each on its own, the others as one
-            (`scalabl.predictive.top_classes`), which takes K backward passes; None for all classes.
+            (`scalabl.predictive.top_classes`), which takes K backward passes; C - 1 or more are all classes, and None
+            is TOP_CLASSES of one label out of many, and all of several labels.
         feature_variance: alpha, the variance in every direction of the features that a head reads, at tau = 1: all but
             one difference of the logits are as uncertain as that makes them (`scalabl.predictive.head_features`),
             which takes one backward pass; None where each is as the posterior makes it.
@@ -113,18 +117,19 @@ class LinearizedPredictive:
 
     def jacobian(self, scorer: Scorer, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The logits (B, C), and the Jacobians by layer of those differences of them that are differentiated."""
-        top = self.top_classes
+        top, likelihood = self.top_classes, scorer.scoring.likelihood
         few = top is not None or self.feature_variance is not None
-        if few and not isinstance(scorer.scoring.likelihood, OneLabel):
+        if few and not isinstance(likelihood, OneLabel):
             which = "feature_variance" if top is None else "top_classes"
             raise UserError(f"{which} is of one label out of many, and here rows have several; leave it out.")
 
         def contrasts(logits: Tensor) -> list[Tensor]:
             if self.feature_variance is not None:
                 return [self._features(scorer, logits).contrast]
-            if top is not None and top < logits.shape[1] - 1:
-                return list(Groups.of(logits, top).contrasts.unbind(dim=1))
-            return scorer.scoring.likelihood.contrasts(logits, batch.num_choices)
+            limit = TOP_CLASSES if top is None else top
+            if isinstance(likelihood, OneLabel) and limit < logits.shape[1] - 1:
+                return list(Groups.of(logits, limit).contrasts.unbind(dim=1))
+            return likelihood.contrasts(logits, batch.num_choices)
 
         return logit_jacobian(scorer, batch, self.stochastic_layers, contrasts)
 

@@ -4,7 +4,9 @@ H is the exact Gauss-Newton matrix of the class logits,
 
     H = sum_n J_n^T Lambda_n J_n,   J_n (C, D) the Jacobian of row n's class logits,   Lambda_n = diag(p_n) - p_n p_n^T
 
-and Lambda_n = diag(p_n (1 - p_n)) where each of C labels is for itself.
+and Lambda_n = diag(p_n (1 - p_n)) where each of C labels is for itself. Of more than 26 classes the 25 most probable
+ones of a row are taken each on its own and the others as one (`scalabl.predictive.top_classes`): H lacks the curvature
+among the others, and takes 25 backward passes a row and not C - 1.
 
 No factor, block or diagonal stands for it: D is the number of s, so that H is D x D. Memory: 8 D^2 bytes for H, and
 4 times as many while it is decomposed (8 MB in all at D = 500, 3.2 GB at D = 10,000), whatever the number of rows.
@@ -35,7 +37,8 @@ from scalabl.core.errors import UserError
 from scalabl.core.modules import eval_mode
 from scalabl.posterior.evidence import best_precision, log_evidence
 from scalabl.posterior.joint import JointGaussian
-from scalabl.predictive.linearized import LinearizedPredictive, logit_jacobian
+from scalabl.predictive.linearized import LinearizedPredictive
+from scalabl.predictive.top_classes import Groups
 from scalabl.scoring.base import Batch, Encoded
 from scalabl.scoring.likelihood import log_likelihood
 from scalabl.scoring.scorer import Scorer
@@ -91,13 +94,15 @@ def gauss_newton(
     size = sum(ranks.values())
     _require_memory(size)
     matrix, total = torch.zeros(size, size, dtype=torch.float64), 0.0
-    likelihood = scorer.scoring.likelihood
+    likelihood, linearized = scorer.scoring.likelihood, LinearizedPredictive()
     with eval_mode(scorer.model):
         for indices, batch in scorer.encoded_batches(rows, batch_size):
-            logits, jacobians = logit_jacobian(scorer, batch)
+            logits, jacobians = linearized.jacobian(scorer, batch)
             jacobian = torch.cat(list(jacobians.values()), dim=-1).double()
+            contrasts = jacobian.shape[1]
+            classes = logits if contrasts >= logits.shape[1] - 1 else Groups.of(logits, contrasts).mean
             # the Jacobian may be that of differences to the first class, whose row of M follows from the others
-            root = likelihood.curvature_root(logits.double())[:, -jacobian.shape[1] :]
+            root = likelihood.curvature_root(classes.double())[:, -contrasts:]
             weighted = torch.einsum("bck,bcd->bkd", root, jacobian).flatten(0, 1).cpu()
             matrix.addmm_(weighted.T, weighted)
             total += log_likelihood(likelihood, logits.double(), batch.answers).item()
