@@ -19,8 +19,10 @@ from scalabl.core.errors import UserError
 from scalabl.core.files import ADAPTER, JOINT
 from scalabl.data.assemble import select_rows
 from scalabl.inference.classifier import Classifier
+from scalabl.inference.promise import held_out_rows
 from scalabl.predictive import LinearizedPredictive, MeanPredictive, predict
 from scalabl.runs.loading import load_run
+from scalabl.runs.record import RunRecord
 from scalabl.runs.settings import Settings
 from scalabl.scoring import Scorer
 from scalabl.training.posthoc.run import bayesianize
@@ -135,7 +137,14 @@ def test_what_a_run_held_out_of_its_training_is_held_out_again(tmp_path: Path) -
     assert (rows, held_out) == (expected.train, expected.validation) and len(held_out) == of_run.rows["validation"] > 0
     record = make(tmp_path / "mle", task, tmp_path / "run")
     assert record.rows == of_run.rows and record.recipe["train_rows"] == 15
-    assert len(rows_for(found, str(task), 5)[1]) == 5
+    assert held_out_rows(record) == held_out and held_out_rows(RunRecord.read(tmp_path / "run")) == held_out
+    loaded, few, held_out = rows_for(found, str(task), 5)
+    assert len(few) == 5
+    of_few = bayesianize(found, loaded, few, held_out, tmp_path / "few", settings_for(found, str(task)))
+    write_task(tmp_path / "other", train=20)
+    for unknown in (of_few, make(tmp_path / "mle", tmp_path / "other", tmp_path / "elsewhere")):
+        with pytest.raises(UserError, match="made by scalabl bayesianize, and which rows its LoRA was not trained on"):
+            held_out_rows(unknown)
     (tmp_path / "mle" / "scalabl.json").unlink()
     _, every, none = rows_for(read_source(tmp_path / "mle"), str(task))
     assert not none and every == loaded.split("train")

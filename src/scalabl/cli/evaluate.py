@@ -144,7 +144,7 @@ def evaluate(
 def _of_the_run(record: RunRecord) -> str:
     """What the run's held-out rows are called: figures on rows that a calibration was fitted on flatter it a little."""
     fitted = ", which its calibration was fitted on" if record.calibration else ""
-    return f"the held-out rows of {record.settings.data}{fitted}"
+    return f"the held-out rows of {record.recipe['data']}{fitted}"
 
 
 def _as_json(figures: list[dict[str, Any]], record: RunRecord, data: str, seed: int) -> dict[str, Any]:

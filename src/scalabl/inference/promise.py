@@ -156,18 +156,16 @@ def held_out_rows(record: RunRecord, otherwise: str = PROMISE) -> tuple[Example,
     from scalabl.data.load import load_task
 
     require_known(record, otherwise)
-    settings = record.settings
+    data = record.recipe["data"]
     try:
-        rows = select_rows(load_task(settings.data), settings.rows)
+        rows = select_rows(load_task(data), record.row_settings)
     except UserError as error:
-        raise UserError(
-            f"The run's held-out rows come from {settings.data}, which cannot be read now: {error}"
-        ) from error
+        raise UserError(f"The run's held-out rows come from {data}, which cannot be read now: {error}") from error
     known = record.held_out_sha256
     counts = {"train": len(rows.train), "validation": len(rows.validation)}
     if counts != record.rows or (known is not None and rows_digest(rows.validation) != known):
         raise UserError(
-            f"{settings.data} has changed since the run was trained on it, so that its held-out rows are not known; "
+            f"{data} has changed since the run was trained on it, so that its held-out rows are not known; "
             "restore the file or train again."
         )
     return rows.validation
@@ -181,9 +179,9 @@ def require_known(record: RunRecord, otherwise: str = PROMISE) -> None:
         otherwise: what follows, for the sentence.
 
     Raises:
-        UserError: it was made from an adapter by bayesianize.
+        UserError: it was made by bayesianize, on other rows than those of its adapter's run, or no run is known.
     """
-    if record.bayesianized is not None:
+    if record.bayesianized is not None and not record.bayesianized.get("own_rows"):
         raise UserError(
             "This run was made by scalabl bayesianize, and which rows its LoRA was not trained on is not known, so "
             f"that {otherwise}."

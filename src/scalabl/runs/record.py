@@ -16,7 +16,7 @@ from scalabl.core import __version__, processes
 from scalabl.core.errors import UserError
 from scalabl.core.files import ADAPTER, JOINT, read_json, sha256, write_json
 from scalabl.runs.registry import METHODS
-from scalabl.runs.settings import BEFORE, DEFAULTS, Settings, typed_setting
+from scalabl.runs.settings import BEFORE, DEFAULTS, RowSettings, Settings, typed_setting
 
 RECORD = "scalabl.json"
 CONFIG = "adapter_config.json"
@@ -120,7 +120,7 @@ class RunRecord:
         adapter_sha256, joint_sha256, features_sha256: of the files, once they are written, where there are such.
         config_sha256: of what the adapter's configuration says (`config_digest`); None of older versions.
         held_out_sha256: of the validation rows (`scalabl.data.example.rows_digest`); None of older versions, of rows of
-            text and of posteriors that were fitted to a finished adapter.
+            text, and of a posterior that was fitted to a finished adapter on other rows than its run's own.
         scalabl, version: of the program, and of the record's form.
     """
 
@@ -260,6 +260,11 @@ class RunRecord:
             UserError: they are none that a training can have, as the 0 steps of a Laplace approximation.
         """
         return Settings.flat(**{name: self.recipe[name] for name in DEFAULTS})
+
+    @property
+    def row_settings(self) -> RowSettings:
+        """Which rows of its data it read, a Laplace approximation too."""
+        return RowSettings(**{each.name: self.recipe[each.name] for each in fields(RowSettings)})
 
     @property
     def method(self) -> str:

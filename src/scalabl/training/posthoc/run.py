@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase, set_seed
 
 from scalabl.core.errors import UserError
 from scalabl.core.files import ADAPTER, LOG, sha256, write_json, writing
-from scalabl.data.example import Example, Task
+from scalabl.data.example import Example, Task, rows_digest
 from scalabl.predictive.base import MeanPredictive, predict
 from scalabl.runs.card import write_cards
 from scalabl.runs.directory import posterior_warnings, reading_config
@@ -148,6 +148,9 @@ def _build(
     if source.record:  # the priors that were learnt are those of its own rows
         begun = replace(begun, class_counts=source.record.class_counts)
     fitted = fit(source, scorer, encoded, settings, directory)
+    if (own := source.trained_here) and own.rows == counts and own.held_out_sha256 == rows_digest(held_out):
+        begun = replace(begun, held_out_sha256=own.held_out_sha256)
+        fitted["bayesianized"]["own_rows"] = True  # held-out rows that its LoRA was not trained on either
     fitted["warnings"] = cut_rows_warning(encoded, scoring)
     features = write_features(directory, fit_distance(scorer, encoded))
     digest = sha256(directory / ADAPTER)
