@@ -163,8 +163,8 @@ class Position:
 
         Args:
             prior: "own", the run's own on s; or "evidence", that of the highest evidence on the relative strengths
-                s / s_mu, which is what `scalabl bayesianize` takes. Correlations and divergences are the same in s and
-                in relative strengths.
+                s / s_mu, which is what `scalabl bayesianize` takes without held-out rows. Correlations and divergences
+                are the same in s and in relative strengths.
 
         Returns:
             the Gaussian, and facts: prior_std (of the relative strengths; a mean over the numbers), numbers,

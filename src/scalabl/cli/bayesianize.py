@@ -50,7 +50,10 @@ def bayesianize(
     ] = "joint",
     prior_precision: Annotated[
         float | None,
-        typer.Option(help="On s relative to 1; by held-out rows if left out.", rich_help_panel=_LAPLACE),
+        typer.Option(
+            help="On s relative to 1; if left out by held-out rows, without any by the evidence.",
+            rich_help_panel=_LAPLACE,
+        ),
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Optimiser steps.", rich_help_panel=_VI)] = None,
     variational_learning_rate: Annotated[

@@ -45,9 +45,9 @@ class Prior:
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.std) and self.std > 0):
-            raise UserError(f"The prior std must be a positive number, but it is {self.std}; 1.0 is the usual choice.")
+            raise UserError(f"The prior std must be a positive number, but it is {self.std}; 0.2 is the default.")
         if not math.isfinite(self.mean):
-            raise UserError(f"The prior mean must be a finite number, but it is {self.mean}; 0.0 is the usual choice.")
+            raise UserError(f"The prior mean must be a finite number, but it is {self.mean}; 0.577 is the default.")
 
     def variance(self, mean: Tensor, variance: Tensor) -> Tensor:
         """std^2 for a posterior of these means and variances (r,): a scalar, differentiable if empirical."""

@@ -214,7 +214,9 @@ class RowSettings(Checked):
     train_rows: int | None = setting(None, "Take so many training rows.", COUNT)
     rows_per_class: int | None = setting(None, "Take so many training rows of each label.", COUNT)
     validation_rows: int = setting(
-        300, "Held out at most, where the data have no such split.", Range("zero or more", lambda value: value >= 0)
+        300,
+        "At most, of the data's own split or held out of the training rows.",
+        Range("zero or more", lambda value: value >= 0),
     )
 
     def __post_init__(self) -> None:

@@ -62,8 +62,9 @@ def export(
 ) -> ParticleManifest:
     """Write OUT/particles/0 .. N-1 and OUT/particles/manifest.json; they appear together or not at all.
 
-    Particle k is particle k of `scalabl.particles(model, N, seed=seed)`: its rank patterns and scaling are the run's,
-    its A is diag(s_k) A. What PEFT copies of the frozen embeddings into the adapter of an output layer is left out.
+    Particle k is particle k of `scalabl.particles(model, N, seed=seed, scale=tau)`, tau that of the run's calibration:
+    its rank patterns and scaling are the run's, its A is diag(s_k) A. What PEFT copies of the frozen embeddings into
+    the adapter of an output layer is left out.
 
     Args:
         directory: an adapter with a posterior: of `scalabl train`, `scalabl bayesianize`, or any trainer's
