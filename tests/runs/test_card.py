@@ -51,6 +51,13 @@ def test_a_card_says_what_the_record_says(record: RunRecord) -> None:
     assert "import scalabl" not in mean
 
 
+def test_of_an_adapter_that_was_given_only_the_fit_is_told(record: RunRecord) -> None:
+    given = replace(record, bayesianized={"method": "laplace"}, recipe=record.recipe | {"steps": 0})
+    for text in (card(given), card(given, of_mean=True)):
+        assert "whose posterior was fitted afterwards on 1,200 rows" in text and "trained on" not in text
+        assert "no steps here" in text and "learning rate" not in text
+
+
 def test_an_uncalibrated_run_on_a_local_base_names_no_base_of_the_hub(record: RunRecord) -> None:
     own = replace(record, calibration=None, recipe=record.recipe | {"model": "/models/our-bert"})
     text = card(own)

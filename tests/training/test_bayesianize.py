@@ -4,7 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,17 @@ from tiny_base import CHAT_TEMPLATE, loaded, questions, tiny_base, tiny_tokenize
 from scalabl.core.errors import UserError
 from scalabl.core.files import ADAPTER, JOINT
 from scalabl.data.assemble import select_rows
+from scalabl.data.example import Example
+from scalabl.inference.calibrate import calibration_at_the_end
 from scalabl.inference.classifier import Classifier
 from scalabl.inference.promise import held_out_rows
 from scalabl.predictive import LinearizedPredictive, MeanPredictive, predict
 from scalabl.runs.loading import load_run
+from scalabl.runs.method import Run
 from scalabl.runs.record import RunRecord
 from scalabl.runs.settings import Settings
 from scalabl.scoring import Scorer
+from scalabl.serving.manifest import calibrated_particles
 from scalabl.training.posthoc.run import bayesianize
 from scalabl.training.posthoc.settings import read_source, rows_for, settings_for
 from scalabl.training.run import train
@@ -138,8 +142,15 @@ def test_what_a_run_held_out_of_its_training_is_held_out_again(tmp_path: Path) -
     record = make(tmp_path / "mle", task, tmp_path / "run")
     assert record.rows == of_run.rows and record.recipe["train_rows"] == 15
     assert held_out_rows(record) == held_out and held_out_rows(RunRecord.read(tmp_path / "run")) == held_out
+    moved = shutil.copytree(task, tmp_path / "moved")  # the same rows elsewhere are the run's own too
+    assert rows_for(found, str(moved))[1:] == (expected.train, expected.validation)
+    assert held_out_rows(make(tmp_path / "mle", moved, tmp_path / "of moved")) == held_out
+    grown = write_task(tmp_path / "grown", train=60)  # others: perhaps trained on, all of them
+    (grown / "validation.jsonl").unlink()
+    _, every, none = rows_for(found, str(grown))
+    assert len(every) == 60 and not none
     loaded, few, held_out = rows_for(found, str(task), 5)
-    assert len(few) == 5
+    assert len(few) == 5 and set(few) <= set(expected.train)
     of_few = bayesianize(found, loaded, few, held_out, tmp_path / "few", settings_for(found, str(task)))
     write_task(tmp_path / "other", train=20)
     for unknown in (of_few, make(tmp_path / "mle", tmp_path / "other", tmp_path / "elsewhere")):
@@ -148,6 +159,40 @@ def test_what_a_run_held_out_of_its_training_is_held_out_again(tmp_path: Path) -
     (tmp_path / "mle" / "scalabl.json").unlink()
     _, every, none = rows_for(read_source(tmp_path / "mle"), str(task))
     assert not none and every == loaded.split("train")
+
+
+def test_rows_that_are_fitted_on_are_never_held_out(stock: Path, tmp_path: Path) -> None:
+    task = write_task(tmp_path / "task", validation=310)
+    _, rows, held_out = rows_for(read_source(stock), str(task))
+    assert len(rows) == 24 and len(held_out) == 300  # as many as a run holds out
+    (task / "train.jsonl").unlink()
+    loaded, rows, held_out = rows_for(read_source(stock), str(task))
+    assert rows == loaded.split("validation") and not held_out
+
+
+def test_a_laplace_runs_particles_are_calibrated_too(stock: Path, tmp_path: Path) -> None:
+    """Which `export` writes; and no pass has more rows than the fit had."""
+    task = write_task(tmp_path / "task", validation=24)
+    found, sizes = read_source(stock), list[int]()
+
+    def calibrate(run: Run, rows: Sequence[Example]) -> dict[str, Any] | None:
+        with pytest.MonkeyPatch.context() as patch:
+            jacobian = LinearizedPredictive.jacobian
+            patch.setattr(
+                LinearizedPredictive,
+                "jacobian",
+                lambda self, scorer, batch: sizes.append(len(batch)) or jacobian(self, scorer, batch),
+            )
+            return calibration_at_the_end(run, rows)
+
+    record = bayesianize(
+        found, *rows_for(found, str(task)), tmp_path / "run",
+        settings_for(found, str(task), scoring="letters", batch_size=3), calibrate,
+    )  # fmt: skip
+    assert record.calibration is not None and set(record.calibration["temperatures"]) == {"mean", "mc", "linearized"}
+    scale, temperature = calibrated_particles(record)
+    assert scale == record.calibration["scale"] and temperature == record.calibration["temperatures"]["mc"]
+    assert set(sizes) == {3}
 
 
 def test_variational_inference_moves_the_posterior_alone(stock: Path, rows: Path, tmp_path: Path) -> None:
@@ -251,6 +296,11 @@ def test_an_output_in_use_and_a_pickled_adapter_are_refused(stock: Path, tmp_pat
     (tmp_path / "used" / "file").touch()
     with pytest.raises(UserError, match="not empty"):
         require_free(tmp_path / "used")
+    (tmp_path / "free").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "free")
+    for place, sentence in (("link", "link is a link; remove it"), ("", "the directory that the command is called in")):
+        with pytest.raises(UserError, match=sentence):
+            require_free(tmp_path / place if place else Path())
     pickled = altered(stock, tmp_path / "pickled")
     (pickled / ADAPTER).rename(pickled / "adapter_model.bin")
     with pytest.raises(UserError, match=f"holds no {ADAPTER}"):

@@ -119,7 +119,7 @@ def test_a_plain_lora_has_no_posterior_to_summarise() -> None:
 RECIPE = {"steps": 200, "learning_rate": 1e-3, "variational_learning_rate": 2e-2, "optimizer": "adamw_torch"}
 
 
-def log_of(sigma: Callable[[float], float], **recipe: Any) -> Drift | None:
+def log_of(sigma: Callable[[float], float], bayesianized: bool = False, **recipe: Any) -> Drift | None:
     """The drift of a training whose rate falls linearly to zero, of a sigma by the sum of its rates: 2 in all."""
     said = RECIPE | {"prior_mean": 0.577} | recipe
     steps, rate = said["steps"], said["learning_rate"]
@@ -127,7 +127,7 @@ def log_of(sigma: Callable[[float], float], **recipe: Any) -> Drift | None:
     for step in range(steps // 20, steps + 1, steps // 20):
         left = 1 - step / steps
         entries.append({"step": step, "learning_rate": rate * left, "elbo/sigma_mean": sigma(2 - 2 * left**2)})
-    return drift_of([*entries, {"train_runtime": 1.0}], said)
+    return drift_of([*entries, {"train_runtime": 1.0}], said, bayesianized)
 
 
 def layers_of(model: PeftModel, sigma: float, prior: Prior, mean: float = 0.577) -> list[LayerSummary]:
@@ -180,6 +180,9 @@ def test_under_a_wide_prior_it_is_the_prior_that_is_to_change(model: PeftModel) 
     moved = log_of(lambda spent: 0.05 * math.exp(0.9 * spent), prior_mean=1.0)  # a given adapter's, relative to it
     (sentence,) = warnings_of(layers_of(model, 0.3, Prior(1.0, 2.0), mean=1.0), moved)
     assert "train with --prior-std 0.35 --steps 440;" in sentence
+    moved = log_of(lambda spent: 0.05 * math.exp(0.9 * spent), bayesianized=True, prior_mean=0.0)  # s begins at 1
+    (sentence,) = warnings_of(layers_of(model, 0.3, Prior(0.0, 2.0), mean=1.0), moved)
+    assert "bayesianize with --prior-std 0.35 --steps 440;" in sentence
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from rich.console import Console
 from torch import Tensor
 
@@ -43,8 +44,14 @@ class BeforeAndAfter:
             before: (1, n, C) log class probabilities of the adapter itself.
             held_out: whether the posterior was not fitted on the rows.
         """
+        try:
+            self._compare(run, rows, before, held_out)
+        except torch.OutOfMemoryError:  # the run is worth more than its table
+            self.title = "before and after: left out, as the device has no memory for it; lower --batch-size"
+
+    def _compare(self, run: Run, rows: Sequence[Example], before: Tensor, held_out: bool) -> None:
         labels = labels_of(rows)
-        predictor = Predictor(run, over_ranks=False)
+        predictor = Predictor(run, batch_size=run.record.prediction_batch_size, over_ranks=False)
         predictor.resolve(rows)
         plain = MethodResult("plain LoRA", before, labels, per_row=predictor.per_row)
         after = results_of(predictor, as_learnt(predictor, rows), rows, {})
@@ -66,6 +73,8 @@ class BeforeAndAfter:
     def print(self, console: Console) -> None:
         """The table, and a warning where the adapter itself is at chance."""
         console.print(self.title)
+        if not self.figures:
+            return
         print_table(self.figures, console, FIGURES)
         if self.figures[0]["collapsed"] and self._has_prompt:
             console.print(OTHER_PROMPT, style="bold yellow")

@@ -65,7 +65,7 @@ def fit_run(
     if kind != "mean":
         known = fit.tried.get(0.0)
         temperatures["mean"] = known[0] if known else bounded_temperature(predicted(MeanPredictive(), "mean"), labels)
-    for other in _others(auto, kind):
+    for other in _others(auto, kind, settings):
         with contextlib.suppress(torch.OutOfMemoryError):
             scaled = MeanPredictive() if fit.scale == 0 else with_scale(other, fit.scale)
             temperatures[kind_of(other)] = bounded_temperature(predicted(scaled, kind_of(other)), labels)
@@ -82,9 +82,11 @@ def fit_run(
     )
 
 
-def _others(strategy: Predictive, kind: str) -> list[Predictive]:
+def _others(strategy: Predictive, kind: str, settings: PredictionSettings) -> list[Predictive]:
     """What auto may take beside the predictive that it has taken for these rows: particles, for a few rows; linearised
-    ones where they do not cost more."""
+    ones where they do not cost more. Of a run that predicts linearised, the particles that `export` writes."""
+    if isinstance(strategy, LinearizedPredictive):
+        return [MonteCarloPredictive(settings.samples, seed=settings.seed)]
     if not isinstance(strategy, AutoPredictive):
         return []
     costs = processes.on_main(lambda: {} if strategy.choice is None else dict(strategy.choice.costs))
@@ -94,13 +96,13 @@ def _others(strategy: Predictive, kind: str) -> list[Predictive]:
     return [LinearizedPredictive(seed=strategy.seed)] if cheap else []
 
 
-def calibration_at_the_end(run: Run, rows: Sequence[Example], batch_size: int = 8) -> dict[str, object] | None:
+def calibration_at_the_end(run: Run, rows: Sequence[Example]) -> dict[str, object] | None:
     """What the record of a run gets at the end of its training: None where its held-out rows are too few, or a device
     has no memory left for predictions."""
     if len(rows) < ROWS_NEEDED:
         return None
     try:
-        return fit_run(run, rows, batch_size=batch_size).as_dict()
+        return fit_run(run, rows, batch_size=run.record.prediction_batch_size).as_dict()
     except torch.OutOfMemoryError:
         return None
 

@@ -117,7 +117,8 @@ def _mean_of(
 def _trained_on(record: RunRecord) -> str:
     if is_stock(record):
         return record.task["name"]
-    return f"{record.task['name']}, {record.rows['train']:,} rows, {record.recipe['steps']} steps"
+    steps = f"{record.recipe['steps']} steps" if record.recipe["steps"] else "one pass (Laplace)"
+    return f"{record.task['name']}, {record.rows['train']:,} rows, {steps}"
 
 
 def _questions(rows: Sequence[Example]) -> list[tuple[str, tuple[str, ...]]]:

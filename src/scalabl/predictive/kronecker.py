@@ -181,7 +181,7 @@ class KroneckerBlock:
     def logit_covariances(self, jacobian: Tensor, precisions: Sequence[float]) -> Tensor:
         """J (H + precision I)^-1 J^T under each of P precisions: (B, C, d_out, d_in) -> (P, B, C, C)."""
         inside = self.out_vectors.T @ jacobian @ self.in_vectors
-        shrunk = [(inside / (self.eigenvalues + each).sqrt()).flatten(2) for each in precisions]
+        shrunk = ((inside / (self.eigenvalues + each).sqrt()).flatten(2) for each in precisions)  # one in memory
         covariances = torch.stack([each @ each.transpose(1, 2) for each in shrunk])
         if inside.shape != jacobian.shape:  # directions without curvature keep the prior's variance
             outside = (jacobian - self.out_vectors @ inside @ self.in_vectors.T).flatten(2)

@@ -255,7 +255,10 @@ def logit_jacobian(
             weights_of = contrasts(logits.detach())
         columns: list[list[Tensor]] = [[] for _ in inputs]
         for number, weights in enumerate(weights_of, start=1):
-            gradients = torch.autograd.grad(logits, inputs, weights, retain_graph=number < len(weights_of))
+            if not weights.any():  # no row has such a choice
+                gradients = tuple(torch.zeros_like(s) for s in inputs)
+            else:
+                gradients = torch.autograd.grad(logits, inputs, weights, retain_graph=number < len(weights_of))
             for store, gradient in zip(columns, gradients, strict=True):
                 store.append(gradient.detach().float())
     jacobians = {

@@ -62,7 +62,7 @@ def card(record: RunRecord, *, of_mean: bool = False, pictured: str | None = Non
         _metadata(base if on_hub else None, "text-classification" if head else "text-generation", bayesian),
         _OURS,
         f"# {_plain(record.task['name'])}, by {_plain(of)}",
-        f"This is {what}: an adapter of {_plain(of)}, trained on {record.rows['train']:,} rows of "
+        f"This is {what}: an adapter of {_plain(of)}, {_fitted(record)} {record.rows['train']:,} rows of "
         f"{_plain(_rows_of(record))} (licence: {_plain(record.task['licence'])}).",
     ]
     if record.labels is not None:
@@ -145,6 +145,11 @@ def _calibration(record: RunRecord, of_mean: bool) -> str:
     return f"Fitted on these rows, which therefore flatter it a little.\n\n{table}{note}"
 
 
+def _fitted(record: RunRecord) -> str:
+    """Of an adapter that was given, only what was done here is known."""
+    return "trained on" if record.bayesianized is None else "whose posterior was fitted afterwards on"
+
+
 def _training(record: RunRecord) -> str:
     recipe, parameters = record.recipe, record.parameters
     versions = ", ".join(f"{name} {number}" for name, number in record.versions.items())
@@ -152,7 +157,9 @@ def _training(record: RunRecord) -> str:
         f"{parameters.get('lora', 0):,} parameters of LoRA (r = {recipe['r']}, alpha = {recipe['lora_alpha']:g})"
         f", {parameters.get('variational', 0):,} variational",
         f"{recipe['steps']:,} steps of {recipe['batch_size'] * recipe['gradient_accumulation']:,} rows at a learning "
-        f"rate of {recipe['learning_rate']:g}, seed {recipe['seed']}",
+        f"rate of {recipe['learning_rate']:g}, seed {recipe['seed']}"
+        if recipe["steps"]
+        else "no steps here: the posterior is a Laplace approximation around a finished adapter",
         f"scored by {_plain(record.scoring_name)}{_prompt(record)}",
         f"scalabl {record.scalabl}, {versions}, on {_plain(record.device)}",
     ]

@@ -297,7 +297,8 @@ def posterior_warnings(
     entries = [entry for entry in log if isinstance(entry, dict)] if isinstance(log, list) else []
     numbers = [{k: v for k, v in entry.items() if isinstance(v, int | float)} for entry in entries]
     kept = [sentence for sentence in record.warnings if not sentence.startswith(_OLDER)]
-    return list(dict.fromkeys([*kept, *warnings_of(layers, drift_of(numbers, record.recipe))]))
+    drift = drift_of(numbers, record.recipe, record.bayesianized is not None)
+    return list(dict.fromkeys([*kept, *warnings_of(layers, drift)]))
 
 
 def _read(directory: Path, config: dict[str, Any]) -> tuple[dict[str, Tensor], list[LayerWeights], Prior]:

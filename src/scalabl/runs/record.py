@@ -262,6 +262,11 @@ class RunRecord:
         return Settings.flat(**{name: self.recipe[name] for name in DEFAULTS})
 
     @property
+    def prediction_batch_size(self) -> int:
+        """Rows at a time of predictions right after the training, by a machine that had memory for its batches."""
+        return min(8, int(self.recipe["batch_size"]))
+
+    @property
     def row_settings(self) -> RowSettings:
         """Which rows of its data it read, a Laplace approximation too."""
         return RowSettings(**{each.name: self.recipe[each.name] for each in fields(RowSettings)})

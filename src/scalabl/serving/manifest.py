@@ -355,5 +355,9 @@ def limits_of(
         if bits is not None:
             found.append(f"the run's base was quantised to {bits} bits; a base in another precision answers otherwise")
         if record.predictive == "linearized":
-            found.append("the run itself predicts linearised; particles are its Monte Carlo predictive")
+            uncalibrated = record.calibration is not None and calibrated_particles(record)[1] is None
+            found.append(
+                "the run itself predicts linearised; particles are its Monte Carlo predictive"
+                + ", uncalibrated: scalabl calibrate fits a temperature of theirs" * uncalibrated
+            )
     return tuple(found)

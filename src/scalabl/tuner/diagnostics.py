@@ -119,6 +119,7 @@ class Drift:
         steps: of the training.
         reach: the sum of the learning rates of s over all steps, which the logarithm can move by at most.
         prior_mean: of the prior that it was trained under.
+        bayesianized: whether it is of `bayesianize`, where s begins at 1 and the prior's mean is 0.
     """
 
     speed: float
@@ -127,15 +128,17 @@ class Drift:
     steps: int
     reach: float
     prior_mean: float
+    bayesianized: bool = False
 
 
-def drift_of(log: Sequence[Mapping[str, float]], recipe: Mapping[str, Any]) -> Drift | None:
+def drift_of(log: Sequence[Mapping[str, float]], recipe: Mapping[str, Any], bayesianized: bool = False) -> Drift | None:
     """How sigma moved at the end of a training, or None where its log does not say: a plain LoRA, fewer than four
     records, an optimiser whose step is not bounded by its rate as Adam's is.
 
     Args:
         log: logged records with step, learning_rate (of A and B) and "elbo/sigma_mean".
         recipe: the run's settings by their names.
+        bayesianized: see `Drift`.
     """
     records = [
         (entry["step"], entry["learning_rate"], math.log(sigma))
@@ -158,6 +161,7 @@ def drift_of(log: Sequence[Mapping[str, float]], recipe: Mapping[str, Any]) -> D
     return Drift(
         speed=(ended - began) / (spent[-1] - half), began=math.exp(began), ended=math.exp(ended),
         steps=int(recipe["steps"]), reach=spent[-1], prior_mean=float(recipe.get("prior_mean", 0.0)),
+        bayesianized=bayesianized,
     )  # fmt: skip
 
 
@@ -205,14 +209,17 @@ def _moving(rows: Sequence[LayerSummary], drift: Drift) -> str | None:
         f"sigma was still {'rising' if rising else 'falling'} when training ended ({drift.began:.2g} to "
         f"{drift.ended:.2g} in the last half of its learning), so its size is the work of --steps and not of the rows: "
     )
+    command = "bayesianize" if drift.bayesianized else "train"
     if rising and prior_std > abs(mean):  # where it goes to, the noise is larger than the mean
-        narrow = NARROW * (drift.prior_mean or START)
-        prior = f"--prior-std {narrow:.2g}" if drift.prior_mean else f"--prior-mean {START} --prior-std {narrow:.2g}"
+        narrow = NARROW * (1.0 if drift.bayesianized else drift.prior_mean or START)
+        prior = f"--prior-std {narrow:.2g}"
+        if not drift.bayesianized and not drift.prior_mean:
+            prior = f"--prior-mean {START} {prior}"
         steps = "" if sigma >= narrow else f" --steps {_steps(drift, math.log(narrow / sigma))}"
-        return f"{said}train with {prior}{steps}; under this prior, more steps would only make s noise."
+        return f"{said}{command} with {prior}{steps}; under this prior, more steps would only make s noise."
     # to the prior's, or as far again where it goes elsewhere
     more = abs(left) if left * drift.speed > 0 else max(abs(drift.speed) * drift.reach, NEAR_PRIOR)
-    return f"{said}train with --steps {_steps(drift, more)}."
+    return f"{said}{command} with --steps {_steps(drift, more)}."
 
 
 def _steps(drift: Drift, more: float) -> int:

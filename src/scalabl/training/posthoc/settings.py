@@ -14,12 +14,12 @@ from typing import Any
 from scalabl.core.errors import UserError
 from scalabl.core.files import require_place
 from scalabl.core.locations import expanded, real_path
-from scalabl.data.assemble import select_rows
-from scalabl.data.example import Example, Task
+from scalabl.data.assemble import TrainingRows, select_rows
+from scalabl.data.example import Example, Task, rows_digest
 from scalabl.data.load import load_task, with_labels
 from scalabl.runs.directory import adapter_config, as_recorded, find_base
 from scalabl.runs.record import CONFIG, HEAD, RunRecord
-from scalabl.runs.settings import LARGEST, Settings, typed_setting
+from scalabl.runs.settings import LARGEST, RowSettings, Settings, typed_setting
 from scalabl.runs.stock import find_record, is_stock
 
 # ways of drawing A and B that take the draw out of the base's weights: the adapter fits no base that can be loaded
@@ -117,11 +117,13 @@ def rows_for(
     source: SourceAdapter, data: str, train_rows: int | None = None
 ) -> tuple[Task, tuple[Example, ...], tuple[Example, ...]]:
     """The task, the rows that the posterior is fitted on, and the held-out rows. A run's own are those that it was
-    trained on, and those that it held out; of an adapter whose training nobody knows there are perhaps none of these.
+    trained on, and those that it held out. Of other data, and of an adapter whose training nobody knows, they are the
+    train split and, as many as a run holds out, the validation split: rows of one file may all have been trained on.
 
     Args:
         source: the adapter; a run's class words become the rows' choices.
-        data: a benchmark's name, a JSONL file, or a directory of them; its train split, or all rows where it has none.
+        data: a benchmark's name, a JSONL file, or a directory of them; where it has no train split, the posterior is
+            fitted on the first that it has, and no rows are held out.
         train_rows: take so many, the same ones every time.
 
     Raises:
@@ -131,12 +133,13 @@ def rows_for(
         raise UserError(f"--train-rows is {train_rows}; it must be at least 1.")
     task = load_task(data)
     labels = source.record.labels if source.record else task.labels
-    every = [row for rows in task.splits.values() for row in rows]
-    fitted, others = task.splits.get("train", tuple(every)), task.splits.get("validation", ())
-    if source.trained_here and "train" in task.splits:
-        given = {} if train_rows is None else {"train_rows": train_rows}
-        chosen = select_rows(task, Settings.flat(**_own_limits(source, data) | given).rows)
+    if own := _own_rows(source, task, data):
+        fitted, others = own.train, own.validation
+    elif {"train", "validation"} <= task.splits.keys():
+        chosen = select_rows(task, RowSettings())
         fitted, others = chosen.train, chosen.validation
+    else:
+        fitted, others = next(task.splits[name] for name in _FITTED_ON if name in task.splits), ()
     rows, held_out = with_labels(fitted, labels, data), with_labels(others, labels, data)
     if any(row.target is None for row in rows):
         raise UserError(f"{data} has rows without an answer; a posterior is fitted on labelled rows.")
@@ -145,12 +148,25 @@ def rows_for(
     return task, tuple(rows), tuple(held_out)
 
 
-def _own_limits(source: SourceAdapter, data: str) -> dict[str, Any]:
-    """How many rows the adapter's run took of its own data; nothing of other data."""
-    recipe = source.trained_here.recipe if source.trained_here else {}
-    if real_path(expanded(str(recipe.get("data")))) != real_path(expanded(data)):
-        return {}
-    return {name: recipe[name] for name in ("train_rows", "rows_per_class", "validation_rows") if name in recipe}
+_FITTED_ON = ("train", "validation", "test")
+
+
+def _own_rows(source: SourceAdapter, task: Task, data: str) -> TrainingRows[Example] | None:
+    """What the adapter's run took of these data, where they are its own: by what they hold, wherever they lie now."""
+    own = source.trained_here
+    if own is None or "train" not in task.splits:
+        return None
+    try:
+        taken = select_rows(task, own.row_settings)
+    except UserError:  # they are no rows that the run can have had
+        return None
+    if {"train": len(taken.train), "validation": len(taken.validation)} != own.rows:
+        return None
+    if own.held_out_sha256 is None or not taken.validation:  # of a version that did not keep it: by where they lie
+        same = real_path(expanded(str(own.recipe["data"]))) == real_path(expanded(data))
+    else:
+        same = rows_digest(taken.validation) == own.held_out_sha256
+    return taken if same else None
 
 
 def require_free(output: Path) -> None:
@@ -159,8 +175,10 @@ def require_free(output: Path) -> None:
     Raises:
         UserError: so it is.
     """
-    if output.is_symlink() and not output.exists():
-        raise UserError(f"{output} is a link to nowhere; remove it, or choose another --output.")
+    if output.is_symlink():
+        raise UserError(f"{output} is a link; remove it, or choose another --output.")
+    if not output.name:
+        raise UserError(f"{output} is the directory that the command is called in; choose another --output.")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output} exists and is not empty; choose another --output.")
     require_place(output.parent, named=output)
@@ -236,7 +254,6 @@ def settings_for(
     named = {name: value for name, value in given.items() if value is not None}
     if source.record:
         settings = {name: value for name, value in source.record.recipe.items() if name in _KEPT}
-        settings |= _own_limits(source, data)
     else:
         targets = source.config.get("target_modules") or "all-linear"
         settings = {
