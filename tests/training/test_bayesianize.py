@@ -23,6 +23,7 @@ from scalabl.inference.calibrate import calibration_at_the_end
 from scalabl.inference.classifier import Classifier
 from scalabl.inference.promise import held_out_rows
 from scalabl.predictive import LinearizedPredictive, MeanPredictive, predict
+from scalabl.runs.directory import describe_adapter
 from scalabl.runs.loading import load_run
 from scalabl.runs.method import Run
 from scalabl.runs.record import RunRecord
@@ -93,6 +94,12 @@ def test_the_mean_prediction_is_the_adapters_and_the_joint_is_in_use(stock: Path
     assert facts["prior_precision"] == pytest.approx(record.bayesianized["prior_precision"], rel=1e-4)
     largest = joint.covariance().abs().max().item()
     torch.testing.assert_close(again.covariance(), joint.covariance(), rtol=0, atol=1e-3 * largest)
+    prior = torch.distributions.MultivariateNormal(
+        torch.zeros(21).double(), torch.eye(21).double() / record.bayesianized["prior_precision"]
+    )
+    whole = torch.distributions.MultivariateNormal(torch.ones(21).double(), joint.covariance())
+    told = describe_adapter(tmp_path / "run")["kl"]
+    assert told == pytest.approx(torch.distributions.kl_divergence(whole, prior).item(), rel=1e-3)
     # PEFT alone knows each layer's own covariance
     alone = PeftModel.from_pretrained(loaded()[0], str(tmp_path / "run"))
     for name, factor in joint.marginals.items():

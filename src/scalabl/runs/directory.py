@@ -322,11 +322,14 @@ def _read(directory: Path, config: dict[str, Any]) -> tuple[dict[str, Tensor], l
 
 def _described(directory: Path, config: dict[str, Any]) -> dict[str, Any]:
     from scalabl.tuner.diagnostics import summarize
+    from scalabl.tuner.joint import load_joint
 
     bayesian = config["peft_type"] == "SCALABL"
     tensors, weights, prior = _read(directory, config)
     summaries = summarize(weights, prior)
     record = RunRecord.read(directory) if (directory / RECORD).is_file() else None
+    joint = load_joint(directory) if bayesian else None
+    correlated = 0.0 if joint is None else joint.kl(joint.restricted("layer"))  # what the layers' own KLs leave out
     variational = sum(t.numel() for n, t in tensors.items() if ".posterior." in n)
     targets = config.get("target_modules") or []
     return {
@@ -340,7 +343,7 @@ def _described(directory: Path, config: dict[str, Any]) -> dict[str, Any]:
         "prior": _prior_in_words(prior) if bayesian else None,
         "lora_parameters": sum(t.numel() for n, t in tensors.items() if ".lora_" in n) - variational,
         "variational_parameters": variational,
-        "kl": sum(s.kl for s in summaries) if bayesian else None,
+        "kl": sum(s.kl for s in summaries) + correlated if bayesian else None,
         "layers": [asdict(s) for s in summaries] or _plain_layers(tensors),
         "warnings": posterior_warnings(directory, record, summaries) if bayesian else [_PLAIN],
     }
