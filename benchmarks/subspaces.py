@@ -20,7 +20,7 @@ numbers around the identity, B := U sqrt(sv), A := sqrt(sv) V^T, with the prior 
 multiples of the evidence's and the linearised predictive, where classes are few.
 
 Variants are compared on validation rows, and on test rows those that are named by --tested. Writes
-docs/results/subspaces.{json,md}. Figures are kept a run at a time.
+docs/results/NAME.{json,md}. Figures are kept a run at a time.
 """
 
 from __future__ import annotations
@@ -442,6 +442,8 @@ def of_seed(settings: Settings, where: Path, a: Any) -> dict[str, dict[str, Any]
     made: list[Experiment] = []
     found: dict[str, dict[str, Any]] = {}
     for variant in VARIANTS:
+        if variant.name not in a.variants:
+            continue
         tested = variant.name in a.tested
         made_from = [settings.as_dict(), asdict(variant), a.samples, tested, a.test_rows, a.few_classes]
 
@@ -461,7 +463,8 @@ def main() -> None:
     few = ["clinc150-few", "banking77-few", "trec6-few", "sst2-few", "mmlu-subjects-few"]
     a = options(
         __doc__, study="recipes/study.yaml", tasks=few, seeds=[0, 1], samples=12, learning_rate=2e-3, test_rows=500,
-        few_classes=20, runs="runs/subspaces", tested=["plain", "diagonal"], output=RESULTS,
+        few_classes=20, runs="runs/subspaces", tested=["plain", "diagonal"], variants=[each.name for each in VARIANTS],
+        name="subspaces", output=RESULTS,
     ).parse_args()  # fmt: skip
     quiet()
     study = read_study(Path(a.study))
@@ -476,9 +479,7 @@ def main() -> None:
     )  # fmt: skip
     parts = ["# Richer distributions between A and B", "NLL in nats with a temperature, means over seeds."]
     parts += ["## Validation rows", page(runs, "validation"), "## Test rows", page(runs, "test")]
-    write_results(
-        Path(a.output), "subspaces", {"facts": noted, "runs": runs}, "\n\n".join([*parts, markdown_facts(noted)])
-    )
+    write_results(Path(a.output), a.name, {"facts": noted, "runs": runs}, "\n\n".join([*parts, markdown_facts(noted)]))
 
 
 if __name__ == "__main__":
