@@ -1,12 +1,13 @@
 """Without a terminal every finished cell is a line, with the time that is left."""
 
+import json
 from pathlib import Path
 
 import pytest
 from tiny_study import Done
 
 from scalabl.study.benchmark import CellProgress, in_words, time_left
-from scalabl.study.cells import finished
+from scalabl.study.cells import ELSEWHERE, finished
 
 
 def finish(done: Done, output: Path, address: str) -> None:
@@ -28,6 +29,24 @@ def test_a_log_has_a_line_for_each_cell(done: Done, tmp_path: Path, capsys: pyte
     assert len(said) == 1
     assert said[0].startswith(f"2/{len(done.plan.cells)} {done.plan.cells[second].label}: ")
     assert said[0].endswith(f"; about {left} left")
+
+
+def test_a_cell_of_another_machine_that_is_done_again_has_a_line(
+    done: Done, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second, *_ = done.plan.cells
+    for address in (first, second):
+        finish(done, tmp_path, address)
+        path = tmp_path / "cells" / address / "finished.json"
+        here = path.read_text()
+        path.write_text(json.dumps(json.loads(here) | {ELSEWHERE: True}))
+    with CellProgress(done.plan, tmp_path) as progress:
+        assert not progress()
+        path.write_text(here)
+        assert [cell.address for cell in progress()] == [second]
+        assert not progress()
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith(f"2/{len(done.plan.cells)} {done.plan.cells[second].label}: ")
 
 
 def test_time_left_is_that_of_cells_of_the_same_kind_and_method(done: Done, tmp_path: Path) -> None:

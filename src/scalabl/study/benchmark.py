@@ -26,7 +26,7 @@ from scalabl.core.errors import UserError
 from scalabl.core.files import require_place, write_bytes, write_text
 from scalabl.core.outputs import require_writable
 from scalabl.runs.registry import BASELINE
-from scalabl.study.cells import PREDICTION, Cell, failure, finished
+from scalabl.study.cells import PREDICTION, Cell, failure, finished, is_elsewhere
 from scalabl.study.detection import detection_rows, detection_tables
 from scalabl.study.frontier import frontier
 from scalabl.study.kept import keep, restore
@@ -283,7 +283,9 @@ class CellProgress(Progress):
             TextColumn("cells"), *columns,
             console=console, transient=True, disable=not console.is_terminal, redirect_stderr=False,
         )  # fmt: skip
-        self._seen = {address for address in plan.cells if finished(output, address)}
+        known = {address: done for address in plan.cells if (done := finished(output, address))}
+        self._seen = set(known)
+        self._elsewhere = {address for address, done in known.items() if is_elsewhere(done)}
         self._failed: set[str] = set()
         self._started = time.time()
         self._bar = self.add_task("", total=len(plan.cells), completed=len(self._seen))
@@ -293,13 +295,25 @@ class CellProgress(Progress):
         if not self.disable:
             super().stop()
 
+    def _done_again(self, address: str) -> bool:
+        """Whether a cell of another machine was finished here since the last look: an open one needed what it made."""
+        if address not in self._elsewhere:
+            return False
+        written = self.plan.cells[address].directory(self.output) / "finished.json"
+        if not written.is_file() or written.stat().st_mtime < self._started:  # hundreds of them: not read at every look
+            return False
+        if is_elsewhere(finished(self.output, address)):
+            return False
+        self._elsewhere.discard(address)
+        return True
+
     def __call__(self) -> list[Cell]:
         """Look again, and give the cells that were finished since the last look."""
         new = []
         self.plan = self.plan.renewed(self.output)
         begun = {path.name for path in (self.output / "cells").iterdir()}  # the others need no look each
         for address, cell in self.plan.cells.items():
-            if address in self._seen or address not in begun:
+            if address not in begun or (address in self._seen and not self._done_again(address)):
                 continue
             if finished(self.output, address):
                 self._seen.add(address)
