@@ -298,7 +298,7 @@ def posterior_warnings(
     numbers = [{k: v for k, v in entry.items() if isinstance(v, int | float)} for entry in entries]
     kept = [sentence for sentence in record.warnings if not sentence.startswith(_OLDER)]
     drift = drift_of(numbers, record.recipe, record.bayesianized is not None)
-    return list(dict.fromkeys([*kept, *warnings_of(layers, drift)]))
+    return list(dict.fromkeys([*kept, *warnings_of(layers, drift, record.predictive == "linearized")]))
 
 
 def _read(directory: Path, config: dict[str, Any]) -> tuple[dict[str, Tensor], list[LayerWeights], Prior]:

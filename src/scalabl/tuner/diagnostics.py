@@ -165,13 +165,14 @@ def drift_of(log: Sequence[Mapping[str, float]], recipe: Mapping[str, Any], baye
     )  # fmt: skip
 
 
-def warnings_of(rows: Sequence[LayerSummary], drift: Drift | None = None) -> list[str]:
+def warnings_of(rows: Sequence[LayerSummary], drift: Drift | None = None, linearized: bool = False) -> list[str]:
     """Sentences about a posterior that was still moving, collapsed, outgrew its prior or is it, drowns its signal, or
     moves nothing.
 
     Args:
         rows: a summary of every layer.
         drift: how sigma moved at the end of the training, where that is known.
+        linearized: whether it is read by its linearisation, in which no noise moves the mean prediction's logits.
     """
     moving = None if drift is None or not rows else _moving(rows, drift)
     found = [] if moving is None else [moving]
@@ -181,7 +182,7 @@ def warnings_of(rows: Sequence[LayerSummary], drift: Drift | None = None) -> lis
             "sigma has collapsed to 0: nothing is uncertain there",
         ),
         ([r for r in rows if r.sigma > BEYOND_PRIOR * r.prior_std], "sigma has grown past the prior's"),
-        ([r for r in rows if r.noise > DROWNED], "the noise is larger than the mean of s"),
+        ([r for r in rows if r.noise > DROWNED and not linearized], "the noise is larger than the mean of s"),
         (
             [r for r in rows if r.kl < AT_PRIOR * r.r and moving is None],
             "the posterior is the prior: rows say nothing about s, and the doubt is as large as the prior is wide",
