@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from scalabl.predictive.linearized import TOP_CLASSES
+from scalabl.predictive.top_classes import TOP_CLASSES
 from scalabl.scoring.base import Encoded
 from scalabl.scoring.scorer import Scorer
 from scalabl.tuner.layers import decoder_layers, sequence_classifier

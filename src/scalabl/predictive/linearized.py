@@ -32,7 +32,7 @@ from scalabl.core.modules import check_spec, eval_mode
 from scalabl.posterior.draws import standard_normal
 from scalabl.predictive.head_features import HeadFeatures, head_weight, root_of
 from scalabl.predictive.monte_carlo import drawn_layers
-from scalabl.predictive.top_classes import Groups
+from scalabl.predictive.top_classes import TOP_CLASSES, Groups
 from scalabl.scoring.base import Batch, Encoded
 from scalabl.scoring.likelihood import Likelihood, OneLabel
 from scalabl.scoring.scorer import Scorer
@@ -40,8 +40,6 @@ from scalabl.tuner.joint import joint_of
 from scalabl.tuner.layers import stochastic_layers
 from scalabl.tuner.state import only, values
 
-# those of 26 letters; of more classes the others share what little probability is left
-TOP_CLASSES = 25
 # dimensions of the Sobol sequence; in many more its few points lie no better than random ones
 _SOBOL = 25
 

@@ -12,6 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+# K where nothing else is named, all of 26 letters; of more classes the others share what little probability is left
+TOP_CLASSES = 25
+
 
 @dataclass(frozen=True)
 class Groups:
