@@ -176,7 +176,8 @@ def require_free(output: Path) -> None:
         UserError: so it is.
     """
     if output.is_symlink():
-        raise UserError(f"{output} is a link; remove it, or choose another --output.")
+        where = "" if output.exists() else " to nowhere"
+        raise UserError(f"{output} is a link{where}; remove it, or choose another --output.")
     if not output.name:
         raise UserError(f"{output} is the directory that the command is called in; choose another --output.")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
