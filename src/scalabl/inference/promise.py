@@ -152,7 +152,6 @@ def held_out_rows(record: RunRecord, otherwise: str = PROMISE) -> tuple[Example,
         UserError: its data cannot be read now, is no longer what it was, or nobody knows what its LoRA was trained on.
     """
     from scalabl.data.assemble import select_rows
-    from scalabl.data.example import rows_digest
     from scalabl.data.load import load_task
 
     require_known(record, otherwise)
@@ -161,9 +160,7 @@ def held_out_rows(record: RunRecord, otherwise: str = PROMISE) -> tuple[Example,
         rows = select_rows(load_task(data), record.row_settings)
     except UserError as error:
         raise UserError(f"The run's held-out rows come from {data}, which cannot be read now: {error}") from error
-    known = record.held_out_sha256
-    counts = {"train": len(rows.train), "validation": len(rows.validation)}
-    if counts != record.rows or (known is not None and rows_digest(rows.validation) != known):
+    if not record.took(rows.train, rows.validation):
         raise UserError(
             f"{data} has changed since the run was trained on it, so that its held-out rows are not known; "
             "restore the file or train again."

@@ -113,11 +113,9 @@ class JointGaussian:
 
     def push_forward(self, jacobians: Mapping[str, Tensor]) -> Tensor:
         """J Sigma J^T of Jacobians (B, K, r) by layer: (B, K, K); layers without a Jacobian are known."""
-        there = [(jacobians[name], self.factor[rows]) for name, rows in self.blocks() if name in jacobians]
-        whole, factors = (
-            torch.cat(parts, dim=dim) for parts, dim in zip(zip(*there, strict=True), (-1, 0), strict=True)
-        )
-        root = whole @ factors
+        there = {name: rows for name, rows in self.blocks() if name in jacobians}
+        factor = torch.cat([self.factor[rows] for rows in there.values()])
+        root = torch.cat([jacobians[name] for name in there], dim=-1) @ factor
         return root @ root.transpose(1, 2)
 
     def restricted(self, structure: Structure, kept: Kept = "marginal") -> JointGaussian:

@@ -252,11 +252,13 @@ def logit_jacobian(
         else:
             weights_of = contrasts(logits.detach())
         columns: list[list[Tensor]] = [[] for _ in inputs]
+        # whether any row has such a choice; asked of the device once, not once a pass
+        needed = torch.stack([weights.any() for weights in weights_of]).tolist() if weights_of else []
         for number, weights in enumerate(weights_of, start=1):
-            if not weights.any():  # no row has such a choice
-                gradients = tuple(torch.zeros_like(s) for s in inputs)
-            else:
+            if needed[number - 1]:
                 gradients = torch.autograd.grad(logits, inputs, weights, retain_graph=number < len(weights_of))
+            else:
+                gradients = tuple(torch.zeros_like(s) for s in inputs)
             for store, gradient in zip(columns, gradients, strict=True):
                 store.append(gradient.detach().float())
     jacobians = {

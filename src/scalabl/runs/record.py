@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self, TypedDict, get_args, get_origin, get_type_hints, is_typeddict
@@ -15,6 +15,7 @@ from typing import Any, Self, TypedDict, get_args, get_origin, get_type_hints, i
 from scalabl.core import __version__, processes
 from scalabl.core.errors import UserError
 from scalabl.core.files import ADAPTER, JOINT, read_json, sha256, write_json
+from scalabl.data.example import Example, rows_digest
 from scalabl.runs.registry import METHODS
 from scalabl.runs.settings import BEFORE, DEFAULTS, RowSettings, Settings, typed_setting
 
@@ -260,6 +261,11 @@ class RunRecord:
             UserError: they are none that a training can have, as the 0 steps of a Laplace approximation.
         """
         return Settings.flat(**{name: self.recipe[name] for name in DEFAULTS})
+
+    def took(self, train: Sequence[Example], held_out: Sequence[Example]) -> bool:
+        """Whether these can be its rows: as many of each, and the very held-out ones where it kept their digest."""
+        counts = {"train": len(train), "validation": len(held_out)}
+        return counts == self.rows and self.held_out_sha256 in (None, rows_digest(held_out))
 
     @property
     def prediction_batch_size(self) -> int:

@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase, set_seed
 
 from scalabl.core.errors import UserError
 from scalabl.core.files import ADAPTER, LOG, sha256, write_json, writing
-from scalabl.data.example import Example, Task, rows_digest
+from scalabl.data.example import Example, Task
 from scalabl.predictive.base import MeanPredictive, predict
 from scalabl.runs.card import write_cards
 from scalabl.runs.directory import posterior_warnings, reading_config
@@ -109,10 +109,10 @@ def _build(
     tell: Callable[[str], None] | None,
     judge: Judging | None,
 ) -> RunRecord:
-    counts = RowCounts(train=len(rows), validation=len(held_out))
-    own = source.trained_here
-    of_own_rows = own is not None and own.rows == counts and own.held_out_sha256 == rows_digest(held_out)
-    if own is not None and of_own_rows:  # how they were taken, so that they can be taken again
+    own = source.trained_here  # the adapter's run, where these are its rows
+    if own is not None and not (own.held_out_sha256 and own.took(rows, held_out)):
+        own = None
+    if own is not None:  # how they were taken, so that they can be taken again
         limits = {name: own.recipe[name] for name in ("train_rows", "rows_per_class", "validation_rows")}
         settings = replace(settings, training=settings.training.changed(**limits))
     training = settings.training
@@ -149,11 +149,12 @@ def _build(
     used_components(scorer)
     encoded = _encoded(scorer, rows, training.optimisation.batch_size)
     fit = partial(_laplace, held_out=held_out) if settings.method == "laplace" else _variational
+    counts = RowCounts(train=len(rows), validation=len(held_out))
     begun = record_of(training, task, labels, counts, scoring, nll, model, config.base_fingerprint)
     if source.record:  # the priors that were learnt are those of its own rows
         begun = replace(begun, class_counts=source.record.class_counts)
     fitted = fit(source, scorer, encoded, settings, directory)
-    if own is not None and of_own_rows:
+    if own is not None:
         begun = replace(begun, held_out_sha256=own.held_out_sha256)
         fitted["bayesianized"]["own_rows"] = True  # held-out rows that its LoRA was not trained on either
     fitted["warnings"] = cut_rows_warning(encoded, scoring)

@@ -15,7 +15,7 @@ from scalabl.core.errors import UserError
 from scalabl.core.files import require_place
 from scalabl.core.locations import expanded, real_path
 from scalabl.data.assemble import TrainingRows, select_rows
-from scalabl.data.example import Example, Task, rows_digest
+from scalabl.data.example import Example, Task
 from scalabl.data.load import load_task, with_labels
 from scalabl.runs.directory import adapter_config, as_recorded, find_base
 from scalabl.runs.record import CONFIG, HEAD, RunRecord
@@ -160,13 +160,11 @@ def _own_rows(source: SourceAdapter, task: Task, data: str) -> TrainingRows[Exam
         taken = select_rows(task, own.row_settings)
     except UserError:  # they are no rows that the run can have had
         return None
-    if {"train": len(taken.train), "validation": len(taken.validation)} != own.rows:
+    if not own.took(taken.train, taken.validation):
         return None
-    if own.held_out_sha256 is None or not taken.validation:  # of a version that did not keep it: by where they lie
-        same = real_path(expanded(str(own.recipe["data"]))) == real_path(expanded(data))
-    else:
-        same = rows_digest(taken.validation) == own.held_out_sha256
-    return taken if same else None
+    told = own.held_out_sha256 is not None and taken.validation  # a digest of rows; else by where they lie
+    there = real_path(expanded(str(own.recipe["data"]))) == real_path(expanded(data))
+    return taken if told or there else None
 
 
 def require_free(output: Path) -> None:
