@@ -13,25 +13,28 @@ from program import Program
 from tiny_base import as_json, questions, tiny_base, write_jsonl
 
 from scalabl.core.errors import UserError
-from scalabl.data.example import rows_digest
+from scalabl.data.example import Example, rows_digest
 from scalabl.inference.batch_prediction import predict_file
-from scalabl.inference.calibrate import calibrate, calibration_at_the_end
+from scalabl.inference.calibrate import calibrate, calibration_at_the_end, fit_run
 from scalabl.inference.calibration import Calibration, calibration_in_words
 from scalabl.inference.classifier import Classifier
 from scalabl.inference.evaluation import evaluate_run
-from scalabl.inference.predictor import Predictor
+from scalabl.inference.predictor import Predictor, labels_of
 from scalabl.inference.promise import Promise
 from scalabl.inference.settings import PredictionSettings
 from scalabl.metrics.calibration import row_losses
 from scalabl.metrics.uncertainty import apply_temperature, average, decompose
+from scalabl.posterior import DiagonalGaussian
 from scalabl.predictive import LinearizedPredictive, MeanPredictive, MonteCarloPredictive, predict
 from scalabl.predictive.sampling import Sampling
 from scalabl.runs.card import card
 from scalabl.runs.loading import load_run
+from scalabl.runs.method import Run
 from scalabl.runs.record import RECORD, RunRecord
 from scalabl.runs.settings import Settings
 from scalabl.training import run as run_module
 from scalabl.training.run import train
+from scalabl.tuner.layers import stochastic_layers
 
 GIVEN = Calibration(1.6, {"mean": 1.3, "mc": 1.4, "linearized": 1.5}, "mc", 5, 0, 30, "", {"before": 1.0, "after": 0.9})
 
@@ -153,6 +156,65 @@ def test_each_kind_of_predictive_has_its_own_temperature(write: Callable[..., Pa
     torch.testing.assert_close(auto.log_probs(rows), unresolved, atol=1e-6, rtol=1e-6)
     few = Predictor.load(directory, PredictionSettings(samples=5)).log_probs(rows[:3])  # too few for auto's test
     torch.testing.assert_close(few, Predictor.load(directory, PredictionSettings("mc", 5)).log_probs(rows[:3]))
+
+
+def doubtful(fitted: Path) -> tuple[Run, list[Example]]:
+    """A run whose doubts are right, and far too small: the rows it doubts least it answers rightly, those it doubts
+    most anyhow."""
+    run, rows = load_run(fitted), questions(600, seed=5)
+    with torch.no_grad():
+        run.scorer.model.get_output_embeddings().weight.mul_(3)
+        for leaf in stochastic_layers(run.scorer.model).values():
+            assert isinstance(leaf.posterior, DiagonalGaussian)
+            leaf.posterior.log_std.fill_(torch.tensor(0.1).log())
+    encoded = run.encode(rows)
+    right = predict(run.scorer, encoded, MeanPredictive())[0].argmax(dim=1).tolist()
+    doubt = decompose(predict(run.scorer, encoded, MonteCarloPredictive(50))).epistemic.argsort().tolist()
+    generator = torch.Generator().manual_seed(0)
+    anyhow = torch.randint(0, len(rows[0].choices), (60,), generator=generator).tolist()
+    answers = {**{i: right[i] for i in doubt[:60]}, **dict(zip(doubt[-60:], anyhow, strict=True))}
+    return run, [replace(rows[i], answer=answer) for i, answer in answers.items()]
+
+
+def calibrated_by(run: Run, made: Calibration) -> Run:
+    return replace(run, record=replace(run.record, calibration=made.as_dict()))
+
+
+def test_tau_is_of_what_a_default_prediction_takes_under_it(fitted: Path) -> None:
+    run, rows = doubtful(fitted)
+    assert Predictor(run, PredictionSettings(raw=True)).resolve(rows).predictive == "linearized"
+    # what suits the linearised one makes a posterior so wide that auto would not take it
+    wide = fit_run(run, rows, PredictionSettings("linearized")).scale
+    assert Predictor(run, PredictionSettings(raw=True, scale=wide)).resolve(rows).predictive == "mc" and wide > 8
+    made = fit_run(run, rows)
+    assert made.predictive == "mc" and made.scale < wide
+    predictor = Predictor(calibrated_by(run, made))
+    predictor.resolve(rows)
+    losses = row_losses(predictor.log_probs(rows), labels_of(rows), 1)
+    assert float(losses.mean()) == pytest.approx(made.nll["after"], rel=1e-4)
+    assert predictor.as_learnt().resolve(rows).predictive == "linearized"  # it chooses by itself
+
+
+def test_a_tau_that_does_not_suit_particles_is_not_theirs(fitted: Path) -> None:
+    run, rows = doubtful(fitted)
+    made = fit_run(run, rows, PredictionSettings("linearized"))
+    assert made.temperatures.keys() == {"linearized", "mean"}
+    given = calibrated_by(run, made)
+    assert "calibrated for linearized and not for mc" in str(Predictor(given, PredictionSettings("mc")).settings.why)
+    predictor = Predictor(given)
+    assert predictor.resolve(rows).predictive == "linearized" and predictor.settings.scale == made.scale
+    assert "which the run was calibrated for" in str(predictor.settings.why)
+    losses = row_losses(predictor.log_probs(rows), labels_of(rows), 1)
+    assert float(losses.mean()) == pytest.approx(made.nll["after"], rel=1e-4)
+
+
+def test_a_run_that_was_calibrated_for_the_mean_is_predicted_by_it(write: Callable[..., Path]) -> None:
+    directory = write(replace(GIVEN, scale=1.0, predictive="mean", temperatures={"mean": 1.3}))
+    rows = questions(9, seed=4)
+    predictor = Predictor.load(directory)
+    predictor.resolve(rows)
+    assert "by the mean predictive, which the run was calibrated for" in str(predictor.settings.why)
+    assert torch.equal(predictor.log_probs(rows), Predictor.load(directory, PredictionSettings("mean")).log_probs(rows))
 
 
 def test_what_was_not_fitted_is_said_and_left_as_learnt(write: Callable[..., Path]) -> None:

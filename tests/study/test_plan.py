@@ -11,7 +11,7 @@ from tiny_study import content
 
 from scalabl.core.errors import UserError
 from scalabl.study.cells import POST_HOC, PREDICTION, TRAINING, address_of
-from scalabl.study.plan import REVISIONS, StudyPlan, make_plan
+from scalabl.study.plan import PREDICTIVE_REVISIONS, REVISIONS, StudyPlan, make_plan
 from scalabl.study.study import make_study, read_study
 
 BASE = Path("/base")
@@ -154,7 +154,9 @@ def test_a_predictive_is_a_prediction_of_its_own_and_mc_has_the_address_it_alway
         made = with_predictive(name)
         assert addresses(made, TRAINING) == addresses(before, TRAINING)
         (own,) = addresses(made, PREDICTION) - {address}
-        assert made.cells[own].as_dict() == settings | {"samples": samples, "predictive": name}
+        revised = {"revision": PREDICTIVE_REVISIONS[name]} if name in PREDICTIVE_REVISIONS else {}
+        assert made.cells[own].as_dict() == settings | {"samples": samples, "predictive": name} | revised
+    assert PREDICTIVE_REVISIONS.keys() == {"auto", "calibrated"}  # those that choose
     # a linearisation draws nothing, a choice keeps the quality of N
     assert set(with_predictive("linearized", samples=7).cells) == set(with_predictive("linearized").cells)
     assert set(with_predictive("auto", samples=7).cells) != set(with_predictive("auto").cells)

@@ -99,9 +99,10 @@ def test_calibrated_predictions_are_those_of_a_run_that_was_calibrated(done: Don
     validation = select_rows(load_task(str(task)), Settings.flat(**run.record.recipe).rows).validation
     settings = PredictionSettings(samples=cell.settings["samples"])
     _, made = calibrate(directory, validation, settings)
-    assert choice == made.in_words()
     predictor = Predictor.load(directory, settings)
     predictor.resolve(validation)
+    assert choice == f"{predictor.settings.why} {made.in_words()}"
+    assert facts[-1]["fit_seconds"] > facts[-1]["seconds"] > 0  # the search for tau is no part of a prediction
     rows = rows_of(str(task), split="test")
     expected = log_probabilities(predictor.whole_run(), rows, predictor.strategy)
     torch.testing.assert_close(held.tests[str(task)][0], expected, atol=1e-5, rtol=0)

@@ -62,12 +62,22 @@ def autograd_kl_gradient(model: Any, values: dict[str, torch.Tensor]) -> dict[st
     return {name: p.grad.clone() for name, p in model.named_parameters() if "posterior" in name}
 
 
-def test_the_gradient_added_is_the_kls_over_n_and_is_not_clipped(tmp_path: Path) -> None:
-    clipped, model = run_and_record(tmp_path, ELBOCallback(5), max_grad_norm=1e-6)
-    for step in range(4):
-        expected = autograd_kl_gradient(model, clipped.before[step])
-        for name, gradient in expected.items():
-            torch.testing.assert_close(clipped.gradients[step][name], gradient / 5, rtol=1e-4, atol=2e-6)
+def test_the_gradient_added_is_the_kls_over_n(tmp_path: Path) -> None:
+    whole, model = run_and_record(tmp_path, ELBOCallback(5), max_grad_norm=0)
+    likelihood, _ = run_and_record(tmp_path, None, max_grad_norm=0)
+    for name, gradient in autograd_kl_gradient(model, whole.before[0]).items():
+        added = whole.gradients[0][name] - likelihood.gradients[0].get(name, 0)
+        torch.testing.assert_close(added, gradient / 5, rtol=1e-4, atol=2e-6)
+
+
+def test_clipping_shortens_the_elbos_gradient_and_does_not_turn_it(tmp_path: Path) -> None:
+    likelihood, _ = run_and_record(tmp_path, None, state="auto", max_grad_norm=0)
+    norm = torch.stack([gradient.norm() for gradient in likelihood.gradients[0].values()]).norm()
+    whole, _ = run_and_record(tmp_path, ELBOCallback(5), state="auto", max_grad_norm=0)
+    for least, factor in ((0.25, 0.25), (4.0, 1.0)):
+        clipped, _ = run_and_record(tmp_path, ELBOCallback(5), state="auto", max_grad_norm=float(least * norm))
+        for name, gradient in whole.gradients[0].items():
+            torch.testing.assert_close(clipped.gradients[0][name], factor * gradient, rtol=1e-4, atol=1e-6)
 
 
 def test_the_forward_kl_takes_the_elbos_place_and_the_log_keeps_the_elbos(tmp_path: Path) -> None:

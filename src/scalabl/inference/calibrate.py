@@ -15,7 +15,14 @@ from scalabl.data.example import Example, rows_digest
 from scalabl.inference.calibration import Calibration
 from scalabl.inference.predictor import Predictor, kind_of, labels_of, log_probabilities
 from scalabl.inference.settings import PredictionSettings
-from scalabl.metrics.calibration import ROWS_NEEDED, bounded_temperature, fit_calibration, require_rows
+from scalabl.metrics.calibration import (
+    ROWS_NEEDED,
+    CalibrationFit,
+    best_loss,
+    bounded_temperature,
+    fit_calibration,
+    require_rows,
+)
 from scalabl.predictive.auto import AutoPredictive, with_scale
 from scalabl.predictive.base import MeanPredictive, Predictive
 from scalabl.predictive.linearized import LinearizedPredictive
@@ -30,6 +37,9 @@ def fit_run(
 ) -> Calibration:
     """tau and T of the predictive that settings name, by default the one that is taken for these rows; and T of the
     others that a default prediction may take. Several processes share the work.
+
+    Which one auto takes depends on tau. Where it is linearised at tau = 1 and the tau that suits it is so large that
+    auto would take particles under it, tau is that of particles.
 
     Args:
         run: a run that can predict, finished or about to be.
@@ -46,8 +56,6 @@ def fit_run(
     auto = predictor.strategy
     predictor.resolve(rows)
     strategy, labels, encoded = predictor.strategy, labels_of(rows), run.encode(list(rows))
-    if isinstance(strategy, LinearizedPredictive):
-        strategy = strategy.keeping()  # every tau scales the same Gaussians
 
     def predicted(strategy: Predictive, what: str) -> Tensor:
         log_probs = log_probabilities(
@@ -55,12 +63,24 @@ def fit_run(
         )
         return run.scorer.scoring.likelihood.questions(log_probs)
 
-    def at(scale: float) -> Tensor:
-        scaled = MeanPredictive() if scale == 0 else with_scale(strategy, scale)
-        return predicted(scaled, f"tau = {scale:.3g}")
+    def fitted(strategy: Predictive) -> CalibrationFit:
+        if isinstance(strategy, LinearizedPredictive):
+            strategy = strategy.keeping()  # every tau scales the same Gaussians
 
+        def at(scale: float) -> Tensor:
+            scaled = MeanPredictive() if scale == 0 else with_scale(strategy, scale)
+            return predicted(scaled, f"{kind_of(strategy)}, tau = {scale:.3g}")
+
+        return fit_calibration(at, labels, has_scale=getattr(strategy, "has_scale", False), per_row=predictor.per_row)
+
+    fit = fitted(strategy)
+    if isinstance(auto, AutoPredictive) and isinstance(strategy, LinearizedPredictive) and fit.scale not in (0, 1):
+        under_tau = Predictor(run, replace(settings, scale=fit.scale), batch_size=batch_size)
+        under_tau.resolve(rows)
+        if kind_of(under_tau.strategy) == "mc":
+            strategy = MonteCarloPredictive(auto.samples, seed=auto.seed, stochastic_layers=auto.stochastic_layers)
+            fit = fitted(strategy)
     kind = kind_of(strategy)
-    fit = fit_calibration(at, labels, has_scale=getattr(strategy, "has_scale", False), per_row=predictor.per_row)
     temperatures = {kind: fit.temperature}
     if kind != "mean":
         known = fit.tried.get(0.0)
@@ -68,7 +88,11 @@ def fit_run(
     for other in _others(auto, kind, settings):
         with contextlib.suppress(torch.OutOfMemoryError):
             scaled = MeanPredictive() if fit.scale == 0 else with_scale(other, fit.scale)
-            temperatures[kind_of(other)] = bounded_temperature(predicted(scaled, kind_of(other)), labels)
+            log_probs = predicted(scaled, kind_of(other))
+            is_scaled = fit.scale not in (0, 1)
+            if is_scaled and best_loss(log_probs, labels) > best_loss(predicted(other, "tau = 1"), labels):
+                continue  # tau is another predictive's, and does not suit this one
+            temperatures[kind_of(other)] = bounded_temperature(log_probs, labels)
     return Calibration(
         scale=fit.scale,
         temperatures=temperatures,

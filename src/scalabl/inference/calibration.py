@@ -74,13 +74,26 @@ class Calibration:
         Args:
             settings: without numbers of their own.
             kind: "mean", "mc" or "linearized".
-            by_auto: auto chose it, and so found it as near as N particles are to the one that was fitted.
+            by_auto: auto chose it. A linearised one that it chose is as near as N particles are to all of them, so that
+                it takes their temperature where it has none of its own.
         """
         if settings.stochastic_layers is not None and not by_auto:
             return self._left_out(settings, f"not for s in {settings.stochastic_layers} alone", "")
-        if kind not in self.temperatures and not by_auto:
+        if kind not in self.temperatures and by_auto and kind == "linearized" and self.suits_auto:
+            kind = "mc"
+        if kind not in self.temperatures:
             return self._left_out(settings, f"not for {kind}", f" --predictive {kind}")
-        return replace(settings, scale=self.scale, temperature=self.temperatures.get(kind, self.temperature))
+        return replace(settings, scale=self.scale, temperature=self.temperatures[kind])
+
+    @property
+    def suits_auto(self) -> bool:
+        """Whether particles have a temperature, which auto takes where nothing is cheaper."""
+        return "mc" in self.temperatures
+
+    @property
+    def why_not_auto(self) -> str:
+        """What is taken in auto's place where it does not suit, in a sentence."""
+        return f"predicted by the {self.predictive} predictive, which the run was calibrated for."
 
     def _left_out(self, settings: PredictionSettings, why: str, option: str) -> PredictionSettings:
         mend = f"scalabl calibrate DIR --data ROWS{option} fits it" if option else "leave the layers out"

@@ -107,7 +107,7 @@ def _mean_of(
     run = predictor.whole_run()
     if not run.is_sampled or predictor.settings.predictive == "mean":
         return None
-    settings = PredictionSettings("mean", raw=True)
+    settings = PredictionSettings("mean", raw=True, priors=predictor.settings.priors)
     mean = Predictor(run, settings, batch_size=predictor.batch_size, over_ranks=predictor.over_ranks)
     made = method_result(mean, rows, shifted, methods[0])
     made.notes[:] = ["the baseline: one pass at the posterior's mean, as a plain LoRA answers, uncalibrated"]
@@ -142,7 +142,7 @@ def results_of(
 ) -> list[MethodResult]:
     """A run as rows of a report: as learnt, and by its calibration where it has one; `plain` is of `as_learnt`."""
     methods = [method_result(plain, rows, shifted)]
-    methods[0].notes[:0] = [] if predictor.settings.why is None else [predictor.settings.why]
+    methods[0].notes[:0] = [] if plain.settings.why is None else [plain.settings.why]
     if predictor.calibration is not None:
         methods.append(_calibrated(predictor, predictor.calibration, methods[0], rows, shifted))
     return methods
@@ -163,9 +163,11 @@ def _calibrated(
         made = tempered(plain, temperature, name)
     else:
         made = replace(method_result(predictor, rows, shifted, plain), name=name)
-    made.notes[:] = [calibration.in_words(), *adaptive_notes(made.log_probs, predictor.strategy)]
+    chosen = [] if settings.why is None or settings.why in plain.notes else [settings.why]
+    made.notes[:] = [*chosen, calibration.in_words(), *adaptive_notes(made.log_probs, predictor.strategy)]
     if calibration.rows_sha256 == rows_digest(rows, named=True):
-        made.notes.insert(1, "it was fitted on these very rows, so that its figures are too good; evaluate on others")
+        own = "it was fitted on these very rows, so that its figures are too good; evaluate on others"
+        made.notes.insert(1 + len(chosen), own)
     return made
 
 

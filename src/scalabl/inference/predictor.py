@@ -73,7 +73,8 @@ class Predictor:
         over_ranks: split the work over the processes of one command, all of which make the same calls.
 
     Attributes:
-        settings: as given; "variance:0.9" is resolved to "last:K" and a calibrated run's numbers are put in at once,
+        given: the settings as given.
+        settings: "variance:0.9" is resolved to "last:K" and a calibrated run's numbers are put in at once,
             and `resolve` does the rest.
         calibration: the run's own where it is predicted by it; None where it is uncalibrated or left out.
         strategy: the predictive that they name.
@@ -94,13 +95,13 @@ class Predictor:
         over_ranks: bool = True,
     ) -> None:
         self.run = run
-        self.settings = settings or PredictionSettings()
+        self.given = self.settings = settings or PredictionSettings()
         self.batch_size = batch_size
         self.over_ranks = over_ranks
         self.prefix: SharedPrefix | None = None
         if self.per_row > 1:
             s = self.settings
-            refuse_of_one_label(adaptive=s.is_adaptive, priors=s.priors, coverage=s.coverage, top_classes=s.top_classes)
+            refuse_of_one_label(adaptive=s.is_adaptive, priors=s.priors, coverage=s.coverage)
         spec = self.settings.stochastic_layers
         if spec is not None and run.is_bayesian and self.settings.predictive != "mean":
             layers = self._once(lambda: as_top_layers(self.whole_run(), spec))
@@ -116,8 +117,11 @@ class Predictor:
     def _calibrate(self, calibration: Calibration) -> None:
         is_auto = isinstance(self.strategy, AutoPredictive)
         if is_auto and calibration.scale > 0 and self.settings.stochastic_layers is None:
-            self.strategy = with_scale(self.strategy, calibration.scale)  # it chooses under tau; T is of what it takes
-            return
+            if calibration.suits_auto:
+                self.strategy = with_scale(self.strategy, calibration.scale)  # it chooses under tau; T is of its choice
+                return
+            self.settings = replace(self.settings, predictive=calibration.predictive, why=calibration.why_not_auto)
+            self.strategy, is_auto = make_strategy(self.run, self.settings), False
         kind = "mean" if is_auto and calibration.scale == 0 else kind_of(self.strategy)
         self.settings = calibration.applied(self.settings, kind)
         self.strategy = make_strategy(self.run, self.settings)
@@ -132,8 +136,16 @@ class Predictor:
         self.strategy = strategy
 
     def as_learnt(self) -> Predictor:
-        """The same without the run's calibration: tau = T = 1."""
+        """The same without the run's calibration: tau = T = 1. Where tau is another, auto chooses anew: what it took
+        was under that."""
+        same = self.calibration is None or self.calibration.scale == 1
         settings = replace(self.settings, scale=None, temperature=None, raw=True)
+        if not same:
+            given = self.given
+            settings = replace(
+                settings, predictive=given.predictive, stochastic_layers=given.stochastic_layers,
+                feature_variance=given.feature_variance, chosen=given.chosen, why=given.why,
+            )  # fmt: skip
         return Predictor(self.run, settings, batch_size=self.batch_size, over_ranks=self.over_ranks)
 
     @classmethod
@@ -400,7 +412,7 @@ def make_strategy(run: Predictable, settings: PredictionSettings) -> Predictive:
 def _drawn(strategy: Predictive, settings: PredictionSettings) -> Predictive:
     """With the posterior's scale, the classes and the kind of draws that settings ask for."""
     if isinstance(strategy, LinearizedPredictive):
-        strategy.top_classes, strategy.feature_variance = settings.top_classes, settings.feature_variance
+        strategy.feature_variance = settings.feature_variance
     scaled = with_scale(strategy, 1.0 if settings.scale is None else settings.scale)
     return with_sampling(scaled, settings.drawn(), settings.temperature or 1.0)
 
@@ -462,8 +474,7 @@ def describe_method(run: Run, predictive: Predictive, post_hoc: str | None = Non
     number = getattr(predictive, "samples", None)
     kind = getattr(predictive, "draws", "independent")
     suffix = "" if kind == "independent" else f", {kind}"
-    top, layers = getattr(predictive, "top_classes", None), getattr(predictive, "stochastic_layers", None)
-    suffix += "" if top is None else f", top {top} of the classes"
+    layers = getattr(predictive, "stochastic_layers", None)
     suffix += "" if getattr(predictive, "feature_variance", None) is None else ", one contrast"
     suffix += "" if layers is None else f", s in {layers}"
     return f"{title}, {predictive.name if number is None else f'N = {number}'}{suffix}"

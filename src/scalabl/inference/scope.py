@@ -59,6 +59,20 @@ def scope_scores(log_probs: Tensor, of_mean: Mapping[str, Tensor], per_row: int 
     return found | {name: np.asarray(values, dtype=np.float64) for name, values in of_mean.items()}
 
 
+def scope_score(name: str, log_probs: Tensor, of_mean: Mapping[str, Tensor], per_row: int = 1) -> NDArray[np.float64]:
+    """One of `scope_scores`, by its name.
+
+    Raises:
+        UserError: epistemic of a single prediction.
+    """
+    known = scope_scores(log_probs, of_mean, per_row)
+    if name not in known:
+        raise UserError(
+            f"A single prediction has no {name} part; use --oos-score {', '.join(known)}, or several particles."
+        )
+    return known[name]
+
+
 def scope_threshold(scores: NDArray[np.float64], max_false_alarms: float) -> float:
     """The score above which a row is out of scope, from those of held-out rows.
 

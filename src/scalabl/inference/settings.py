@@ -18,7 +18,7 @@ from scalabl.predictive.sampling import PLAIN, PREDICTIVES, Sampling
 
 _YOUNGER: dict[str, Any] = {  # with their defaults
     "scale": None, "raw": False, "priors": None, "max_false_alarms": None, "oos_score": None, "oos_above": None,
-    "coverage": None, "set_score": "lac", "per_class": False, "set_thresholds": None, "top_classes": None,
+    "coverage": None, "set_score": "lac", "per_class": False, "set_thresholds": None,
     "feature_variance": None,
 }  # fmt: skip
 
@@ -68,8 +68,6 @@ class PredictionSettings:
         sampling: the kind of draws, and adaptive N; `abstain` is the threshold of adaptive N.
         stochastic_layers: draw s in the top layers alone: "last:K", a fraction "last:0.25", or "variance:0.9", the
             fewest that carry so much of the predictive variance on the run's validation rows.
-        top_classes: linearised, so many of a row's most probable classes are uncertain each on its own and the others
-            as one; None is 25 of one label out of more, and all of several labels.
         feature_variance: linearised, the variance in every direction of what a head reads, by which all its logits but
             one difference are uncertain; None is as the posterior has it, or what auto takes.
         method: a post-hoc method that was fitted on the run, in place of the run's own.
@@ -118,7 +116,6 @@ class PredictionSettings:
     set_score: str = "lac"
     per_class: bool = False
     set_thresholds: tuple[float, ...] | None = None
-    top_classes: int | None = None
     feature_variance: float | None = None
 
     def __post_init__(self) -> None:
@@ -130,11 +127,6 @@ class PredictionSettings:
             raise UserError("samples is 0, the posterior mean, but predictive is linearized; leave out one of the two.")
         if self.method is not None and (self.predictive is not None or self.stochastic_layers is not None):
             raise UserError(f"{self.method} has a predictive of its own; leave out predictive and stochastic_layers.")
-        if self.top_classes is not None and (self.predictive != "linearized" or self.top_classes < 1):
-            raise UserError(
-                f"top_classes is {self.top_classes}, with the predictive {self.predictive or 'auto'}; it must be at "
-                "least 1, and is for linearized alone."
-            )
         if self.feature_variance is not None and (self.predictive != "linearized" or self.feature_variance < 0):
             raise UserError(
                 f"feature_variance is {self.feature_variance}, with the predictive {self.predictive or 'auto'}; it "

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from scalabl.core.errors import UserError
 from scalabl.data.example import Example
-from scalabl.inference.scope import OF_MEAN, default_score, row_scores, scope_scores, scope_threshold, sets_of
+from scalabl.inference.scope import OF_MEAN, default_score, row_scores, scope_score, scope_threshold, sets_of
 from scalabl.inference.settings import PredictionSettings
 from scalabl.metrics.conformal import set_thresholds
 from scalabl.metrics.selective import confidence_score
@@ -57,8 +57,8 @@ def with_thresholds(
         settings = replace(settings, threshold=settings.promise.threshold(log_probs, labels, per_row))
     if settings.max_false_alarms is not None and settings.oos_above is None:
         score = settings.oos_score or default_score(record)
-        known = scope_scores(log_probs, of_mean() if score in OF_MEAN else {}, per_row)
-        above = scope_threshold(known[score], settings.max_false_alarms)
+        found = scope_score(score, log_probs, of_mean() if score in OF_MEAN else {}, per_row)
+        above = scope_threshold(found, settings.max_false_alarms)
         settings = replace(settings, oos_score=score, oos_above=above)
     if settings.coverage is not None and settings.set_thresholds is None:
         scores = row_scores(average(log_probs), held_out, settings.set_score)
@@ -91,7 +91,7 @@ def reasons_of(
         reasons = [None if given else "promise" for given in kept]
     if settings.max_false_alarms is None:
         return reasons
-    scores = scope_scores(log_probs, of_mean, per_row)[resolved(settings.oos_score)]
+    scores = scope_score(resolved(settings.oos_score), log_probs, of_mean, per_row)
     above = resolved(settings.oos_above)
     return ["out of scope" if score > above else why for score, why in zip(scores, reasons, strict=True)]
 

@@ -142,6 +142,11 @@ def bounded_temperature(log_probs: Tensor, labels: Tensor) -> float:
     return found if at_found < at_one else 1.0
 
 
+def best_loss(log_probs: Tensor, labels: Tensor) -> float:
+    """NLL in nats of rows under the temperature that suits them; log_probs (N, n, C), labels (n,)."""
+    return float(row_losses(log_probs, labels, bounded_temperature(log_probs, labels)).mean())
+
+
 def require_rows(number: int) -> None:
     """Refuse rows that are too few.
 

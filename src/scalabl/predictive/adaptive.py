@@ -27,7 +27,7 @@ from torch import Tensor
 from scalabl.core.errors import UserError
 from scalabl.metrics.uncertainty import apply_temperature
 from scalabl.predictive.base import Predictive
-from scalabl.predictive.monte_carlo import MonteCarloPredictive, first_difference
+from scalabl.predictive.monte_carlo import MonteCarloPredictive
 from scalabl.predictive.sampling import Sampling
 from scalabl.scoring.base import Batch
 from scalabl.scoring.scorer import Scorer
@@ -126,10 +126,8 @@ class AdaptivePredictive:
         self.name = f"adaptive N ≤ {inner.samples}"
 
     def __call__(self, scorer: Scorer, batch: Batch) -> Tensor:
-        # what all particles share, once for all blocks
-        batch = scorer.with_trunk(batch, first_difference(scorer.model, self.inner.stochastic_layers))
         total = self.inner.samples
-        batch = self.inner.begun(scorer, batch)
+        batch = self.inner.begun(scorer, batch)  # what all particles share, once for all blocks
         rows = torch.arange(len(batch), device=batch.input_ids.device)
         choices = int(batch.num_choices.max())
         found: Tensor | None = None

@@ -56,6 +56,7 @@ from scalabl.scoring.prefix import shared_prefix
 from scalabl.scoring.scorer import Scorer
 from scalabl.tuner.layers import active_adapters, unwrap
 
+BATCH = 8  # rows a batch that costs are compared for, whatever the batches are: answers do not depend on their size
 TRIAL_ROWS = 8  # on which a linearised predictive is compared; with fewer rows to predict there is no trial
 TRIAL_PAIRS = 5
 HEAD_ROWS, HEAD_PAIRS = 32, 8  # of a head, at most: its epistemic part is compared too, which varies more
@@ -71,7 +72,7 @@ class Choice:
         predictive: the strategy.
         name: "mc, N = 10", "linearized", "linearized, one contrast", "linearized, s in last:3".
         sentence: what, and why.
-        costs: of every candidate by its name, in plain forwards of the whole model a batch.
+        costs: of every candidate by its name, in plain forwards of the whole model a batch of `BATCH` rows.
         refused: candidates that were tried and are too far from the average over particles, by name.
     """
 
@@ -150,7 +151,7 @@ class AutoPredictive:
             raise UserError("This adapter has no posterior over s to choose a predictive for; use the mean.")
         start = min(drawn.values())
         prefix = shared_prefix(scorer, rows) if len(rows) >= TRIAL_ROWS else None
-        cost = cost_of(scorer, rows, batch_size, 0 if prefix is None else prefix.length)
+        cost = cost_of(scorer, rows, BATCH, 0 if prefix is None else prefix.length)
         sampled, linearized = f"mc, N = {self.samples}", _name(self.stochastic_layers)
         costs = {sampled: cost.mc(self.samples, start), linearized: cost.linearized(start)}
         price = f"{costs[sampled]:.1f} plain forwards a batch"

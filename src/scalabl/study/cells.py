@@ -151,7 +151,8 @@ def is_elsewhere(facts: dict[str, Any] | None) -> bool:
 
 
 def failure(output: Path, address: str) -> dict[str, Any] | None:
-    """Why a cell failed when it was last tried, or None: {"error", "invocation"}."""
+    """Why a cell failed when it was last tried, or None: {"error", "invocation"}, and "diverged" where
+    training met a NaN."""
     facts = _facts(output / "cells" / address / "failed.json")
     return facts if facts is not None and isinstance(facts.get("error"), str) else None
 

@@ -43,7 +43,7 @@ def detection_tables(rows: Sequence[dict[str, Any]]) -> list[PageTable]:
             (score, kind): fmean(values)
             for score in dict.fromkeys(row["score"] for row in own)
             for kind in kinds
-            if (values := [row["auroc"] for row in own if (row["score"], row["tells"]) == (score, kind)])
+            if (values := _of_tasks([row for row in own if (row["score"], row["tells"]) == (score, kind)]))
         }
         best = {kind: max((v for (_, k), v in means.items() if k == kind), default=None) for kind in kinds}
         lines = []
@@ -59,3 +59,9 @@ def detection_tables(rows: Sequence[dict[str, Any]]) -> list[PageTable]:
         caption = f"{method} + T: AUROC of each score, mean over {len(tasks)} task{'s' if len(tasks) > 1 else ''}"
         tables.append(PageTable(caption, ("score", *kinds), lines, folded=True))
     return tables
+
+
+def _of_tasks(rows: Sequence[dict[str, Any]]) -> list[float]:
+    """The mean AUROC of each task over its sets and seeds, which are more of some tasks than of others."""
+    tasks = dict.fromkeys(row["task"] for row in rows)
+    return [fmean(row["auroc"] for row in rows if row["task"] == task) for task in tasks]

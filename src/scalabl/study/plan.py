@@ -15,7 +15,7 @@ from scalabl.data.example import rows_digest
 from scalabl.data.load import load_task
 from scalabl.runs.registry import BASELINE, METHODS
 from scalabl.runs.registry import POST_HOC as POST_HOC_METHODS
-from scalabl.study.cells import POST_HOC, PREDICTION, TRAINING, Cell, finished
+from scalabl.study.cells import POST_HOC, PREDICTION, TRAINING, Cell, failure, finished
 from scalabl.study.study import Study
 from scalabl.study.tested import TYPOS, rows_of_set, sets_of, tuning_rows
 from scalabl.study.variants import Variant, in_words
@@ -27,9 +27,11 @@ LATER: dict[str, Any] = {
     "rows_per_class": None, "template": None,
 }  # fmt: skip
 # methods that come to something else than in earlier versions under the same settings (A begins at the length of LoRA's
-# draw; validation rows choose the precision); part of an address, so that cells from before are not taken for today's
-REVISIONS = {"scalabl": 1, "laplace": 1, "subspace_laplace": 1}
-
+# draw, and clipping shortens the KL's gradient too; validation rows choose the precision); part of an address, so that
+# cells from before are not taken for today's
+REVISIONS = {"scalabl": 2, "laplace": 1, "subspace_laplace": 1}
+# and predictives (tau is that of the particles where auto takes these under it; costs are compared at one batch size)
+PREDICTIVE_REVISIONS = {"calibrated": 1, "auto": 1}
 
 TRIED = "tried.csv"
 LOSSES = ("validation_nll", "calibrated_validation_nll")  # its columns, NLL in nats as it is and with a temperature
@@ -117,9 +119,11 @@ class StudyPlan:
 
     def figures(self, output: Path, attempt: Attempt) -> Mapping[str, Any] | None:
         """The NLL in nats of an attempt's validation rows, "raw" and "calibrated" by the "temperature" that suits them,
-        None where it is no number; None before it is finished."""
+        None where it is no number, as of a training that diverged; None before it is finished."""
         known = self.known.get(attempt.prediction)  # of the same address, and so what its cell would say
         done = finished(output, attempt.prediction) if known is None else None
+        if known is None and done is None and (failure(output, attempt.training) or {}).get("diverged"):
+            return dict.fromkeys(("raw", "calibrated", "temperature"))
         return known if done is None else done["validation_nll"]
 
     def renewed(self, output: Path) -> StudyPlan:
@@ -176,8 +180,8 @@ def tried_before(path: Path) -> dict[str, dict[str, Any]]:
     with suppress(OSError, UnicodeDecodeError, csv.Error), path.open(encoding="utf-8", newline="") as lines:
         for line in csv.DictReader(lines):
             with suppress(KeyError, TypeError, ValueError):
-                nll = [float(line[name]) if line[name] else None for name in LOSSES]
-                figures = {"raw": nll[0], "calibrated": nll[1], "temperature": float(line["temperature"])}
+                values = [float(line[name]) if line[name] else None for name in (*LOSSES, "temperature")]
+                figures = dict(zip(("raw", "calibrated", "temperature"), values, strict=True))
                 if all(value is None or math.isfinite(value) for value in figures.values()):
                     found[line["cell"]] = figures
     return found
@@ -300,6 +304,8 @@ def _prediction(study: Study, entry: Entry, tests: Mapping[str, Mapping[str, Any
     }
     if variant.predictive != "mc":  # else left out, so that cells of studies from before have their addresses
         settings["predictive"] = variant.predictive
+        if variant.predictive in PREDICTIVE_REVISIONS:
+            settings["revision"] = PREDICTIVE_REVISIONS[variant.predictive]
     if (data := study.task(entry.task).data) != entry.task:
         settings["data"] = data
     needs = (entry.post_hoc,) if entry.post_hoc else entry.training

@@ -116,7 +116,8 @@ def _measured(entry: Entry, output: Path) -> _Measured:
     below = done.get("below") or below_of(cells, place).get("below")
     if below is None:
         return _Measured(None, 0.0, done["seconds"], max(cell["peak_memory"] for cell in (*cells, done)))
-    return _Measured(place, below["seconds"], done["seconds"], max(below["peak_memory"], done["peak_memory"]))
+    training = below["seconds"] + done.get("fit_seconds", 0.0)  # of a calibration, once for all that is predicted
+    return _Measured(place, training, done["seconds"], max(below["peak_memory"], done["peak_memory"]))
 
 
 def _done(output: Path, address: str) -> dict[str, Any]:

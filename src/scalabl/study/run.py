@@ -110,6 +110,7 @@ def attempt(cell: Cell, output: Path, invocation: str) -> bool:
         Interrupted: Ctrl-C in a training run.
     """
     from scalabl.study.work import do
+    from scalabl.training.monitors import NonFiniteError
 
     directory = cell.directory(output)
     directory.mkdir(parents=True, exist_ok=True)
@@ -123,7 +124,9 @@ def attempt(cell: Cell, output: Path, invocation: str) -> bool:
             except Exception as error:
                 traceback.print_exc()
                 text = explain(error) or f"{type(error).__name__}: {error}"
-                write_json(directory / "failed.json", {"error": " ".join(text.split()), "invocation": invocation})
+                facts = {"error": " ".join(text.split()), "invocation": invocation}
+                facts |= {"diverged": True} if isinstance(error, NonFiniteError) else {}
+                write_json(directory / "failed.json", facts)
         return True
     return False
 

@@ -118,9 +118,11 @@ def _predict(cell: Cell, output: Path) -> dict[str, Any]:
     settings = cell.settings
     run = _loaded(settings["run"], output, fitted=settings["post_hoc"])
     method, held_out = settings["method"], list(_rows_of(run).validation)
-    choice = None
+    choice, fit_seconds = None, {}
     if settings.get("predictive") == "calibrated":
-        strategy, choice = _calibrated(run, held_out, settings)
+        with measured() as cost:
+            strategy, choice = _calibrated(run, held_out, settings)
+        fit_seconds = {"fit_seconds": cost.busy * cost.seconds}
     elif "predictive" in settings:
         strategy = run.predictive(settings["predictive"], samples=settings["samples"], seed=settings["seed"])
     else:
@@ -158,25 +160,28 @@ def _predict(cell: Cell, output: Path) -> dict[str, Any]:
         "validation_nll": _losses(tensors[f"{VALIDATION}|log_probs"], tensors[f"{VALIDATION}|labels"]),
         "rows_also_tuned_on": overlaps,
         **({} if choice is None else {"choice": choice}),
+        **fit_seconds,
         **_below(cell, output),
         "sha256": sha256(path),
     }
 
 
 def _calibrated(run: Run, held_out: list[Example], settings: dict[str, Any]) -> tuple[Predictive, str]:
-    """What a finished run is predicted by, at the scale of the posterior that these rows choose, and that in words; the
+    """What a finished run is predicted by, at the scale of the posterior that these rows choose, and both in words; the
     temperature is fitted on what it predicts, as every method's."""
     chosen, size = PredictionSettings(samples=settings["samples"], seed=settings["seed"]), settings["batch_size"]
     calibration = fit_run(run, held_out, chosen, batch_size=size)
     calibrated = replace(run, record=replace(run.record, calibration=calibration.as_dict()))
     predictor = Predictor(calibrated, chosen, batch_size=size)
     predictor.resolve(held_out)
-    return predictor.strategy, calibration.in_words()
+    return predictor.strategy, f"{predictor.settings.why} {calibration.in_words()}"
 
 
 def _losses(log_probs: Tensor, labels: Tensor) -> dict[str, float | None]:
     """NLL in nats of validation rows, as they are ("raw") and with the temperature that suits them ("calibrated"); None
     where it is no number."""
+    if log_probs.isnan().any():
+        return {"raw": None, "calibrated": None, "temperature": None}
     t = fit_temperature(log_probs, labels)
     losses = {name: row_losses(log_probs, labels, each).mean().item() for name, each in (("raw", 1), ("calibrated", t))}
     return {name: loss if math.isfinite(loss) else None for name, loss in losses.items()} | {"temperature": t}

@@ -6,6 +6,7 @@ the expected log-likelihood); this callback adds the gradient of KL(q || p) / N,
 
 from __future__ import annotations
 
+import inspect
 import math
 import operator
 import warnings
@@ -17,7 +18,7 @@ import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 from torch.optim import Optimizer
-from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from scalabl.core.errors import UserError
 from scalabl.core.modules import gathered
@@ -43,8 +44,10 @@ class ELBOCallback(LogContributor):
     """The KL of the ELBO for `transformers.Trainer` and every trainer built on it.
 
     Once an optimiser step, after gradient clipping and after the ranks' gradients are averaged, the closed-form
-    gradient of weight * KL(q || p) is added to the variational parameters' gradients. It is thus neither clipped nor
-    multiplied by gradient accumulation, batch size, ranks or fp16's loss scale. Every training log gains "elbo/kl" (of
+    gradient of weight * KL(q || p) is added to the variational parameters' gradients. It is thus not multiplied by
+    gradient accumulation, batch size, ranks or fp16's loss scale. Where clipping has shortened the likelihood's
+    gradient, the KL's is shortened by the same factor: the step is then a shorter one along the gradient of the same
+    ELBO, not one along an ELBO with a heavier KL. Every training log gains "elbo/kl" (of
     q from p in nats after the step, whichever is trained on), "elbo/nll" (the trainer's loss), "elbo/kl_weight" (of the
     last step), "elbo/sigma_mean" and "elbo/s_mean" (means over all numbers of all layers of the posterior std and of
     |mean|).
@@ -209,7 +212,7 @@ class ELBOCallback(LogContributor):
         if weight == 0:
             return
         _unscale(kwargs["optimizer"])
-        add_kl_gradients(self._posteriors.values(), self._prior, weight, self.kl)
+        add_kl_gradients(self._posteriors.values(), self._prior, weight * clipping_factor(args), self.kl)
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
         self._restore()
@@ -277,6 +280,22 @@ def keep_float32(model: nn.Module, optimizer: Optimizer | None = None) -> None:
                 parameter.data = parameter.data.float()
                 kept = state.get(parameter, {})
                 kept |= {k: v.float() for k, v in kept.items() if torch.is_tensor(v) and v.is_floating_point()}
+
+
+def clipping_factor(args: TrainingArguments) -> float:
+    """What the trainer that calls the callback has just multiplied every gradient by: min(1, max_grad_norm / norm).
+
+    The norm is a local of the trainer's method that takes the step, which it passes on to nobody. 1 where nothing is
+    clipped, where another kind of trainer calls, and where the norm is no number, as in a step that fp16 skips.
+    """
+    most, frame, norm = args.max_grad_norm or 0.0, inspect.currentframe(), None
+    while most > 0 and frame is not None and norm is None:
+        if isinstance(frame.f_locals.get("self"), Trainer):
+            norm = frame.f_locals.get("grad_norm")
+        frame = frame.f_back
+    length = math.nan if norm is None else float(norm)
+    # with torch's guard against a norm of zero
+    return min(1.0, most / (length + 1e-6)) if math.isfinite(length) else 1.0
 
 
 def _unscale(optimizer: Optimizer) -> None:
