@@ -241,3 +241,6 @@ def test_a_run_goes_on_with_its_own_labels_alone(
     train.write_text(train.read_text() + json.dumps({"text": "stone", "label": "about stones"}) + "\n")
     said = program(*run, "--save-steps", 10).sentence()
     assert "was begun with other labels, with which a head of these cannot go on; restore the files" in said
+    train.write_text(train.read_text().replace("about stones", json.loads(train.read_text().split("\n")[0])["label"]))
+    said = program(*run, "--save-steps", 10).sentence()
+    assert "was begun with other training rows, and would go on as another run; restore the files" in said

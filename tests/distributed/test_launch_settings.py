@@ -22,7 +22,7 @@ from two_processes import CONFIGS, settings_of
 import scalabl
 from scalabl.core import processes
 from scalabl.core.errors import UserError
-from scalabl.core.files import write_json
+from scalabl.core.files import sha256, write_json
 from scalabl.predictive.base import share
 from scalabl.runs.directory import claim
 from scalabl.training import ranks
@@ -199,9 +199,11 @@ def test_a_checkpoint_gets_the_random_states_that_its_next_processes_look_for(
     state = tmp_path / "trainer_state.json"
     write_json(state, {"global_step": 5, "train_batch_size": 8})
     (tmp_path / "rng_state.pth").write_text("of one process")
+    write_json(tmp_path / "sha256.json", {state.name: sha256(state)})
     fit_checkpoint(tmp_path, dropout=True, batch_size=4)
     assert json.loads(state.read_text()) == {"global_step": 5, "train_batch_size": 4}
-    assert len(list(tmp_path.iterdir())) == 2  # the ranks' streams differ: one process's is nobody's
+    assert json.loads((tmp_path / "sha256.json").read_text()) == {state.name: sha256(state)}  # it is not damaged
+    assert len(list(tmp_path.iterdir())) == 3  # the ranks' streams differ: one process's is nobody's
     fit_checkpoint(tmp_path, dropout=False, batch_size=4)
     assert {(tmp_path / f"rng_state_{rank}.pth").read_text() for rank in range(2)} == {"of one process"}
     (tmp_path / "pytorch_model_fsdp.bin").touch()

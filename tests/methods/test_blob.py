@@ -21,7 +21,8 @@ from scalabl.posterior import Prior
 from scalabl.predictive import predict
 from scalabl.predictive.lora_particles import WeightNoisePredictive, lora_matrices
 from scalabl.runs.loading import load_run
-from scalabl.runs.method import Run
+from scalabl.runs.method import Run, load_method
+from scalabl.runs.settings import Settings
 from scalabl.tuner.blob import BLoBConfig, BLoBProjection, blob_layers
 
 R, D_IN = 3, 5
@@ -149,6 +150,18 @@ def test_a_cycle_has_the_papers_length_and_its_weights_sum_to_one() -> None:
     assert ratios == pytest.approx([2.0] * 19, rel=1e-3)
     assert weight_of(20, cycle=20) == pytest.approx(weights[0], rel=1e-3)
     assert weight_of(7, cycle=20, schedule="elbo") == pytest.approx(1 / 20, rel=1e-5)
+
+
+def test_a_cycle_is_of_the_rows_that_all_processes_take_and_a_warm_up_as_long_as_its_setting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    settings = Settings.flat(batch_size=4, gradient_accumulation=2, schedule="warmup", kl_warmup=0.4)
+    method = load_method("blob")
+    for processes, rows in ((1, 8), (4, 32)):
+        monkeypatch.setenv("WORLD_SIZE", str(processes))
+        (callback,) = method.callbacks(settings, 640)
+        assert isinstance(callback, KLStepCallback)
+        assert callback.cycle == cycle_steps(640, rows) and callback.warmup_fraction == 0.4
 
 
 def weight_of(step: int, *, cycle: int, schedule: Any = "minibatch", learning_rate: float = 1e-6) -> float:

@@ -11,6 +11,7 @@ import torch
 
 from scalabl.core.errors import UserError
 from scalabl.data import Example
+from scalabl.methods.saved import SavedMethod
 from scalabl.predictive import MeanPredictive, Predictive, predict
 from scalabl.runs.loading import load_run
 from scalabl.runs.method import PostHocMethod, Run, TrainedMethod, load_method, load_post_hoc
@@ -210,6 +211,19 @@ def test_what_was_fitted_on_another_adapter_is_refused(
         file.write_text(text)
         with pytest.raises(UserError, match=sentence):
             module.predictive(run)
+
+
+def test_half_a_second_fit_is_no_fit(
+    trained: Callable[..., Path], validation_rows: list[Example], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, module = load_run(trained("mle", seed=6)), load_post_hoc("temperature")
+    assert isinstance(module, SavedMethod)
+    module.fit(run, [], validation_rows)
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="killed"):
+        patched.setattr("scalabl.methods.saved.save_file", lambda *_: (_ for _ in ()).throw(OSError("killed")))
+        module.save(run, {}, {"new": torch.zeros(1)})
+    with pytest.raises(UserError, match="temperature was not fitted"):
+        module.predictive(run)
 
 
 @rows_of(*POST_HOC, refits=True)

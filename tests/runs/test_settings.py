@@ -180,7 +180,7 @@ def test_a_damaged_record_is_refused_by_the_name_of_its_field(tmp_path: Path) ->
         Settings().as_dict(), status="finished", scoring={"scoring": "letters"}, scoring_name="letters",
         scoring_nll={"letters": 1.0}, parameters={"lora": 2}, versions={"torch": "2"}, tokens={"all": 1},
         class_counts={"a": 1}, predictive="mc", bayesianized={}, calibration={}, adapter_sha256="a", joint_sha256="j",
-        features_sha256="f", config_sha256="c", held_out_sha256="h", warnings=["w"],
+        features_sha256="f", config_sha256="c", held_out_sha256="h", trained_sha256="t", warnings=["w"],
     ).as_dict()  # fmt: skip
     path.write_text(json.dumps(whole))
     assert RunRecord.read(tmp_path).as_dict() == whole

@@ -270,3 +270,7 @@ def test_an_adapter_on_a_pooler_is_plain_lora_and_one_on_what_is_trained_whole_i
         loss.backward()
         assert all(leaf.posterior.log_std.grad is not None for leaf in stochastic_layers(adapted).values())
         adapted.unload()
+    # the last layers are those that can have an s
+    config = ScalaBLConfig(task_type="SEQ_CLS", r=4, target_modules="all-linear", stochastic_layers="last:2")
+    layers = {name.partition("layer.")[2][:1] for name in stochastic_layers(get_peft_model(model, config))}
+    assert layers == {"1", "2"}

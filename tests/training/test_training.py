@@ -202,6 +202,9 @@ def test_an_epoch_is_every_row_once_in_batches_of_like_length() -> None:
     assert all(sorted(epoch) == list(range(203)) for epoch in epochs)
     assert epochs[0] == epochs[2] != epochs[1]
     assert list(LengthGroupedOrder(lengths, 8, seed=4)) != epochs[0]
+    # a loader drops the last three: not the longest ones, and others in every epoch
+    dropped = [set(epoch[200:]) for epoch in epochs]
+    assert dropped[0] != dropped[1] and not dropped[0] & set(sorted(range(203), key=lambda i: lengths[i])[-3:])
     padding = [sum(max(lengths[i] for i in g) - lengths[j] for j in g) for g in zip(*[iter(epochs[0])] * 8)]  # noqa: B905
     # a plain shuffle pads about 90 tokens a row
     assert sum(padding) / 203 < 10

@@ -154,8 +154,8 @@ class Example:
         return self.question if self.pair is None else f"{self.question}\n{self.pair}"
 
 
-def rows_digest(rows: Sequence[Example], *, named: bool = False) -> str:
-    """SHA-256 of labelled rows in their order.
+def rows_digest(rows: Sequence[Any], *, named: bool = False) -> str:
+    """SHA-256 of labelled rows, or of rows of text, in their order.
 
     Args:
         rows: the rows.

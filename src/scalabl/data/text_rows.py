@@ -58,6 +58,11 @@ class TextRow:
             for words in (self.prompt, self.completion)
         )
 
+    @property
+    def labelled(self) -> tuple[Any, ...]:
+        """The same: what is trained on is part of it."""
+        return self.content
+
 
 class TextTask(Splits[TextRow]):
     """Rows of text of one data set."""

@@ -18,6 +18,7 @@ import torch
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from scalabl.core import processes
 from scalabl.methods.plain import lora_options
 from scalabl.posterior.gaussian import Prior
 from scalabl.predictive.base import MeanPredictive, Predictive
@@ -46,14 +47,14 @@ class BLoB(TrainedMethod):
         )
 
     def callbacks(self, settings: Settings, num_examples: int) -> list[TrainerCallback]:
+        of_process = settings.optimisation.batch_size * settings.optimisation.gradient_accumulation
         return [
             KLStepCallback(
-                cycle_steps(
-                    num_examples, settings.optimisation.batch_size * settings.optimisation.gradient_accumulation
-                ),
+                cycle_steps(num_examples, of_process * processes.world_size()),
                 learning_rate=settings.posterior.variational_learning_rate,
                 beta=settings.posterior.beta,
                 schedule=settings.posterior.schedule,  # type: ignore[arg-type]
+                warmup_fraction=settings.posterior.kl_warmup,
             )
         ]
 
@@ -79,19 +80,27 @@ class KLStepCallback(LogContributor):
         learning_rate: of the step, at a schedule factor of 1.
         beta: multiplies the KL.
         schedule: "minibatch" (pi_i), "elbo" (1 / (m + 1) at every step) or "warmup".
+        warmup_fraction: of all steps, over which "warmup" rises.
 
     Raises:
         UserError: at the start of training: no BLoB layer, an engine that hides weights, packed batches.
     """
 
     def __init__(
-        self, cycle: int, *, learning_rate: float, beta: float = 1.0, schedule: Schedule = "minibatch"
+        self,
+        cycle: int,
+        *,
+        learning_rate: float,
+        beta: float = 1.0,
+        schedule: Schedule = "minibatch",
+        warmup_fraction: float = 0.1,
     ) -> None:
         super().__init__()
         self.cycle = cycle
         self.learning_rate = learning_rate
         self.beta = beta
         self.schedule: Schedule = schedule
+        self.warmup_fraction = warmup_fraction
         self._layers: dict[str, BLoBProjection] = {}
         self._prior = Prior(0.0, 0.2)
         self._weight = 0.0
@@ -116,6 +125,7 @@ class KLStepCallback(LogContributor):
             num_examples=self.cycle,
             total_steps=state.max_steps,
             cycle=self.cycle,
+            warmup_fraction=self.warmup_fraction,
             beta=self.beta,
         )
         group = innermost(kwargs["optimizer"]).param_groups[0]

@@ -37,13 +37,15 @@ class SavedMethod(PostHocMethod):
         return run.directory / POST_HOC_DIRECTORY / self.name
 
     def save(self, run: Run, facts: dict[str, Any], tensors: dict[str, Tensor] | None = None) -> dict[str, Any]:
-        """Write what was fitted; the JSON file comes last, so that half a fit is no fit.
+        """Write what was fitted; the JSON file comes last, and that of an earlier fit goes first, so that half a fit is
+        no fit.
 
         Returns:
             the facts, with the digest of the adapter that they belong to.
         """
         directory = self.directory_of(run)
         directory.mkdir(parents=True, exist_ok=True)
+        (directory / f"{self.name}.json").unlink(missing_ok=True)
         if tensors is not None:
             with writing(directory / f"{self.name}.safetensors") as unfinished:
                 save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, unfinished)

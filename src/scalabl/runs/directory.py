@@ -13,6 +13,7 @@ Where its base model's directory is: how a record names it, and how it is found 
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -131,16 +132,29 @@ def begin(directory: Path, record: RunRecord, *, goes_on: bool) -> None:
         goes_on: whether a checkpoint is there.
 
     Raises:
-        UserError: what was begun has a head over other labels, or other class weights.
+        UserError: what was begun has a head over other labels, other class weights, other rows, another base.
     """
     if goes_on:
-        begun = RunRecord.read(directory).scoring
+        before = RunRecord.read(directory)
+        begun = before.scoring
         of_head = {"labels": "labels", "several": "numbers of labels a row", "class_weights": "class weights"}
         for name, words in of_head.items():
             if begun.get(name) != record.scoring.get(name):
                 raise UserError(
                     f"{directory} was begun with other {words}, with which a head of these cannot go on; restore the "
                     "files that it was begun with, or choose another --output."
+                )
+        of_all = {
+            "trained_sha256": "training rows", "held_out_sha256": "validation rows", "base_fingerprint": "base weights",
+            "scoring": "ways to score a row",
+        }  # fmt: skip
+        now = record.as_dict()
+        for name, words in of_all.items():
+            was = getattr(before, name)
+            if was is not None and was != json.loads(json.dumps(now[name])):
+                raise UserError(
+                    f"{directory} was begun with other {words}, and would go on as another run; restore the files that "
+                    "it was begun with, or choose another --output."
                 )
     record.write(directory)
 

@@ -122,6 +122,7 @@ class RunRecord:
         config_sha256: of what the adapter's configuration says (`config_digest`); None of older versions.
         held_out_sha256: of the validation rows (`scalabl.data.example.rows_digest`); None of older versions, of rows of
             text, and of a posterior that was fitted to a finished adapter on other rows than its run's own.
+        trained_sha256: of the training rows, alike; None of older versions, and of a posterior that was fitted.
         scalabl, version: of the program, and of the record's form.
     """
 
@@ -151,6 +152,7 @@ class RunRecord:
     features_sha256: str | None = None
     config_sha256: str | None = None
     held_out_sha256: str | None = None
+    trained_sha256: str | None = None
 
     @classmethod
     def read(cls, directory: Path) -> Self:

@@ -36,6 +36,13 @@ class Digests(TrainerCallback):
             write_json(checkpoint / _DIGESTS, {path.name: sha256(path) for path in own})
 
 
+def note_digest(file: Path) -> None:
+    """Note down what a file of a checkpoint is now, where that was noted down before."""
+    digests = read_if_whole(file.parent / _DIGESTS)
+    if isinstance(digests, dict) and file.name in digests:
+        write_json(file.parent / _DIGESTS, digests | {file.name: sha256(file)})
+
+
 def last_checkpoint(output: Path, *, tell: bool = True) -> Path | None:
     """The newest whole checkpoint of a run.
 
@@ -71,7 +78,13 @@ def remove_traces(output: Path) -> None:
     begins anew.
     """
     is_finished = (output / RECORD).exists() and RunRecord.read(output).is_finished
-    if is_finished or last_checkpoint(output, tell=False) is not None or not output.is_dir():
+    if is_finished or not output.is_dir():
+        return
+    for _, directory in _checkpoints(output):
+        if not (directory / TRAINER_STATE_NAME).exists():  # which is written last
+            shutil.rmtree(directory, ignore_errors=True)
+    # what cannot be read now need not be damaged: the next call looks at it again, and says what it takes away
+    if any(_checkpoints(output)):
         return
     remove_checkpoints(output)
     if all(path.name == RECORD for path in output.iterdir()):

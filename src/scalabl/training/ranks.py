@@ -27,6 +27,7 @@ from scalabl.core.errors import UserError
 from scalabl.core.files import write_json
 from scalabl.runs.registry import METHODS
 from scalabl.runs.settings import Settings
+from scalabl.training.checkpoints import note_digest
 from scalabl.tuner.layers import decoder_layers, unwrap
 from scalabl.tuner.projection import StochasticProjection
 
@@ -137,6 +138,7 @@ def fit_checkpoint(checkpoint: Path, *, dropout: bool, batch_size: int) -> None:
     state = json.loads(written.read_text(encoding="utf-8"))
     if state["train_batch_size"] != batch_size:
         write_json(written, state | {"train_batch_size": batch_size})
+        note_digest(written)
     if dropout:
         return
     present = sorted(checkpoint.glob("rng_state*.pth"))

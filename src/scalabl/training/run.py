@@ -160,7 +160,7 @@ def _train(
     counts = RowCounts(train=len(rows.train), validation=len(rows.validation))
     record = record_of(settings, task, task.labels, counts, scoring, nll, adapted, fingerprint(model))
     held_out = None if isinstance(task, TextTask) else rows_digest(rows.validation)
-    record = replace(record, class_counts=balance, held_out_sha256=held_out)
+    record = replace(record, class_counts=balance, held_out_sha256=held_out, trained_sha256=rows_digest(rows.train))
     processes.on_main(lambda: begin(output, record, goes_on=last_checkpoint(output) is not None))
     if not output.is_dir():
         raise UserError(f"{output} is not seen by every machine; give a directory on a file system that they share.")
@@ -298,6 +298,8 @@ def optimise(
         bf16=settings.machine.dtype == "bfloat16" and torch.cuda.is_available() and not processes.is_sharded(),
         use_cpu=not _on_accelerator(model),
     )
+    _ = arguments.device  # which counts the cards
+    arguments._n_gpu = 1  # one process trains on one: `nn.DataParallel` would cut a batch, hooks and all
     bar, interrupt = ProgressBar(f"training {settings.method}"), StopOnInterrupt()
     shown = [bar] if processes.is_main() else []
     method, weighing = load_method(settings.method), weighing_the_kl(settings, rows)

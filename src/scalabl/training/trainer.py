@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import Sampler
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback, TrainerState
 
 from scalabl.core.modules import gathered
 from scalabl.runs.settings import Settings
@@ -45,7 +45,9 @@ class LengthGroupedOrder(Sampler[int]):
     """A seeded shuffle whose batches hold rows of like length; the order depends on (seed, epoch) alone.
 
     Rows are shuffled, cut into stretches of 50 batches, and sorted by length within each stretch; the batches of
-    an epoch are then shuffled. A resumed run meets the same order, whatever random numbers were drawn before.
+    an epoch are then shuffled. Rows too few for another batch come last, where a data loader may drop them: they are
+    taken from the shuffle, others in every epoch. A resumed run meets the same order, whatever random numbers were
+    drawn before.
 
     Args:
         lengths: tokens of each row.
@@ -69,17 +71,15 @@ class LengthGroupedOrder(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         order = torch.randperm(len(self.lengths), generator=generator).tolist()
+        batches = len(order) // self.batch_size
+        whole, rest = order[: batches * self.batch_size], order[batches * self.batch_size :]
         stretch = 50 * self.batch_size
         rows: list[int] = []
-        for start in range(0, len(order), stretch):
-            rows += sorted(order[start : start + stretch], key=lambda i: self.lengths[i])
-        groups = [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
-        # a last, smaller group stays last, where the data loader drops it
-        whole, rest = [g for g in groups if len(g) == self.batch_size], [g for g in groups if len(g) < self.batch_size]
-        for i in torch.randperm(len(whole), generator=generator).tolist():
-            yield from whole[i]
-        for group in rest:
-            yield from group
+        for start in range(0, len(whole), stretch):
+            rows += sorted(whole[start : start + stretch], key=lambda i: self.lengths[i])
+        for i in torch.randperm(batches, generator=generator).tolist():
+            yield from rows[i * self.batch_size : (i + 1) * self.batch_size]
+        yield from rest
 
 
 class ChoiceTrainer(Trainer):
@@ -97,13 +97,16 @@ class ChoiceTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.scoring = scoring
         self.trunk = trunk
+        self.order: LengthGroupedOrder | None = None
+        self.add_callback(_EpochOfTheOrder(self))
         # our loss is a mean over the questions of a batch: the Trainer has to divide by the accumulation steps
         self.model_accepts_loss_kwargs = False
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         rows: Any = train_dataset if train_dataset is not None else self.train_dataset
         together = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        return LengthGroupedOrder([len(row.input_ids) for row in rows], together, seed=self.args.data_seed or 0)
+        self.order = LengthGroupedOrder([len(row.input_ids) for row in rows], together, seed=self.args.data_seed or 0)
+        return self.order
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The adapter alone: of shards (FSDP 2) the trained ones are gathered, never the frozen base."""
@@ -135,6 +138,18 @@ class ChoiceTrainer(Trainer):
     def loss_of(self, class_logits: Tensor, batch: Batch) -> Tensor:
         """The loss of class logits (B, C): -log p(answer | question), the mean over the batch."""
         return self.scoring.likelihood.loss(class_logits, batch.answers)
+
+
+class _EpochOfTheOrder(TrainerCallback):  # type: ignore[misc]
+    """Tells the order which epoch begins: past the wrappers that several processes and a resumed epoch put around it
+    nothing else does."""
+
+    def __init__(self, trainer: ChoiceTrainer) -> None:
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
+        if self.trainer.order is not None:
+            self.trainer.order.set_epoch(int(state.epoch or 0))
 
 
 class WeightedTrainer(ChoiceTrainer):

@@ -154,8 +154,10 @@ class ScalaBLModel(LoraModel):
         if layers is None:
             return is_named(name)
         if self._stochastic is None:  # at the first of the modules: which will there be?
+            no_rows = without_rows(self.model)  # in which there is no s that could be a layer of the last K
             keys = [key for key, _ in self.model.named_modules() if self._check_target_module_exists(config, key)]
-            self._stochastic = set(top_layers(depths(self.model, filter(is_named, keys)), layers))
+            able = [key for key in keys if is_named(key) and not no_rows(key)]
+            self._stochastic = set(top_layers(depths(self.model, able), layers))
         return name in self._stochastic
 
     def _leaf(self, weight: Tensor, config: ScalaBLConfig) -> nn.Module:
