@@ -30,6 +30,8 @@ LATER: dict[str, Any] = {
 # draw, and clipping shortens the KL's gradient too; validation rows choose the precision); part of an address, so that
 # cells from before are not taken for today's
 REVISIONS = {"scalabl": 2, "laplace": 1, "subspace_laplace": 1}
+# a training of any method (rows that fill no batch are others in every epoch, not the longest ones in all of them)
+TRAINING_REVISION = 1
 # and predictives (tau is that of the particles where auto takes these under it; costs are compared at one batch size)
 PREDICTIVE_REVISIONS = {"calibrated": 1, "auto": 1}
 
@@ -272,6 +274,8 @@ def _training(study: Study, variant: Variant, task: str, seed: int, rows: str, p
     with_point = f" ({in_words(point)})" if point else ""
     label = f"training {name}{with_point} on {task}, {_seeds((seed,))}"
     settings = {"recipe": addressed, "rows_sha256": rows, **_revision(training.method)}
+    if TRAINING_REVISION:  # left out at 0, which older cells are of
+        settings["training"] = TRAINING_REVISION
     return Cell(TRAINING, settings, (), label)
 
 
