@@ -16,6 +16,7 @@ from scalabl.inference.predictor import Predictor, labels_of
 from scalabl.inference.promise import Promise, next_step
 from scalabl.inference.report.results import MethodResult, Report
 from scalabl.inference.settings import PredictionSettings
+from scalabl.inference.trained_on import trained_on, trained_on_in_words
 from scalabl.metrics.selective import Threshold
 from scalabl.metrics.several_labels import wrong_rows
 from scalabl.metrics.uncertainty import apply_temperature, fit_temperature, mean_particles
@@ -73,6 +74,9 @@ def evaluate_run(
     if held_out and not (calibration is not None and calibration.rows_sha256 == rows_digest(held_out, named=True)):
         validation = plain.log_probs(held_out, dataset="temperature")
         methods.append(tempered(methods[0], fit_temperature(validation, labels_of(held_out))))
+    if found := trained_on(run.record, rows):
+        for method in methods:
+            method.notes.append(f"{trained_on_in_words(found, rows)}, so that figures are too good; evaluate on others")
     recipe, log = run.record.recipe, _log(directory)
     return Report(
         title=f"{recipe['model']} on {data}",
