@@ -1,4 +1,4 @@
-"""Which rows a run was trained on already: figures on them, and what is fitted on them, are too good. Imports no torch."""
+"""Which rows a run was trained on: figures on them, and what is fitted on them, are too good. Imports no torch."""
 
 from __future__ import annotations
 
