@@ -191,6 +191,13 @@ def test_a_head_that_does_not_know_whether_rows_are_pairs_reads_both() -> None:
     types = head.encode(Example("x", "red", LABELS, 0, pair="blue")).token_types
     assert types is not None and types == sorted(types) and set(types) == {0, 1}
     assert "pairs" not in Head(pair_tokenizer(), labels=LABELS).settings()  # as older records
+    single, pair = (head.encode(Example("x", "red", LABELS, 0, pair=other)) for other in (None, "blue"))
+    assert pair.token_types is not None
+    blank = [0] * len(pair.input_ids)
+    for rows, expected in (((single, pair), [blank, pair.token_types]), ((pair, single), [pair.token_types, blank])):
+        types = head.collate(rows).token_types
+        assert types is not None and types.tolist() == expected
+    assert head.collate([single]).token_types is None
 
 
 @pytest.mark.parametrize("kind", [Letters, Continuation])
