@@ -312,6 +312,24 @@ def test_splits_with_and_without_pairs_are_refused(tmp_path):
         load_task(str(tmp_path))
 
 
+def test_splits_may_be_parquet_and_validation_rows_of_another_name_are_refused(tmp_path):
+    rows = [{"text": f"{word} {i}", "label": word} for i in range(3) for word in ("wet", "dry")]
+    write(tmp_path / "train.jsonl", *rows)
+    pq.write_table(pa.Table.from_pylist(rows[:2]), tmp_path / "validation.parquet")
+    write(tmp_path / "out_of_scope.jsonl", {"text": "who?"})  # what else lies there is nobody's split
+    task = load_task(str(tmp_path))
+    assert {split: len(part) for split, part in task.splits.items()} == {"train": 6, "validation": 2}
+    write(tmp_path / "dev.jsonl", *rows)  # beside the real one it may be anything
+    assert len(load_task(str(tmp_path)).splits["validation"]) == 2
+    write(tmp_path / "validation.jsonl", *rows)
+    with pytest.raises(UserError, match=r"holds validation\.jsonl and validation\.parquet; keep one of them"):
+        load_task(str(tmp_path))
+    for name in ("validation.jsonl", "validation.parquet"):
+        (tmp_path / name).unlink()
+    with pytest.raises(UserError, match=r"dev\.jsonl would not be read; call it validation\.jsonl"):
+        load_task(str(tmp_path))
+
+
 def test_a_home_of_nobody_is_a_missing_file(tmp_path):
     path = write(tmp_path / "own.jsonl", QUESTION | {"image": "~nosuch/x.png"})
     with pytest.raises(UserError, match=r"own.jsonl:1: .*~nosuch/x\.png"):

@@ -148,15 +148,15 @@ def _unlabelled(row: _Row, labels: Sequence[str] | None) -> Example:
 def load_jsonl_task(path: str | Path) -> Task:
     """Read a user's data as a task.
 
-    ``path`` is a directory with ``train.jsonl``, ``validation.jsonl``, ``test.jsonl`` (those that exist), or one
-    file, whose rows become the ``"train"`` split; :func:`scalabl.data.assemble` splits a seeded validation part
-    off it. The labels of text rows are the sorted distinct words of the train split (of all splits where there
-    is no train split).
+    ``path`` is a directory with ``train.jsonl``, ``validation.jsonl``, ``test.jsonl`` (those that exist; each may be
+    ``.parquet``), or one file, whose rows become the ``"train"`` split; :func:`scalabl.data.assemble` splits a
+    seeded validation part off it. The labels of text rows are the sorted distinct words of the train split (of all
+    splits where there is no train split).
 
     Raises:
-        UserError: missing or empty data, a line that is not a JSON object, missing or unknown keys, a row
-            without an answer or with an answer outside its choices, fewer than two choices or labels, duplicate
-            choices, labels or ids, a label that the train split does not have.
+        UserError: missing or empty data, validation rows under another name, a line that is not a JSON object,
+            missing or unknown keys, a row without an answer or with an answer outside its choices, fewer than two
+            choices or labels, duplicate choices, labels or ids, a label that the train split does not have.
     """
     path = Path(path)
     files = split_files(path)
