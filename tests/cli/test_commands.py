@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from program import Program, batches_of
-from tiny_base import as_json, questions, tiny_base, write_jsonl
+from tiny_base import as_json, questions, tiny_base, write_jsonl, write_task
 from typer.main import get_command
 
 from scalabl.cli.main import app
@@ -151,9 +151,10 @@ def test_evaluate_writes_documented_keys(
     program: Program, scalabl_run: Path, task_directory: Path, tmp_path: Path
 ) -> None:
     shifted = write_jsonl(tmp_path / "shifted.jsonl", map(as_json, questions(5, choices=(4,), seed=9)))
+    held_out = write_task(tmp_path / "held_out", validation=20)
     found = evaluated(
         program, tmp_path, scalabl_run, "--data", task_directory, "--samples", 3, "--predictive", "mc",
-        "--ood", shifted, "--calibrate", task_directory, "--report", tmp_path / "report.html",
+        "--ood", shifted, "--calibrate", held_out, "--report", tmp_path / "report.html",
     )  # fmt: skip
     assert found.keys() == _ROW | {"data", "model", "seed", "versions", "further"}
     assert all(found[name].keys() == _METRIC for name in METRICS)

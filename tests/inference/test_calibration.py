@@ -272,6 +272,16 @@ def test_the_commands(program: Program, fitted: Path, write: Callable[..., Path]
     assert "it must be mean" in program("calibrate", fitted, "--data", shifted, "--predictive", "best").sentence()
 
 
+def test_every_temperature_is_bounded_and_of_enough_rows(fitted: Path) -> None:
+    settings, rows = PredictionSettings("mean", raw=True), questions(20, seed=5)
+    found = average(Predictor(load_run(fitted), settings).log_probs(rows)).argmax(dim=-1).tolist()
+    right = [replace(row, answer=answer) for row, answer in zip(rows, found, strict=True)]  # surer would be better
+    tempered = evaluate_run(fitted, rows, {}, right, settings, data="d").methods[-1]
+    assert tempered.notes[0] == "temperature 1.00, fitted on validation rows"
+    with pytest.raises(UserError, match="19 labelled rows are too few to calibrate on, it takes 20"):
+        evaluate_run(fitted, rows, {}, right[:19], settings, data="d")
+
+
 def test_rows_that_the_run_was_trained_on_are_told(
     program: Program, fitted: Path, write: Callable[..., Path], tmp_path: Path
 ) -> None:
