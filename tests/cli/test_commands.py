@@ -200,6 +200,14 @@ def test_evaluate_takes_labels_in_the_order_of_the_run(program: Program, task_di
     assert one_file["nll"] == directory["nll"] and one_file["accuracy"] == directory["accuracy"]
     sentence = program("evaluate", run, "--data", task_directory).sentence()
     assert "the run was trained on 'blue', 'no', 'yes'" in sentence
+    # a question among some of the labels is no question among all of them
+    asked = [{"id": f"q{i}", "question": "word?", "choices": ["yes", "no", "blue"][:i]} for i in (3, 2)]
+    path, output = write_jsonl(tmp_path / "asked.jsonl", asked), tmp_path / "answers.jsonl"
+    told = ("row q2 asks among 'yes', 'no', but the run answers among 'blue', 'no', 'yes'", "asked.jsonl")
+    for command in (("predict", run, "--input", path, "--output", output), ("acquire", path, run, "-k", 1)):
+        sentence = program(*command).sentence()
+        assert all(words in sentence for words in told)
+    assert program("predict", run, "--input", write_jsonl(path, asked[:1]), "--output", output).code == 0
 
 
 def answers(path: Path) -> list[dict[str, Any]]:
