@@ -208,6 +208,10 @@ def test_evaluate_takes_labels_in_the_order_of_the_run(program: Program, task_di
         sentence = program(*command).sentence()
         assert all(words in sentence for words in told)
     assert program("predict", run, "--input", write_jsonl(path, asked[:1]), "--output", output).code == 0
+    # answers are ignored, whatever they are
+    ignored = write_jsonl(tmp_path / "ignored.jsonl", [{"text": "a", "label": None}, {"text": "b", "label": "perhaps"}])
+    assert program("predict", run, "--input", ignored, "--output", tmp_path / "others.jsonl").code == 0
+    assert program("acquire", ignored, run, "-k", 2).code == 0
 
 
 def answers(path: Path) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ import pytest
 from scalabl.core.errors import UserError
 from scalabl.data import Example, load_rows, load_task
 from scalabl.data.class_balance import label_counts
+from scalabl.data.jsonl import row_of, stream_rows
 from scalabl.data.load import rows_of, shifted_rows
 from scalabl.data.store import read_task, write_task
 
@@ -206,6 +207,21 @@ def test_prediction_rows_need_no_answer(tmp_path):
         load_rows(two_forms)
     with pytest.raises(UserError, match="no labels given"):
         load_rows(write(tmp_path / "u.jsonl", {"text": "hm"}), require_answer=False)
+
+
+def test_answers_that_are_not_needed_may_be_null_or_other_labels(tmp_path):
+    texts = [{"text": "hm", "label": None}, {"text": "ha", "label": "new"}, {"text": "he", "label": "b"}]
+    path = write(tmp_path / "t.jsonl", *texts)
+    rows = load_rows(path, ["b", "a"], require_answer=False, foreign=True)
+    assert [row.answer for row in rows] == [None, None, 0]
+    assert [placed.example for placed in stream_rows(path, ["b", "a"])] == list(rows)
+    several = {"text": "hm", "labels": ["b", "new"]}
+    assert row_of(several, ["b", "a"], where="here", name="x") == Example("x", "hm", ("b", "a"), None)
+    question = write(tmp_path / "q.jsonl", QUESTION | {"answer": None})
+    assert [row.answer for row in load_rows(question, require_answer=False)] == [None]
+    for labelled in (path, question):
+        with pytest.raises(UserError, match="is null"):
+            load_rows(labelled, ["b", "a"])
 
 
 def test_pairs_of_texts_are_read_from_jsonl_and_parquet_and_kept(tmp_path):
