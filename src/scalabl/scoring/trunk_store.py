@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -93,7 +94,8 @@ def _key(scorer: Scorer, rows: Sequence[Encoded], dtype: torch.dtype) -> str:
         digest.update(_weights(layer))
     # embeddings, and what layers share; not the head, nor what a run trains in front of it
     within = {module for layer in layers for module in layer.modules()}
-    for name, module in base_model(scorer.model).base_model.named_modules():
+    base: Any = base_model(scorer.model)
+    for name, module in base.base_model.named_modules():
         if module not in within and "pooler" not in name:
             digest.update(_weights(module, recurse=False))
     for row in rows:
