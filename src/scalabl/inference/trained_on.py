@@ -16,7 +16,7 @@ from scalabl.runs.stock import is_stock
 def trained_on(record: RunRecord, rows: Sequence[Example]) -> list[Example]:
     """Those of the rows that the run was trained on, by what they hold.
 
-    None where nobody knows them: no record of another trainer's adapter, data that are not at hand or have changed.
+    Empty where nobody knows them: no record of another trainer's adapter, data that are not at hand or have changed.
     """
     task = None if is_stock(record) else _at_hand(record.recipe["data"])
     if task is None:
