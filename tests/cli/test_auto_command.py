@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from program import Program
-from tiny_base import as_json, questions, write_jsonl
+from tiny_base import as_json, questions, write_jsonl, write_task
 
 from scalabl.core.errors import UserError
 from scalabl.inference.classifier import Classifier
@@ -26,7 +26,8 @@ def figures(program: Program, tmp_path: Path, *arguments: object) -> dict[str, A
 def test_evaluate_says_what_it_chose_and_predict_answers_alike(
     program: Program, scalabl_run: Path, task_directory: Path, tmp_path: Path
 ) -> None:
-    found = figures(program, tmp_path, scalabl_run, "--data", task_directory, "--calibrate", task_directory)
+    held_out = write_task(tmp_path / "held_out", validation=20)
+    found = figures(program, tmp_path, scalabl_run, "--data", task_directory, "--calibrate", held_out)
     (sentence,) = [note for note in found["notes"] if note.startswith("auto chose ")]
     assert sentence in found["out"]
     chosen = sentence.removeprefix("auto chose ").partition(" (")[0]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from program import Program, batches_of
-from tiny_base import as_json, questions, tiny_base, write_jsonl
+from tiny_base import as_json, questions, tiny_base, write_jsonl, write_task
 from typer.main import get_command
 
 from scalabl.cli.main import app
@@ -151,9 +151,10 @@ def test_evaluate_writes_documented_keys(
     program: Program, scalabl_run: Path, task_directory: Path, tmp_path: Path
 ) -> None:
     shifted = write_jsonl(tmp_path / "shifted.jsonl", map(as_json, questions(5, choices=(4,), seed=9)))
+    held_out = write_task(tmp_path / "held_out", validation=20)
     found = evaluated(
         program, tmp_path, scalabl_run, "--data", task_directory, "--samples", 3, "--predictive", "mc",
-        "--ood", shifted, "--calibrate", task_directory, "--report", tmp_path / "report.html",
+        "--ood", shifted, "--calibrate", held_out, "--report", tmp_path / "report.html",
     )  # fmt: skip
     assert found.keys() == _ROW | {"data", "model", "seed", "versions", "further"}
     assert all(found[name].keys() == _METRIC for name in METRICS)
@@ -199,6 +200,18 @@ def test_evaluate_takes_labels_in_the_order_of_the_run(program: Program, task_di
     assert one_file["nll"] == directory["nll"] and one_file["accuracy"] == directory["accuracy"]
     sentence = program("evaluate", run, "--data", task_directory).sentence()
     assert "the run was trained on 'blue', 'no', 'yes'" in sentence
+    # a question among some of the labels is no question among all of them
+    asked = [{"id": f"q{i}", "question": "word?", "choices": ["yes", "no", "blue"][:i]} for i in (3, 2)]
+    path, output = write_jsonl(tmp_path / "asked.jsonl", asked), tmp_path / "answers.jsonl"
+    told = ("row q2 asks among 'yes', 'no', but the run answers among 'blue', 'no', 'yes'", "asked.jsonl")
+    for command in (("predict", run, "--input", path, "--output", output), ("acquire", path, run, "-k", 1)):
+        sentence = program(*command).sentence()
+        assert all(words in sentence for words in told)
+    assert program("predict", run, "--input", write_jsonl(path, asked[:1]), "--output", output).code == 0
+    # answers are ignored, whatever they are
+    ignored = write_jsonl(tmp_path / "ignored.jsonl", [{"text": "a", "label": None}, {"text": "b", "label": "perhaps"}])
+    assert program("predict", run, "--input", ignored, "--output", tmp_path / "others.jsonl").code == 0
+    assert program("acquire", ignored, run, "-k", 2).code == 0
 
 
 def answers(path: Path) -> list[dict[str, Any]]:

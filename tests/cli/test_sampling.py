@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from program import Program, batches_of
-from tiny_base import as_json, questions, write_jsonl
+from tiny_base import as_json, questions, write_jsonl, write_task
 
 from scalabl.inference.classifier import Classifier
 from scalabl.predictive import MonteCarloPredictive
@@ -39,7 +39,7 @@ def test_evaluate_with_each_kind_of_draws(
 
 def test_evaluate_adaptively(program: Program, scalabl_run: Path, task_directory: Path, tmp_path: Path) -> None:
     arguments = (scalabl_run, "--data", task_directory, "--samples", 20, "--predictive", "mc")
-    arguments += ("--calibrate", task_directory)
+    arguments += ("--calibrate", write_task(tmp_path / "held_out", validation=20))
     plain = figures(program, tmp_path, *arguments)
     found = figures(program, tmp_path, *arguments, "--adaptive", "--confidence", 0.8)
     assert found["method"] == "ScalaBL, adaptive N ≤ 20"

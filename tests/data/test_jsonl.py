@@ -10,6 +10,7 @@ import pytest
 from scalabl.core.errors import UserError
 from scalabl.data import Example, load_rows, load_task
 from scalabl.data.class_balance import label_counts
+from scalabl.data.jsonl import row_of, stream_rows
 from scalabl.data.load import rows_of, shifted_rows
 from scalabl.data.store import read_task, write_task
 
@@ -208,6 +209,21 @@ def test_prediction_rows_need_no_answer(tmp_path):
         load_rows(write(tmp_path / "u.jsonl", {"text": "hm"}), require_answer=False)
 
 
+def test_answers_that_are_not_needed_may_be_null_or_other_labels(tmp_path):
+    texts = [{"text": "hm", "label": None}, {"text": "ha", "label": "new"}, {"text": "he", "label": "b"}]
+    path = write(tmp_path / "t.jsonl", *texts)
+    rows = load_rows(path, ["b", "a"], require_answer=False, foreign=True)
+    assert [row.answer for row in rows] == [None, None, 0]
+    assert [placed.example for placed in stream_rows(path, ["b", "a"])] == list(rows)
+    several = {"text": "hm", "labels": ["b", "new"]}
+    assert row_of(several, ["b", "a"], where="here", name="x") == Example("x", "hm", ("b", "a"), None)
+    question = write(tmp_path / "q.jsonl", QUESTION | {"answer": None})
+    assert [row.answer for row in load_rows(question, require_answer=False)] == [None]
+    for labelled in (path, question):
+        with pytest.raises(UserError, match="is null"):
+            load_rows(labelled, ["b", "a"])
+
+
 def test_pairs_of_texts_are_read_from_jsonl_and_parquet_and_kept(tmp_path):
     rows = [
         {"text": "a man sleeps", "text_pair": " he rests ", "label": "yes"},
@@ -309,6 +325,24 @@ def test_splits_with_and_without_pairs_are_refused(tmp_path):
     write(tmp_path / "train.jsonl", *TWO)
     write(tmp_path / "test.jsonl", *({**row, "text_pair": "b"} for row in TWO))
     with pytest.raises(UserError, match='splits with and without "text_pair"'):
+        load_task(str(tmp_path))
+
+
+def test_splits_may_be_parquet_and_validation_rows_of_another_name_are_refused(tmp_path):
+    rows = [{"text": f"{word} {i}", "label": word} for i in range(3) for word in ("wet", "dry")]
+    write(tmp_path / "train.jsonl", *rows)
+    pq.write_table(pa.Table.from_pylist(rows[:2]), tmp_path / "validation.parquet")
+    write(tmp_path / "out_of_scope.jsonl", {"text": "who?"})  # what else lies there is nobody's split
+    task = load_task(str(tmp_path))
+    assert {split: len(part) for split, part in task.splits.items()} == {"train": 6, "validation": 2}
+    write(tmp_path / "dev.jsonl", *rows)  # beside the real one it may be anything
+    assert len(load_task(str(tmp_path)).splits["validation"]) == 2
+    write(tmp_path / "validation.jsonl", *rows)
+    with pytest.raises(UserError, match=r"holds validation\.jsonl and validation\.parquet; keep one of them"):
+        load_task(str(tmp_path))
+    for name in ("validation.jsonl", "validation.parquet"):
+        (tmp_path / name).unlink()
+    with pytest.raises(UserError, match=r"dev\.jsonl would not be read; call it validation\.jsonl"):
         load_task(str(tmp_path))
 
 

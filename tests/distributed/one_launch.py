@@ -70,7 +70,7 @@ def evaluate(work: Path, output: Path) -> None:
     from scalabl.cli import evaluate as _evaluate  # noqa: F401  (adds its command)
     from scalabl.cli.app import app
 
-    options = ["--predictive", "mc", "--samples", "3", "--calibrate", str(work / "task"), "--json", str(output)]
+    options = ["--predictive", "mc", "--samples", "3", "--calibrate", str(work / "held_out"), "--json", str(output)]
     app(["evaluate", str(work / "two"), "--data", str(work / "task"), *options], standalone_mode=False)
 
 

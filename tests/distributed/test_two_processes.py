@@ -50,6 +50,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Work:
         patch.setenv("SCALABL_CACHE", str(path / "cache"))
         shutil.copytree(tiny_base(), path / "base")
         write_task(path / "task")
+        write_task(path / "held_out", validation=20)
         whole = settings_of(path, batch_size=8)
         train(whole, path / "one")
         write_head(path)

@@ -22,6 +22,7 @@ from scalabl.inference.evaluation import evaluate_run
 from scalabl.inference.predictor import Predictor, labels_of
 from scalabl.inference.promise import Promise
 from scalabl.inference.settings import PredictionSettings
+from scalabl.inference.trained_on import trained_on
 from scalabl.metrics.calibration import row_losses
 from scalabl.metrics.uncertainty import apply_temperature, average, decompose
 from scalabl.posterior import DiagonalGaussian
@@ -331,6 +332,47 @@ def test_the_commands(program: Program, fitted: Path, write: Callable[..., Path]
     said = program("calibrate", fitted, "--data", few).sentence()
     assert "7 labelled rows are too few to calibrate on, it takes 20" in said
     assert "it must be mean" in program("calibrate", fitted, "--data", shifted, "--predictive", "best").sentence()
+
+
+def test_every_temperature_is_bounded_and_of_enough_rows(fitted: Path) -> None:
+    settings, rows = PredictionSettings("mean", raw=True), questions(20, seed=5)
+    found = average(Predictor(load_run(fitted), settings).log_probs(rows)).argmax(dim=-1).tolist()
+    right = [replace(row, answer=answer) for row, answer in zip(rows, found, strict=True)]  # surer would be better
+    tempered = evaluate_run(fitted, rows, {}, right, settings, data="d").methods[-1]
+    assert tempered.notes[0] == "temperature 1.00, fitted on validation rows"
+    with pytest.raises(UserError, match="19 labelled rows are too few to calibrate on, it takes 20"):
+        evaluate_run(fitted, rows, {}, right[:19], settings, data="d")
+
+
+def test_rows_that_the_run_was_trained_on_are_told(
+    program: Program, fitted: Path, write: Callable[..., Path], tmp_path: Path
+) -> None:
+    write(None)
+    others = list(map(as_json, questions(22, seed=8)))
+    trained = [as_json(replace(row, id=f"t{i}", answer=0)) for i, row in enumerate(questions(8, seed=0))]
+    few = ("--samples", 2, "--predictive", "mean")
+    for name, rows in (("alone", others), ("mixed", others[:5] + trained + others[5:]), ("few", others[:19] + trained)):
+        write_jsonl(tmp_path / f"{name}.jsonl", rows)
+    alone = program("calibrate", fitted, "--data", tmp_path / "alone.jsonl", *few)
+    expected = RunRecord.read(fitted).calibration
+    write(None)
+    mixed = program("calibrate", fitted, "--data", tmp_path / "mixed.jsonl", *few)
+    assert (alone.code, mixed.code) == (0, 0) and RunRecord.read(fitted).calibration == expected
+    assert "left out  8 of 30 rows, which the run was trained on" in mixed.out and "left out" not in alone.out
+    said = program("calibrate", fitted, "--data", tmp_path / "few.jsonl", *few).sentence()
+    assert "8 of the 27 rows, t0 the first of them, are rows that the run was trained on, and 19 others are too" in said
+    made = program("evaluate", fitted, "--data", tmp_path / "mixed.jsonl", "--json", tmp_path / "j", *few)
+    assert made.code == 0, made.err
+    figures = json.loads((tmp_path / "j").read_text())
+    for row in (figures, *figures["further"]):
+        assert row["notes"][-1].startswith(
+            "8 of the 30 rows, t0 the first of them, are rows that the run was trained on"
+        )
+    made = program("evaluate", fitted, "--json", tmp_path / "j", *few)  # its held-out rows
+    assert made.code == 0 and "trained on" not in " ".join(json.loads((tmp_path / "j").read_text())["notes"])
+    record = RunRecord.read(fitted)
+    assert trained_on(replace(record, recipe=record.recipe | {"data": str(tmp_path / "gone")}), questions(8)) == []
+    assert trained_on(replace(record, rows={"train": 23, "validation": 30}), questions(8)) == []
 
 
 def test_a_run_with_few_held_out_rows_says_that_it_is_uncalibrated(program: Program, tmp_path: Path) -> None:

@@ -169,7 +169,7 @@ def test_bad_input_is_refused(adapter: Path, run: Path, tmp_path: Path) -> None:
         by_label([{"question": "which?", "choices": ["stone", "bee", "wide"]}])
     with pytest.raises(UserError, match="pass rows"):
         by_choice("which?")
-    with pytest.raises(UserError, match='lacks "question" or "choices"'):
+    with pytest.raises(UserError, match='question 0: no "choices"'):
         by_choice([{"question": "which?"}])
     with pytest.raises(UserError, match="only one choice"):
         by_choice([{"question": "which?", "choices": ["red"]}])

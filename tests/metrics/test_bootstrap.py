@@ -140,6 +140,18 @@ def test_a_constant_answer_is_collapsed_whatever_its_ece() -> None:
     assert reason is not None and "commonest" in reason and "32.5%" in reason
 
 
+@pytest.mark.parametrize(("number", "reliable"), [(2, False), (12, True)])
+def test_few_rows_that_are_all_right_are_not_reliably_above_chance(number: int, reliable: bool) -> None:
+    labels = torch.arange(number) % 2
+    probs = 0.8 * torch.eye(2, dtype=torch.float64)[labels] + 0.1
+    found = evaluate(probs, labels)["accuracy"]
+    expected = {2: 0.342380, 12: 0.757506}[number]  # scipy.stats.binomtest(n, n).proportion_ci(method="wilson")
+    assert (found.value, found.high) == (1, 1) and found.low == pytest.approx(expected, abs=1e-5)
+    assert (is_collapsed(found, labels, 2) is None) == reliable
+    wrong = evaluate(probs, 1 - labels)["accuracy"]
+    assert (wrong.value, wrong.low) == (0, 0) and wrong.high == pytest.approx(1 - expected, abs=1e-5)
+
+
 def test_chance_is_the_mean_over_rows_with_different_numbers_of_choices() -> None:
     labels = torch.arange(400) % 4
     below, above = Metric(0.30, 0.26, 0.34), Metric(0.50, 0.45, 0.55)

@@ -1,5 +1,8 @@
 """Figures of a score of scope against scikit-learn's, with ties, and of resamples against the figure itself."""
 
+import weakref
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 import torch
@@ -42,6 +45,36 @@ def test_a_resample_is_the_figure_of_its_rows() -> None:
     alone = judge_detection(known.repeat_interleave(of_in), other.repeat_interleave(of_out), bootstrap=1)
     for name, (_, values) in draws.items():
         assert values[1].item() == pytest.approx(alone[name].value)
+
+
+def test_resamples_in_chunks_of_any_size_are_judged_pair_by_pair(monkeypatch: pytest.MonkeyPatch) -> None:
+    known, other = scores(ties=True)
+    expected = detection_draws(known, other, 230, 7)
+    from scalabl.metrics import bootstrap
+
+    monkeypatch.setattr(bootstrap, "_CHUNK", 150 * 90)  # 90 resamples of one set in memory, 168 of the other
+    for name, (value, values) in detection_draws(known, other, 230, 7).items():
+        assert value == expected[name][0] and values.shape == (230,)
+        torch.testing.assert_close(values, expected[name][1])
+
+
+def test_not_all_resamples_are_in_memory_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    known, other = scores(ties=True)
+    from scalabl.metrics import bootstrap, detection
+
+    monkeypatch.setattr(bootstrap, "_CHUNK", 150 * 100)
+    alive: list[weakref.ref[torch.Tensor]] = []
+    most = []
+
+    def watched(rows: int, number: int, seed: int) -> Iterator[torch.Tensor]:
+        for chunk in bootstrap.resamples(rows, number, seed):
+            alive.append(weakref.ref(chunk))
+            most.append(sum(each() is not None for each in alive))
+            yield chunk
+
+    monkeypatch.setattr(detection, "resamples", watched)
+    detection_draws(known, other, 1000, 7)
+    assert len(alive) > 10 and max(most) <= 5  # a chunk of each set, and the one that is drawn
 
 
 def test_a_perfect_and_a_blind_score() -> None:

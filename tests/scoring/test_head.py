@@ -18,6 +18,7 @@ from tiny_base import perturb, tiny_tokenizer
 from tokenizers import normalizers, processors
 from transformers import (
     AutoModelForSequenceClassification,
+    ConvBertConfig,
     PreTrainedTokenizerFast,
     pipeline,
 )
@@ -86,6 +87,24 @@ def test_padding_trunk_and_particles_change_nothing(base: Path) -> None:
     assert particles.std(dim=0).max() > 1e-3  # and particles do
     linearised = predict(scorer, encoded, LinearizedPredictive(), batch_size=4)
     assert linearised.shape[1:] == particles.shape[1:] and linearised.isfinite().all()
+
+
+def test_a_head_that_padding_changes_is_refused_by_name() -> None:
+    torch.manual_seed(0)
+    of_layers: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    config = ConvBertConfig(
+        vocab_size=310, embedding_size=32, num_attention_heads=4, head_ratio=2, num_labels=len(LABELS), **of_layers
+    )
+    model = AutoModelForSequenceClassification.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(6)  # what a token says reaches the logits
+    scoring = Head(tiny_tokenizer(), labels=LABELS, max_length=100)
+    scorer, encoded = Scorer(model, scoring), [scoring.encode(row) for row in rows()]
+    with pytest.raises(UserError, match="A ConvBertForSequenceClassification reads a text otherwise where padding"):
+        predict(scorer, encoded, MeanPredictive())
+    assert predict(scorer, encoded[:1] * 3, MeanPredictive()).isfinite().all()  # of one length there is no padding
 
 
 def test_it_is_saved_with_its_head_and_the_merged_mean_is_a_pipeline_of_its_labels(base: Path, tmp_path: Path) -> None:
@@ -191,6 +210,13 @@ def test_a_head_that_does_not_know_whether_rows_are_pairs_reads_both() -> None:
     types = head.encode(Example("x", "red", LABELS, 0, pair="blue")).token_types
     assert types is not None and types == sorted(types) and set(types) == {0, 1}
     assert "pairs" not in Head(pair_tokenizer(), labels=LABELS).settings()  # as older records
+    single, pair = (head.encode(Example("x", "red", LABELS, 0, pair=other)) for other in (None, "blue"))
+    assert pair.token_types is not None
+    blank = [0] * len(pair.input_ids)
+    for rows, expected in (((single, pair), [blank, pair.token_types]), ((pair, single), [pair.token_types, blank])):
+        types = head.collate(rows).token_types
+        assert types is not None and types.tolist() == expected
+    assert head.collate([single]).token_types is None
 
 
 @pytest.mark.parametrize("kind", [Letters, Continuation])

@@ -1,16 +1,21 @@
 """The trunk: what is computed once below the lowest adapted layer changes no number."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from head_bases import LABELS, body_of
 from peft import LoraConfig, get_peft_model
-from tiny_base import ARCHITECTURES, adapted, loaded, perturb, questions
+from tiny_base import ARCHITECTURES, adapted, loaded, perturb, questions, tiny_tokenizer
 from torch import Tensor
+from transformers import AutoModelForSequenceClassification
 
 import scalabl
 from scalabl.core.errors import UserError
+from scalabl.data import Example
 from scalabl.scoring import Batch, Continuation, Letters, Scorer
+from scalabl.scoring.head import Head
 from scalabl.scoring.trunk import Trunk
 from scalabl.scoring.trunk_store import with_stored_trunk
 
@@ -153,6 +158,36 @@ def test_the_store_is_read_again_only_for_the_same_rows_weights_and_depth(
     assert len(stored_files()) == (1 if change == "nothing" else 2)
     same = all(torch.equal(a.trunk, b.trunk) for a, b in zip(first, second, strict=True))  # type: ignore[arg-type]
     assert same == (change == "nothing")
+
+
+@pytest.mark.parametrize("change", ["nothing", "head", "positions", "norm", "pooler"])
+def test_the_store_knows_a_model_by_all_that_its_trunk_reads(
+    change: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("SCALABL_CACHE", str(tmp_path / "cache"))
+    body = body_of("bert", tmp_path / "body")
+
+    def scorer(eps: float = 1e-12) -> Scorer:
+        base = AutoModelForSequenceClassification.from_pretrained(body, num_labels=3, layer_norm_eps=eps)
+        config = scalabl.ScalaBLConfig(r=2, target_modules=["query"], layers_to_transform=[2])
+        model = get_peft_model(base, config)
+        return Scorer(model.eval(), Head(tiny_tokenizer(), labels=LABELS, max_length=100), Trunk(model))
+
+    first = scorer()
+    rows = [first.scoring.encode(Example(str(i), text, LABELS, 0)) for i, text in enumerate(("red", "a blue bee"))]
+    with_stored_trunk(first, rows)
+    other = scorer(1e-3 if change == "norm" else 1e-12)
+    inner = other.model.get_base_model()
+    changed = {
+        "head": inner.classifier,
+        "positions": inner.bert.embeddings.position_embeddings,
+        "pooler": inner.bert.pooler,
+    }
+    if change in changed:
+        with torch.no_grad():
+            next(changed[change].parameters())[0] += 0.5
+    with_stored_trunk(other, rows)
+    assert len(stored_files()) == (2 if change in ("positions", "norm") else 1)
 
 
 def test_stored_rows_are_those_of_a_pass_of_their_own(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:

@@ -1,6 +1,7 @@
 """A training run from a recipe to a directory."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -190,6 +191,21 @@ def test_validation_rows_are_held_out_where_the_data_has_none(tmp_path: Path) ->
     rows = select_rows(load_task(str(data)), settings_of(tiny_base(), data, validation_rows=300).rows)
     assert len(rows.validation) == 4 and not set(rows.train) & set(rows.validation)
     assert len(rows.train) == 36
+
+
+def test_held_out_rows_that_are_trained_on_too_are_counted(tmp_path: Path, own_cache: Path) -> None:
+    train_rows, held_out = questions(12, seed=0), questions(6, seed=1)
+    again = [replace(row, id=f"v{i}", answer=0) for i, row in enumerate(train_rows[:2])]  # other names and answers
+    for name, more in (("clean", []), ("repeated", again)):
+        write_jsonl(tmp_path / name / "train.jsonl", map(as_json, train_rows))
+        write_jsonl(tmp_path / name / "validation.jsonl", map(as_json, [*held_out, *more]))
+    said = {}
+    for name in ("clean", "repeated"):
+        settings = settings_of(tiny_base(), tmp_path / name, method="mle", steps=1, validation_rows=100)
+        said[name] = train(settings, tmp_path / f"run-{name}").warnings
+    assert not said["clean"]
+    (sentence,) = said["repeated"]
+    assert sentence.startswith("2 of the 8 held-out rows stand among the training rows too (v0 the first of them)")
 
 
 def test_an_epoch_is_every_row_once_in_batches_of_like_length() -> None:

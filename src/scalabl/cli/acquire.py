@@ -60,7 +60,7 @@ def acquire(
         )
     require_writable(output, reads=(pool, run, model))
     known = record.labels
-    rows = with_labels(load_rows(pool, labels=known, require_answer=False), known, pool)
+    rows = with_labels(load_rows(pool, labels=known, require_answer=False, foreign=True), known, pool, whole=True)
     if not 1 <= k <= len(rows):
         raise UserError(f"-k is {k}; it must be between 1 and the {len(rows)} rows of {pool}.")
     originals = [original for _, _, original in read_fields(pool)]

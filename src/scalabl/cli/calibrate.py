@@ -52,5 +52,7 @@ def calibrate(
     if json is not None:
         write_json(json, made.as_dict())
     console = words_console()
+    if left_out := len(rows) - made.rows:
+        console.print(f"left out  {left_out:,} of {len(rows):,} rows, which the run was trained on")
     console.print(f"before  {'none' if before is None else before.in_words()}")
     console.print(f"now     {made.in_words()}")

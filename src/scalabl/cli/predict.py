@@ -169,7 +169,7 @@ def predict(
     given, written = _on_this_machine(input), _on_this_machine(output)
     require_writable(written, reads=(given, run, priors, model))
     known = record.labels
-    rows = with_labels(load_rows(given, labels=known, require_answer=False), known, given)
+    rows = with_labels(load_rows(given, labels=known, require_answer=False, foreign=True), known, given, whole=True)
 
     from scalabl.core.console import quiet
     from scalabl.inference.batch_prediction import predict_file

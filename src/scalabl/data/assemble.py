@@ -152,6 +152,12 @@ def cut(rows: Sequence[R], seed: int = SUBSET_SEED) -> dict[str, tuple[R, ...]]:
     return {split: tuple(row for row in rows if row.id in ids) for split, ids in chosen.items()}
 
 
+def repeated(rows: Sequence[R], others: Sequence[R]) -> list[R]:
+    """Those of the rows that stand among others too, by what they hold: whatever they are called or labelled there."""
+    known = {row.content for row in others}
+    return [row for row in rows if row.content in known]
+
+
 @dataclass(frozen=True)
 class TrainingRows(Generic[R]):
     """The rows of a run: trained on, and held out for every choice that is made before the test."""

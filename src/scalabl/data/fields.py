@@ -1,14 +1,13 @@
-"""The fields of one row, each read strictly: what could be meant in two ways is refused. Of JSONL, and of Python."""
+"""The fields of one row, each read strictly: what could be meant in two ways is refused."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from scalabl.core.errors import UserError
-from scalabl.data.example import KEY, LETTERS, Example, check, first_duplicate, images_of
+from scalabl.data.example import KEY, LETTERS, first_duplicate
 from scalabl.data.records import LONGEST
 
 _QUESTION_KEYS = ("question", "choices", "answer")
@@ -175,61 +174,3 @@ def _kind(value: Any) -> str:
     if isinstance(value, bool):
         return f"{value}".lower()
     return {int: "a number", float: "a number", list: "a list", dict: "an object"}.get(type(value), "text")
-
-
-Question = str | Mapping[str, Any] | Example
-
-
-def rows_of(
-    questions: Question | Sequence[Question], labels: tuple[str, ...] | None, *, prompts: bool = False
-) -> list[Example]:
-    """Questions as rows.
-
-    Args:
-        questions: texts (with label words), or rows {"text"}, {"prompt"} or {"question", "choices"}, with an "image" or
-            not, or `Example`s; one, or several.
-        labels: the label words of a classifier that has them.
-        prompts: whether texts are prompts already, as {"prompt"} is.
-
-    Raises:
-        UserError: no questions, what is none, a prompt where the scoring needs choices, or choices other than the
-            labels.
-    """
-    if questions is None:
-        raise UserError("There are no questions to answer; pass at least one.")
-    given = [questions] if isinstance(questions, str | Mapping | Example) else questions
-    rows = [_row(index, question, labels, prompts) for index, question in enumerate(given)]
-    if not rows:
-        raise UserError("There are no questions to answer; pass at least one.")
-    return rows
-
-
-def _row(index: int, question: Question, labels: tuple[str, ...] | None, prompts: bool) -> Example:
-    where = f"question {index}"
-    if isinstance(question, Example):
-        return _checked(question, labels)
-    if isinstance(question, str):
-        if labels is None:
-            raise UserError('This classifier scores choices; pass rows {"question": ..., "choices": [...]}.')
-        return Example(str(index), unstripped_text(question, "the prompt", where), labels, None, rendered=prompts)
-    if not isinstance(question, Mapping):
-        kind = "None" if question is None else f"a {type(question).__name__}"
-        raise UserError(f'Question {index} is {kind}; give a text, or a row {{"question": ..., "choices": [...]}}.')
-    key = PROMPT if is_prompt_row(question) else "question" if "question" in question else "text"
-    rendered = key == PROMPT or (prompts and key == "question")  # of shared labels, "question" is another text
-    text, choices = question.get(key), question.get("choices", labels)
-    if text is None or choices is None:
-        raise UserError(f'Question {index} lacks "question" or "choices"; give both.')
-    if isinstance(choices, str | Mapping) or not isinstance(choices, Iterable):
-        raise UserError(f'{where}: "choices" is not a list; write ["first", "second"].')
-    texts = tuple(unstripped_text(choice, f"choice {i}", where) for i, choice in enumerate(choices))
-    images = images_of(question, Path(), where)
-    pair = unstripped_text(question[PAIR], f'"{PAIR}"', where) if PAIR in question else None
-    body = unstripped_text(text, f'"{key}"', where)
-    return _checked(Example(str(index), body, texts, None, images, pair, rendered=rendered), labels)
-
-
-def _checked(row: Example, labels: tuple[str, ...] | None) -> Example:
-    if labels is not None and row.choices != labels:
-        raise UserError(f"Question {row.id} has choices of its own, but this classifier answers {labels}.")
-    return check(row, f"question {row.id}", most=len(LETTERS) if labels is None else None)

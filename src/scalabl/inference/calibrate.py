@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from scalabl.core import processes
+from scalabl.core.errors import UserError
 from scalabl.data.example import Example, rows_digest
 from scalabl.inference.calibration import Calibration
 from scalabl.inference.predictor import Predictor, kind_of, labels_of, log_probabilities
 from scalabl.inference.settings import PredictionSettings
+from scalabl.inference.trained_on import trained_on, trained_on_in_words
 from scalabl.metrics.calibration import (
     ROWS_NEEDED,
     CalibrationFit,
@@ -30,6 +32,7 @@ from scalabl.predictive.monte_carlo import MonteCarloPredictive
 from scalabl.runs.card import write_cards
 from scalabl.runs.loading import load_run
 from scalabl.runs.method import Run
+from scalabl.runs.record import RunRecord
 
 
 def fit_run(
@@ -143,7 +146,7 @@ def calibrate(
 
     Args:
         directory: the run's.
-        rows: labelled rows that it was not trained on, of where it is deployed.
+        rows: labelled rows of where it is deployed; those that it was trained on are left out, where they are known.
         settings: predictive, samples and seed.
         batch_size: rows at a time.
         model: the base model, if it has moved.
@@ -152,11 +155,19 @@ def calibrate(
         the calibration that it had, and the one that it has now.
 
     Raises:
-        UserError: not a finished run, too few rows, rows that it cannot encode.
+        UserError: not a finished run, too few rows that it was not trained on, rows that it cannot encode.
     """
     require_rows(len(rows))
+    found = trained_on(RunRecord.read(directory), rows)
+    left_out = set(found)
+    others = [row for row in rows if row not in left_out]
+    if found and len(others) < ROWS_NEEDED:
+        raise UserError(
+            f"{trained_on_in_words(found, rows)}, and {len(others)} others are too few to calibrate on, it takes "
+            f"{ROWS_NEEDED}; give rows that it was not trained on."
+        )
     run = load_run(directory, model=model)
-    before, made = Calibration.of(run.record), fit_run(run, rows, settings, batch_size=batch_size)
+    before, made = Calibration.of(run.record), fit_run(run, others, settings, batch_size=batch_size)
     record = replace(run.record, calibration=made.as_dict())
     write_cards(directory, record)
     record.write(directory)

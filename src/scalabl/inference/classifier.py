@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from scalabl.core.errors import UserError
 from scalabl.data.example import Example
-from scalabl.data.fields import rows_of
+from scalabl.data.questions import rows_of
 from scalabl.data.template import TEXT
 from scalabl.inference.adapter import BareRun, base_of, head_of, letters_of, record_of, refuse_unread, shared_labels
 from scalabl.inference.answer import Answer, answer_of

@@ -16,9 +16,11 @@ from scalabl.inference.predictor import Predictor, labels_of
 from scalabl.inference.promise import Promise, next_step
 from scalabl.inference.report.results import MethodResult, Report
 from scalabl.inference.settings import PredictionSettings
+from scalabl.inference.trained_on import trained_on, trained_on_in_words
+from scalabl.metrics.calibration import bounded_temperature, require_rows
 from scalabl.metrics.selective import Threshold
 from scalabl.metrics.several_labels import wrong_rows
-from scalabl.metrics.uncertainty import apply_temperature, fit_temperature, mean_particles
+from scalabl.metrics.uncertainty import apply_temperature, mean_particles
 from scalabl.predictive.adaptive import AdaptivePredictive
 from scalabl.predictive.base import Predictive
 from scalabl.runs.directory import posterior_warnings
@@ -56,7 +58,12 @@ def evaluate_run(
         model: the base model, if it has moved.
         asked: how the rows of an adapter without a record are scored.
         with_baseline: predict by the posterior's mean alone too, uncalibrated, where the run has a posterior.
+
+    Raises:
+        UserError: not a run, rows that it cannot encode, or fewer held-out rows than a calibration takes.
     """
+    if held_out:
+        require_rows(len(held_out))
     predictor = Predictor.load(directory, settings, model=model, batch_size=batch_size, asked=asked)
     settings = predictor.resolve(rows)
     run, calibration = predictor.whole_run(), predictor.calibration
@@ -72,7 +79,10 @@ def evaluate_run(
             methods[-1].notes.append(next_step(run.record, settings.threshold))
     if held_out and not (calibration is not None and calibration.rows_sha256 == rows_digest(held_out, named=True)):
         validation = plain.log_probs(held_out, dataset="temperature")
-        methods.append(tempered(methods[0], fit_temperature(validation, labels_of(held_out))))
+        methods.append(tempered(methods[0], bounded_temperature(validation, labels_of(held_out))))
+    if found := trained_on(run.record, rows):
+        for method in methods:
+            method.notes.append(f"{trained_on_in_words(found, rows)}, so that figures are too good; evaluate on others")
     recipe, log = run.record.recipe, _log(directory)
     return Report(
         title=f"{recipe['model']} on {data}",

@@ -18,7 +18,8 @@ from scalabl.data.example import Example
 from scalabl.inference.predictor import labels_of
 from scalabl.inference.settings import temperature_in
 from scalabl.methods.saved import SavedMethod
-from scalabl.metrics.uncertainty import apply_temperature, fit_temperature
+from scalabl.metrics.calibration import bounded_temperature
+from scalabl.metrics.uncertainty import apply_temperature
 from scalabl.predictive.base import Predictive, predict
 from scalabl.runs.method import Run
 from scalabl.scoring.base import Batch
@@ -71,7 +72,8 @@ class Temperature(SavedMethod):
         inner = run.predictive(samples=samples, seed=seed)
         encoded = with_stored_trunk(run.scorer, run.encode(list(validation_rows)), batch_size=batch_size)
         log_probs = predict(run.scorer, encoded, inner, batch_size=batch_size)
-        temperature = fit_temperature(run.scorer.scoring.likelihood.questions(log_probs), labels_of(validation_rows))
+        questions = run.scorer.scoring.likelihood.questions(log_probs)
+        temperature = bounded_temperature(questions, labels_of(validation_rows))
         return self.save(run, {"temperature": temperature, "rows": len(validation_rows), "samples": samples})
 
     def predictive(self, run: Run, *, samples: int = 10, seed: int = 0) -> Predictive:

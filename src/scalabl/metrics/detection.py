@@ -14,6 +14,9 @@ Sources: Hendrycks and Gimpel 2017 (1610.02136) for AUROC and AUPR; Liang et al.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable, Iterator
+
 import torch
 from torch import Tensor
 
@@ -64,16 +67,16 @@ def detection_draws(score_in: Tensor, score_out: Tensor, bootstrap: int, seed: i
         }
 
     once = figures(torch.ones(1, len(shifted)).double(), torch.ones(1, len(known)).double())
-    # a hundred resamples at a time: the pairs of counts are copied a few times over
-    parts = [
-        figures(*pair)
-        for pair in zip(
-            torch.cat(list(resamples(len(shifted), bootstrap, seed))).split(100),
-            torch.cat(list(resamples(len(known), bootstrap, seed + 1))).split(100),
-            strict=True,
-        )
-    ]
+    drawn = (_hundreds(resamples(len(shifted), bootstrap, seed)), _hundreds(resamples(len(known), bootstrap, seed + 1)))
+    parts = [figures(*pair) for pair in zip(*drawn, strict=True)]
     return {name: (once[name].item(), torch.cat([part[name] for part in parts])) for name in DETECTION_METRICS}
+
+
+def _hundreds(chunks: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Resamples a hundred at a time, however they come: their counts are copied a few times over."""
+    single = itertools.chain.from_iterable(chunks)
+    while some := list(itertools.islice(single, 100)):
+        yield torch.stack(some)
 
 
 def _average_precision(found: Tensor, flagged: Tensor) -> Tensor:

@@ -54,7 +54,7 @@ class FeatureDistance:
         """From the features (n, d) of the training rows and their classes (n,); a class without rows is left out.
 
         Raises:
-            UserError: features that are NaN or infinite, or all alike.
+            UserError: features that are NaN or infinite.
         """
         rows, (found, place) = features.double(), labels.unique(return_inverse=True)
         if not rows.isfinite().all():

@@ -70,9 +70,10 @@ def evaluate(
 
     accuracy, nll (nats), ece (share, not percent), brier (sum over choices, 0 to 2), auroc (of being right,
     by confidence), aurc (area under risk against coverage); `metrics/scores.py` defines them, with sources.
-    Columns of probability zero (choices a row lacks) change nothing. auroc is None, with the reason, when all
-    rows are right or all are wrong. Methods evaluated on the same rows with one seed share their resamples. Of
-    `per_row` questions a row (`scalabl.metrics.several_labels`) the figures are of questions, the resamples of rows.
+    Columns of probability zero (choices a row lacks) change nothing. When all rows are right or all are wrong, auroc
+    is None, with the reason, and accuracy's interval is Wilson's, since resamples all say the same. Methods evaluated
+    on the same rows with one seed share their resamples. Of `per_row` questions a row
+    (`scalabl.metrics.several_labels`) the figures are of questions, the resamples of rows.
 
     Raises:
         UserError: for probabilities or labels that are none, or settings out of range.
@@ -84,7 +85,13 @@ def evaluate(
         side = "right" if rows.correct[0] == 1 else "wrong"
         undefined["auroc"] = f"every answer is {side}, so there is nothing to tell apart"
     figures = {name: by_rows(partial(score, rows), per_row) for name, score in _FUNCTIONS.items()}
-    return judged(figures, len(rows.correct) // per_row, bootstrap, seed, confidence, _BOUNDS, undefined)
+    number = len(rows.correct) // per_row
+    found = judged(figures, number, bootstrap, seed, confidence, _BOUNDS, undefined)
+    if undefined:  # every resample is as right as these rows, however few they are
+        share = found["accuracy"].value or 0.0
+        low, high = scores.wilson(share, number, confidence)
+        found["accuracy"] = Metric(share, min(low, share), max(high, share))
+    return found
 
 
 def paired_difference(

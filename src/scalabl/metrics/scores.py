@@ -220,7 +220,7 @@ def reliability(probs: Tensor, labels: Tensor, num_bins: int = 15) -> list[Bin]:
             bins.append(Bin(low, high, 0, None, None, None, None))
             continue
         mean, accuracy = confidence[here].mean().item(), correct[here].mean().item()
-        bins.append(Bin(low, high, count, mean, accuracy, *_wilson(accuracy, count)))
+        bins.append(Bin(low, high, count, mean, accuracy, *wilson(accuracy, count)))
     return bins
 
 
@@ -253,8 +253,9 @@ def risk_by_coverage(confidence: Tensor, errors: Tensor) -> tuple[Tensor, Tensor
     return k / n, expected / k
 
 
-def _wilson(share: float, count: int) -> tuple[float, float]:
-    z = NormalDist().inv_cdf(0.975)
+def wilson(share: float, count: int, confidence: float = 0.95) -> tuple[float, float]:
+    """The interval of a share among so many rows (Wilson 1927), which has a width where the share is 0 or 1 too."""
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
     centre = (share + z * z / (2 * count)) / (1 + z * z / count)
     half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count)) / (1 + z * z / count)
     return max(0.0, centre - half), min(1.0, centre + half)

@@ -191,6 +191,7 @@ class Scoring(ABC):
                 first = length - len(row.input_ids) if left else 0
                 trunk[i, first : first + len(row.input_ids)] = row.trunk
         input_ids = padded([row.input_ids for row in rows], pad_id)
+        pairs = any(row.token_types is not None for row in rows)  # a single text is as the first one of a pair
         return Batch(
             input_ids=input_ids,
             position_ids=padded([row.position_ids for row in rows], 0),
@@ -200,7 +201,7 @@ class Scoring(ABC):
             keep=max(1 + sum(segment > 0 for segment in row.segments) for row in rows),
             trunk=trunk,
             images=batch_images([row.images for row in rows], input_ids),
-            token_types=None if rows[0].token_types is None else padded([row.token_types or [] for row in rows], 0),
+            token_types=padded([row.token_types or [0] * len(row.input_ids) for row in rows], 0) if pairs else None,
         )
 
     @property

@@ -9,17 +9,17 @@ columns read such a row as they read it alone. All passes of a question share on
 A row whose choices stand behind each other, beside a shorter row that is padded, is compared with what the model says
 of each choice alone, at the length that the rows have: windows, chunks and biases that go by columns show themselves
 there. A model that differs, or takes no such mask, is read plainly, which is as right and slower; one that differs
-there too is refused.
+there too is refused. So is a classification head that padding behind a row changes.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 import transformers
@@ -226,6 +226,43 @@ def reads_packed(model: nn.Module, batch: Batch) -> bool:
             return True
         known = _known[base_model(model)] = found
     return known.packed
+
+
+_apart: WeakSet[nn.Module] = WeakSet()  # heads whose rows say beside padding what they say alone
+
+
+@torch.no_grad()
+def require_unread_padding(model: nn.Module, alone: Sequence[dict[str, Tensor]], together: dict[str, Tensor]) -> None:
+    """Refuse a head that reads a row otherwise where padding stands behind it; tried once.
+
+    Args:
+        model: a sequence classifier.
+        alone: keywords of its forward pass for each of a few rows of unlike lengths, without padding.
+        together: for all of them as one batch.
+
+    Raises:
+        UserError: it does, as one of convolutions, of mixing without a mask, or that reads the last column.
+    """
+    base = base_model(model)
+    if base in _apart:
+        return
+    inner = unwrap(model)
+    with eval_mode(inner), mean_of_any(inner):
+        try:
+            expected = torch.cat([inner(**inputs).logits for inputs in alone])
+            found = inner(**together).logits
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # among particles that these rows cannot carry, or whatever the passes to come will say
+            return
+    if not expected.isfinite().all():
+        return
+    if not (off := gap(found, expected)) <= REFUSED * tolerance(model):
+        raise UserError(
+            f"A {type(base).__name__} reads a text otherwise where padding stands behind it (its logits differ by "
+            f"{off:.2g} of their spread), so that answers would depend on the rows beside; give another base model."
+        )
+    _apart.add(base)
 
 
 @torch.no_grad()

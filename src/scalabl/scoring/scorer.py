@@ -18,7 +18,7 @@ from scalabl.scoring.continuation import Continuation, choice_log_likelihoods
 from scalabl.scoring.head import Head
 from scalabl.scoring.letters import Letters
 from scalabl.scoring.read_token import reads_first_token
-from scalabl.scoring.reading import reads_packed
+from scalabl.scoring.reading import reads_packed, require_unread_padding
 from scalabl.scoring.text import Text
 from scalabl.scoring.trunk import Trunk, head_inputs, token_logits
 from scalabl.tuner.layers import learnt_positions, reads_images, sequence_classifier
@@ -111,15 +111,28 @@ class Scorer:
             yield indices, self.with_trunk(self.scoring.collate(chunk).to(self.device))
 
     def reads_packed(self, rows: Sequence[Encoded]) -> bool:
-        """Whether the model reads rows of this length as they are packed here."""
+        """Whether the model reads rows of this length as they are packed here.
+
+        Raises:
+            UserError: it reads a row otherwise beside others, or beside padding.
+        """
         of_text = [row for row in rows if row.images is None]
         if not of_text:
             return True
         longest = max(of_text, key=lambda row: len(row.input_ids))
         batch = self.scoring.collate([replace(longest, trunk=None)]).to(self.device)
         if isinstance(self.scoring, Head):
+            shortest = min(of_text, key=lambda row: len(row.input_ids))
+            if len(shortest.input_ids) < len(longest.input_ids):
+                tried = [replace(row, trunk=None) for row in (shortest, longest)]
+                require_unread_padding(
+                    self.model, [self._head_inputs([row]) for row in tried], self._head_inputs(tried)
+                )
             reads_first_token(self.model, head_inputs(self.model, batch))
         return reads_packed(self.model, batch)
+
+    def _head_inputs(self, rows: Sequence[Encoded]) -> dict[str, Tensor]:
+        return head_inputs(self.model, self.scoring.collate(rows).to(self.device))
 
     def check_packing(self, encoded: Encoded) -> None:
         """Refuse a model that does not honour the mask which keeps the choices of one row apart, or whose images are

@@ -1,17 +1,20 @@
 """The trunk's output on disk: computed once for a model and its rows, whatever run, seed or method reads it.
 
 A store is one safetensors file a list of rows, named after everything that decides its content: the weights of the
-trunk, its depth and precision, the library's version, and every token, position and segment of the rows.
+trunk, its depth and precision, the model's configuration, the library's version, and every token, position and segment
+of the rows.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -25,8 +28,11 @@ from scalabl.core.files import cache_directory, writing
 from scalabl.core.modules import eval_mode
 from scalabl.scoring.base import Encoded
 from scalabl.scoring.scorer import Scorer
+from scalabl.tuner.threads import base_model
 
 LARGEST = 4 * 2**30  # bytes of one store, over which every layer is run every time
+# of a configuration: where a model was from, and the labels of its head
+_OF_NO_LAYER = ("_name_or_path", "transformers_version", "architectures", "id2label", "label2id", "problem_type")
 ALL_STORES = 16 * 2**30  # bytes of all stores, over which the least recently used go
 
 
@@ -79,10 +85,19 @@ def _key(scorer: Scorer, rows: Sequence[Encoded], dtype: torch.dtype) -> str:
     assert scorer.trunk is not None
     digest = hashlib.sha256()
     attention = scorer.model.config._attn_implementation
-    digest.update(f"1|{transformers.__version__}|{dtype}|{scorer.trunk.depth}|{attention}|".encode())
-    embedding = scorer.model.get_input_embeddings()
-    for module in (embedding, *list(scorer.trunk.layers)[: scorer.trunk.depth]):
-        digest.update(_weights(module))
+    digest.update(f"2|{transformers.__version__}|{dtype}|{scorer.trunk.depth}|{attention}|".encode())
+    config = scorer.model.config.get_text_config().to_dict()
+    said = {name: value for name, value in config.items() if name not in _OF_NO_LAYER}
+    digest.update(json.dumps(said, sort_keys=True, default=str).encode())
+    layers = list(scorer.trunk.layers)
+    for layer in layers[: scorer.trunk.depth]:
+        digest.update(_weights(layer))
+    # embeddings, and what layers share; not the head, nor what a run trains in front of it
+    within = {module for layer in layers for module in layer.modules()}
+    base: Any = base_model(scorer.model)
+    for name, module in base.base_model.named_modules():
+        if module not in within and "pooler" not in name:
+            digest.update(_weights(module, recurse=False))
     for row in rows:
         types = () if row.token_types is None else (row.token_types,)
         digest.update(repr((row.input_ids, row.position_ids, row.segments, *types)).encode())
@@ -90,10 +105,10 @@ def _key(scorer: Scorer, rows: Sequence[Encoded], dtype: torch.dtype) -> str:
 
 
 @torch.no_grad()
-def _weights(module: nn.Module) -> bytes:
+def _weights(module: nn.Module, *, recurse: bool = True) -> bytes:
     """A digest of a module's weights: sums that no training step leaves unchanged, and a sample of the values."""
     digest = hashlib.sha256()
-    for name, tensor in _plain_tensors(module):
+    for name, tensor in _plain_tensors(module, recurse=recurse):
         value = tensor.reshape(-1)
         sample = value[:: max(1, value.numel() // 1024)].float().cpu().numpy().tobytes()
         sums = (value.double().sum().item(), value.double().square().sum().item())
@@ -101,9 +116,9 @@ def _weights(module: nn.Module) -> bytes:
     return digest.digest()
 
 
-def _plain_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def _plain_tensors(module: nn.Module, *, recurse: bool = True) -> Iterator[tuple[str, Tensor]]:
     """A module's parameters; those of quantised weights with their scales."""
-    named = dict(module.named_parameters())
+    named = dict(module.named_parameters(recurse=recurse))
     for name, parameter in named.items():
         if is_traceable_wrapper_subclass(parameter):  # torchao's: integers and scales inside one tensor
             for inner in parameter.__tensor_flatten__()[0]:

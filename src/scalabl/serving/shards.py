@@ -228,7 +228,7 @@ def read_rows(
         UserError: a bad row, named by file and line, or a file that is empty, truncated or of another kind.
     """
     for row in stream_rows(source.path, labels, name=source.name, place=place, number=number):
-        (example,) = with_labels([row.example], labels, f"{source.path}:{row.number}")
+        (example,) = with_labels([row.example], labels, f"{source.path}:{row.number}", whole=True)
         yield PlacedRow(row.place, row.number, example)
 
 

@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerBase
 from scalabl.core.console import progress_bar
 from scalabl.core.errors import UserError
 from scalabl.data.example import Example
-from scalabl.data.fields import rows_of
+from scalabl.data.questions import rows_of
 from scalabl.inference.adapter import head_over, letters_of, refuse_unread, shared_labels
 from scalabl.inference.answer import Answer, answer_of
 from scalabl.metrics.uncertainty import apply_temperature

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallba
 from scalabl.core import processes
 from scalabl.core.errors import UserError
 from scalabl.core.files import ADAPTER, LOG, read_if_whole, sha256, write_json, writing
-from scalabl.data.assemble import TrainingRows, select_rows
+from scalabl.data.assemble import TrainingRows, repeated, select_rows
 from scalabl.data.class_balance import balance_warnings, label_counts
 from scalabl.data.example import Example, Task, rows_digest
 from scalabl.data.load import load_training_task
@@ -165,9 +165,9 @@ def _train(
     if not output.is_dir():
         raise UserError(f"{output} is not seen by every machine; give a directory on a file system that they share.")
     rows_of_run = [scoring.encode(row) for row in rows.train]
-    cut = [] if isinstance(task, TextTask) else cut_rows_warning(rows_of_run, scoring)
+    thin = [] if isinstance(task, TextTask) else row_warnings(rows_of_run, scoring, rows.train, rows.validation)
     if head and labels is not None and balance is not None:
-        cut += balance_warnings(balance, label_counts(rows.validation, labels))
+        thin += balance_warnings(balance, label_counts(rows.validation, labels))
     if isinstance(task, TextTask):
         record = replace(record, tokens=token_counts(rows_of_run))
     encoded = processes.first_on_each_machine(lambda: with_stored_trunk(Scorer(adapted, scoring, trunk), rows_of_run))
@@ -185,7 +185,7 @@ def _train(
                 save_file(beside, unfinished, metadata={"adapter_sha256": digest})
         trained = replace(
             record, adapter_sha256=digest, config_sha256=config_digest(output),
-            features_sha256=write_features(output, distance), warnings=cut,
+            features_sha256=write_features(output, distance), warnings=thin,
         )  # fmt: skip
         if not METHODS[settings.method].over_s:  # the sentences are of s
             return trained
@@ -214,10 +214,19 @@ def tell_prompt(scoring: Scoring, row: Any, tell: Callable[[str], None] | None) 
             tell(line)
 
 
-def cut_rows_warning(rows: Sequence[Encoded], scoring: Scoring) -> list[str]:
-    """What a run's record says of training rows that lost their beginning."""
-    sentence = cut_rows_sentence(rows, scoring, "training rows")
-    return [] if sentence is None else [sentence]
+def row_warnings(
+    encoded: Sequence[Encoded], scoring: Scoring, rows: Sequence[Example], held_out: Sequence[Example]
+) -> list[str]:
+    """What a run's record says of its rows: that some lost their beginning, that held-out ones were trained on."""
+    cut = cut_rows_sentence(encoded, scoring, "training rows")
+    found = [] if cut is None else [cut]
+    if again := repeated(held_out, rows):
+        found.append(
+            f"{len(again):,} of the {len(held_out):,} held-out rows stand among the training rows too ({again[0].id} "
+            "the first of them), so that what is fitted on held-out rows trusts the run too far; take them out of one "
+            "of the two."
+        )
+    return found
 
 
 def record_of(

@@ -17,7 +17,7 @@ from scalabl.inference.report.results import MethodResult, Report, count_choices
 from scalabl.metrics import evaluate
 from scalabl.metrics.bootstrap import Metric
 from scalabl.metrics.detection import DETECTION_METRICS, judge_detection
-from scalabl.metrics.figures import METRICS, is_collapsed, ood_auroc, paired_difference
+from scalabl.metrics.figures import METRICS, is_collapsed, paired_difference
 from scalabl.metrics.per_class import ClassFigures, per_class, per_label
 from scalabl.metrics.several_labels import evaluate_sets, label_probs
 from scalabl.metrics.uncertainty import average, mean_particles
@@ -137,23 +137,21 @@ def _row(method: MethodResult, bootstrap: int, seed: int) -> dict[str, Any]:
         sets = evaluate_sets(label_probs(method.log_probs, per_row), marks, bootstrap=bootstrap, seed=seed)
         row["sets"] = {name: asdict(metric) for name, metric in sets.items()}
     for name, log_probs in method.ood.items():
-        shifted = method.uncertainty(name)
-        epistemic = Metric(None, None, None, "a single prediction has no epistemic part")
-        if method.log_probs.shape[0] > 1:
-            epistemic = ood_auroc(known.epistemic, shifted.epistemic, bootstrap=bootstrap, seed=seed)
-        row["ood"][name] = {
-            "n": log_probs.shape[1] // per_row,
-            "auroc_total": asdict(ood_auroc(known.total, shifted.total, bootstrap=bootstrap, seed=seed)),
-            "auroc_epistemic": asdict(epistemic),
-        }
         others = method.scope_scores(name)
-        row["ood"][name]["scores"] = {
+        scores = {
             score: {
                 figure: asdict(metric)
                 for figure, metric in judge_detection(values, others[score], bootstrap=bootstrap, seed=seed).items()
             }
             for score, values in method.scope_scores().items()
             if score in others
+        }
+        single = {"auroc": asdict(Metric(None, None, None, "a single prediction has no epistemic part"))}
+        row["ood"][name] = {
+            "n": log_probs.shape[1] // per_row,
+            "auroc_total": scores["entropy"]["auroc"],
+            "auroc_epistemic": scores.get("epistemic", single)["auroc"],
+            "scores": scores,
         }
         if name in method.ood_labels:
             row["ood"][name] |= _figures(log_probs, method.ood_labels[name], bootstrap, seed, per_row)

@@ -33,7 +33,7 @@ def rows_asked(adapter: ServedAdapter, given: Sequence[str | dict[str, Any]]) ->
         if KEY in raw:
             raise UserError(f'{where}: "{KEY}" names a file, and the server reads none for a request; leave it out.')
         row = replace(row_of(raw, labels, where=where, name=str(i)), answer=None, answers=None)
-        rows += with_labels([row], labels, where)
+        rows += with_labels([row], labels, where, whole=True)
     if len({row.pair is None for row in rows}) > 1:
         raise UserError('The rows of a request are with and without "text_pair"; give all of them one, or none.')
     return rows

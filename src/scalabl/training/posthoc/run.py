@@ -46,7 +46,7 @@ from scalabl.training.monitors import finite
 from scalabl.training.posthoc.laplace import fit_laplace, used_components
 from scalabl.training.posthoc.settings import PosthocSettings, SourceAdapter, refuse_options
 from scalabl.training.posthoc.svd import scalabl_config, scalabl_tensors
-from scalabl.training.run import Calibrating, cut_rows_warning, optimise, record_of, tell_prompt
+from scalabl.training.run import Calibrating, optimise, record_of, row_warnings, tell_prompt
 from scalabl.tuner.config import SUPPORTED_LORA_OPTIONS, ScalaBLConfig
 from scalabl.tuner.joint import save_joint, set_joint
 from scalabl.tuner.layers import stochastic_layers, without_rows
@@ -157,7 +157,7 @@ def _build(
     if own is not None:
         begun = replace(begun, held_out_sha256=own.held_out_sha256)
         fitted["bayesianized"]["own_rows"] = True  # held-out rows that its LoRA was not trained on either
-    fitted["warnings"] = cut_rows_warning(encoded, scoring)
+    fitted["warnings"] = row_warnings(encoded, scoring, rows, held_out)
     features = write_features(directory, fit_distance(scorer, encoded))
     digest = sha256(directory / ADAPTER)
     record = replace(
