@@ -92,7 +92,7 @@ def test_test_rows_decide_predictions_alone_and_training_rows_everything(tmp_pat
 def test_cells_of_results_that_were_published_have_the_addresses_that_they_had(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """But for methods that have come to something else since, under the same settings, and for what all trainings did."""
+    """But for methods that have come to something else since, under the same settings, and what all trainings have."""
     monkeypatch.setattr("scalabl.study.plan.TRAINING_REVISION", 0)
     with (ROOT / "docs" / "results" / "ablations" / name / "results.csv").open() as file:
         cells = {row["cell"]: row["method"] for row in csv.DictReader(file)}
