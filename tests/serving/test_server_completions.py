@@ -8,6 +8,7 @@ import re
 import shlex
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from page_blocks import ROOT, run_blocks
 from server_runs import WORDS
 
 import scalabl
+from scalabl.generation.confidence import AnswerSettings, Confidence
 from scalabl.serving.server.adapters import ServedAdapter
 from scalabl.serving.server.limits import Limits
 from scalabl.serving.server.metrics import Metrics
@@ -117,6 +119,33 @@ def test_completions_of_several_prompts_and_their_stream(client: OpenAI, served:
     tokens = served["words"].run.tokenizer("say red")["input_ids"]
     [by_tokens, *_] = client.completions.create(prompt=tokens, **asked).choices
     assert by_tokens.text == made.choices[0].text
+
+
+def test_a_confidence_is_that_of_texts_made_as_those_it_was_fitted_on(served: dict[str, ServedAdapter]) -> None:
+    adapter = served["words"]
+    settings = AnswerSettings(10, ("\n",), False, adapter.run.record.adapter_sha256)
+    fitted = Confidence(
+        "isotonic", ("mean_entropy",), (-1,), 0.1, 0.9, 20, 8, knots=(-20.0, 0.0), heights=(0.25, 0.25), made=settings
+    )
+    with answering({"words": replace(adapter, confidence=fitted)}, Limits()) as running:
+        client = OpenAI(base_url=f"http://127.0.0.1:{running.port}/v1", api_key="none", max_retries=0)
+
+        def calibrated(**asked: Any) -> bool:
+            made = {"model": "words", "prompt": "say red", "max_tokens": 4, "stop": "\n"} | asked
+            [choice] = client.completions.create(**made).choices
+            assert choice.text.strip() and (field(choice)["confidence"] == 0.25) == field(choice)["calibrated"]
+            return bool(field(choice)["calibrated"])
+
+        assert calibrated() and calibrated(stop=["\n", ""])
+        otherwise: list[dict[str, Any]] = [
+            {"stop": None}, {"stop": ["\n", "nowhere"]}, SAMPLED,
+            {"prompt": adapter.run.tokenizer("say red")["input_ids"]},
+        ]  # fmt: skip
+        assert not any(calibrated(**asked) for asked in otherwise)
+        [turned] = client.chat.completions.create(
+            model="words", messages=turn("say red"), max_tokens=4, stop="\n"
+        ).choices
+        assert not field(turned)["calibrated"]
 
 
 def test_texts_share_batches_and_none_depends_on_it(client: OpenAI, running: Answering) -> None:

@@ -77,7 +77,13 @@ class _Asked(_Strict):
         return tuple(text for text in given if text)
 
     def texts(
-        self, reader: PromptReader, prompts: Sequence[list[int]], limit: int | None, most: int, top: int
+        self,
+        reader: PromptReader,
+        prompts: Sequence[list[int]],
+        limit: int | None,
+        most: int,
+        top: int,
+        chat: bool | None,
     ) -> list[TextAsked]:
         """One text for each prompt and choice.
 
@@ -87,6 +93,7 @@ class _Asked(_Strict):
             limit: the longest that the request says, or None.
             most: the longest that the server writes.
             top: so many likeliest tokens are told with each.
+            chat: whether the prompts stand in the chat template; None where they do not say.
 
         Raises:
             UserError: longer than the server writes, or than the model has positions for.
@@ -107,7 +114,7 @@ class _Asked(_Strict):
                     f"{reader.positions:,} that the model has positions for; shorten one of them."
                 )
             for _ in range(self.n or 1):
-                made.append(TextAsked(prompt, longest, temperature, top_p, seed + len(made), self.stops(), top))
+                made.append(TextAsked(prompt, longest, temperature, top_p, seed + len(made), self.stops(), top, chat))
         return made
 
 
@@ -130,7 +137,7 @@ class ChatRequest(_Asked):
         limit = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
         if self.top_logprobs and not self.logprobs:
             raise UserError("top_logprobs are given with logprobs alone; set it to true.")
-        return self.texts(reader, [prompt], limit, most, self.top_logprobs or 0)
+        return self.texts(reader, [prompt], limit, most, self.top_logprobs or 0, True)
 
 
 class CompletionRequest(_Asked):
@@ -151,8 +158,10 @@ class CompletionRequest(_Asked):
         """
         given: Any = self.prompt
         several = isinstance(given, list) and bool(given) and not isinstance(given[0], int)
-        prompts = [reader.tokens(each) for each in (given if several else [given])]
-        return self.texts(reader, prompts, self.max_tokens, most, self.logprobs or 0)
+        given = given if several else [given]
+        prompts = [reader.tokens(each) for each in given]
+        chat = False if isinstance(given[0], str) else None
+        return self.texts(reader, prompts, self.max_tokens, most, self.logprobs or 0, chat)
 
 
 class ChatForm:

@@ -19,7 +19,7 @@ from scalabl.data.text_rows import Words
 from scalabl.generation.answer import GeneratedAnswer, Token, tokens_of
 from scalabl.generation.decoding import Decoded, DecodedStep, Pieces, TokenFigures, decode, end_tokens
 from scalabl.generation.fan_out import honours_padding
-from scalabl.generation.generate import PLAIN, make_answer, positions_of
+from scalabl.generation.generate import PLAIN, answer_settings, make_answer, positions_of
 from scalabl.scoring.text import Text
 from scalabl.serving.server.adapters import ServedAdapter
 from scalabl.serving.server.metrics import Metrics
@@ -40,6 +40,7 @@ class TextAsked:
         seed: of its random numbers.
         stop: texts that end it, and are not part of it.
         top: so many likeliest tokens are told with each.
+        chat: whether the prompt stands in the chat template; None where it came as tokens, which do not say.
     """
 
     prompt: list[int]
@@ -49,6 +50,7 @@ class TextAsked:
     seed: int = 0
     stop: tuple[str, ...] = ()
     top: int = 0
+    chat: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -299,8 +301,13 @@ class _Growing:
         """The text, once it is over."""
         assert self.reason is not None
         decoded = self._decoded([each.token.text for each in self.tokens], self.ids, slice(None))
-        answer = make_answer("", decoded, [], None, self.adapter.confidence)
-        text = "".join(piece.text for piece in self.shown)
+        text, asked = "".join(piece.text for piece in self.shown), self.asked
+        # a text that nothing was written of may have ended in front of an answer, where `generate` goes on
+        alike = asked.temperature == 0 and asked.chat is not None and bool(text.strip())
+        assert self.adapter.draws is not None
+        run, draws = self.adapter.run, self.adapter.draws
+        made = answer_settings(run, draws, chat=asked.chat, stop=asked.stop) if alike else None
+        answer = make_answer("", decoded, [], None, self.adapter.confidence, made)
         return Written(text, tuple(self.tokens), self.reason, answer, len(self.log_probs[0]))
 
     def _decoded(self, pieces: list[str], ids: list[int], part: slice) -> Decoded:
