@@ -21,6 +21,8 @@ from server_runs import WORDS
 
 import scalabl
 from scalabl.generation.confidence import AnswerSettings, Confidence
+from scalabl.generation.decoding import decode
+from scalabl.serving.server import texts
 from scalabl.serving.server.adapters import ServedAdapter
 from scalabl.serving.server.limits import Limits
 from scalabl.serving.server.metrics import Metrics
@@ -196,6 +198,33 @@ def test_a_text_is_over_though_others_of_its_batch_go_on(served: dict[str, Serve
     assert seen[-1] and len(long.answer.result()[0].tokens) == 9
 
 
+def test_neighbours_do_not_lead_a_text_beyond_the_bounds(
+    served: dict[str, ServedAdapter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of one request too: a batch is as wide as its longest prompt and the most tokens to come."""
+    batches: list[tuple[int, int]] = []
+
+    def decoded(model: Any, tokenizer: Any, prompts: list[list[int]], *given: Any, **settings: Any) -> Any:
+        batches.append((len(prompts), max(map(len, prompts)) + settings["max_new_tokens"]))
+        return decode(model, tokenizer, prompts, *given, **settings)
+
+    monkeypatch.setattr(texts, "decode", decoded)
+    write, word = Write(Metrics(), batch_size=3), served["writer"].run.tokenizer("say red")["input_ids"]
+    long = (word * 300)[:500]
+    [written] = (job := write.job(served["writer"], [TextAsked(long, 8), TextAsked(word, 80)])).work([job])
+    assert [len(each.tokens) for each in written] == [8, 80] and max(width for _, width in batches) <= 512
+    batches.clear()
+    job = write.job(served["writer"], [TextAsked(word, 2)] * 7)
+    job.work([job])
+    assert [rows for rows, _ in batches] == [3, 3, 1]
+    batches.clear()
+    monkeypatch.setattr(texts, "AT_ONCE", 300)
+    asked = [TextAsked(word, 60), TextAsked((word * 30)[:50], 20), TextAsked(word, 70), TextAsked(word, 60)]
+    job = write.job(served["writer"], asked)
+    job.work([job])
+    assert sum(rows for rows, _ in batches) == 4 and max(rows * width for rows, width in batches) <= 300
+
+
 def test_a_stream_that_nobody_reads_is_not_written_on(client: OpenAI, running: Answering) -> None:
     before = running.metric("scalabl_tokens_total")
     stream = client.completions.create(model="words", prompt="say red", max_tokens=400, stream=True)
@@ -253,8 +282,6 @@ def test_models_and_tokens_are_those_of_the_client(client: OpenAI, served: dict[
 def test_a_fault_within_a_stream_is_told_in_it(
     client: OpenAI, running: Answering, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from scalabl.serving.server import texts
-
     take, taken = texts._Growing.take, []
 
     def fails(self: Any, step: Any, row: int) -> None:

@@ -165,8 +165,8 @@ class Write:
         model = adapter.run.model
         with alone(model):
             prompts = [text.asked.prompt for text in texts]
-            batches = _within(texts) if honours_padding(model, prompts) else [[text] for text in texts]
-            for batch in batches:
+            most = self.batch_size if honours_padding(model, prompts) else 1
+            for batch in _within(texts, most, positions_of(adapter.run)):
                 self._decode(adapter, batch, of_jobs)
 
     def _decode(self, adapter: ServedAdapter, texts: list[_Growing], of_jobs: list[list[_Growing]]) -> None:
@@ -189,14 +189,22 @@ class Write:
         )  # fmt: skip
 
 
-def _within(texts: Sequence[_Growing]) -> list[list[_Growing]]:
-    """Texts in batches, those of like length together, whose tokens' keys and values fit beside each other."""
+def _within(texts: Sequence[_Growing], most: int, positions: int | None) -> list[list[_Growing]]:
+    """Texts in batches of at most so many, those of like length together, whose tokens' keys and values fit beside
+    each other and whose positions the model has.
+
+    Every text is as wide as the longest prompt and the most tokens to come: it is led through the model as long as its
+    neighbours are.
+    """
     batches: list[list[_Growing]] = []
     for text in sorted(texts, key=lambda text: -text.longest):
-        if batches and (1 + len(batches[-1])) * batches[-1][0].longest <= AT_ONCE:
-            batches[-1].append(text)
-        else:
-            batches.append([text])
+        if batches and len(batches[-1]) < most:
+            together = [each.asked for each in (*batches[-1], text)]
+            width = max(len(each.prompt) for each in together) + max(each.max_tokens for each in together)
+            if len(together) * width <= AT_ONCE and (positions is None or width <= positions):
+                batches[-1].append(text)
+                continue
+        batches.append([text])
     return batches
 
 
