@@ -6,6 +6,7 @@ import json
 import math
 import re
 import shlex
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -265,6 +266,24 @@ def test_prompts_that_are_none(client: OpenAI) -> None:
     for prompt in ([], [999_999], [-1], [[]], ["x"] * 17):
         with pytest.raises(openai.BadRequestError):
             client.completions.create(model="words", prompt=prompt)
+
+
+def test_prompts_are_counted_before_they_are_read_and_read_beside_the_server_s_loop(
+    running: Answering, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader, threads = running.server.readers["words"], []
+    read = reader.tokens
+
+    def tokens(prompt: Any) -> list[int]:
+        threads.append(threading.current_thread())
+        return read(prompt)
+
+    monkeypatch.setattr(reader, "tokens", tokens)
+    asked = {"model": "words", "prompt": ["say red"] * 6, "n": 3, "max_tokens": 1}
+    assert running.refused("/v1/completions", 400, json=asked) == "18 texts are asked for; it must be 1 to 16."
+    assert not threads
+    assert len(running.client.post("/v1/completions", json=asked | {"n": 2}).json()["choices"]) == 12
+    assert len(threads) == 6 and all("AnyIO" in thread.name for thread in threads)
 
 
 def test_models_and_tokens_are_those_of_the_client(client: OpenAI, served: dict[str, ServedAdapter]) -> None:

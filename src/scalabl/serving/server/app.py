@@ -13,6 +13,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict
+from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
 from scalabl.core.errors import UserError
@@ -154,9 +155,10 @@ class Server:
         adapter = self.adapter(asked.model)
         if adapter.name not in self.readers:
             raise Unknown(f"{adapter.name} writes no texts; it gives labels.")
-        texts = asked.asked(self.readers[adapter.name], self.limits.tokens)
-        if len(texts) > self.limits.rows:
-            raise UserError(f"{len(texts):,} texts are asked for; it must be 1 to {self.limits.rows:,}.")
+        if asked.number > self.limits.rows:
+            raise UserError(f"{asked.number:,} texts are asked for; it must be 1 to {self.limits.rows:,}.")
+        # prompts take time to read, in which others are answered
+        texts = await run_in_threadpool(asked.asked, self.readers[adapter.name], self.limits.tokens)
         if asked.stream:
             counts = asked.stream_options is not None and asked.stream_options.include_usage
             return await self._streamed(adapter, texts, form, counts)

@@ -127,6 +127,11 @@ class ChatRequest(_Asked):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
+    @property
+    def number(self) -> int:
+        """How many texts are asked for."""
+        return self.n or 1
+
     def asked(self, reader: PromptReader, most: int) -> list[TextAsked]:
         """The texts of the request.
 
@@ -150,17 +155,26 @@ class CompletionRequest(_Asked):
     best_of: Literal[1] | None = None
     suffix: None = None
 
+    @property
+    def prompts(self) -> list[Any]:
+        """Each a text or tokens."""
+        given: Any = self.prompt
+        several = isinstance(given, list) and bool(given) and not isinstance(given[0], int)
+        return given if several else [given]
+
+    @property
+    def number(self) -> int:
+        """How many texts are asked for."""
+        return len(self.prompts) * (self.n or 1)
+
     def asked(self, reader: PromptReader, most: int) -> list[TextAsked]:
         """The texts of the request.
 
         Raises:
             UserError: as `texts` and `PromptReader.tokens`.
         """
-        given: Any = self.prompt
-        several = isinstance(given, list) and bool(given) and not isinstance(given[0], int)
-        given = given if several else [given]
-        prompts = [reader.tokens(each) for each in given]
-        chat = False if isinstance(given[0], str) else None
+        prompts = [reader.tokens(each) for each in self.prompts]
+        chat = False if isinstance(self.prompts[0], str) else None
         return self.texts(reader, prompts, self.max_tokens, most, self.logprobs or 0, chat)
 
 

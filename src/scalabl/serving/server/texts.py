@@ -7,6 +7,7 @@ and it is over when it is, though others go on.
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -104,6 +105,7 @@ class PromptReader:
     def __init__(self, adapter: ServedAdapter, most: int) -> None:
         self.most = most
         self.text = Text(copy.deepcopy(adapter.run.tokenizer))
+        self.reading = threading.Lock()  # a tokenizer is for one thread at a time
         self.positions = positions_of(adapter.run)
         embedding: Tensor = adapter.run.scorer.model.get_input_embeddings().weight
         self.vocabulary = embedding.shape[0]
@@ -114,7 +116,11 @@ class PromptReader:
         Raises:
             UserError: it is empty or too long, has a token that is none, or messages and no template that writes them.
         """
-        found = prompt if isinstance(prompt, list) else self.text.prompt_tokens(prompt)
+        if isinstance(prompt, list):
+            found = prompt
+        else:
+            with self.reading:
+                found = self.text.prompt_tokens(prompt)
         if not found:
             raise UserError("A prompt is empty; give at least one word.")
         if not all(0 <= token < self.vocabulary for token in found):
