@@ -26,6 +26,7 @@ def test_refusals_in_a_sentence(program: Program, scalabl_run: Path, tmp_path: P
         (scalabl_run, "--confidence", 0.9): "--confidence is of --max-error",
         (scalabl_run, "--abstain", 2): "--abstain is 2",
         (scalabl_run, "--timeout", 0): "--timeout is 0",
+        (scalabl_run, "--queue", 255): "--queue is 255, but a request may have 256 rows (--max-rows)",
         (scalabl_run, "--max-tokens", 0): "--max-tokens is 0",
         (scalabl_run, "--max-prompt", 0): "--max-prompt is 0",
         (scalabl_run, "--batch-size", 0): "--batch-size is 0",

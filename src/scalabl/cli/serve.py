@@ -79,6 +79,11 @@ def serve(
     options.require_counts(
         queue=queue, max_rows=max_rows, max_tokens=max_tokens, max_prompt=max_prompt, max_body=max_body
     )
+    if queue < max_rows:
+        raise UserError(
+            f"--queue is {queue:,}, but a request may have {max_rows:,} rows (--max-rows), for which there would "
+            "never be room; raise --queue or lower --max-rows."
+        )
     if not timeout > 0:
         raise UserError(f"--timeout is {timeout}; it must be above 0.")
     if max_error is None:

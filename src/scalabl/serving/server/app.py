@@ -24,7 +24,7 @@ from scalabl.serving.server.limits import Guard, Limits, error_body
 from scalabl.serving.server.metrics import Metrics
 from scalabl.serving.server.page import page
 from scalabl.serving.server.texts import Piece, PromptReader, TextAsked, Write
-from scalabl.serving.server.worker import Busy, Job, ModelFailed, ModelWorker
+from scalabl.serving.server.worker import Busy, Closing, Job, ModelFailed, ModelWorker
 
 log = logging.getLogger(__name__)
 Fields = dict[str, Any]
@@ -214,7 +214,7 @@ class Server:
 
         Raises:
             Slow: it did not come in time.
-            UserError, Busy, ModelFailed: as the worker has it.
+            UserError, Busy, Closing, ModelFailed: as the worker has it.
         """
         result = asyncio.wrap_future(self.worker.submit(job))
         left = asyncio.ensure_future(_left(request))
@@ -259,6 +259,10 @@ async def _busy(_: Request, error: Any) -> Response:
     return _refusal(429, f"Too many rows wait; ask again in {seconds} s.", **{"Retry-After": seconds})
 
 
+async def _closing(_: Request, error: Any) -> Response:
+    return _refusal(503, "The server is ending and takes nothing more; ask it when it is back.")
+
+
 async def _slow(_: Request, error: Any) -> Response:
     return _refusal(503, "The answer did not come in time; ask again.", **{"Retry-After": "5"})
 
@@ -273,6 +277,6 @@ async def _http(_: Request, error: Any) -> Response:
 
 
 _ERRORS: dict[Any, Any] = {
-    RequestValidationError: _invalid, UserError: _wrong, Unknown: _unknown, Busy: _busy, Slow: _slow,
-    ModelFailed: _failed, HTTPException: _http, Exception: _failed,
+    RequestValidationError: _invalid, UserError: _wrong, Unknown: _unknown, Busy: _busy, Closing: _closing,
+    Slow: _slow, ModelFailed: _failed, HTTPException: _http, Exception: _failed,
 }  # fmt: skip
