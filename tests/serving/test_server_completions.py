@@ -262,6 +262,23 @@ def test_what_it_does_not_do_is_refused_by_its_name(client: OpenAI, words: str) 
         client.chat.completions.create(**asked, stream=True)
 
 
+def test_a_text_without_a_length_is_as_long_as_there_is_room_for(
+    client: OpenAI, served: dict[str, ServedAdapter]
+) -> None:
+    def tokens(running: Answering, **asked: Any) -> int:
+        said = running.client.post("/v1/completions", json={"model": "words", "prompt": "say red"} | asked)
+        assert said.status_code == 200, said.text
+        found: int = said.json()["usage"]["completion_tokens"]
+        return found
+
+    word = served["words"].run.tokenizer("say red")["input_ids"]
+    with answering({"words": served["words"]}, Limits(tokens=24)) as running:
+        assert (tokens(running), tokens(running, max_tokens=None)) == (16, 24)
+        assert tokens(running, prompt=(word * 300)[:505]) == 7  # of 512 positions
+    with answering({"words": served["words"]}, Limits(tokens=4)) as running:
+        assert tokens(running) == 4
+
+
 def test_prompts_that_are_none(client: OpenAI) -> None:
     for prompt in ([], [999_999], [-1], [[]], ["x"] * 17):
         with pytest.raises(openai.BadRequestError):

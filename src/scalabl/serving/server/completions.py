@@ -20,6 +20,7 @@ from scalabl.serving.server.texts import Piece, PromptReader, TextAsked, Written
 
 Fields = dict[str, Any]
 _MOST_CHOICES = 8
+_USUAL = 16  # tokens of a text completion that says no number, as OpenAI has it
 Number = Annotated[int, Field(ge=1)]
 
 
@@ -84,6 +85,7 @@ class _Asked(_Strict):
         most: int,
         top: int,
         chat: bool | None,
+        usual: int | None = None,
     ) -> list[TextAsked]:
         """One text for each prompt and choice.
 
@@ -94,6 +96,7 @@ class _Asked(_Strict):
             most: the longest that the server writes.
             top: so many likeliest tokens are told with each.
             chat: whether the prompts stand in the chat template; None where they do not say.
+            usual: the longest where the request says none; None for all that there is room for.
 
         Raises:
             UserError: longer than the server writes, or than the model has positions for.
@@ -107,7 +110,8 @@ class _Asked(_Strict):
         temperature = self.temperature if self.temperature is not None else 0.0 if self.top_p is None else 1.0
         for prompt in prompts:
             room = reader.room(prompt)
-            longest = limit if limit is not None else most if room is None else min(most, room)
+            allowed = most if room is None else min(most, room)
+            longest = limit if limit is not None else allowed if usual is None else min(usual, allowed)
             if room is not None and not 0 < longest <= room:
                 raise UserError(
                     f"A prompt of {len(prompt):,} tokens and an answer of {max(longest, 1):,} are more than the "
@@ -149,7 +153,7 @@ class CompletionRequest(_Asked):
     """What `POST /v1/completions` reads."""
 
     prompt: str | list[str] | list[StrictInt] | list[list[StrictInt]]
-    max_tokens: Number | None = 16
+    max_tokens: Number | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     echo: Literal[False] | None = None
     best_of: Literal[1] | None = None
@@ -175,7 +179,8 @@ class CompletionRequest(_Asked):
         """
         prompts = [reader.tokens(each) for each in self.prompts]
         chat = False if isinstance(self.prompts[0], str) else None
-        return self.texts(reader, prompts, self.max_tokens, most, self.logprobs or 0, chat)
+        usual = None if "max_tokens" in self.model_fields_set else _USUAL
+        return self.texts(reader, prompts, self.max_tokens, most, self.logprobs or 0, chat, usual)
 
 
 class ChatForm:
