@@ -26,6 +26,7 @@ from scalabl.tuner.threads import alone
 
 # a model's own defaults (its generation_config.json) would take other tokens than the average's
 PLAIN: dict[str, Any] = {"do_sample": False, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
+_ENDS = ("eos_token_id", "min_new_tokens")  # settings of where a text ends, beside criteria
 CONFIDENCE = "confidence.json"  # in a run's directory: what `scalabl evaluate` fitted on validation answers
 
 
@@ -192,11 +193,14 @@ def decoded_with_samples(
     stop: Sequence[str] = (),
     **generation: Any,
 ) -> list[tuple[str, Decoded, list[Decoded]]]:
-    """Each prompt with its answer and k further, sampled ones, all cut behind the first stop text."""
+    """Each prompt with its answer and k further, sampled ones, all cut behind the first stop text, and ended where
+    `generation` ends the answer."""
     tokens = [prompt_tokens(run, prompt, chat) for prompt in prompts]
+    generation = with_stop_criterion(run.tokenizer, generation)
     ends = [AnswerEnd(run.tokenizer, stop, max(map(len, tokens)))] if stop else []
-    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, **PLAIN, "stopping_criteria": ends}
-    own = settings | generation | {"stopping_criteria": [*ends, *(generation.get("stopping_criteria") or ())]}
+    ends += generation.get("stopping_criteria") or ()
+    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, **PLAIN}
+    own = settings | generation | {"stopping_criteria": ends}
     config = generation.get("generation_config")
     if config is not None:  # it says itself how a token is taken
         own = {name: value for name, value in own.items() if name not in PLAIN or name in generation}
@@ -208,8 +212,9 @@ def decoded_with_samples(
             "do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0, "min_p": 0.0,
             "typical_p": 1.0, "num_return_sequences": sampling.number,
         }  # fmt: skip
-        shared = {"min_new_tokens": generation["min_new_tokens"]} if "min_new_tokens" in generation else {}
-        further = decode(run.model, run.tokenizer, tokens, draws, **settings | sampled | shared)
+        said = {name: generation.get(name, getattr(config, name, None)) for name in _ENDS}
+        ended = {name: value for name, value in said.items() if value is not None} | {"stopping_criteria": ends}
+        further = decode(run.model, run.tokenizer, tokens, draws, **settings | sampled | ended)
 
     def cut(decoded: Decoded) -> Decoded:
         return answer_span(decoded, stop) if stop else decoded
