@@ -13,6 +13,9 @@ from tiny_base import write_jsonl
 from transformers import GenerationConfig
 
 import scalabl
+import scalabl.cli.evaluate  # noqa: F401  (adds its command to the app)
+from scalabl.cli import main as _commands  # noqa: F401
+from scalabl.cli.app import app
 from scalabl.core.errors import UserError
 from scalabl.generation.answer import GeneratedAnswer, Token, in_terminal
 from scalabl.generation.confidence import AnswerSettings, Confidence
@@ -219,6 +222,18 @@ def test_what_evaluate_fits_is_generate_s_confidence(program, own_run, tmp_path)
     assert said.code == 0 and "not calibrated" not in said.out and "is not used" not in said.out
     other = program(*asked, "--samples", 3)
     assert "not calibrated" in other.out and "of 10 particles, and these are of 3" in " ".join(other.out.split())
+
+
+def test_open_questions_are_put_into_the_chat_template_where_it_is_said(program, mle_run, open_rows):
+    asked = ("evaluate", mle_run, "--data", open_rows, "--max-new-tokens", 1)
+    assert "This model's tokenizer has no chat template" in program(*asked, "--chat").sentence()
+    assert program(*asked, "--no-chat").code == 0
+
+
+def test_open_questions_are_answered_by_one_process(mle_run, open_rows, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="answered by one process; start it without accelerate launch"):
+        app(["evaluate", str(mle_run), "--data", str(open_rows)], standalone_mode=False)
 
 
 @pytest.mark.parametrize("measure", ["f1", "bleu"])

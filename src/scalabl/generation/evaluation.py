@@ -65,6 +65,7 @@ def answer_questions(
     max_new_tokens: int = 32,
     sampling: AnswerSampling | None = None,
     measure: str = "exact_match",
+    chat: bool | None = None,
     batch_size: int = 8,
     advance: Callable[[int], None] | None = None,
     draws: Draws | None = None,
@@ -80,6 +81,7 @@ def answer_questions(
         max_new_tokens: of an answer.
         sampling: further answers, for the scores that need them.
         measure: of `correctness.MEASURES`.
+        chat: put questions into the model's chat template; None is what the run was trained with.
         batch_size: questions at a time.
         advance: called with the number of questions done.
         draws: other particles than those of the run's method (`EnsembleDraws`).
@@ -99,7 +101,7 @@ def answer_questions(
     answer_tokens = sampled_tokens = 0
     particles = draws or draws_of(run, samples, seed)
     for answer, decoded, others in answers_with_samples(
-        run, [row.prompt for row in questions], particles, seed=seed, stop=stop,
+        run, [row.prompt for row in questions], particles, seed=seed, chat=chat, stop=stop,
         sampling=sampling or AnswerSampling(), max_new_tokens=max_new_tokens, batch_size=batch_size, advance=advance,
     ):  # fmt: skip
         answers.append(answer)
@@ -112,7 +114,7 @@ def answer_questions(
         pairs = zip(answers, questions, strict=True)
         return np.array([correctness(answer.text, row.answers, by, stops=stop) for answer, row in pairs])
 
-    made = answer_settings(run, particles, stop=stop)
+    made = answer_settings(run, particles, chat=chat, stop=stop)
     return Judged(questions, answers, right(measure), right("f1"), answer_tokens, sampled_tokens, made)
 
 
