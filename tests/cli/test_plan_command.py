@@ -133,6 +133,14 @@ def test_bad_values_are_refused_in_one_sentence(
     assert sentence in program("plan", "--model", configured, *options).sentence()
 
 
+def test_a_machine_with_a_card_plans_for_its_cpu_too(
+    program: Program, configured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("scalabl.planning.memory.machine_device", lambda: "cuda")
+    found = figures(program, tmp_path, "--model", configured, "--device", "cpu")
+    assert found["device"] == "cpu" and found["card"] > 10**7
+
+
 def test_a_training_says_what_it_takes(program: Program, task_directory: Path, tmp_path: Path) -> None:
     said = program(*train_arguments(task_directory, tmp_path / "run", "--scoring", "letters"))
     assert said.code == 0

@@ -75,8 +75,8 @@ def plan(
 
     device = device or ("cuda" if card is not None else machine_device())
     if size is None:
-        if device != machine_device():
-            raise UserError(f"This machine has no {device}; say how much memory there is with --card, as in 24GB.")
+        if device == "cuda" and machine_device() != "cuda":
+            raise UserError("This machine has no cuda; say how much memory there is with --card, as in 24GB.")
         size = machine_memory(device)
 
     from scalabl.planning.plan import make_plan
