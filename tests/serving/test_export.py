@@ -300,7 +300,6 @@ def test_truncated_weights_are_named(tmp_path: Path) -> None:
         ({"seed": -1}, "The seed is -1"),
         ({"draws": "halton"}, "no 'halton' draws"),
         ({"draws": "moments", "number": 1}, "moments needs at least 2 particles"),
-        ({"form": "gguf"}, "no format 'gguf'"),
         ({"name": "a/b"}, "The name is 'a/b'"),
     ],
 )

@@ -53,7 +53,6 @@ def export(
     number: int,
     output: Path | None = None,
     *,
-    form: str = "peft",
     seed: int = 0,
     draws: str = "independent",
     name: str = "particle",
@@ -70,7 +69,6 @@ def export(
             `save_pretrained`.
         number: N, at least 1.
         output: OUT, the run's own directory by default.
-        form: "peft", plain LoRAs.
         seed: of the draws.
         draws: their kind (`scalabl.predictive.sampling.DRAWS`).
         name: the particles will be served as NAME-0 .. NAME-(N-1).
@@ -84,9 +82,7 @@ def export(
             write.
     """
     output = output or directory
-    identity, content, record = prepare(
-        directory, number, output, form=form, seed=seed, draws=draws, name=name, raw=raw
-    )
+    identity, content, record = prepare(directory, number, output, seed=seed, draws=draws, name=name, raw=raw)
     target = output / PARTICLES
     if target.exists():
         return read_manifest(output)

@@ -25,7 +25,6 @@ PARTICLES = "particles"
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer"  # beside the particles, where one was saved beside the adapter
 FORMAT_VERSION = 1
-FORMATS = ("peft",)
 
 
 @dataclass(frozen=True)
@@ -159,7 +158,6 @@ def prepare(
     number: int,
     output: Path,
     *,
-    form: str = "peft",
     seed: int = 0,
     draws: str = "independent",
     name: str = "particle",
@@ -173,8 +171,6 @@ def prepare(
     Raises:
         UserError: as `scalabl.serving.export.export`.
     """
-    if form not in FORMATS:
-        raise UserError(f"There is no format {form!r}; choose {', '.join(FORMATS)}.")
     if number < 1:
         raise UserError(f"The number of particles is {number}; it must be at least 1, 10 is usual.")
     if seed < 0:
