@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import re
 import sys
 import tomllib
 from pathlib import Path
@@ -32,6 +33,7 @@ def test_versions_devices_and_the_cache(program: Program, own_cache: Path, tmp_p
     assert len(found["devices"]) >= 1 + torch.cuda.device_count() and found["devices"][0]["memory"] > 10**8
     for shown in (f"scalabl {__version__}", f"torch {torch.__version__}", "cpu, ", f"{own_cache}, 3.0 kB"):
         assert shown in said.out
+    assert found["devices"][0]["of"] == "available" and re.search(r"cpu, \d+ cores, [\d.,]+ GB available\n", said.out)
 
 
 def test_what_is_missing_is_said_with_what_it_brings_and_how_it_is_installed(

@@ -10,12 +10,18 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 from tiny_base import write_jsonl
+from transformers import GenerationConfig
 
 import scalabl
+import scalabl.cli.evaluate  # noqa: F401  (adds its command to the app)
+from scalabl.cli import main as _commands  # noqa: F401
+from scalabl.cli.app import app
 from scalabl.core.errors import UserError
 from scalabl.generation.answer import GeneratedAnswer, Token, in_terminal
-from scalabl.generation.confidence import Confidence
-from scalabl.generation.generate import CONFIDENCE, AnswerSampling
+from scalabl.generation.confidence import AnswerSettings, Confidence
+from scalabl.generation.generate import CONFIDENCE, AnswerSampling, unused_confidence
+from scalabl.runs.loading import load_run
+from scalabl.runs.record import RunRecord
 
 
 @pytest.fixture
@@ -150,12 +156,84 @@ def test_open_questions_are_judged_and_a_confidence_is_kept(program, own_run, op
     assert not (own_run / CONFIDENCE).exists()
 
 
-def test_a_fitted_confidence_is_used(program, own_run, tmp_path):
-    Confidence("isotonic", ("mean_entropy",), (-1,), 0.1, 0.9, 20, 8, knots=(-20.0, 0.0), heights=(0.25, 0.25)).save(
-        own_run / CONFIDENCE
-    )
+def keep_confidence(run, **made):
+    """Keep a confidence that was fitted on answers that were made so; it is 0.25 for every one."""
+    digest = RunRecord.read_finished(run).adapter_sha256
+    settings = AnswerSettings(**{"particles": 10, "stop": (), "chat": False, "adapter_sha256": digest} | made)
+    Confidence(
+        "isotonic", ("mean_entropy",), (-1,), 0.1, 0.9, 20, 8, knots=(-20.0, 0.0), heights=(0.25, 0.25), made=settings
+    ).save(run / CONFIDENCE)
+
+
+def test_a_fitted_confidence_is_used(own_run):
+    keep_confidence(own_run)
     [answer] = scalabl.generate(own_run, ["red"], max_new_tokens=3)
     assert answer.calibrated and answer.confidence == 0.25
+    [plain] = scalabl.generate(own_run, ["red"], max_new_tokens=3, do_sample=False)
+    assert plain == answer
+
+
+@pytest.mark.parametrize(
+    ("made", "asked", "why"),
+    [
+        ({}, {"samples": 4}, "answers of 10 particles, and these are of 4 particles"),
+        ({}, {"samples": 0}, "and these are of the posterior mean"),
+        ({}, {"stop": ["\n", "y"]}, r"that end at no text, and these end at '\n' or 'y'"),
+        ({"stop": ("\n",)}, {"stop": []}, r"that end at '\n', and these end at no text"),
+        ({"chat": True}, {}, "with the chat template, and these are without it"),
+        ({}, {"do_sample": True}, "greedy answers, and these are sampled"),
+        ({}, {"generation_config": GenerationConfig(do_sample=True)}, "greedy answers, and these are sampled"),
+        ({}, {"repetition_penalty": 1.5}, "by settings of their own"),
+        ({"adapter_sha256": "ab" * 32, "stop": ("\n",)}, {}, "answers of another adapter"),
+    ],
+)
+def test_a_confidence_of_answers_made_otherwise_is_not_used(own_run, made, asked, why):
+    keep_confidence(own_run, **made)
+    [answer] = scalabl.generate(own_run, ["red"], max_new_tokens=3, **asked)
+    likelihood = math.exp(answer.scores["mean_log_probability"])
+    assert not answer.calibrated and answer.confidence == pytest.approx(likelihood, rel=1e-6)
+    said = unused_confidence(load_run(own_run, generating=True), answer.scores, **{"samples": 10} | asked)
+    assert said.startswith("The confidence that the run has is not used: ") and why in said
+
+
+def test_answers_end_as_those_of_the_confidence_unless_it_is_said(own_run):
+    [whole] = scalabl.generate(own_run, ["red"], max_new_tokens=6)
+    keep_confidence(own_run, stop=(whole.text[3],))
+    [answer] = scalabl.generate(own_run, ["red"], max_new_tokens=6)
+    assert answer.calibrated and answer.text == whole.text[: whole.text.index(whole.text[3])].strip()
+    assert scalabl.generate(own_run, ["red"], max_new_tokens=6, stop=[])[0].text == whole.text
+
+
+def test_what_evaluate_fits_is_generate_s_confidence(program, own_run, tmp_path):
+    """Every other question is answered as its row has it."""
+    texts = [f"red {i} blue?" for i in range(24)]
+    prompts = [f"Question: {text}\nAnswer:" for text in texts]
+    found = scalabl.generate(own_run, prompts, max_new_tokens=3, stop=["\n"])
+    rows = [
+        {"question": text, "answers": [answer.text if i % 2 else "nothing of it"]}
+        for i, (text, answer) in enumerate(zip(texts, found, strict=True))
+    ]
+    for split in ("train", "validation", "test"):
+        write_jsonl(tmp_path / "open" / f"{split}.jsonl", rows)
+    said = program("evaluate", own_run, "--data", tmp_path / "open", "--max-new-tokens", 3)
+    assert said.code == 0 and "no confidence was fitted" not in said.out
+    asked = ("generate", own_run, "--prompt", r"Question: red 1 blue?\nAnswer:", "--max-new-tokens", 3)
+    said = program(*asked)
+    assert said.code == 0 and "not calibrated" not in said.out and "is not used" not in said.out
+    other = program(*asked, "--samples", 3)
+    assert "not calibrated" in other.out and "of 10 particles, and these are of 3" in " ".join(other.out.split())
+
+
+def test_open_questions_are_put_into_the_chat_template_where_it_is_said(program, mle_run, open_rows):
+    asked = ("evaluate", mle_run, "--data", open_rows, "--max-new-tokens", 1)
+    assert "This model's tokenizer has no chat template" in program(*asked, "--chat").sentence()
+    assert program(*asked, "--no-chat").code == 0
+
+
+def test_open_questions_are_answered_by_one_process(mle_run, open_rows, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="answered by one process; start it without accelerate launch"):
+        app(["evaluate", str(mle_run), "--data", str(open_rows)], standalone_mode=False)
 
 
 @pytest.mark.parametrize("measure", ["f1", "bleu"])

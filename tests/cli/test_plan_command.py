@@ -115,6 +115,8 @@ def test_plain_fine_tuning_reads_every_token(program: Program, configured: Path,
         (("--card", "24XB"), "for example 24GB"),
         (("--samples", 0), "--samples is 0; it must be at least 1"),
         (("--scored", 0), "--scored is 0; it must be at least 1"),
+        (("--labels", 3), "--labels is of a head, and the loss is continuation; leave it out"),
+        (("--scored", 9, "--loss", "letters"), "--scored is of continuations, and the loss is letters; leave it out"),
         (("--loss", "words"), "it must be letters, continuation, head or tokens"),
         (("--device", "tpu"), "it must be cpu or cuda"),
         (("--device", "cuda"), "This machine has no cuda"),
@@ -131,6 +133,14 @@ def test_bad_values_are_refused_in_one_sentence(
     options: tuple[object, ...], sentence: str, program: Program, configured: Path
 ) -> None:
     assert sentence in program("plan", "--model", configured, *options).sentence()
+
+
+def test_a_machine_with_a_card_plans_for_its_cpu_too(
+    program: Program, configured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("scalabl.planning.memory.machine_device", lambda: "cuda")
+    found = figures(program, tmp_path, "--model", configured, "--device", "cpu")
+    assert found["device"] == "cpu" and found["card"] > 10**7
 
 
 def test_a_training_says_what_it_takes(program: Program, task_directory: Path, tmp_path: Path) -> None:

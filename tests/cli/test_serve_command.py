@@ -8,11 +8,14 @@ import signal
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
 import pytest
 from program import Program
+
+from scalabl.runs.record import RunRecord
 
 
 def test_refusals_in_a_sentence(program: Program, scalabl_run: Path, tmp_path: Path) -> None:
@@ -26,11 +29,28 @@ def test_refusals_in_a_sentence(program: Program, scalabl_run: Path, tmp_path: P
         (scalabl_run, "--confidence", 0.9): "--confidence is of --max-error",
         (scalabl_run, "--abstain", 2): "--abstain is 2",
         (scalabl_run, "--timeout", 0): "--timeout is 0",
+        (scalabl_run, "--queue", 255): "--queue is 255, but a request may have 256 rows (--max-rows)",
         (scalabl_run, "--max-tokens", 0): "--max-tokens is 0",
         (scalabl_run, "--max-prompt", 0): "--max-prompt is 0",
         (scalabl_run, "--batch-size", 0): "--batch-size is 0",
     }.items():
         assert words in program("serve", *arguments).sentence(), arguments
+
+
+def test_options_of_labels_are_refused_where_all_adapters_write_texts(
+    program: Program, scalabl_run: Path, tmp_path: Path
+) -> None:
+    """Numbers out of range too, before the base is loaded."""
+    writer = shutil.copytree(scalabl_run, tmp_path / "writer")
+    record = RunRecord.read(scalabl_run)
+    replace(record, kind="language", scoring={"scoring": "text", "chat": False, "max_length": 64}).write(writer)
+    for option in (
+        ("--predictive", "mean"), ("--raw",), ("--abstain", 0.5), ("--max-error", 0.1), ("--max-false-alarms", 0.1),
+        ("--coverage", 0.9),
+    ):  # fmt: skip
+        assert f"{option[0]} is for adapters that give labels" in program("serve", writer, *option).sentence()
+    assert "--batch-size is 0" in program("serve", writer, "--batch-size", 0).sentence()
+    assert "--samples is -1" in program("serve", writer, "--samples", -1).sentence()
 
 
 def test_a_taken_port_is_refused_before_a_model_is_loaded(program: Program, scalabl_run: Path) -> None:

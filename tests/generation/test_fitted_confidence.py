@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from sklearn.linear_model import LogisticRegression
 from scalabl.core.errors import UserError
 from scalabl.data.open_questions import OpenQuestion
 from scalabl.generation.answer import GeneratedAnswer
-from scalabl.generation.confidence import Confidence, choose_confidence, fit_confidence, left_out
+from scalabl.generation.confidence import AnswerSettings, Confidence, choose_confidence, fit_confidence, left_out
 from scalabl.generation.evaluation import Judged, fit_on
 from scalabl.metrics.ranking import judge_confidence
 
@@ -44,6 +45,7 @@ def test_it_is_a_probability_that_is_never_certain(fitted):
 
 def test_saved_and_loaded_it_is_the_same_to_the_last_bit(fitted, tmp_path):
     confidence, scores, _ = fitted
+    confidence = replace(confidence, made=AnswerSettings(10, ("\n",), True, "ab"))
     confidence.save(tmp_path / "new" / "confidence.json")
     loaded = Confidence.load(tmp_path / "new" / "confidence.json")
     assert loaded == confidence
@@ -199,10 +201,12 @@ def test_a_missing_score_is_said(fitted):
 
 
 @pytest.mark.parametrize("change", [
-    {"kind": "beta"}, {"version": 2}, {"signs": [2]}, {"signs": []}, {"scores": []}, {"highest": 1.0},
+    {"kind": "beta"}, {"version": 1}, {"signs": [2]}, {"signs": []}, {"scores": []}, {"highest": 1.0},
     {"knots": [0.0, 0.0], "heights": [0.1, 0.2]}, {"heights": [0.9, 0.1], "knots": [0.0, 1.0]}, {"knots": []},
     {"knots": [0.0, "x"], "heights": [0.1, 0.2]}, {"lowest": None}, {"knots": [0.0, math.inf], "heights": [0.1, 0.2]},
     {"knots": [0, 10**400], "heights": [0.1, 0.2]}, {"scores": [["good"]]}, {"scores": "g"},
+    {"made": {}}, {"made": {"particles": -1, "stop": [], "chat": False, "adapter_sha256": None}},
+    {"made": {"particles": 1, "stop": "\n", "chat": False, "adapter_sha256": None}}, {"made": 3},
 ])  # fmt: skip
 def test_a_spoilt_file_is_refused(change, tmp_path):
     scores, right = rows(60)

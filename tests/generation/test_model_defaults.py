@@ -5,6 +5,7 @@ import torch
 from peft import get_peft_model
 from tiny_base import adapted, perturb, tiny_tokenizer
 from transformers import AutoModelForCausalLM, FalconH1Config, GenerationConfig, Lfm2Config, MistralConfig
+from transformers.generation import StoppingCriteria
 from transformers.models.falcon_h1 import modeling_falcon_h1
 
 import scalabl
@@ -66,6 +67,29 @@ def test_defaults_of_a_model_change_no_answer(model, tokenizer):
         typical_p=0.3, num_beams=2,
     )  # fmt: skip
     assert both() == plain
+
+
+def test_further_answers_end_where_the_answer_does(model, tokenizer):
+    class EndsBehind(StoppingCriteria):
+        def __call__(self, input_ids, scores, **_):
+            return torch.full(input_ids.shape[:1], input_ids.shape[1] >= length + 2)
+
+    def sampled(**generation):
+        torch.manual_seed(0)
+        return [other for _, others in answers(model, tokenizer, AnswerSampling(4), **generation) for other in others]
+
+    plain = sampled()
+    length = max(len(tokenizer(prompt)["input_ids"]) for prompt in PROMPTS)
+    assert {len(ids) for ids in sampled(stopping_criteria=[EndsBehind()])} == {2} != {len(ids) for ids in plain}
+    end = next(token for ids in plain for token in ids[:-1] if tokenizer.decode([token]).isalpha())
+    expected = [ids[: ids.index(end) + 1] if end in ids else ids for ids in plain]
+    assert expected != plain
+    for given in ({"eos_token_id": end}, {"generation_config": GenerationConfig(eos_token_id=end)}):
+        assert sampled(**given) == expected
+    letter = tokenizer.decode([end])
+    for given in ({"stop_strings": [letter]}, {"generation_config": GenerationConfig(stop_strings=[letter])}):
+        assert all(letter not in tokenizer.decode(ids[:-1]) for ids in sampled(**given))
+    assert any(letter in tokenizer.decode(ids[:-1]) for ids in plain)
 
 
 def test_a_configuration_of_the_callers_says_how_a_token_is_taken(model, tokenizer):

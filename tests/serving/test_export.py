@@ -3,6 +3,7 @@
 import json
 import os
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,11 @@ from torch import Tensor, nn
 import scalabl
 from scalabl.core.errors import UserError
 from scalabl.core.files import ADAPTER, JOINT, sha256
+from scalabl.inference.calibration import Calibration
 from scalabl.posterior.draws import noise
 from scalabl.predictive.sampling import DRAWS
 from scalabl.runs.loading import load_adapter
-from scalabl.runs.record import RECORD
+from scalabl.runs.record import RECORD, RunRecord
 from scalabl.scoring import Letters
 from scalabl.serving.export import export
 from scalabl.serving.manifest import ParticleManifest, read_manifest
@@ -226,6 +228,36 @@ def test_the_same_call_again_writes_nothing_and_another_one_is_refused(tmp_path:
         export(run, 2, seed=1)
 
 
+def test_another_calibration_is_another_export(copied_run: Path, tmp_path: Path) -> None:
+    """With tau = 1 it is the same particles, but a client tempers them otherwise."""
+    record = RunRecord.read(copied_run)
+
+    def calibrated(kind: str, temperature: float) -> None:
+        nll = {"before": 1.0, "after": 0.9}
+        made = Calibration(1.0, {kind: temperature}, kind, 10, 0, 4, "ab" * 32, nll)
+        replace(record, calibration=made.as_dict()).write(copied_run)
+
+    calibrated("mc", 1.25)
+    manifest = export(copied_run, 2)
+    assert (manifest.calibrated, manifest.temperature, manifest.warnings) == (True, 1.25, ())
+    assert export(copied_run, 2) == manifest
+    with pytest.raises(UserError, match=r"another export \(it is calibrated, now it is not\)"):
+        export(copied_run, 2, raw=True)
+    raw = export(copied_run, 2, tmp_path / "raw", raw=True)
+    assert raw.warnings == ("the particles are uncalibrated: the run's calibration is left out",)
+    with pytest.raises(UserError, match=r"another export \(it is not calibrated, now it is\)"):
+        export(copied_run, 2, tmp_path / "raw")
+    calibrated("mc", 1.5)
+    with pytest.raises(UserError, match="its temperature is 1.25, now 1.5"):
+        export(copied_run, 2)
+    calibrated("mean", 1.5)
+    [said] = export(copied_run, 2, tmp_path / "mean").warnings
+    assert said == (
+        "the particles are uncalibrated: the run's calibration was not fitted for particles; scalabl calibrate "
+        "--predictive mc fits a temperature of theirs"
+    )
+
+
 def test_a_foreign_directory_is_left_alone(tmp_path: Path) -> None:
     run = saved(tmp_path / "run")
     (run / "particles").mkdir()
@@ -268,7 +300,6 @@ def test_truncated_weights_are_named(tmp_path: Path) -> None:
         ({"seed": -1}, "The seed is -1"),
         ({"draws": "halton"}, "no 'halton' draws"),
         ({"draws": "moments", "number": 1}, "moments needs at least 2 particles"),
-        ({"form": "gguf"}, "no format 'gguf'"),
         ({"name": "a/b"}, "The name is 'a/b'"),
     ],
 )

@@ -34,7 +34,7 @@ def said(
 def test_it_writes_and_prints_the_line(
     copied_run: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    code, out, err = said(capfd, monkeypatch, copied_run, "--particles", 2, "--format", "peft", "--seed", 3)
+    code, out, err = said(capfd, monkeypatch, copied_run, "--particles", 2, "--seed", 3)
     assert (code, err) == (0, "")
     first, line = out.split("\n", 1)
     directory = copied_run / "particles"
@@ -132,7 +132,6 @@ def test_warnings_are_printed(
     ("arguments", "sentence"),
     [
         (("--particles", "0"), "The number of particles is 0"),
-        (("--particles", "2", "--format", "onnx"), "There is no format 'onnx'; choose peft."),
         (("--particles", "2", "--draws", "halton"), "There are no 'halton' draws"),
         ((), "Missing option '--particles'"),
     ],

@@ -6,8 +6,10 @@ import json
 import math
 import re
 import shlex
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,9 @@ from page_blocks import ROOT, run_blocks
 from server_runs import WORDS
 
 import scalabl
+from scalabl.generation.confidence import AnswerSettings, Confidence
+from scalabl.generation.decoding import decode
+from scalabl.serving.server import texts
 from scalabl.serving.server.adapters import ServedAdapter
 from scalabl.serving.server.limits import Limits
 from scalabl.serving.server.metrics import Metrics
@@ -119,6 +124,33 @@ def test_completions_of_several_prompts_and_their_stream(client: OpenAI, served:
     assert by_tokens.text == made.choices[0].text
 
 
+def test_a_confidence_is_that_of_texts_made_as_those_it_was_fitted_on(served: dict[str, ServedAdapter]) -> None:
+    adapter = served["words"]
+    settings = AnswerSettings(10, ("\n",), False, adapter.run.record.adapter_sha256)
+    fitted = Confidence(
+        "isotonic", ("mean_entropy",), (-1,), 0.1, 0.9, 20, 8, knots=(-20.0, 0.0), heights=(0.25, 0.25), made=settings
+    )
+    with answering({"words": replace(adapter, confidence=fitted)}, Limits()) as running:
+        client = OpenAI(base_url=f"http://127.0.0.1:{running.port}/v1", api_key="none", max_retries=0)
+
+        def calibrated(**asked: Any) -> bool:
+            made = {"model": "words", "prompt": "say red", "max_tokens": 4, "stop": "\n"} | asked
+            [choice] = client.completions.create(**made).choices
+            assert choice.text.strip() and (field(choice)["confidence"] == 0.25) == field(choice)["calibrated"]
+            return bool(field(choice)["calibrated"])
+
+        assert calibrated() and calibrated(stop=["\n", ""])
+        otherwise: list[dict[str, Any]] = [
+            {"stop": None}, {"stop": ["\n", "nowhere"]}, SAMPLED,
+            {"prompt": adapter.run.tokenizer("say red")["input_ids"]},
+        ]  # fmt: skip
+        assert not any(calibrated(**asked) for asked in otherwise)
+        [turned] = client.chat.completions.create(
+            model="words", messages=turn("say red"), max_tokens=4, stop="\n"
+        ).choices
+        assert not field(turned)["calibrated"]
+
+
 def test_texts_share_batches_and_none_depends_on_it(client: OpenAI, running: Answering) -> None:
     """Each has its own length, temperature, seed and end."""
     asked: list[dict[str, Any]] = [
@@ -167,6 +199,33 @@ def test_a_text_is_over_though_others_of_its_batch_go_on(served: dict[str, Serve
     assert seen[-1] and len(long.answer.result()[0].tokens) == 9
 
 
+def test_neighbours_do_not_lead_a_text_beyond_the_bounds(
+    served: dict[str, ServedAdapter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of one request too: a batch is as wide as its longest prompt and the most tokens to come."""
+    batches: list[tuple[int, int]] = []
+
+    def decoded(model: Any, tokenizer: Any, prompts: list[list[int]], *given: Any, **settings: Any) -> Any:
+        batches.append((len(prompts), max(map(len, prompts)) + settings["max_new_tokens"]))
+        return decode(model, tokenizer, prompts, *given, **settings)
+
+    monkeypatch.setattr(texts, "decode", decoded)
+    write, word = Write(Metrics(), batch_size=3), served["writer"].run.tokenizer("say red")["input_ids"]
+    long = (word * 300)[:500]
+    [written] = (job := write.job(served["writer"], [TextAsked(long, 8), TextAsked(word, 80)])).work([job])
+    assert [len(each.tokens) for each in written] == [8, 80] and max(width for _, width in batches) <= 512
+    batches.clear()
+    job = write.job(served["writer"], [TextAsked(word, 2)] * 7)
+    job.work([job])
+    assert [rows for rows, _ in batches] == [3, 3, 1]
+    batches.clear()
+    monkeypatch.setattr(texts, "AT_ONCE", 300)
+    asked = [TextAsked(word, 60), TextAsked((word * 30)[:50], 20), TextAsked(word, 70), TextAsked(word, 60)]
+    job = write.job(served["writer"], asked)
+    job.work([job])
+    assert sum(rows for rows, _ in batches) == 4 and max(rows * width for rows, width in batches) <= 300
+
+
 def test_a_stream_that_nobody_reads_is_not_written_on(client: OpenAI, running: Answering) -> None:
     before = running.metric("scalabl_tokens_total")
     stream = client.completions.create(model="words", prompt="say red", max_tokens=400, stream=True)
@@ -203,10 +262,45 @@ def test_what_it_does_not_do_is_refused_by_its_name(client: OpenAI, words: str) 
         client.chat.completions.create(**asked, stream=True)
 
 
+def test_a_text_without_a_length_is_as_long_as_there_is_room_for(
+    client: OpenAI, served: dict[str, ServedAdapter]
+) -> None:
+    def tokens(running: Answering, **asked: Any) -> int:
+        said = running.client.post("/v1/completions", json={"model": "words", "prompt": "say red"} | asked)
+        assert said.status_code == 200, said.text
+        found: int = said.json()["usage"]["completion_tokens"]
+        return found
+
+    word = served["words"].run.tokenizer("say red")["input_ids"]
+    with answering({"words": served["words"]}, Limits(tokens=24)) as running:
+        assert (tokens(running), tokens(running, max_tokens=None)) == (16, 24)
+        assert tokens(running, prompt=(word * 300)[:505]) == 7  # of 512 positions
+    with answering({"words": served["words"]}, Limits(tokens=4)) as running:
+        assert tokens(running) == 4
+
+
 def test_prompts_that_are_none(client: OpenAI) -> None:
     for prompt in ([], [999_999], [-1], [[]], ["x"] * 17):
         with pytest.raises(openai.BadRequestError):
             client.completions.create(model="words", prompt=prompt)
+
+
+def test_prompts_are_counted_before_they_are_read_and_read_beside_the_server_s_loop(
+    running: Answering, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader, threads = running.server.readers["words"], []
+    read = reader.tokens
+
+    def tokens(prompt: Any) -> list[int]:
+        threads.append(threading.current_thread())
+        return read(prompt)
+
+    monkeypatch.setattr(reader, "tokens", tokens)
+    asked = {"model": "words", "prompt": ["say red"] * 6, "n": 3, "max_tokens": 1}
+    assert running.refused("/v1/completions", 400, json=asked) == "18 texts are asked for; it must be 1 to 16."
+    assert not threads
+    assert len(running.client.post("/v1/completions", json=asked | {"n": 2}).json()["choices"]) == 12
+    assert len(threads) == 6 and all("AnyIO" in thread.name for thread in threads)
 
 
 def test_models_and_tokens_are_those_of_the_client(client: OpenAI, served: dict[str, ServedAdapter]) -> None:
@@ -224,8 +318,6 @@ def test_models_and_tokens_are_those_of_the_client(client: OpenAI, served: dict[
 def test_a_fault_within_a_stream_is_told_in_it(
     client: OpenAI, running: Answering, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from scalabl.serving.server import texts
-
     take, taken = texts._Growing.take, []
 
     def fails(self: Any, step: Any, row: int) -> None:

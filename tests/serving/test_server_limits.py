@@ -188,6 +188,13 @@ def test_paths_and_methods_that_are_not_there(running: Answering) -> None:
     assert running.client.get("/v1/..%2f..%2fetc/passwd").status_code == 404
 
 
+def test_a_server_at_its_end_says_so(served: dict[str, ServedAdapter]) -> None:
+    with answering(served) as running:
+        running.server.worker.close(timeout=10)
+        said = running.refused("/v1/classify", 503, json={"input": "red"})
+        assert said == "The server is ending and takes nothing more; ask it when it is back."
+
+
 def test_an_end_answers_what_was_taken(served: dict[str, ServedAdapter]) -> None:
     with ThreadPoolExecutor(4) as threads:
         with answering(served) as running, Held(running) as held:

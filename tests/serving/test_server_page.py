@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from urllib.parse import urlencode
 
@@ -80,6 +82,16 @@ def test_a_text_is_shaded_token_by_token(seen: Page, running: Answering) -> None
     token = r'<span class="t l[0-5]" title="probability 0\.\d{3}, doubt of the model \d\.\d{3} nats">'
     assert len(re.findall(token, found)) == 24 and 'aria-busy="false"' in found and "(not calibrated)" in found
     assert "24, cut at the limit" in found and not seen.errors
+
+
+@in_a_browser
+def test_a_text_without_a_template_is_as_long_as_the_server_writes(seen: Page, running: Answering) -> None:
+    words = running.server.adapters["words"]
+    tokenizer = copy.deepcopy(words.run.tokenizer)
+    tokenizer.chat_template = None
+    bare = replace(words, run=replace(words.run, tokenizer=tokenizer))
+    with answering({"words": bare}, Limits(tokens=24)) as closed:
+        assert "24, cut at the limit" in asked(seen, closed, model="words", text="say red", kind="text")
 
 
 @in_a_browser

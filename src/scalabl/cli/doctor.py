@@ -68,20 +68,21 @@ def _version(name: str) -> str | None:
 
 
 def _devices() -> list[dict[str, Any]]:
-    """The CPU and every accelerator, with their memory in bytes (None where torch does not say)."""
+    """The CPU and every accelerator, with their memory in bytes (None where torch does not say): the CPU's that is
+    available, which a container may bound, and all of a card's."""
     from scalabl.planning.memory import machine_memory
 
-    devices = [{"name": f"cpu, {os.cpu_count()} cores", "memory": machine_memory("cpu")}]
+    devices = [{"name": f"cpu, {os.cpu_count()} cores", "memory": machine_memory("cpu"), "of": "available"}]
     quiet_imports()
     try:
         import torch
     except (ImportError, OSError) as error:  # a broken installation is what this command is asked about
-        return [*devices, {"name": f"torch cannot be imported: {error}", "memory": None}]
+        return [*devices, {"name": f"torch cannot be imported: {error}", "memory": None, "of": None}]
     for number in range(torch.cuda.device_count()):
         card = torch.cuda.get_device_properties(number)
-        devices.append({"name": f"cuda:{number}, {card.name}", "memory": card.total_memory})
+        devices.append({"name": f"cuda:{number}, {card.name}", "memory": card.total_memory, "of": "in all"})
     if torch.backends.mps.is_available():
-        devices.append({"name": "mps", "memory": None})
+        devices.append({"name": "mps", "memory": None, "of": None})
     return devices
 
 
@@ -105,7 +106,8 @@ def _print(found: dict[str, Any]) -> None:
         say(f"  {name} {number}")
     say("devices")
     for device in found["devices"]:
-        say(f"  {device['name']}" + (f", {in_words(device['memory'])}" if device["memory"] else ""))
+        memory = f", {in_words(device['memory'])} {device['of']}" if device["memory"] else ""
+        say(f"  {device['name']}{memory}")
     cache = found["cache"]
     say(f"cache\n  {cache['directory']}, {in_words(cache['bytes'])}")
     if found["missing"]:

@@ -79,7 +79,8 @@ def evaluate(
         )  # fmt: skip
         return evaluate_open(
             run, data, samples=samples, seed=seed, split=split, limit=limit, batch_size=batch_size, measure=measure,
-            max_new_tokens=max_new_tokens, answers=answers, equivalence=equivalence, json=json, model=model,
+            max_new_tokens=max_new_tokens, answers=answers, equivalence=equivalence, chat=chat, json=json,
+            model=model,
         )  # fmt: skip
     if not adaptive and max_error is None:
         options.refuse_unread(evaluate, "of --adaptive or --max-error; leave it out", confidence=confidence)

@@ -16,7 +16,6 @@ from scalabl.core.console import say
 def export(
     run: Annotated[Path, typer.Argument(metavar="DIR", help="A run directory with a posterior.")],
     particles: Annotated[int, typer.Option(help="How many plain LoRAs.")],
-    format: Annotated[str, typer.Option(help="peft: plain LoRAs that PEFT and vLLM load.")] = "peft",
     output: Annotated[Path | None, typer.Option(help="Their directory OUT; DIR itself if left out.")] = None,
     seed: Annotated[int, typer.Option(help="Of the particles.")] = 0,
     draws: Annotated[str, typer.Option(help="independent, antithetic, sobol or moments.")] = "independent",
@@ -32,7 +31,7 @@ def export(
     """
     from scalabl.serving.manifest import MAX_LORA_RANKS, as_shell, prepare, vllm_command
 
-    prepare(run, particles, output or run, form=format, seed=seed, draws=draws, name=name, raw=raw)
+    prepare(run, particles, output or run, seed=seed, draws=draws, name=name, raw=raw)
 
     from scalabl.core.console import quiet, quiet_imports
 
@@ -40,7 +39,7 @@ def export(
     from scalabl.serving.export import export as write
 
     quiet()
-    manifest = write(run, particles, output, form=format, seed=seed, draws=draws, name=name, raw=raw)
+    manifest = write(run, particles, output, seed=seed, draws=draws, name=name, raw=raw)
     directory = (output or run) / "particles"
     say(f"{particles:,} particles in {directory}")
     for warning in manifest.warnings:

@@ -37,7 +37,10 @@ def generate(
     chat: Annotated[bool | None, typer.Option("--chat/--no-chat", help=options.CHAT)] = None,
     stop: Annotated[
         list[str] | None,
-        typer.Option(help="A text that ends an answer; \\n is a line's end.", rich_help_panel=_DECODING),
+        typer.Option(
+            help="A text that ends an answer; \\n is a line's end; left out: as the run's confidence was fitted.",
+            rich_help_panel=_DECODING,
+        ),
     ] = None,
     answers: Annotated[
         int, typer.Option(help="Further, sampled answers, for semantic entropy.", rich_help_panel=_SEMANTIC)
@@ -57,7 +60,7 @@ def generate(
     """Answer prompts with the average over the posterior; each token's ground is its epistemic uncertainty.
 
     The confidence is a probability of being right where `scalabl evaluate` has fitted one on validation answers of an
-    open task, else the length-normalised probability of the text.
+    open task that were made alike, else the length-normalised probability of the text.
     """
     from scalabl.core.files import write_json
     from scalabl.core.outputs import require_writable
@@ -73,18 +76,19 @@ def generate(
     quiet()
 
     from scalabl.generation.answer import in_terminal, write_page
-    from scalabl.generation.generate import AnswerSampling, check
+    from scalabl.generation.generate import AnswerSampling, check, unused_confidence
     from scalabl.generation.generate import generate as answer_prompts
     from scalabl.runs.loading import load_run
 
     sampling = AnswerSampling(answers, equivalence=equivalence)
     check(samples, max_new_tokens, batch_size, sampling)
     loaded = load_run(run, model=model, generating=True)
+    stops = None if stop is None else _with_line_ends(stop)
     with progress_bar() as progress:
         bar = progress.add_task("generating", total=len(prompts), detail="")
         found = answer_prompts(
             loaded, prompts, samples=samples, seed=seed, max_new_tokens=max_new_tokens, chat=chat,
-            stop=_with_line_ends(stop), sampling=sampling, batch_size=batch_size,
+            stop=stops, sampling=sampling, batch_size=batch_size,
             advance=lambda done: progress.advance(bar, done), **sampled,
         )  # fmt: skip
     if json is not None:
@@ -94,7 +98,11 @@ def generate(
         kind = f"{samples} particles" if samples and loaded.is_sampled else "one pass"
         made = f"{recipe['model']}, {recipe['method']} trained on {recipe['data']}, {kind}, seed {seed}"
         write_page(found, html, title="Answers with their uncertainty", made=made)
-    words_console().print(in_terminal(found))
+    console = words_console()
+    console.print(in_terminal(found))
+    why = unused_confidence(loaded, found[0].scores, samples=samples, chat=chat, stop=stops, **sampled)
+    if why is not None:
+        console.print(why, style="yellow", highlight=False)
 
 
 def _prompts(given: list[str] | None, file: Path | None) -> list[str]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from scalabl.cli import options
+from scalabl.core import processes
 from scalabl.core.console import progress_bar, quiet, words_console
 from scalabl.core.errors import UserError
 
@@ -27,6 +28,7 @@ def evaluate_open(
     max_new_tokens: int,
     answers: int,
     equivalence: str,
+    chat: bool | None,
     json: Path | None,
     model: str | None,
 ) -> None:
@@ -35,13 +37,15 @@ def evaluate_open(
     The fitted confidence is written into the run's directory, where `scalabl generate` finds it.
 
     Raises:
-        UserError: bad data or options, or a run that is not finished.
+        UserError: bad data or options, several processes, or a run that is not finished.
     """
     from scalabl.core.files import write_json
     from scalabl.core.outputs import require_writable
     from scalabl.data.load import load_open_task
     from scalabl.runs.stock import read_generating
 
+    if processes.world_size() > 1:
+        raise UserError("Open questions are answered by one process; start it without accelerate launch.")
     read_generating(run, model=model)
     require_writable(json, reads=(run, data, model, equivalence.partition(":")[2] or None))
     options.require_counts(limit=limit)
@@ -61,7 +65,7 @@ def evaluate_open(
     loaded = load_run(run, model=model, generating=True)
     shared: dict[str, Any] = {
         "samples": samples, "seed": seed, "max_new_tokens": max_new_tokens, "measure": measure,
-        "batch_size": batch_size,
+        "chat": chat, "batch_size": batch_size,
     }  # fmt: skip
     console, fitted, why = words_console(), None, "there are no validation questions"
     with progress_bar() as progress:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from scalabl.cli.app import app
-from scalabl.cli.options import with_settings
+from scalabl.cli.options import refuse_unread, with_settings
 from scalabl.core.console import quiet, words_console
 from scalabl.core.errors import UserError
 from scalabl.runs.registry import METHODS, TRAINED
@@ -75,8 +75,8 @@ def plan(
 
     device = device or ("cuda" if card is not None else machine_device())
     if size is None:
-        if device != machine_device():
-            raise UserError(f"This machine has no {device}; say how much memory there is with --card, as in 24GB.")
+        if device == "cuda" and machine_device() != "cuda":
+            raise UserError("This machine has no cuda; say how much memory there is with --card, as in 24GB.")
         size = machine_memory(device)
 
     from scalabl.planning.plan import make_plan
@@ -89,6 +89,10 @@ def plan(
             raise UserError(f"{settings.model} is an encoder, which has no {loss}; leave out --loss.")
         loss = "head"
     read = loss or (settings.rows.scoring if settings.rows.scoring in ("letters", "head") else "continuation")
+    if read != "head":
+        refuse_unread(plan, f"of a head, and the loss is {read}; leave it out", labels=labels)
+    if read != "continuation":
+        refuse_unread(plan, f"of continuations, and the loss is {read}; leave it out", scored=scored)
     size_of = {"choices": labels} if read == "head" else {"scored": scored}
     rows = PlannedRows(settings.optimisation.batch_size, settings.rows.max_length, loss=read, **size_of)
     with words_console(stderr=True).status("planning"):

@@ -77,8 +77,16 @@ def serve(
     _require_extra()
     directories = _named(runs)
     options.require_counts(
-        queue=queue, max_rows=max_rows, max_tokens=max_tokens, max_prompt=max_prompt, max_body=max_body
-    )
+        queue=queue, max_rows=max_rows, max_tokens=max_tokens, max_prompt=max_prompt, max_body=max_body,
+        batch_size=batch_size,
+    )  # fmt: skip
+    if samples < 0:
+        raise UserError(f"--samples is {samples}; it must be at least 0.")
+    if queue < max_rows:
+        raise UserError(
+            f"--queue is {queue:,}, but a request may have {max_rows:,} rows (--max-rows), for which there would "
+            "never be room; raise --queue or lower --max-rows."
+        )
     if not timeout > 0:
         raise UserError(f"--timeout is {timeout}; it must be above 0.")
     if max_error is None:
@@ -93,6 +101,12 @@ def serve(
             record, predictive=predictive, samples=samples, seed=seed, draws="independent", adaptive=False,
             confidence=confidence, stochastic_layers=None, batch_size=batch_size, abstain=abstain, max_error=max_error,
             raw=raw, max_false_alarms=max_false_alarms, coverage=coverage,
+        )  # fmt: skip
+    if not settings:
+        options.refuse_unread(
+            serve, "for adapters that give labels, of which there are none; leave it out", predictive=predictive,
+            raw=raw, abstain=abstain, max_error=max_error, confidence=confidence, max_false_alarms=max_false_alarms,
+            coverage=coverage,
         )  # fmt: skip
 
     from scalabl.core.console import quiet, quiet_imports

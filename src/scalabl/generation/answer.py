@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.generation import StoppingCriteria
 
+from scalabl.core.console import visible
 from scalabl.core.files import write_text
 from scalabl.core.pages import page_style
 from scalabl.generation.correctness import answer_text
@@ -140,8 +141,6 @@ def tokens_of(decoded: Decoded) -> tuple[Token, ...]:
 # a light to a dark orange that black and white text can be read on; the first is no ground at all
 GROUNDS = (None, "#fff1dc", "#ffd9a8", "#fdb462", "#e6812f", "#b4480f")
 INKS = (None, "#000000", "#000000", "#000000", "#000000", "#ffffff")
-_SYMBOLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"}
-_SYMBOLS |= dict.fromkeys(range(127, 160), 0xFFFD)
 LIMITS = (0.02, 0.05, 0.1, 0.2, 0.4)  # nats of mutual information, the same in every text so that texts compare
 
 
@@ -155,13 +154,8 @@ def shaded(answer: GeneratedAnswer) -> Text:
     text = Text()
     for token in answer.tokens:
         ground, ink = GROUNDS[level(token.epistemic)], INKS[level(token.epistemic)]
-        text.append(printable(token.text), style=f"{ink} on {ground}" if ground else "")
+        text.append(visible(token.text), style=f"{ink} on {ground}" if ground else "")
     return text
-
-
-def printable(text: str) -> str:
-    """A text that cannot steer the terminal: control characters but for tab and line's end as their symbols."""
-    return text.translate(_SYMBOLS)
 
 
 def legend() -> Text:
@@ -183,7 +177,7 @@ def in_terminal(answers: Sequence[GeneratedAnswer]) -> RenderableType:
         facts.add_row("nats a token", ", ".join(f"{name} {value:.3f}" for name, value in means.items()))
         if not answer.finished:
             facts.add_row("", "cut at the limit of tokens; raise --max-new-tokens")
-        parts += [Text(printable(answer.prompt), style="dim"), shaded(answer), Text(""), facts, Text("")]
+        parts += [Text(visible(answer.prompt), style="dim"), shaded(answer), Text(""), facts, Text("")]
     return Group(*parts, legend())
 
 

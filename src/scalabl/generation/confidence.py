@@ -13,6 +13,8 @@ Three forms, one JSON file each (no pickle):
 A score is turned so that higher is surer; isotonic and platt then never fall where it rises. A probability is kept
 within 1 / (n + 2) and 1 - 1 / (n + 2): n answers are no proof of certainty [Laplace's rule]. Infinite scores are moved
 to the ends of the finite ones. Between forms and scores decides what they say of rows left out.
+
+It holds for answers made as those that it was fitted on, and keeps with it how those were.
 """
 
 from __future__ import annotations
@@ -36,8 +38,48 @@ KINDS = ("isotonic", "platt", "logistic")
 FEWEST_ROWS = 20
 FEWEST_EACH = 5  # as many as there are folds
 _PENALTY = {"platt": 1e6, "logistic": 1.0}  # scikit-learn's C: the higher the weaker
-_VERSION = 1
+_VERSION = 2
 _FURTHEST = 1e3  # spreads from the centre
+
+
+@dataclass(frozen=True)
+class AnswerSettings:
+    """How greedy answers are made, as far as their scores depend on it.
+
+    Attributes:
+        particles: N that a text is averaged over; 0 is the posterior mean, or a plain LoRA.
+        stop: texts that end an answer, sorted.
+        chat: whether a prompt stands in the chat template.
+        adapter_sha256: of the adapter that writes them.
+    """
+
+    particles: int
+    stop: tuple[str, ...]
+    chat: bool
+    adapter_sha256: str | None
+
+    def beside(self, other: AnswerSettings) -> str | None:
+        """What tells others from these, a clause; None where nothing does."""
+        if self.adapter_sha256 != other.adapter_sha256:
+            return "it was fitted on answers of another adapter"
+        if self.particles != other.particles:
+            here, there = (_averaged(each.particles) for each in (other, self))
+            return f"it was fitted on answers of {there}, and these are of {here}"
+        if self.stop != other.stop:
+            here, there = (_at(each.stop) for each in (other, self))
+            return f"it was fitted on answers that end {there}, and these end {here}"
+        if self.chat != other.chat:
+            here, there = ("with", "without") if other.chat else ("without", "with")
+            return f"it was fitted on prompts {there} the chat template, and these are {here} it"
+        return None
+
+
+def _averaged(particles: int) -> str:
+    return f"{particles} particles" if particles else "the posterior mean"
+
+
+def _at(stop: tuple[str, ...]) -> str:
+    return f"at {' or '.join(ascii(text) for text in stop)}" if stop else "at no text"
 
 
 @dataclass(frozen=True)
@@ -55,6 +97,7 @@ class Confidence:
         intercept: platt and logistic.
         lowest, highest: the ends that it is kept within, so that it is never certain.
         rows, right: the validation answers it was fitted on, and how many of them were right.
+        made: how these were made; None where it is not known, and it then holds for no answers of a run.
     """
 
     kind: str
@@ -70,6 +113,7 @@ class Confidence:
     scales: tuple[float, ...] = ()
     weights: tuple[float, ...] = ()
     intercept: float = 0.0
+    made: AnswerSettings | None = None
 
     def __call__(self, scores: Mapping[str, ArrayLike]) -> NDArray[np.float64]:
         """Probability of being right of n answers, (n,), from the values (n,) of each score; of one, from numbers.
@@ -86,6 +130,22 @@ class Confidence:
             found = expit(np.array(self.weights) @ z + self.intercept)
         bounded: NDArray[np.float64] = np.clip(found, self.lowest, self.highest)
         return bounded
+
+    def unlike(self, made: AnswerSettings | None, scores: Mapping[str, Any]) -> str | None:
+        """Why it says nothing of answers, a clause; None where it is their probability of being right.
+
+        Args:
+            made: how they were made; None where tokens were sampled, or taken by settings of their own.
+            scores: those that they have.
+        """
+        if self.made is None:
+            return "how the answers were made that it was fitted on is not known"
+        if made is None:
+            return "it was fitted on greedy answers, and these are sampled or decoded by settings of their own"
+        missing = [name for name in self.scores if name not in scores]
+        if missing:
+            return f"it reads the score {missing[0]}, which these answers do not have"
+        return self.made.beside(made)
 
     def save(self, path: Path) -> None:
         """Write it as JSON, whole or not at all."""
@@ -107,7 +167,9 @@ class Confidence:
             key="kind",
         )
         try:
-            made = cls(**{field.name: _frozen(content[field.name]) for field in fields(cls)})
+            known = {field.name: _frozen(content[field.name]) for field in fields(cls)}
+            known["made"] = None if known["made"] is None else _settings(known["made"])
+            made = cls(**known)
             sound = content.get("version") == _VERSION and _is_sound(made)
         except (KeyError, TypeError, OverflowError):  # a whole number may be too large for a float
             sound = False
@@ -139,6 +201,20 @@ def turned(scores: Mapping[str, ArrayLike], names: Sequence[str], signs: Sequenc
 
 def _frozen(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
+
+
+def _settings(known: Mapping[str, Any]) -> AnswerSettings:
+    """How answers were made, of a file.
+
+    Raises:
+        KeyError, TypeError: it says something else.
+    """
+    made = AnswerSettings(**{field.name: _frozen(known[field.name]) for field in fields(AnswerSettings)})
+    sound = type(made.particles) is int and made.particles >= 0 and isinstance(made.chat, bool)
+    texts = isinstance(made.stop, tuple) and all(isinstance(text, str) for text in made.stop)
+    if not sound or not texts or not isinstance(made.adapter_sha256, str | None):
+        raise TypeError("not the settings of answers")
+    return made
 
 
 def _is_sound(made: Confidence) -> bool:

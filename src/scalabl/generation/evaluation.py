@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 from scalabl.core.errors import UserError
 from scalabl.data.open_questions import OpenQuestion
 from scalabl.generation.answer import GeneratedAnswer
-from scalabl.generation.confidence import Confidence, choose_confidence
+from scalabl.generation.confidence import AnswerSettings, Confidence, choose_confidence
 from scalabl.generation.correctness import MEASURES, correctness
 from scalabl.generation.decoding import Decoded
 from scalabl.generation.fan_out import Draws
-from scalabl.generation.generate import AnswerSampling, answers_with_samples, draws_of
+from scalabl.generation.generate import AnswerSampling, answer_settings, answers_with_samples, draws_of
 from scalabl.generation.scores import SAMPLED_SCORES, SEQUENCE_SCORES, Score
 from scalabl.metrics.bootstrap import Metric
 from scalabl.metrics.ranking import judge_confidence, judge_ranking, rejection_curve
@@ -40,6 +40,7 @@ class Judged:
         f1: (n,) token F1.
         answer_tokens: generated for the answers themselves, in all.
         sampled_tokens: generated for the further answers, in all.
+        made: how the answers were made.
     """
 
     questions: Sequence[OpenQuestion]
@@ -48,6 +49,7 @@ class Judged:
     f1: NDArray[np.float64]
     answer_tokens: int
     sampled_tokens: int
+    made: AnswerSettings | None = None
 
     def scores(self) -> dict[str, NDArray[np.float64]]:
         """Name -> (n,) values of every score that the answers have."""
@@ -63,6 +65,7 @@ def answer_questions(
     max_new_tokens: int = 32,
     sampling: AnswerSampling | None = None,
     measure: str = "exact_match",
+    chat: bool | None = None,
     batch_size: int = 8,
     advance: Callable[[int], None] | None = None,
     draws: Draws | None = None,
@@ -78,6 +81,7 @@ def answer_questions(
         max_new_tokens: of an answer.
         sampling: further answers, for the scores that need them.
         measure: of `correctness.MEASURES`.
+        chat: put questions into the model's chat template; None is what the run was trained with.
         batch_size: questions at a time.
         advance: called with the number of questions done.
         draws: other particles than those of the run's method (`EnsembleDraws`).
@@ -95,8 +99,9 @@ def answer_questions(
     stop = () if measure == "number" else ("\n",)
     answers: list[GeneratedAnswer] = []
     answer_tokens = sampled_tokens = 0
+    particles = draws or draws_of(run, samples, seed)
     for answer, decoded, others in answers_with_samples(
-        run, [row.prompt for row in questions], draws or draws_of(run, samples, seed), seed=seed, stop=stop,
+        run, [row.prompt for row in questions], particles, seed=seed, chat=chat, stop=stop,
         sampling=sampling or AnswerSampling(), max_new_tokens=max_new_tokens, batch_size=batch_size, advance=advance,
     ):  # fmt: skip
         answers.append(answer)
@@ -109,7 +114,8 @@ def answer_questions(
         pairs = zip(answers, questions, strict=True)
         return np.array([correctness(answer.text, row.answers, by, stops=stop) for answer, row in pairs])
 
-    return Judged(questions, answers, right(measure), right("f1"), answer_tokens, sampled_tokens)
+    made = answer_settings(run, particles, chat=chat, stop=stop)
+    return Judged(questions, answers, right(measure), right("f1"), answer_tokens, sampled_tokens, made)
 
 
 def fit_on(judged: Judged, names: Sequence[str] | None = None) -> Confidence:
@@ -131,7 +137,7 @@ def fit_on(judged: Judged, names: Sequence[str] | None = None) -> Confidence:
     several = tuple(name for name in TOGETHER if name in chosen)
     together = [several] if len(several) > 1 else []
     fitted, _ = choose_confidence({name: scores[name] for name in chosen}, judged.right, directions, together=together)
-    return fitted
+    return replace(fitted, made=judged.made)
 
 
 def judge(judged: Judged, fitted: Confidence | None, *, seed: int = 0) -> dict[str, Any]:

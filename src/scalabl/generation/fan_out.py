@@ -212,6 +212,9 @@ def _outside(model: Any, draws: Draws, inputs: dict[str, Tensor]) -> Tensor:
 def honours_padding(model: Any, prompts: Sequence[Sequence[int]]) -> bool:
     """Whether a padded prompt goes on as it does alone, tried once on a prompt beside one that is half as long.
 
+    Rotary frequencies that follow a batch's longest position do so from a length on that no trial of a prompt reaches:
+    such a model is known by its configuration.
+
     Args:
         model: a PEFT model with an adapter.
         prompts: as tokens.
@@ -219,6 +222,8 @@ def honours_padding(model: Any, prompts: Sequence[Sequence[int]]) -> bool:
     base = _output_module(unwrap(model))
     if len({len(prompt) for prompt in prompts}) < 2:
         return True
+    if _frequencies_follow_rows(unwrap(model)):
+        return False
     if base not in _padded:
         longest: Sequence[int] = sorted(prompts, key=len)[-1]
         long = list(longest[-4 * _PROMPT :])
@@ -229,6 +234,14 @@ def honours_padding(model: Any, prompts: Sequence[Sequence[int]]) -> bool:
             alone = [_two_steps(model, MeanDraws(), left_padded([row], 0, device)) for row in rows]
         _padded[base] = _alike(model, together, torch.cat(alone, dim=2))
     return _padded[base]
+
+
+def _frequencies_follow_rows(model: Any) -> bool:
+    """Whether rotary embeddings are chosen by the longest position of a batch."""
+    found = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    each = [found, *(of_layers for of_layers in found.values() if isinstance(of_layers, dict))]
+    kinds = [str(parameters.get("rope_type")) for parameters in each]
+    return any(kind == "longrope" or "dynamic" in kind for kind in kinds)
 
 
 @torch.no_grad()

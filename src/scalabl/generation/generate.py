@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from scalabl.core.errors import UserError
 from scalabl.core.modules import eval_mode
 from scalabl.generation.answer import AnswerEnd, GeneratedAnswer, answer_span, tokens_of
-from scalabl.generation.confidence import Confidence
+from scalabl.generation.confidence import AnswerSettings, Confidence
 from scalabl.generation.decoding import Decoded, decode, with_stop_criterion
 from scalabl.generation.equivalence import Equivalence, equivalence
 from scalabl.generation.fan_out import Draws, MeanDraws, honours_padding
@@ -26,6 +26,7 @@ from scalabl.tuner.threads import alone
 
 # a model's own defaults (its generation_config.json) would take other tokens than the average's
 PLAIN: dict[str, Any] = {"do_sample": False, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
+_ENDS = ("eos_token_id", "min_new_tokens")  # settings of where a text ends, beside criteria
 CONFIDENCE = "confidence.json"  # in a run's directory: what `scalabl evaluate` fitted on validation answers
 
 
@@ -63,7 +64,7 @@ def generate(
     seed: int = 0,
     max_new_tokens: int = 64,
     chat: bool | None = None,
-    stop: Sequence[str] = (),
+    stop: Sequence[str] | None = None,
     sampling: AnswerSampling | None = None,
     batch_size: int = 8,
     advance: Callable[[int], None] | None = None,
@@ -78,14 +79,17 @@ def generate(
         seed: of the particles, and of the texts where they are sampled.
         max_new_tokens: the limit of an answer's tokens.
         chat: put prompts into the model's chat template; None is what the run was trained with.
-        stop: texts that end an answer, for example a line's end.
+        stop: texts that end an answer, for example a line's end; None takes those of the run's fitted confidence,
+            where there is one.
         sampling: further answers for self-consistency and semantic entropy; none by default.
         batch_size: prompts at a time.
         advance: called with the number of prompts done.
         **generation: of transformers' `generate` (do_sample, temperature, top_p, ...); greedy if it says nothing.
 
     Returns:
-        one answer a prompt. Its confidence is the fitted one where the run's directory has a `confidence.json`.
+        one answer a prompt. Its confidence is the fitted one where the run's directory has a `confidence.json` of
+        answers that were made alike: of this adapter, so many particles, the same stop texts and chat template, and no
+        `generation` that takes other tokens.
 
     Raises:
         UserError: not a finished run, no prompt, an empty prompt, numbers out of range.
@@ -98,10 +102,11 @@ def generate(
     elif not isinstance(run, Run):
         run = load_run(Path(run), generating=True)
     # sampled texts take their numbers from one stream, which the seed begins
+    fitted = fitted_confidence(run)
     with alone(run.model), eval_mode(run.model):
         found = answers_with_samples(
-            run, prompts, draws_of(run, samples, seed), seed=seed, chat=chat, stop=stop, sampling=sampling,
-            max_new_tokens=max_new_tokens, batch_size=batch_size, advance=advance, fitted=fitted_confidence(run),
+            run, prompts, draws_of(run, samples, seed), seed=seed, chat=chat, stop=_stop(fitted, stop),
+            sampling=sampling, max_new_tokens=max_new_tokens, batch_size=batch_size, advance=advance, fitted=fitted,
             **generation,
         )  # fmt: skip
         return [answer for answer, _, _ in found]
@@ -136,7 +141,8 @@ def answers_with_samples(
     """Each answer, the decoded text that it was made of, and the further ones; a batch of prompts at a time.
 
     Args:
-        fitted: the confidence of the answers; without one it is the length-normalised probability.
+        fitted: the confidence of the answers, where they are made as it asks; else it is the length-normalised
+            probability.
 
     The others are those of `generate`.
     """
@@ -146,6 +152,7 @@ def answers_with_samples(
     if not honours_padding(run.model, tokens):
         batch_size = 1
     same = equivalence(sampling.equivalence) if sampling.number else None
+    made = answer_settings(run, draws, chat=chat, stop=stop, **generation)
     generation = with_stop_criterion(run.tokenizer, generation)
     torch.manual_seed(seed)
     for start in range(0, len(prompts), batch_size):
@@ -154,7 +161,7 @@ def answers_with_samples(
             max_new_tokens=max_new_tokens, **generation,
         )  # fmt: skip
         for prompt, decoded, others in rows:
-            yield make_answer(prompt, decoded, others, same, fitted), decoded, others
+            yield make_answer(prompt, decoded, others, same, fitted, made), decoded, others
         if advance is not None:
             advance(len(rows))
 
@@ -186,11 +193,14 @@ def decoded_with_samples(
     stop: Sequence[str] = (),
     **generation: Any,
 ) -> list[tuple[str, Decoded, list[Decoded]]]:
-    """Each prompt with its answer and k further, sampled ones, all cut behind the first stop text."""
+    """Each prompt with its answer and k further, sampled ones, all cut behind the first stop text, and ended where
+    `generation` ends the answer."""
     tokens = [prompt_tokens(run, prompt, chat) for prompt in prompts]
+    generation = with_stop_criterion(run.tokenizer, generation)
     ends = [AnswerEnd(run.tokenizer, stop, max(map(len, tokens)))] if stop else []
-    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, **PLAIN, "stopping_criteria": ends}
-    own = settings | generation | {"stopping_criteria": [*ends, *(generation.get("stopping_criteria") or ())]}
+    ends += generation.get("stopping_criteria") or ()
+    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, **PLAIN}
+    own = settings | generation | {"stopping_criteria": ends}
     config = generation.get("generation_config")
     if config is not None:  # it says itself how a token is taken
         own = {name: value for name, value in own.items() if name not in PLAIN or name in generation}
@@ -202,8 +212,9 @@ def decoded_with_samples(
             "do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0, "min_p": 0.0,
             "typical_p": 1.0, "num_return_sequences": sampling.number,
         }  # fmt: skip
-        shared = {"min_new_tokens": generation["min_new_tokens"]} if "min_new_tokens" in generation else {}
-        further = decode(run.model, run.tokenizer, tokens, draws, **settings | sampled | shared)
+        said = {name: generation.get(name, getattr(config, name, None)) for name in _ENDS}
+        ended = {name: value for name, value in said.items() if value is not None} | {"stopping_criteria": ends}
+        further = decode(run.model, run.tokenizer, tokens, draws, **settings | sampled | ended)
 
     def cut(decoded: Decoded) -> Decoded:
         return answer_span(decoded, stop) if stop else decoded
@@ -218,12 +229,13 @@ def make_answer(
     others: Sequence[Decoded],
     same: Equivalence | None,
     fitted: Confidence | None,
+    made: AnswerSettings | None,
 ) -> GeneratedAnswer:
     """The answer of a decoded text: its scores, and the confidence that they give."""
     scores = sequence_scores(decoded)
     if same is not None:
         scores |= sampled_scores(decoded, others, same, prompt)
-    usable = fitted is not None and all(name in scores for name in fitted.scores)
+    usable = fitted is not None and fitted.unlike(made, scores) is None
     if fitted is not None and usable:
         confidence = float(fitted(scores)[0])
     else:
@@ -253,9 +265,65 @@ def check(samples: int, max_new_tokens: int, batch_size: int, sampling: AnswerSa
 
 
 def fitted_confidence(run: Run) -> Confidence | None:
-    """The confidence that was fitted on the run's validation answers, if there is one."""
+    """The confidence that was fitted on validation answers of the run's adapter, if there is one."""
+    kept = _kept_confidence(run)
+    of_another = kept is None or kept.made is None or kept.made.adapter_sha256 != run.record.adapter_sha256
+    return None if of_another else kept
+
+
+def unused_confidence(
+    run: Run,
+    scores: Mapping[str, float],
+    *,
+    samples: int,
+    chat: bool | None = None,
+    stop: Sequence[str] | None = None,
+    **generation: Any,
+) -> str | None:
+    """Why the confidence in a run's directory is not that of answers, a sentence; None where it is, or there is none.
+
+    Args:
+        scores: those that the answers have.
+
+    The others are those of `generate`.
+    """
+    kept = _kept_confidence(run)
+    if kept is None:
+        return None
+    stop = _stop(fitted_confidence(run), stop)
+    made = answer_settings(run, draws_of(run, samples, 0), chat=chat, stop=stop, **generation)
+    why = kept.unlike(made, scores)
+    return None if why is None else f"The confidence that the run has is not used: {why}."
+
+
+def _kept_confidence(run: Run) -> Confidence | None:
     path = None if run.directory is None else run.directory / CONFIDENCE
     return Confidence.load(path) if path is not None and path.exists() else None
+
+
+def _stop(fitted: Confidence | None, given: Sequence[str] | None) -> Sequence[str]:
+    """The texts that end an answer: those given, else those that the confidence was fitted with."""
+    if given is not None:
+        return given
+    return () if fitted is None or fitted.made is None else fitted.made.stop
+
+
+def answer_settings(
+    run: Run, draws: Draws, *, chat: bool | None = None, stop: Sequence[str] = (), **generation: Any
+) -> AnswerSettings | None:
+    """How answers are made; None where `generation` may take other tokens than the likeliest ones, or end them
+    elsewhere."""
+    if any(value is not None for name, value in generation.items() if name not in ("do_sample", "streamer")):
+        return None
+    if generation.get("do_sample"):
+        return None
+    particles = 0 if isinstance(draws, MeanDraws) else draws.samples
+    ends = tuple(sorted({text for text in stop if text}))
+    return AnswerSettings(particles, ends, _is_chat(run, chat), run.record.adapter_sha256)
+
+
+def _is_chat(run: Run, chat: bool | None) -> bool:
+    return bool(run.record.scoring.get("chat", False)) if chat is None else chat
 
 
 def draws_of(run: Run, samples: int, seed: int) -> Draws:
@@ -280,8 +348,7 @@ def prompt_tokens(run: Run, prompt: str, chat: bool | None) -> list[int]:
         prompt.encode("utf-8")
     except UnicodeEncodeError as error:  # half a surrogate pair, or bytes of a command line that are no UTF-8
         raise UserError(f"The prompt {ascii(prompt)} is not Unicode; write it in UTF-8.") from error
-    if chat is None:
-        chat = bool(run.record.scoring.get("chat", False))
+    chat = _is_chat(run, chat)
     if chat and not getattr(run.tokenizer, "chat_template", None):
         raise UserError("This model's tokenizer has no chat template; leave out --chat.")
     return Text(run.tokenizer, chat=chat).prompt_tokens(prompt)

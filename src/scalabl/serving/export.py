@@ -19,9 +19,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from scalabl.core import __version__
 from scalabl.core.console import progress_bar
 from scalabl.core.errors import UserError
-from scalabl.core.files import ADAPTER, read_json, sha256, write_json, writing
+from scalabl.core.files import ADAPTER, sha256, write_json, writing
 from scalabl.core.remote_code import trust_remote_code
-from scalabl.inference.settings import temperature_in
 from scalabl.posterior.draws import noise
 from scalabl.runs.directory import reading_config
 from scalabl.runs.models import saved_tokenizer
@@ -33,8 +32,8 @@ from scalabl.serving.manifest import (
     TOKENIZER,
     Identity,
     ParticleManifest,
-    calibrated_particles,
     limits_of,
+    particles_temperature,
     prepare,
     read_manifest,
 )
@@ -54,7 +53,6 @@ def export(
     number: int,
     output: Path | None = None,
     *,
-    form: str = "peft",
     seed: int = 0,
     draws: str = "independent",
     name: str = "particle",
@@ -71,7 +69,6 @@ def export(
             `save_pretrained`.
         number: N, at least 1.
         output: OUT, the run's own directory by default.
-        form: "peft", plain LoRAs.
         seed: of the draws.
         draws: their kind (`scalabl.predictive.sampling.DRAWS`).
         name: the particles will be served as NAME-0 .. NAME-(N-1).
@@ -85,9 +82,7 @@ def export(
             write.
     """
     output = output or directory
-    identity, content, record = prepare(
-        directory, number, output, form=form, seed=seed, draws=draws, name=name, raw=raw
-    )
+    identity, content, record = prepare(directory, number, output, seed=seed, draws=draws, name=name, raw=raw)
     target = output / PARTICLES
     if target.exists():
         return read_manifest(output)
@@ -117,8 +112,8 @@ def export(
                 write_plain_adapter(unfinished / str(k), plain, config)
                 digests.append(sha256(unfinished / str(k) / ADAPTER))
                 progress.advance(bar)
-            fitted = None if raw else calibrated_particles(record)[1]
-            manifest = _manifest(directory, identity, content, record, name, tensors, tuple(digests), fitted)
+            tempered = particles_temperature(directory, record, identity, raw)
+            manifest = _manifest(identity, content, record, name, tensors, tuple(digests), *tempered)
             write_json(unfinished / MANIFEST, manifest.as_dict())
             tokenizer = saved_tokenizer(directory)
             if tokenizer is not None:
@@ -131,7 +126,6 @@ def export(
 
 
 def _manifest(
-    directory: Path,
     identity: Identity,
     config: dict[str, Any],
     record: RunRecord | None,
@@ -139,6 +133,7 @@ def _manifest(
     tensors: dict[str, Tensor],
     digests: tuple[str, ...],
     temperature: float | None,
+    calibrated: bool,
 ) -> ParticleManifest:
     targets = config["target_modules"]
     output_layer = any(f".{layer}.lora_A." in key for key in tensors for layer in _OUTPUT_LAYERS)
@@ -160,12 +155,12 @@ def _manifest(
         dtype=_dtype(record),
         recipe={key: record.recipe.get(key) for key in _RECIPE} if record else None,
         scoring=record.scoring if record else None,
-        temperature=_temperature(directory, identity) if temperature is None else temperature,
-        calibrated=temperature is not None,
+        temperature=temperature,
+        calibrated=calibrated,
         head=config.get("task_type") == "SEQ_CLS",
         labels=labels or None,
         head_labels=head,
-        warnings=limits_of(config, record, rank, output_layer, head),
+        warnings=limits_of(config, record, rank, output_layer, head, calibrated),
     )
 
 
@@ -191,16 +186,6 @@ def _dtype(record: RunRecord | None) -> str | None:
     if dtype == "auto":
         return "float32" if record.device.startswith("cpu") else "bfloat16"
     return dtype
-
-
-def _temperature(directory: Path, identity: Identity) -> float | None:
-    """What the method `temperature` fitted on this very adapter."""
-    path = directory / "posthoc" / "temperature" / "temperature.json"
-    if not path.is_file():
-        return None
-    mend = "fit temperature again"
-    facts = read_json(path, missing="", mend=mend, expected=f"a temperature; {mend}", key="temperature")
-    return temperature_in(facts, path) if facts.get("adapter_sha256") == identity.adapter_sha256 else None
 
 
 def particle_values(

@@ -16,6 +16,7 @@ from typing import Any
 from scalabl.core.errors import UserError
 from scalabl.core.files import ADAPTER, JOINT, read_json, require_place, sha256
 from scalabl.inference.calibration import Calibration
+from scalabl.inference.settings import temperature_in
 from scalabl.predictive.sampling import Sampling
 from scalabl.runs.directory import require_adapter
 from scalabl.runs.record import RECORD, RunRecord
@@ -24,7 +25,6 @@ PARTICLES = "particles"
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer"  # beside the particles, where one was saved beside the adapter
 FORMAT_VERSION = 1
-FORMATS = ("peft",)
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,6 @@ def prepare(
     number: int,
     output: Path,
     *,
-    form: str = "peft",
     seed: int = 0,
     draws: str = "independent",
     name: str = "particle",
@@ -172,8 +171,6 @@ def prepare(
     Raises:
         UserError: as `scalabl.serving.export.export`.
     """
-    if form not in FORMATS:
-        raise UserError(f"There is no format {form!r}; choose {', '.join(FORMATS)}.")
     if number < 1:
         raise UserError(f"The number of particles is {number}; it must be at least 1, 10 is usual.")
     if seed < 0:
@@ -197,7 +194,7 @@ def prepare(
         sha256(directory / ADAPTER), sha256(joint) if joint.is_file() else None, number, seed, draws,
         1.0 if raw else calibrated_particles(record)[0],
     )  # fmt: skip
-    _require_place(output, identity, name)
+    _require_place(output, identity, name, *particles_temperature(directory, record, identity, raw))
     return identity, config, record
 
 
@@ -207,13 +204,30 @@ def calibrated_particles(record: RunRecord | None) -> tuple[float, float | None]
     return (1.0, None) if made is None or "mc" not in made.temperatures else (made.scale, made.temperatures["mc"])
 
 
+def particles_temperature(
+    directory: Path, record: RunRecord | None, identity: Identity, raw: bool
+) -> tuple[float | None, bool]:
+    """T that a manifest names for particles, and whether it is of the run's calibration: else of the method
+    `temperature`, if it was fitted on this very adapter."""
+    fitted = None if raw else calibrated_particles(record)[1]
+    if fitted is not None:
+        return fitted, True
+    path = directory / "posthoc" / "temperature" / "temperature.json"
+    if not path.is_file():
+        return None, False
+    mend = "fit temperature again"
+    facts = read_json(path, missing="", mend=mend, expected=f"a temperature; {mend}", key="temperature")
+    own = facts.get("adapter_sha256") == identity.adapter_sha256
+    return temperature_in(facts, path) if own else None, False
+
+
 def _is_whole(directory: Path, manifest: ParticleManifest) -> bool:
     """Whether every particle's weights in OUT/particles are what was written."""
     files = [directory / str(k) / ADAPTER for k in range(manifest.identity.number)]
     return all(f.is_file() and sha256(f) == digest for f, digest in zip(files, manifest.sha256, strict=True))
 
 
-def _require_place(output: Path, identity: Identity, name: str) -> None:
+def _require_place(output: Path, identity: Identity, name: str, temperature: float | None, calibrated: bool) -> None:
     """Refuse a place that holds another export or cannot be written."""
     target = output / PARTICLES
     other = "choose another --output or delete it"
@@ -223,23 +237,32 @@ def _require_place(output: Path, identity: Identity, name: str) -> None:
         if not (target / MANIFEST).is_file():
             raise UserError(f"{target} exists and holds no {MANIFEST}; {other}.")
         there = read_manifest(output)
-        if there.identity != identity or there.name != name:
-            raise UserError(f"{target} holds another export ({_difference(there, identity, name)}); {other}.")
+        difference = _difference(there, identity, name, temperature, calibrated)
+        if difference is not None:
+            raise UserError(f"{target} holds another export ({difference}); {other}.")
         if not _is_whole(target, there):
             raise UserError(f"{target} was truncated or altered since it was exported; delete it and export again.")
         return
     require_place(output)
 
 
-def _difference(there: ParticleManifest, identity: Identity, name: str) -> str:
-    """The first setting in which an export differs."""
+def _difference(
+    there: ParticleManifest, identity: Identity, name: str, temperature: float | None, calibrated: bool
+) -> str | None:
+    """The first setting in which an export differs; None where none does."""
     if there.name != name:
         return f"its name is {there.name}, now {name}"
     for key in ("number", "seed", "draws", "scale"):
         before, now = getattr(there.identity, key), getattr(identity, key)
         if before != now:
             return f"its {key} is {before}, now {now}"
-    return "of another adapter"
+    if there.identity != identity:
+        return "of another adapter"
+    if there.calibrated != calibrated:
+        return "it is calibrated, now it is not" if there.calibrated else "it is not calibrated, now it is"
+    if there.temperature != temperature:
+        return f"its temperature is {there.temperature}, now {temperature}"
+    return None
 
 
 # the values that vLLM's --max-lora-rank takes (vllm/config/lora.py; older versions lack some)
@@ -321,7 +344,12 @@ def refuse_head(manifest: ParticleManifest) -> None:
 
 
 def limits_of(
-    config: dict[str, Any], record: RunRecord | None, rank: int, adapts_output_layer: bool, head_labels: int | None
+    config: dict[str, Any],
+    record: RunRecord | None,
+    rank: int,
+    adapts_output_layer: bool,
+    head_labels: int | None,
+    calibrated: bool,
 ) -> tuple[str, ...]:
     """Sentences, none where the particles are served as they are.
 
@@ -330,7 +358,7 @@ def limits_of(
         record: the run's, None where there is none.
         rank: the largest of a layer.
         adapts_output_layer: whether lm_head is adapted.
-        head_labels: of the manifest.
+        head_labels, calibrated: of the manifest.
     """
     found = []
     if adapts_output_layer:
@@ -355,9 +383,12 @@ def limits_of(
         if bits is not None:
             found.append(f"the run's base was quantised to {bits} bits; a base in another precision answers otherwise")
         if record.predictive == "linearized":
-            uncalibrated = record.calibration is not None and calibrated_particles(record)[1] is None
+            found.append("the run itself predicts linearised; particles are its Monte Carlo predictive")
+        if record.calibration is not None and not calibrated:
+            option = "" if record.predictive == "linearized" else " --predictive mc"
+            unfitted = f"was not fitted for particles; scalabl calibrate{option} fits a temperature of theirs"
+            left_out = calibrated_particles(record)[1] is not None
             found.append(
-                "the run itself predicts linearised; particles are its Monte Carlo predictive"
-                + ", uncalibrated: scalabl calibrate fits a temperature of theirs" * uncalibrated
+                "the particles are uncalibrated: the run's calibration " + ("is left out" if left_out else unfitted)
             )
     return tuple(found)

@@ -13,6 +13,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict
+from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
 from scalabl.core.errors import UserError
@@ -23,7 +24,7 @@ from scalabl.serving.server.limits import Guard, Limits, error_body
 from scalabl.serving.server.metrics import Metrics
 from scalabl.serving.server.page import page
 from scalabl.serving.server.texts import Piece, PromptReader, TextAsked, Write
-from scalabl.serving.server.worker import Busy, Job, ModelFailed, ModelWorker
+from scalabl.serving.server.worker import Busy, Closing, Job, ModelFailed, ModelWorker
 
 log = logging.getLogger(__name__)
 Fields = dict[str, Any]
@@ -154,9 +155,10 @@ class Server:
         adapter = self.adapter(asked.model)
         if adapter.name not in self.readers:
             raise Unknown(f"{adapter.name} writes no texts; it gives labels.")
-        texts = asked.asked(self.readers[adapter.name], self.limits.tokens)
-        if len(texts) > self.limits.rows:
-            raise UserError(f"{len(texts):,} texts are asked for; it must be 1 to {self.limits.rows:,}.")
+        if asked.number > self.limits.rows:
+            raise UserError(f"{asked.number:,} texts are asked for; it must be 1 to {self.limits.rows:,}.")
+        # prompts take time to read, in which others are answered
+        texts = await run_in_threadpool(asked.asked, self.readers[adapter.name], self.limits.tokens)
         if asked.stream:
             counts = asked.stream_options is not None and asked.stream_options.include_usage
             return await self._streamed(adapter, texts, form, counts)
@@ -212,7 +214,7 @@ class Server:
 
         Raises:
             Slow: it did not come in time.
-            UserError, Busy, ModelFailed: as the worker has it.
+            UserError, Busy, Closing, ModelFailed: as the worker has it.
         """
         result = asyncio.wrap_future(self.worker.submit(job))
         left = asyncio.ensure_future(_left(request))
@@ -257,6 +259,10 @@ async def _busy(_: Request, error: Any) -> Response:
     return _refusal(429, f"Too many rows wait; ask again in {seconds} s.", **{"Retry-After": seconds})
 
 
+async def _closing(_: Request, error: Any) -> Response:
+    return _refusal(503, "The server is ending and takes nothing more; ask it when it is back.")
+
+
 async def _slow(_: Request, error: Any) -> Response:
     return _refusal(503, "The answer did not come in time; ask again.", **{"Retry-After": "5"})
 
@@ -271,6 +277,6 @@ async def _http(_: Request, error: Any) -> Response:
 
 
 _ERRORS: dict[Any, Any] = {
-    RequestValidationError: _invalid, UserError: _wrong, Unknown: _unknown, Busy: _busy, Slow: _slow,
-    ModelFailed: _failed, HTTPException: _http, Exception: _failed,
+    RequestValidationError: _invalid, UserError: _wrong, Unknown: _unknown, Busy: _busy, Closing: _closing,
+    Slow: _slow, ModelFailed: _failed, HTTPException: _http, Exception: _failed,
 }  # fmt: skip

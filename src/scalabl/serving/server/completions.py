@@ -20,6 +20,7 @@ from scalabl.serving.server.texts import Piece, PromptReader, TextAsked, Written
 
 Fields = dict[str, Any]
 _MOST_CHOICES = 8
+_USUAL = 16  # tokens of a text completion that says no number, as OpenAI has it
 Number = Annotated[int, Field(ge=1)]
 
 
@@ -77,7 +78,14 @@ class _Asked(_Strict):
         return tuple(text for text in given if text)
 
     def texts(
-        self, reader: PromptReader, prompts: Sequence[list[int]], limit: int | None, most: int, top: int
+        self,
+        reader: PromptReader,
+        prompts: Sequence[list[int]],
+        limit: int | None,
+        most: int,
+        top: int,
+        chat: bool | None,
+        usual: int | None = None,
     ) -> list[TextAsked]:
         """One text for each prompt and choice.
 
@@ -87,6 +95,8 @@ class _Asked(_Strict):
             limit: the longest that the request says, or None.
             most: the longest that the server writes.
             top: so many likeliest tokens are told with each.
+            chat: whether the prompts stand in the chat template; None where they do not say.
+            usual: the longest where the request says none; None for all that there is room for.
 
         Raises:
             UserError: longer than the server writes, or than the model has positions for.
@@ -100,14 +110,15 @@ class _Asked(_Strict):
         temperature = self.temperature if self.temperature is not None else 0.0 if self.top_p is None else 1.0
         for prompt in prompts:
             room = reader.room(prompt)
-            longest = limit if limit is not None else most if room is None else min(most, room)
+            allowed = most if room is None else min(most, room)
+            longest = limit if limit is not None else allowed if usual is None else min(usual, allowed)
             if room is not None and not 0 < longest <= room:
                 raise UserError(
                     f"A prompt of {len(prompt):,} tokens and an answer of {max(longest, 1):,} are more than the "
                     f"{reader.positions:,} that the model has positions for; shorten one of them."
                 )
             for _ in range(self.n or 1):
-                made.append(TextAsked(prompt, longest, temperature, top_p, seed + len(made), self.stops(), top))
+                made.append(TextAsked(prompt, longest, temperature, top_p, seed + len(made), self.stops(), top, chat))
         return made
 
 
@@ -120,6 +131,11 @@ class ChatRequest(_Asked):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
+    @property
+    def number(self) -> int:
+        """How many texts are asked for."""
+        return self.n or 1
+
     def asked(self, reader: PromptReader, most: int) -> list[TextAsked]:
         """The texts of the request.
 
@@ -130,18 +146,30 @@ class ChatRequest(_Asked):
         limit = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
         if self.top_logprobs and not self.logprobs:
             raise UserError("top_logprobs are given with logprobs alone; set it to true.")
-        return self.texts(reader, [prompt], limit, most, self.top_logprobs or 0)
+        return self.texts(reader, [prompt], limit, most, self.top_logprobs or 0, True)
 
 
 class CompletionRequest(_Asked):
     """What `POST /v1/completions` reads."""
 
     prompt: str | list[str] | list[StrictInt] | list[list[StrictInt]]
-    max_tokens: Number | None = 16
+    max_tokens: Number | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     echo: Literal[False] | None = None
     best_of: Literal[1] | None = None
     suffix: None = None
+
+    @property
+    def prompts(self) -> list[Any]:
+        """Each a text or tokens."""
+        given: Any = self.prompt
+        several = isinstance(given, list) and bool(given) and not isinstance(given[0], int)
+        return given if several else [given]
+
+    @property
+    def number(self) -> int:
+        """How many texts are asked for."""
+        return len(self.prompts) * (self.n or 1)
 
     def asked(self, reader: PromptReader, most: int) -> list[TextAsked]:
         """The texts of the request.
@@ -149,10 +177,10 @@ class CompletionRequest(_Asked):
         Raises:
             UserError: as `texts` and `PromptReader.tokens`.
         """
-        given: Any = self.prompt
-        several = isinstance(given, list) and bool(given) and not isinstance(given[0], int)
-        prompts = [reader.tokens(each) for each in (given if several else [given])]
-        return self.texts(reader, prompts, self.max_tokens, most, self.logprobs or 0)
+        prompts = [reader.tokens(each) for each in self.prompts]
+        chat = False if isinstance(self.prompts[0], str) else None
+        usual = None if "max_tokens" in self.model_fields_set else _USUAL
+        return self.texts(reader, prompts, self.max_tokens, most, self.logprobs or 0, chat, usual)
 
 
 class ChatForm:

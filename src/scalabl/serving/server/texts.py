@@ -7,6 +7,7 @@ and it is over when it is, though others go on.
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -19,7 +20,7 @@ from scalabl.data.text_rows import Words
 from scalabl.generation.answer import GeneratedAnswer, Token, tokens_of
 from scalabl.generation.decoding import Decoded, DecodedStep, Pieces, TokenFigures, decode, end_tokens
 from scalabl.generation.fan_out import honours_padding
-from scalabl.generation.generate import PLAIN, make_answer, positions_of
+from scalabl.generation.generate import PLAIN, answer_settings, make_answer, positions_of
 from scalabl.scoring.text import Text
 from scalabl.serving.server.adapters import ServedAdapter
 from scalabl.serving.server.metrics import Metrics
@@ -40,6 +41,7 @@ class TextAsked:
         seed: of its random numbers.
         stop: texts that end it, and are not part of it.
         top: so many likeliest tokens are told with each.
+        chat: whether the prompt stands in the chat template; None where it came as tokens, which do not say.
     """
 
     prompt: list[int]
@@ -49,6 +51,7 @@ class TextAsked:
     seed: int = 0
     stop: tuple[str, ...] = ()
     top: int = 0
+    chat: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,7 @@ class PromptReader:
     def __init__(self, adapter: ServedAdapter, most: int) -> None:
         self.most = most
         self.text = Text(copy.deepcopy(adapter.run.tokenizer))
+        self.reading = threading.Lock()  # a tokenizer is for one thread at a time
         self.positions = positions_of(adapter.run)
         embedding: Tensor = adapter.run.scorer.model.get_input_embeddings().weight
         self.vocabulary = embedding.shape[0]
@@ -112,7 +116,11 @@ class PromptReader:
         Raises:
             UserError: it is empty or too long, has a token that is none, or messages and no template that writes them.
         """
-        found = prompt if isinstance(prompt, list) else self.text.prompt_tokens(prompt)
+        if isinstance(prompt, list):
+            found = prompt
+        else:
+            with self.reading:
+                found = self.text.prompt_tokens(prompt)
         if not found:
             raise UserError("A prompt is empty; give at least one word.")
         if not all(0 <= token < self.vocabulary for token in found):
@@ -163,8 +171,8 @@ class Write:
         model = adapter.run.model
         with alone(model):
             prompts = [text.asked.prompt for text in texts]
-            batches = _within(texts) if honours_padding(model, prompts) else [[text] for text in texts]
-            for batch in batches:
+            most = self.batch_size if honours_padding(model, prompts) else 1
+            for batch in _within(texts, most, positions_of(adapter.run)):
                 self._decode(adapter, batch, of_jobs)
 
     def _decode(self, adapter: ServedAdapter, texts: list[_Growing], of_jobs: list[list[_Growing]]) -> None:
@@ -187,14 +195,22 @@ class Write:
         )  # fmt: skip
 
 
-def _within(texts: Sequence[_Growing]) -> list[list[_Growing]]:
-    """Texts in batches, those of like length together, whose tokens' keys and values fit beside each other."""
+def _within(texts: Sequence[_Growing], most: int, positions: int | None) -> list[list[_Growing]]:
+    """Texts in batches of at most so many, those of like length together, whose tokens' keys and values fit beside
+    each other and whose positions the model has.
+
+    Every text is as wide as the longest prompt and the most tokens to come: it is led through the model as long as its
+    neighbours are.
+    """
     batches: list[list[_Growing]] = []
     for text in sorted(texts, key=lambda text: -text.longest):
-        if batches and (1 + len(batches[-1])) * batches[-1][0].longest <= AT_ONCE:
-            batches[-1].append(text)
-        else:
-            batches.append([text])
+        if batches and len(batches[-1]) < most:
+            together = [each.asked for each in (*batches[-1], text)]
+            width = max(len(each.prompt) for each in together) + max(each.max_tokens for each in together)
+            if len(together) * width <= AT_ONCE and (positions is None or width <= positions):
+                batches[-1].append(text)
+                continue
+        batches.append([text])
     return batches
 
 
@@ -299,8 +315,13 @@ class _Growing:
         """The text, once it is over."""
         assert self.reason is not None
         decoded = self._decoded([each.token.text for each in self.tokens], self.ids, slice(None))
-        answer = make_answer("", decoded, [], None, self.adapter.confidence)
-        text = "".join(piece.text for piece in self.shown)
+        text, asked = "".join(piece.text for piece in self.shown), self.asked
+        # a text that nothing was written of may have ended in front of an answer, where `generate` goes on
+        alike = asked.temperature == 0 and asked.chat is not None and bool(text.strip())
+        assert self.adapter.draws is not None
+        run, draws = self.adapter.run, self.adapter.draws
+        made = answer_settings(run, draws, chat=asked.chat, stop=asked.stop) if alike else None
+        answer = make_answer("", decoded, [], None, self.adapter.confidence, made)
         return Written(text, tuple(self.tokens), self.reason, answer, len(self.log_probs[0]))
 
     def _decoded(self, pieces: list[str], ids: list[int], part: slice) -> Decoded:

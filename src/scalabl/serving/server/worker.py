@@ -38,6 +38,10 @@ class ModelFailed(Exception):
     """The model, and not what it was asked, is at fault; what happened is in the log."""
 
 
+class Closing(Exception):
+    """Nothing more is taken: the server is at its end."""
+
+
 @dataclass(eq=False)
 class Job:
     """What one request asks of the model.
@@ -97,9 +101,12 @@ class ModelWorker:
 
         Raises:
             Busy: too many rows do.
+            Closing: the queue is closed.
         """
         with self._changed:
-            if self._closed or self._rows + job.size > self.most_waiting:
+            if self._closed:
+                raise Closing
+            if self._rows + job.size > self.most_waiting:
                 wait = math.ceil(self._rows * self._seconds_a_row)
                 raise Busy(min(max(wait, 1), _LONGEST_WAIT))
             self._waiting.append(job)
