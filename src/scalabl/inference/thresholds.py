@@ -57,8 +57,8 @@ def with_thresholds(
         settings = replace(settings, threshold=settings.promise.threshold(log_probs, labels, per_row))
     if settings.max_false_alarms is not None and settings.oos_above is None:
         score = settings.oos_score or default_score(record)
-        found = scope_score(score, log_probs, of_mean() if score in OF_MEAN else {}, per_row)
-        above = scope_threshold(found, settings.max_false_alarms)
+        of_rows = scope_score(score, log_probs, of_mean() if score in OF_MEAN else {}, per_row)
+        above = scope_threshold(of_rows, settings.max_false_alarms)
         settings = replace(settings, oos_score=score, oos_above=above)
     if settings.coverage is not None and settings.set_thresholds is None:
         scores = row_scores(average(log_probs), held_out, settings.set_score)

@@ -40,10 +40,10 @@ def detection_tables(rows: Sequence[dict[str, Any]]) -> list[PageTable]:
         own = [row for row in rows if row["method"] == method]
         tasks = dict.fromkeys(row["task"] for row in own)
         means = {
-            (score, kind): fmean(values)
+            (score, kind): fmean(_of_tasks(rows_of_both))
             for score in dict.fromkeys(row["score"] for row in own)
             for kind in kinds
-            if (values := _of_tasks([row for row in own if (row["score"], row["tells"]) == (score, kind)]))
+            if (rows_of_both := [row for row in own if (row["score"], row["tells"]) == (score, kind)])
         }
         best = {kind: max((v for (_, k), v in means.items() if k == kind), default=None) for kind in kinds}
         lines = []

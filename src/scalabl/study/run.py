@@ -124,9 +124,9 @@ def attempt(cell: Cell, output: Path, invocation: str) -> bool:
             except Exception as error:
                 traceback.print_exc()
                 text = explain(error) or f"{type(error).__name__}: {error}"
-                facts = {"error": " ".join(text.split()), "invocation": invocation}
-                facts |= {"diverged": True} if isinstance(error, NonFiniteError) else {}
-                write_json(directory / "failed.json", facts)
+                facts: dict[str, Any] = {"error": " ".join(text.split()), "invocation": invocation}
+                diverged = {"diverged": True} if isinstance(error, NonFiniteError) else {}
+                write_json(directory / "failed.json", facts | diverged)
         return True
     return False
 
