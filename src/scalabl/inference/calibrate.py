@@ -20,10 +20,10 @@ from scalabl.inference.trained_on import trained_on, trained_on_in_words
 from scalabl.metrics.calibration import (
     ROWS_NEEDED,
     CalibrationFit,
-    best_loss,
     bounded_temperature,
     fit_calibration,
     require_rows,
+    tempered_losses,
 )
 from scalabl.predictive.auto import AutoPredictive, with_scale
 from scalabl.predictive.base import MeanPredictive, Predictive
@@ -91,11 +91,12 @@ def fit_run(
     for other in _others(auto, kind, settings):
         with contextlib.suppress(torch.OutOfMemoryError):
             scaled = MeanPredictive() if fit.scale == 0 else with_scale(other, fit.scale)
-            log_probs = predicted(scaled, kind_of(other))
-            is_scaled = fit.scale not in (0, 1)
-            if is_scaled and best_loss(log_probs, labels) > best_loss(predicted(other, "tau = 1"), labels):
-                continue  # tau is another predictive's, and does not suit this one
-            temperatures[kind_of(other)] = bounded_temperature(log_probs, labels)
+            temperature, losses = tempered_losses(predicted(scaled, kind_of(other)), labels)
+            if fit.scale not in (0, 1):
+                _, as_learnt = tempered_losses(predicted(other, "tau = 1"), labels)
+                if losses.mean() > as_learnt.mean():
+                    continue  # tau is another predictive's, and does not suit this one
+            temperatures[kind_of(other)] = temperature
     return Calibration(
         scale=fit.scale,
         temperatures=temperatures,

@@ -69,8 +69,8 @@ def fit_calibration(
 
     def attempt(scale: float, log_probs: Tensor) -> None:
         right[scale] = float((average(log_probs).argmax(dim=-1) == labels).double().mean())
-        temperatures[scale] = bounded_temperature(log_probs, labels)
-        losses[scale] = row_losses(log_probs, labels, temperatures[scale]).unflatten(0, (-1, per_row)).mean(dim=1)
+        temperatures[scale], of_questions = tempered_losses(log_probs, labels)
+        losses[scale] = of_questions.unflatten(0, (-1, per_row)).mean(dim=1)
 
     def widths() -> list[float]:
         return sorted(scale for scale in temperatures if scale > 0)
@@ -142,9 +142,10 @@ def bounded_temperature(log_probs: Tensor, labels: Tensor) -> float:
     return found if at_found < at_one else 1.0
 
 
-def best_loss(log_probs: Tensor, labels: Tensor) -> float:
-    """NLL in nats of rows under the temperature that suits them; log_probs (N, n, C), labels (n,)."""
-    return float(row_losses(log_probs, labels, bounded_temperature(log_probs, labels)).mean())
+def tempered_losses(log_probs: Tensor, labels: Tensor) -> tuple[float, Tensor]:
+    """The temperature that suits rows, and their losses (n,) in nats under it; log_probs (N, n, C), labels (n,)."""
+    temperature = bounded_temperature(log_probs, labels)
+    return temperature, row_losses(log_probs, labels, temperature)
 
 
 def require_rows(number: int) -> None:

@@ -136,26 +136,27 @@ def begin(directory: Path, record: RunRecord, *, goes_on: bool) -> None:
     """
     if goes_on:
         before = RunRecord.read(directory)
-        begun = before.scoring
         of_head = {"labels": "labels", "several": "numbers of labels a row", "class_weights": "class weights"}
-        for name, words in of_head.items():
-            if begun.get(name) != record.scoring.get(name):
-                raise UserError(
-                    f"{directory} was begun with other {words}, with which a head of these cannot go on; restore the "
-                    "files that it was begun with, or choose another --output."
-                )
         of_all = {
             "trained_sha256": "training rows", "held_out_sha256": "validation rows", "base_fingerprint": "base weights",
             "scoring": "ways to score a row",
         }  # fmt: skip
-        now = record.as_dict()
-        for name, words in of_all.items():
-            was = getattr(before, name)
-            if was is not None and was != json.loads(json.dumps(now[name])):
-                raise UserError(
-                    f"{directory} was begun with other {words}, and would go on as another run; restore the files that "
-                    "it was begun with, or choose another --output."
-                )
+        now = json.loads(json.dumps(record.as_dict()))  # as the one before was read
+        others = [
+            f"{words}, with which a head of these cannot go on"
+            for name, words in of_head.items()
+            if before.scoring.get(name) != now["scoring"].get(name)
+        ]
+        others += [
+            f"{words}, and would go on as another run"
+            for name, words in of_all.items()
+            if (was := getattr(before, name)) is not None and was != now[name]
+        ]
+        if others:
+            raise UserError(
+                f"{directory} was begun with other {others[0]}; restore the files that it was begun with, or choose "
+                "another --output."
+            )
     record.write(directory)
 
 

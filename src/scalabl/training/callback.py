@@ -6,7 +6,6 @@ the expected log-likelihood); this callback adds the gradient of KL(q || p) / N,
 
 from __future__ import annotations
 
-import inspect
 import math
 import operator
 import warnings
@@ -24,7 +23,7 @@ from scalabl.core.errors import UserError
 from scalabl.core.modules import gathered
 from scalabl.posterior.gaussian import DiagonalGaussian, Gaussian, Prior
 from scalabl.training.kl import SCHEDULES, Schedule, add_kl_gradients, kl_weight, with_parameters
-from scalabl.training.monitors import LogContributor
+from scalabl.training.monitors import LogContributor, calling_frame
 from scalabl.training.parameter_group import VariationalGroup, innermost
 from scalabl.training.ranks import share_noise
 from scalabl.training.refusals import (
@@ -288,11 +287,9 @@ def clipping_factor(args: TrainingArguments) -> float:
     The norm is a local of the trainer's method that takes the step, which it passes on to nobody. 1 where nothing is
     clipped, where another kind of trainer calls, and where the norm is no number, as in a step that fp16 skips.
     """
-    most, frame, norm = args.max_grad_norm or 0.0, inspect.currentframe(), None
-    while most > 0 and frame is not None and norm is None:
-        if isinstance(frame.f_locals.get("self"), Trainer):
-            norm = frame.f_locals.get("grad_norm")
-        frame = frame.f_back
+    most = args.max_grad_norm or 0.0
+    frame = calling_frame(Trainer) if most > 0 else None
+    norm = None if frame is None else frame.f_locals.get("grad_norm")
     length = math.nan if norm is None else float(norm)
     # with torch's guard against a norm of zero
     return min(1.0, most / (length + 1e-6)) if math.isfinite(length) else 1.0

@@ -13,6 +13,7 @@ import math
 import signal
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from types import FrameType
 from typing import Any
 
 import torch
@@ -45,7 +46,8 @@ class LogContributor(TrainerCallback, ABC):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Go first, before there is anything to log."""
-        handler = _calling_handler()
+        frame = calling_frame(CallbackHandler)
+        handler = None if frame is None else frame.f_locals["self"]
         if handler is not None and self in handler.callbacks:
             # those behind are still to be called, and keep their places
             handler.callbacks.remove(self)
@@ -68,15 +70,12 @@ class LogContributor(TrainerCallback, ABC):
             state.log_history[-1].update(values)
 
 
-def _calling_handler() -> CallbackHandler | None:
-    """The handler that called the callback from which this is called; None if something else did."""
+def calling_frame(kind: type) -> FrameType | None:
+    """The nearest call of a method of this kind from which a callback is called; None if something else called it."""
     frame = inspect.currentframe()
-    while frame is not None:
-        caller = frame.f_locals.get("self")
-        if isinstance(caller, CallbackHandler):
-            return caller
+    while frame is not None and not isinstance(frame.f_locals.get("self"), kind):
         frame = frame.f_back
-    return None
+    return frame
 
 
 def finite(log: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
